@@ -1,0 +1,30 @@
+"""Shared fixtures: the bundled golden answers and photos, and the optional shared data sets."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of known-right answers (see tests/golden/README.md)."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The 116 bundled photos, `{train,val}/{animal,fish,monument,tool}/*.jpg`."""
+    return ROOT / "tests" / "photos"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Optional folder with larger data sets; `TLFAST_SHARED` or `shared/` beside the checkout. Skips when missing."""
+    folder = Path(os.environ.get("TLFAST_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data folder at {folder}; set TLFAST_SHARED")
+    return folder
