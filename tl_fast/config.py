@@ -1,0 +1,244 @@
+"""Configuration of a training run: one frozen dataclass, filled from YAML recipes and command-line flags, validated when built."""
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Sequence
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+PATCH = 16  # pixels a side of one token: every LV-ViT has patch 16 (arXiv 2104.10858)
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the strings below the fields are what --help prints
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run. Defaults are the paper's LV-ViT recipe (arXiv 2104.10858 and its published code) unless said otherwise."""
+
+    train_data: str | list[str] = ""
+    """Beton(s) to train on: a path, a glob, or a list of them. Required."""
+    val_data: str | list[str] | None = None
+    """Beton(s) for validation, as train_data; null: no validation."""
+    output_dir: str = "runs/train"
+    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
+
+    model: str = "lvvit_s"
+    """timm model name: lvvit_t, lvvit_s, lvvit_m or lvvit_l."""
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the model's constructor, e.g. {embed_dim: 32, depth: 2} for a tiny one."""
+    img_size: int = 224
+    """Side of the square input in pixels, divisible by 16."""
+    num_classes: int | None = None
+    """Number of classes; null: the train beton's."""
+    init_weights: str | None = None
+    """Weights to start from (a checkpoint of ours, a published .pth.tar, a state dict, safetensors); null: random."""
+    drop_path: float = 0.1
+    """Drop path rate of the last block, 0..1; it grows linearly with depth. Paper: 0.1 T and S, 0.2 M, 0.3 L."""
+    freeze_stem_bn: bool = False
+    """Keep the conv stem's batch norms on their running statistics (fine-tuning; comparing world sizes)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean RGB of the normalisation on a 0..1 scale. Source: ImageNet, as published."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the normalisation on a 0..1 scale. Source: ImageNet, as published."""
+
+    token_label: bool = True
+    """Train with token labels; false: cross-entropy on the image label alone, the control."""
+    cls_weight: float = 1.0
+    """Weight of the class token's cross-entropy."""
+    dense_weight: float = 0.5
+    """Weight of the tokens' cross-entropy: beta in the paper. (The published code's flag defaults to 1.)"""
+    smoothing: float = 0.1
+    """Label smoothing, 0..1 exclusive, of targets of either kind."""
+    ground_truth: bool = False
+    """Mix the image label into the class token's target, as the published code does for its relabelled runs."""
+    mix_token: bool = True
+    """MixToken (from the paper): mix patch embeddings of two images inside one box; needs an even batch per rank."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random crop as a share of the image, (low, high)."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio width/height of a random crop, (low, high)."""
+    flip: float = 0.5
+    """Probability of a horizontal mirror."""
+
+    batch_size: int = 1024
+    """Images per optimiser step over all ranks and accumulation steps."""
+    accumulate: int = 1
+    """Forward/backward passes per optimiser step."""
+    epochs: int = 300
+    """Epochs of warm-up and cosine decay."""
+    cooldown_epochs: int = 10
+    """Further epochs at min_lr."""
+    warmup_epochs: float = 5
+    """Epochs of linear warm-up from warmup_lr; the cosine runs from epoch 0 (timm's order), so part of epochs."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps without changing the schedule (short runs); null: never."""
+    lr: float = 1.6e-3
+    """Peak learning rate at a batch of lr_base_batch; scaled linearly to batch_size. Paper: 1.6e-3 (L: 1e-3) at 1,024."""
+    lr_base_batch: int = 1024
+    """Batch size lr is stated for, images."""
+    min_lr: float = 1e-5
+    """Learning rate at the cosine's end and in the cooldown, not scaled. Source: published code."""
+    warmup_lr: float = 1e-6
+    """Learning rate of step 0, not scaled. Source: published code."""
+    weight_decay: float = 0.05
+    """AdamW's decay; none on norms, biases, class token and position embeddings."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays. Source: torch default, as published."""
+    eps: float = 1e-8
+    """AdamW's epsilon. Source: torch default, as published."""
+    clip_grad: float | None = 1.0
+    """Largest global gradient norm; null: no clipping. Source: ours, a guard (the published recipe does not clip)."""
+    ema_decay: float = 0.99992
+    """Decay per step of the weights' moving average, reached through min(ema_decay, (1 + t) / (10 + t)) at step t. Source: published code."""
+
+    seed: int = 0
+    """Seed of initialisation, sample order, crops, MixToken's boxes and drop path."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast type; auto: bfloat16 on cuda, float32 on cpu. Weights stay float32."""
+    compile: bool | None = None
+    """torch.compile the model and loss; null: on cuda only."""
+    threads: int | None = None
+    """Loader threads per rank; null: the loader's choice."""
+    decode: Literal["auto", "cpu", "mixed"] = "auto"
+    """Where JPEGs are decoded: cpu, or mixed (nvJPEG); auto: the loader's choice."""
+
+    resume: str | None = None
+    """auto: continue output_dir's newest intact checkpoint, if any; a path: that checkpoint; null: start afresh."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; the last epoch always has one."""
+    keep: int = 3
+    """Checkpoints kept besides the best one."""
+    eval_every: int = 1
+    """Epochs between validations; the last epoch always has one."""
+    crop_pct: float = 0.9
+    """Validation's centre crop as a share of the resized image's side. Source: published code for 224 px."""
+    log_every: int = 50
+    """Steps between rows of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if not self.train_data:
+            raise ValueError("train_data is required: the path of a .beton, a glob, or a list (--train_data FILE.beton)")
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+        for name in ("smoothing", "ema_decay", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3 or not all(0 <= v <= 1 for v in getattr(self, name)):
+                raise ValueError(f"{name} must be three numbers on a 0..1 scale, got {getattr(self, name)}")
+        if min(self.std) == 0:
+            raise ValueError(f"std must be > 0, got {self.std}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if self.img_size % PATCH:
+            raise ValueError(f"img_size must be divisible by {PATCH} (the patch), got {self.img_size}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} must be divisible by accumulate {self.accumulate}")
+        if self.cls_weight == 0 and (self.dense_weight == 0 or not self.token_label):
+            raise ValueError(f"nothing to train on: cls_weight {self.cls_weight}, dense_weight {self.dense_weight}, token_label {self.token_label}")
+        if self.ground_truth and not self.token_label:
+            raise ValueError("ground_truth mixes the image label into the token labels' class target: it needs token_label true")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs is part of epochs: {self.warmup_epochs} > {self.epochs}")
+        if self.peak_lr < max(self.min_lr, self.warmup_lr):
+            raise ValueError(
+                f"the peak lr {self.peak_lr:.3g} (= lr {self.lr} * batch_size {self.batch_size} / {self.lr_base_batch}) is below"
+                f" min_lr {self.min_lr} or warmup_lr {self.warmup_lr}: lower those"
+            )
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: lr scaled linearly to the batch size."""
+        return self.lr * self.batch_size / self.lr_base_batch
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of schedule and cooldown together."""
+        return self.epochs + self.cooldown_epochs
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side."""
+        return self.img_size // PATCH
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as JSON and YAML hold them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The config of a dict such as to_dict's. Raises ValueError for unknown keys."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown configuration keys {unknown}")
+        return cls(**{k: tuple(v) if k in _TUPLES and v is not None else v for k, v in values.items()})
+
+
+_TUPLES = ("mean", "std", "scale", "ratio", "betas")
+_RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; scale, ratio and flip are checked by plan.Augment
+    ("img_size", PATCH, 4096),
+    ("num_classes", 1, 65_535),  # label maps hold uint16 classes
+    ("cls_weight", 0, 1e6),
+    ("dense_weight", 0, 1e6),
+    ("batch_size", 1, 1 << 24),
+    ("accumulate", 1, 1 << 16),
+    ("epochs", 1, 1 << 20),
+    ("cooldown_epochs", 0, 1 << 20),
+    ("warmup_epochs", 0, 1 << 20),
+    ("max_steps", 1, 1 << 40),
+    ("lr", 1e-12, 1e3),
+    ("lr_base_batch", 1, 1 << 24),
+    ("min_lr", 0, 1e3),
+    ("warmup_lr", 0, 1e3),
+    ("weight_decay", 0, 1e3),
+    ("eps", 1e-30, 1),
+    ("clip_grad", 1e-12, math.inf),
+    ("seed", 0, (1 << 63) - 1),
+    ("threads", 1, 4096),
+    ("checkpoint_every", 1, 1 << 20),
+    ("keep", 1, 1 << 20),
+    ("eval_every", 1, 1 << 20),
+    ("crop_pct", 0.05, 1),
+    ("log_every", 1, 1 << 30),
+)
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The config of a command line: `--config recipe.yaml` (repeatable, later ones win) then `--field value`; None reads sys.argv.
+
+    Unknown keys, wrong types and values out of range end the program with a message that names them.
+    """
+    parser = ArgumentParser(prog="train.py", description="Train a vision transformer with token labeling from .beton files.")
+    parser.add_argument("--config", action="config", help="YAML recipe; later flags and files override earlier ones")
+    parser.add_class_arguments(TrainConfig)
+    values = parser.parse_args(arguments).as_dict()
+    values.pop("config")
+    try:
+        return TrainConfig(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def data_files(patterns: str | Sequence[str]) -> list[Path]:
+    """The files that a path, a glob or a list of them names, each pattern's matches sorted. Raises FileNotFoundError naming the pattern."""
+    files: list[Path] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise FileNotFoundError(f"no file matches {pattern!r}; make one with converters/to_beton.py")
+        files += map(Path, matches)
+    return files
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved config as YAML that `--config` reads back."""
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
