@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,3 +29,10 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data folder at {folder}; set TLFAST_SHARED")
     return folder
+
+
+@pytest.fixture
+def eager():
+    """No torch.compile: torchvision's `roi_align` compiles itself for minutes where its C++ operators are missing."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

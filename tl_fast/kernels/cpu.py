@@ -30,9 +30,9 @@ def resample(region: np.ndarray, box: tuple[float, float, float, float], flip: b
     _resample(region, top, left, height, width, flip, out)
 
 
-def margin(extent: float, out_size: int) -> int:
-    """Pixels beyond a box of `extent` pixels that `resample` to `out_size` pixels can read on each side."""
-    return int(np.ceil(max(extent / out_size, 1.0) / 2)) + 1
+def margin(extent: np.ndarray, out_size: int) -> np.ndarray:
+    """Pixels (int64) beyond boxes of `extent` pixels that `resample` to `out_size` pixels can read on each side."""
+    return np.ceil(np.maximum(np.asarray(extent) / out_size, 1.0) / 2).astype(np.int64) + 1
 
 
 def token_targets(

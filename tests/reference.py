@@ -1,0 +1,74 @@
+"""Slow, obvious answers to compare with. Imports nothing from tl_fast."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+_MASK = 0xFFFFFFFF
+
+
+def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 in Python integers, after Salmon et al. 2011."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c0, 1 << 32)
+        high1, low1 = divmod(0xCD9E8D57 * c2, 1 << 32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def dense_map(classes: np.ndarray, scores: np.ndarray, num_classes: int) -> np.ndarray:
+    """Sparse [k, H, W] -> dense float32 [C, H, W], classes not listed 0."""
+    dense = np.zeros((num_classes, *classes.shape[1:]), np.float32)
+    for t, row, column in np.ndindex(classes.shape):
+        dense[classes[t, row, column], row, column] += scores[t, row, column]
+    return dense
+
+
+def _interpolate(plane: np.ndarray, y: float, x: float) -> np.ndarray:
+    rows, columns = plane.shape[1:]
+    if y < -1 or y > rows or x < -1 or x > columns:
+        return np.zeros(plane.shape[0])
+    y, x = min(max(y, 0.0), rows - 1), min(max(x, 0.0), columns - 1)
+    y0, x0 = int(y), int(x)
+    y1, x1 = min(y0 + 1, rows - 1), min(x0 + 1, columns - 1)
+    fy, fx = y - y0, x - x0
+    top = plane[:, y0, x0] * (1 - fx) + plane[:, y0, x1] * fx
+    bottom = plane[:, y1, x0] * (1 - fx) + plane[:, y1, x1] * fx
+    return top * (1 - fy) + bottom * fy
+
+
+def roi_align(dense: np.ndarray, crop: tuple[float, float, float, float], bins: int) -> np.ndarray:
+    """RoIAlign of one crop (top, left, height, width as fractions) -> [C, bins, bins]; torchvision's `aligned=False` on shifted boxes."""
+    rows, columns = dense.shape[1:]
+    top, left = crop[0] * rows - 0.5, crop[1] * columns - 0.5
+    height, width = max(crop[2] * rows, 1.0), max(crop[3] * columns, 1.0)
+    ny, nx = math.ceil(height / bins), math.ceil(width / bins)
+    out = np.zeros((dense.shape[0], bins, bins))
+    for i, j, sy, sx in np.ndindex(bins, bins, ny, nx):
+        y = top + height / bins * (i + (sy + 0.5) / ny)
+        x = left + width / bins * (j + (sx + 0.5) / nx)
+        out[:, i, j] += _interpolate(dense, y, x) / (ny * nx)
+    return out
+
+
+def token_targets(classes, scores, crops, flips, num_classes, grid, smoothing) -> np.ndarray:
+    """Token-label targets [B, 1 + grid*grid, C] the long way: dense map, RoIAlign, softmax, smoothing."""
+    targets = []
+    for b in range(len(classes)):
+        dense = dense_map(classes[b], scores[b], num_classes)
+        rows = []
+        for bins in (1, grid):
+            values = roi_align(dense, crops[b], bins)
+            if flips[b]:
+                values = values[:, :, ::-1]
+            rows.append(values.reshape(num_classes, -1).T)
+        logits = np.concatenate(rows)
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        off = smoothing / num_classes
+        targets.append(p * (1 - smoothing + off) + off)
+    return np.stack(targets)

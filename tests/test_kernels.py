@@ -1,0 +1,178 @@
+"""CPU kernels against the golden targets, torchvision's RoIAlign, a slow oracle and Pillow."""
+import numpy as np
+import pytest
+import tl_fast.compat  # noqa: F401  before torchvision
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tests import reference
+from torchvision.ops import roi_align
+
+from tl_fast.kernels import cpu
+
+CASES = ["small", "nosmooth", "rect_map", "grid24", "imagenet"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_token_targets_equal_the_golden_file(golden, case):
+    with np.load(golden / "token_targets.npz") as file:
+        data = {name.split(".")[1]: file[name] for name in file.files if name.startswith(case + ".")}
+    targets = cpu.token_targets(
+        data["index"].astype(np.uint16),
+        data["scores"].astype(np.float32),
+        data["boxes"],
+        data["flip"],
+        int(data["num_classes"]),
+        int(data["grid"]),
+        float(data["smoothing"]),
+    )
+    assert targets.dtype == np.float32
+    np.testing.assert_allclose(targets, data["target"], rtol=0, atol=1e-5)
+
+
+def random_maps(rng, batch, k, rows, columns, num_classes):
+    """Label maps with k distinct classes a cell, some scores negative."""
+    order = np.argsort(rng.random((batch, num_classes, rows, columns)), axis=1)
+    classes = np.ascontiguousarray(order[:, :k]).astype(np.uint16)
+    return classes, rng.normal(2, 4, classes.shape).astype(np.float32)
+
+
+def random_crops(rng, batch):
+    size = rng.uniform(0.02, 1, (batch, 2))
+    return np.concatenate([rng.uniform(0, 1, (batch, 2)) * (1 - size), size], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows, columns, grid", [(18, 18, 14), (7, 11, 5), (30, 5, 3), (2, 2, 4), (40, 40, 2)])
+def test_token_targets_equal_torchvision_roi_align(eager, rows, columns, grid):
+    rng = np.random.default_rng(rows * 100 + columns)
+    batch, k, num_classes, smoothing = 12, 4, 21, 0.1
+    classes, scores = random_maps(rng, batch, k, rows, columns, num_classes)
+    # Crops of at least a cell: torchvision's Python fallback, used where its C++ operators are missing, does not zero the sampling points
+    # that the minimum extent pushes outside the map. (At exactly one cell the number of points would hang on rounding.) The golden file and
+    # the oracle cover the thin ones.
+    size = np.maximum(rng.uniform(0.02, 1, (batch, 2)), [1.05 / rows, 1.05 / columns])
+    crops = np.concatenate([rng.uniform(0, 1, (batch, 2)) * (1 - size), size], axis=1).astype(np.float32)
+    flips = rng.random(batch) < 0.5
+    dense = torch.zeros(batch, num_classes, rows, columns).scatter_(1, torch.from_numpy(classes.astype(np.int64)), torch.from_numpy(scores))
+    top, left, height, width = (torch.from_numpy(crops[:, i]) for i in range(4))
+    boxes = torch.stack([left * columns, top * rows, (left + width) * columns, (top + height) * rows], 1) - 0.5
+    boxes = torch.cat([torch.arange(batch)[:, None].float(), boxes], 1)
+    expected = []
+    for bins in (1, grid):
+        values = roi_align(dense, boxes, bins, aligned=False)
+        values[torch.from_numpy(flips)] = values[torch.from_numpy(flips)].flip(3)
+        expected.append(values.flatten(2).transpose(1, 2))
+    probabilities = torch.cat(expected, 1).softmax(-1)
+    off = smoothing / num_classes
+    expected = (probabilities * (1 - smoothing + off) + off).numpy()
+    targets = cpu.token_targets(classes, scores, crops, flips, num_classes, grid, smoothing)
+    np.testing.assert_allclose(targets, expected, rtol=0, atol=2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    k=st.integers(1, 4),
+    extra=st.integers(0, 5),
+    grid=st.integers(1, 5),
+    smoothing=st.sampled_from([0.0, 0.1, 0.9]),
+    outside=st.booleans(),
+)
+def test_token_targets_equal_the_slow_oracle(seed, rows, columns, k, extra, grid, smoothing, outside):
+    rng = np.random.default_rng(seed)
+    classes, scores = random_maps(rng, 2, k, rows, columns, k + extra)
+    crops, flips = random_crops(rng, 2), np.array([False, True])
+    if outside:  # maps that cover the centre square only are asked for boxes beyond them
+        crops[:, :2] -= 0.4
+    expected = reference.token_targets(classes, scores, crops, flips, k + extra, grid, smoothing)
+    targets = cpu.token_targets(classes, scores, crops, flips, k + extra, grid, smoothing)
+    # A sampling point within rounding of RoIAlign's -1 cell cut-off may fall on either side of it.
+    assert np.quantile(np.abs(targets - expected), 0.9 if outside else 1.0) <= 2e-5
+
+
+def test_token_targets_survive_many_classes_and_large_scores():
+    classes = np.array([65534, 0], np.uint16).reshape(1, 2, 1, 1)
+    scores = np.array([120.0, -120.0], np.float32).reshape(1, 2, 1, 1)
+    targets = cpu.token_targets(classes, scores, np.array([[0, 0, 1, 1]], np.float32), np.array([False]), 65535, 1, 0.0)
+    assert np.isfinite(targets).all() and targets[0, 0, 65534] == pytest.approx(1.0) and targets[0, 1, 0] == 0.0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"classes": np.zeros((1, 2, 3, 3), np.int64)}, "uint16"),
+        ({"scores": np.zeros((1, 2, 3, 4), np.float32)}, "scores"),
+        ({"classes": np.full((1, 2, 3, 3), 5, np.uint16)}, "class 5"),
+        ({"crops": np.array([[0, 0, 0, 1]], np.float32)}, "height and width > 0"),
+        ({"crops": np.array([[0, np.nan, 1, 1]], np.float32)}, "finite"),
+        ({"flips": np.zeros(2, bool)}, "flips"),
+        ({"smoothing": 1.0}, "smoothing"),
+        ({"grid": 0}, "grid"),
+        ({"out": np.empty((1, 5, 4), np.float32)}, "out must be"),
+    ],
+)
+def test_token_targets_refuse_what_does_not_fit(change, message):
+    arguments = {
+        "classes": np.zeros((1, 2, 3, 3), np.uint16),
+        "scores": np.zeros((1, 2, 3, 3), np.float32),
+        "crops": np.array([[0, 0, 1, 1]], np.float32),
+        "flips": np.zeros(1, bool),
+        "num_classes": 5,
+        "grid": 2,
+        "smoothing": 0.1,
+    }
+    with pytest.raises(ValueError, match=message):
+        cpu.token_targets(**(arguments | change))
+
+
+def resampled(image: Image.Image, box, flip, size):
+    """`cpu.resample` of the decoded region alone, as the loader calls it. box: (top, left, height, width)."""
+    pixels = np.array(image)
+    top, left, height, width = box
+    y0, x0 = max(int(top) - int(cpu.margin(height, size[0])), 0), max(int(left) - int(cpu.margin(width, size[1])), 0)
+    y1, x1 = int(np.ceil(top + height)) + int(cpu.margin(height, size[0])), int(np.ceil(left + width)) + int(cpu.margin(width, size[1]))
+    region = np.ascontiguousarray(pixels[y0:y1, x0:x1])
+    out = np.empty((3, *size), np.uint8)
+    cpu.resample(region, (top - y0, left - x0, height, width), flip, out)
+    return out
+
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 160)])
+def test_resample_is_pillows_bilinear_within_one_level(photos, size):
+    rng = np.random.default_rng(0)
+    files = sorted(photos.glob("*/*/*.jpg"))
+    assert len(files) == 116
+    for n, file in enumerate(files[::3]):
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+        height, width = rng.uniform(8, image.height), rng.uniform(8, image.width)
+        if n % 2:  # training crops are whole pixels, evaluation boxes are not
+            height, width = round(height), round(width)
+        top, left = rng.uniform(0, image.height - height), rng.uniform(0, image.width - width)
+        if n % 2:
+            top, left = int(top), int(left)
+        ours = resampled(image, (top, left, height, width), n % 3 == 0, size)
+        box = (left, top, left + width, top + height)
+        theirs = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box)).transpose(2, 0, 1).astype(int)
+        if n % 3 == 0:
+            theirs = theirs[:, :, ::-1]
+        assert np.abs(ours - theirs).max() <= 1, file.name
+        assert np.abs(ours - theirs).mean() < 0.3
+
+
+def test_resample_keeps_extreme_values_and_single_pixels():
+    for value in (0, 255):
+        out = np.empty((3, 5, 7), np.uint8)
+        cpu.resample(np.full((1, 1, 3), value, np.uint8), (0, 0, 1, 1), False, out)
+        assert (out == value).all()
+        cpu.resample(np.full((333, 77, 3), value, np.uint8), (0.3, 0.7, 300.2, 70.1), True, out)
+        assert (out == value).all()
+
+
+@pytest.mark.parametrize("box", [(0, 0, 11, 5), (-1, 0, 5, 5), (0, 0, 0, 5), (0, 6, 5, 5)])
+def test_resample_refuses_a_box_outside_the_region(box):
+    with pytest.raises(ValueError, match="box"):
+        cpu.resample(np.zeros((10, 10, 3), np.uint8), box, False, np.empty((3, 4, 4), np.uint8))
