@@ -1,9 +1,9 @@
 """Make torchvision (and so timm) importable when its wheel is a CUDA build and torch is a CPU build. Import it before timm.
 
-The torchvision wheels on PyPI are linked against CUDA. Beside a CPU-only torch their operator library cannot be loaded, nobody
-declares `torchvision::nms`, and `import torchvision` dies with "operator torchvision::nms does not exist" in its meta registrations. Declaring
-the schemas those registrations ask for is enough: transforms and `roi_align`'s Python fallback then work, while `torchvision.ops.nms`
-says that its C++ operators are missing. Wherever torchvision's own library loads, that library is used and nothing is declared.
+The torchvision wheels on PyPI are linked against CUDA. Beside a CPU-only torch their operator library cannot be loaded, nobody declares
+`torchvision::nms`, and `import torchvision` dies with "operator torchvision::nms does not exist" in its meta registrations. Declaring the
+schemas those registrations ask for is enough: transforms and `roi_align`'s Python fallback then work, while `torchvision.ops.nms` says
+that its C++ operators are missing. Wherever torchvision's own library loads, that library is used and nothing is declared.
 """
 from __future__ import annotations
 

@@ -1,0 +1,87 @@
+"""The token-labeling loss: soft cross-entropy of the class token plus soft cross-entropy of every patch token.
+
+Follows `TokenLabelCrossEntropy` and its ground-truth variant of github.com/zihangJiang/TokenLabeling (tlt/loss/cross_entropy.py);
+paper: arXiv 2104.10858, equations 2-4. Nothing here looks at a value on the host, so it compiles and never synchronises the device.
+Shapes: B images, N patch tokens, C classes.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tl_fast.models import MixBox
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over all leading dimensions of -sum(target * log_softmax(logits)): logits and target [..., C] -> float32 scalar.
+
+    float32 whatever the inputs' dtype, inside autocast too. Raises ValueError when the shapes differ.
+    """
+    if logits.shape != target.shape:
+        raise ValueError(f"logits are {tuple(logits.shape)} but their targets {tuple(target.shape)}")
+    classes = logits.shape[-1]
+    return F.cross_entropy(logits.float().reshape(-1, classes), target.float().reshape(-1, classes))  # probabilities, not class indices
+
+
+def _with_ground_truth(annotated: Tensor, ground_truth: Tensor) -> Tensor:
+    """Class targets [B,C] mixed with the truth [B,C] as the published code computes it: annotator 0.5 where their top-1 agree, else 0.9."""
+    agree = annotated.argmax(-1, keepdim=True) == ground_truth.argmax(-1, keepdim=True)
+    return torch.lerp(ground_truth, annotated, torch.where(agree, 0.5, 0.9).to(annotated.dtype))
+
+
+def _mix_flipped(target: Tensor, mix_box: MixBox, tokens: int) -> Tensor:
+    """Class targets [B,C] mixed with those of the batch-flipped batch by the share of the tokens that the box covers."""
+    top, left, bottom, right = mix_box.to(target.device).unbind() if isinstance(mix_box, Tensor) else mix_box
+    share = (bottom - top) * (right - left) / tokens
+    return (1 - share) * target + share * target.flip(0)
+
+
+class TokenLabelLoss(nn.Module):
+    """cls_weight * CE(class logits, class target) + dense_weight * CE(token logits, token targets).
+
+    Args:
+        cls_weight, dense_weight: non-negative, not both 0. The published recipes use 1 and 1 (0.5 for the ground-truth variant).
+
+    Raises ValueError for weights outside that range.
+    """
+
+    def __init__(self, cls_weight: float = 1.0, dense_weight: float = 1.0) -> None:
+        super().__init__()
+        if not (cls_weight >= 0 and dense_weight >= 0 and 0 < cls_weight + dense_weight < math.inf):
+            raise ValueError(f"cls_weight {cls_weight} and dense_weight {dense_weight} must be finite, >= 0 and not both 0")
+        self.cls_weight = cls_weight
+        self.dense_weight = dense_weight
+
+    def forward(self, cls_logits: Tensor, token_logits: Tensor, targets: Tensor, mix_box: MixBox | None = None,
+                ground_truth: Tensor | None = None) -> Tensor:
+        """The loss as a float32 scalar.
+
+        Args:
+            cls_logits: [B,C], of MixToken's mixed images when `mix_box` is given.
+            token_logits: [B,N,C], already un-mixed (as `LVViT` returns them).
+            targets: probabilities [B,1+N,C], class target first; or [B,C], which then is the target of the class token and of every
+                patch token, as published for data without label maps.
+            mix_box: (top, left, bottom, right) in tokens, a tensor [4] or four ints; its share of the tokens is the share of the
+                batch-flipped class target in the mixed one.
+            ground_truth: [B,C] smoothed one-hot; mixes the truth into the class target before MixToken does.
+
+        Raises ValueError when the shapes do not fit one another.
+        """
+        batch, tokens, classes = token_logits.shape
+        if targets.dim() == 2:
+            targets = targets.unsqueeze(1).expand(-1, 1 + tokens, -1)
+        if targets.shape != (batch, 1 + tokens, classes):
+            raise ValueError(f"targets are {tuple(targets.shape)}; token logits {tuple(token_logits.shape)} need "
+                             f"{(batch, 1 + tokens, classes)}: the class target first, then one for each token")
+        cls_target = targets[:, 0].float()
+        if ground_truth is not None:
+            if ground_truth.shape != cls_target.shape:
+                raise ValueError(f"ground_truth is {tuple(ground_truth.shape)}, expected {tuple(cls_target.shape)}")
+            cls_target = _with_ground_truth(cls_target, ground_truth.float())
+        if mix_box is not None:
+            cls_target = _mix_flipped(cls_target, mix_box, tokens)
+        return (self.cls_weight * soft_cross_entropy(cls_logits, cls_target)
+                + self.dense_weight * soft_cross_entropy(token_logits, targets[:, 1:]))
