@@ -1,0 +1,35 @@
+# Every target bootstraps what it needs. ARGS passes options on: make test ARGS='-k plan', make demo ARGS=--no-token-label.
+# PY=python uses the environment that is active (conda) and sets nothing up.
+PY ?= .venv/bin/python
+ARGS ?=
+
+READY := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
+
+.PHONY: help setup demo test bench clean
+
+help:
+	@echo 'make setup   build .venv (PYTHON=... chooses the interpreter; Python >= 3.11)'
+	@echo 'make demo    annotate, pack, train, evaluate and draw the bundled photos'
+	@echo 'make test    run the tests'
+	@echo 'make bench   run the CPU benchmarks'
+	@echo 'make clean   remove .venv, caches and build products; runs/ and data stay'
+
+setup: $(READY)
+
+# The stamp is written last, so an interrupted set-up starts over.
+.venv/.ready: pyproject.toml constraints.txt .ci/setup
+	@bash .ci/setup
+
+demo: $(READY)
+	@$(PY) -m tl_fast.demo $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest -q $(ARGS)
+
+bench: $(READY)
+	@ls benchmarks/*.py >/dev/null 2>&1 || { echo 'make bench: there is no benchmarks/*.py to run' >&2; exit 1; }
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PY) "$$file" $(ARGS); done
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

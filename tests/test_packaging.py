@@ -1,0 +1,283 @@
+"""Set-up: pyproject.toml, constraints.txt and environment.yml agree, the extras divide as promised, and make bootstraps once."""
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BASE = [Requirement(line) for line in PROJECT["dependencies"]]
+EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
+DIRECT = BASE + [requirement for group in EXTRAS.values() for requirement in group]
+
+# conda-forge's names for what PyPI calls otherwise.
+CONDA_NAMES = {"pytorch": "torch", "opencv": "opencv-python-headless"}
+
+
+def names(requirements: list[Requirement]) -> set[str]:
+    return {canonicalize_name(requirement.name) for requirement in requirements}
+
+
+def read_pins() -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pins = {}
+    for line in filter(None, lines):
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][0-9a-z.]*)", line)
+        assert match, f"constraints.txt: {line!r} is not an exact pin `name==version`"
+        name = canonicalize_name(match[1])
+        assert name not in pins, f"constraints.txt pins {name} twice"
+        pins[name] = match[2]
+    return pins
+
+
+PINS = read_pins()
+
+
+@pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
+def test_every_direct_dependency_is_pinned_within_its_range(requirement):
+    pin = PINS.get(canonicalize_name(requirement.name))
+    assert pin, f"{requirement.name} of pyproject.toml has no line in constraints.txt"
+    assert requirement.specifier.contains(pin), f"constraints.txt has {requirement.name}=={pin}, pyproject.toml asks for {requirement}"
+    assert any(clause.operator == ">=" for clause in requirement.specifier), f"{requirement} states no lower bound"
+
+
+def test_a_training_host_needs_neither_ffcv_nor_opencv():
+    assert not names(BASE) & {"ffcv", "opencv-python", "opencv-python-headless", "opencv-contrib-python"}
+    assert {"ffcv", "opencv-python-headless"} <= names(EXTRAS["convert"])
+
+
+def test_the_gpu_machines_torch_is_within_range():
+    specifier = next(requirement.specifier for requirement in BASE if requirement.name == "torch")
+    assert specifier.contains("2.11.0")
+
+
+def environment() -> tuple[dict[str, SpecifierSet], list[str]]:
+    """environment.yml's conda packages (PyPI names) with their ranges, and its pip lines."""
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda = {}
+    for line in (entry for entry in listed if isinstance(entry, str)):
+        name, versions = re.fullmatch(r"([a-z0-9_-]+)(.*)", line).groups()
+        # conda's `=3.11` means every 3.11.x.
+        conda[CONDA_NAMES.get(name, name)] = SpecifierSet(re.sub(r"^=([0-9.]+)$", r"==\1.*", versions))
+    (pip,) = (entry["pip"] for entry in listed if isinstance(entry, dict))
+    return conda, pip
+
+
+def test_environment_agrees_with_the_pins():
+    conda, pip = environment()
+    assert pip[-1] == "-e .", "environment.yml installs tl_fast itself last"
+    installed_by_pip = [Requirement(line) for line in pip[:-1]]
+    for requirement in installed_by_pip:
+        assert str(requirement.specifier) == f"=={PINS[canonicalize_name(requirement.name)]}", f"environment.yml: {requirement}"
+    for requirement in BASE:
+        chosen = [other for other in installed_by_pip if canonicalize_name(other.name) == canonicalize_name(requirement.name)]
+        assert not chosen or chosen[0].extras == requirement.extras, f"environment.yml: {chosen[0]} lacks the extras of {requirement}"
+    for requirement in DIRECT:
+        name = canonicalize_name(requirement.name)
+        assert (name in conda) != (name in names(installed_by_pip)), f"environment.yml lists {name} not once"
+        if name in conda:
+            assert conda[name].contains(PINS[name]), f"environment.yml's {name}{conda[name]} refuses the pin {PINS[name]}"
+            assert set(requirement.specifier) <= set(conda[name]), f"environment.yml's {name}{conda[name]} is wider than {requirement}"
+    assert {"python", "pip", "compilers", "pkg-config", "libjpeg-turbo"} <= set(conda)
+    assert conda["python"].contains("3.11.7")
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not running in .venv, which alone promises the pinned versions")
+@pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
+def test_the_pinned_version_is_installed(requirement):
+    installed = Version(importlib.metadata.version(requirement.name))
+    assert installed.public == PINS[canonicalize_name(requirement.name)]
+
+
+def test_python_range_is_the_same_everywhere():
+    requires = SpecifierSet(PROJECT["requires-python"])
+    low, high = re.search(r"\((\d+, \d+)\) <= sys\.version_info\[:2\] < \((\d+, \d+)\)", (ROOT / ".ci/setup").read_text()).groups()
+    assert requires == SpecifierSet(f">={low.replace(', ', '.')},<{high.replace(', ', '.')}")
+    assert requires.contains("3.11") and requires.contains("3.12")
+
+
+# --- Imports ---------------------------------------------------------------------------------------------------------------
+
+
+def imported_packages(file: Path) -> set[str]:
+    """Top-level names of the third-party packages that `file` imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "pytest.importorskip"):
+            if isinstance(node.args[0], ast.Constant):
+                found.add(node.args[0].value)
+    own = {"tl_fast", "converters", "benchmarks", "tests", "conftest", "reference"}
+    return {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) - own
+
+
+def source_files(*folders: str) -> list[Path]:
+    return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("file", source_files("tl_fast", "converters", "benchmarks", "tests"), ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_import_is_a_declared_dependency(file):
+    allowed = names(DIRECT) if file.is_relative_to(ROOT / "tests") else names(DIRECT) - names(EXTRAS["test"])
+    providers = importlib.metadata.packages_distributions()
+    for package in imported_packages(file):
+        offered_by = {canonicalize_name(name) for name in providers.get(package, [])}
+        assert offered_by & allowed, f"{file.relative_to(ROOT)} imports {package} (from {offered_by or 'nowhere'}), undeclared"
+
+
+# Hide the extras from the import system, as if they were not installed, in a process of its own.
+WITHOUT_EXTRAS = """
+import importlib, importlib.machinery, sys
+
+class WithoutExtras(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {hidden} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = WithoutExtras
+for module in {modules}:
+    importlib.import_module(module)
+assert importlib.util.find_spec("ffcv") is None and "cv2" not in sys.modules
+"""
+
+
+# The modules that only writing and checking betons needs.
+CONVERT_ONLY = {"tl_fast.ffcv_field", "tl_fast.jpeg"}
+
+
+def test_a_host_without_extras_can_import_all_of_training():
+    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in source_files("tl_fast")]
+    modules = [name.removesuffix(".__init__") for name in modules if name not in CONVERT_ONLY]
+    extras = names(EXTRAS["convert"]) | names(EXTRAS["annotators"]) | names(EXTRAS["test"])
+    distributions = importlib.metadata.packages_distributions()
+    # tqdm and packaging come with timm and DALI too, so a training host has them.
+    hidden = {package for package, owners in distributions.items() if {canonicalize_name(name) for name in owners} & extras}
+    hidden -= {"tqdm", "packaging"}
+    assert {"ffcv", "cv2", "simplejpeg", "pytest", "scipy"} <= hidden
+    code = WITHOUT_EXTRAS.format(hidden=sorted(hidden), modules=modules)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+# --- make and .ci/setup ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """The set-up files alone in a folder of their own, so that no test can touch the project's .venv."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "environment.yml", ".ci/setup", ".ci/run"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def dry_run(checkout: Path, *arguments: str) -> str:
+    done = subprocess.run(["make", "-n", *arguments], cwd=checkout, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout
+
+
+def test_make_sets_up_once(checkout):
+    for target in ("setup", "demo", "test"):
+        assert ".ci/setup" in dry_run(checkout, target), f"make {target} has to set up a fresh checkout"
+    assert dry_run(checkout, "demo").index(".ci/setup") < dry_run(checkout, "demo").index("-m tl_fast.demo")
+
+    ready = checkout / ".venv/.ready"
+    ready.parent.mkdir()
+    ready.touch()
+    for target in ("setup", "demo", "test"):
+        assert ".ci/setup" not in dry_run(checkout, target), f"make {target} sets up a second time"
+    assert dry_run(checkout, "test").strip() == ".venv/bin/python -m pytest -q"
+    assert dry_run(checkout, "demo", "ARGS=--no-token-label").strip() == ".venv/bin/python -m tl_fast.demo --no-token-label"
+
+    for name in ("pyproject.toml", "constraints.txt", ".ci/setup"):
+        newer = ready.stat().st_mtime + 10
+        os.utime(checkout / name, (newer, newer))
+        assert ".ci/setup" in dry_run(checkout, "setup"), f"an edit of {name} has to bring the set-up up to date"
+        os.utime(checkout / name, (0, 0))
+
+
+def test_make_leaves_an_active_environment_alone(checkout):
+    assert dry_run(checkout, "test", "PY=python").strip() == "python -m pytest -q"
+
+
+def test_bench_without_benchmarks_says_so(checkout):
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv/.ready").touch()
+    done = subprocess.run(["make", "bench"], cwd=checkout, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "no benchmarks/*.py" in done.stderr
+
+
+def test_ci_runs_the_readmes_test_command():
+    commands = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
+    assert commands == ["make test"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    readme = ROOT / "README.md"
+    assert re.search(r"^\W*make test\b", readme.read_text(), re.MULTILINE), "README.md does not give `make test`"
+
+
+def run_setup(checkout: Path, tools: dict[str, str], **variables: str) -> subprocess.CompletedProcess:
+    """`.ci/setup --system-only` with shell scripts `tools` in front of PATH; it ends before it builds a venv."""
+    folder = checkout / "shims"
+    folder.mkdir()
+    for name, script in tools.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    variables = {"PYTHON": sys.executable, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    return subprocess.run(["bash", ".ci/setup", "--system-only"], cwd=checkout, env=os.environ | variables,
+                          capture_output=True, text=True, timeout=60)
+
+
+# pkg-config as it answers before and, once the file `installed` exists, after `apt-get install`.
+PKG_CONFIG = 'test -e installed'
+APT_GET = 'echo "$*" >> apt.log; if [ "$1" = install ]; then touch installed; fi'
+
+
+def test_a_user_without_root_is_told_the_apt_and_the_conda_commands(checkout):
+    done = run_setup(checkout, {"pkg-config": "exit 1", "id": "echo 1000", "apt-get": APT_GET})
+    assert done.returncode == 1
+    assert "sudo apt-get update && sudo apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev" in done.stderr
+    assert "conda env create -f environment.yml && conda activate tl_fast" in done.stderr
+    assert not (checkout / "apt.log").exists() and not (checkout / ".venv").exists()
+
+
+def test_root_gets_the_missing_packages_installed(checkout):
+    done = run_setup(checkout, {"pkg-config": PKG_CONFIG, "id": "echo 0", "apt-get": APT_GET})
+    assert done.returncode == 0, done.stderr
+    update, install = (checkout / "apt.log").read_text().splitlines()
+    assert update.startswith("update")
+    assert install.startswith("install -y") and install.endswith("--no-install-recommends libopencv-dev libturbojpeg0-dev")
+
+
+def test_root_is_told_when_apt_fails(checkout):
+    done = run_setup(checkout, {"pkg-config": PKG_CONFIG, "id": "echo 0", "apt-get": "exit 100"})
+    assert done.returncode == 1
+    assert "libopencv-dev" in done.stderr and "conda env create" in done.stderr
+
+
+def test_nothing_is_installed_when_nothing_is_missing(checkout):
+    (checkout / "installed").touch()
+    done = run_setup(checkout, {"pkg-config": PKG_CONFIG, "id": "echo 0", "apt-get": APT_GET})
+    assert done.returncode == 0, done.stderr
+    assert not (checkout / "apt.log").exists()
+
+
+def test_an_unusable_python_is_named(checkout):
+    done = run_setup(checkout, {"python3.10": "exit 1"}, PYTHON="python3.10")
+    assert done.returncode == 1
+    assert "PYTHON=python3.10" in done.stderr and "3.11" in done.stderr
