@@ -1,0 +1,267 @@
+"""The sheet of samples: its colours against cells and tokens found another way, its crop against Pillow, its size, its errors."""
+from __future__ import annotations
+
+import io
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+from tests import reference
+
+from tl_fast.beton import BetonReader
+from tl_fast.beton_write import Sample, write_beton
+from tl_fast.labelmap import MapSpec, pack
+from tl_fast.pipeline import Loader
+from tl_fast.show import NO_CLASS, OTHER, PALETTE, best_of_map, best_of_targets, main, show
+
+# The sheet's measures in pixels and its opacity, written down again: the tests say where things must be.
+MARGIN, GAP, LINE, PANEL, WIDEST, OPACITY = 14, 12, 20, 224, 336, 0.65
+CLASSES = 16
+NAMES = [f"class-{c:02d}" for c in range(CLASSES)]
+GRID = 7
+
+
+def blobs(rng: np.random.Generator, spec: MapSpec) -> np.void:
+    """A map on which some classes take many cells and most take few, so that colours and "other" both occur."""
+    favour = 5 - np.arange(spec.num_classes) / 3
+    logits = favour[:, None, None] + rng.normal(0, 3, (spec.num_classes, spec.height, spec.width))
+    classes = np.argsort(-logits, axis=0)[: spec.k]
+    return pack(classes, np.maximum(np.take_along_axis(logits, classes, axis=0), 0.1).astype(np.float32), spec)
+
+
+def write(path: Path, photos: Path, spec: MapSpec | None) -> Path:
+    rng = np.random.default_rng(5)
+    files = sorted((photos / "train").glob("*/*.jpg"))[::9]
+    sizes = [Image.open(file).size for file in files]
+    assert {w > h for w, h in sizes} == {True, False}, "landscape and portrait photos are needed"
+    samples = []
+    for i, file in enumerate(files):
+        record = None if spec is None else blobs(rng, spec)
+        samples.append(Sample(f"{file.parent.name}/{file.name}", i % CLASSES, file.read_bytes, None if record is None else lambda record=record: record))
+    write_beton(path, samples, class_names=NAMES, spec=spec, annotator=None if spec is None else {"model": "blobs"}, workers=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory, photos) -> Path:
+    return write(tmp_path_factory.mktemp("show") / "full.beton", photos, MapSpec(4, 5, 6, CLASSES))
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory, photos) -> Path:
+    return write(tmp_path_factory.mktemp("show") / "square.beton", photos, MapSpec(4, 6, 6, CLASSES, "center_square"))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory, photos) -> Path:
+    return write(tmp_path_factory.mktemp("show") / "bare.beton", photos, None)
+
+
+def drawn_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) of an original on the sheet: as large as fits in PANEL x WIDEST."""
+    return (PANEL, round(width * PANEL / height)) if width / height <= WIDEST / PANEL else (round(height * WIDEST / width), WIDEST)
+
+
+def panels(picture: Path, height: int, width: int) -> list[np.ndarray]:
+    """The panels of a sheet of one sample, by where they must be: its last row."""
+    sheet = np.asarray(Image.open(picture).convert("RGB")).astype(float)
+    top, left = sheet.shape[0] - MARGIN - PANEL, MARGIN
+    rows, columns = drawn_size(height, width)
+    found = []
+    while left < sheet.shape[1] - MARGIN:
+        size = (rows, columns) if len(found) % 2 == 0 else (PANEL, PANEL)
+        found.append(sheet[top : top + size[0], left : left + size[1]])
+        left += size[1] + GAP
+    return found
+
+
+def softmax_map(classes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Probabilities [C, H, W]."""
+    powers = np.exp(reference.dense_map(classes, scores, CLASSES).astype(np.float64))
+    return powers / powers.sum(axis=0)
+
+
+def grey(pixel: np.ndarray) -> float:
+    return float(pixel @ (0.299, 0.587, 0.114))
+
+
+def crop_in_map(plan: np.void, height: int, width: int, extent: str) -> tuple[float, float, float, float]:
+    side = min(height, width)
+    rows, columns = (side, side) if extent == "center_square" else (height, width)
+    top, left = plan["top"] - (height - rows) / 2, plan["left"] - (width - columns) / 2
+    return top / rows, left / columns, plan["height"] / rows, plan["width"] / columns
+
+
+@pytest.mark.parametrize("extent", ["full", "center_square"])
+def test_cells_and_tokens_have_the_colour_of_their_class(request, tmp_path, extent):
+    beton = request.getfixturevalue("full" if extent == "full" else "square")
+    seen = set()
+    with Loader(beton, 1, grid=GRID) as loader, BetonReader(beton) as reader:
+        for sample in range(len(reader)):
+            picture = show(beton, tmp_path / f"{sample}.png", ids=[sample], grid=GRID)
+            height, width = int(reader.heights[sample]), int(reader.widths[sample])
+            classes, scores = reader.label_maps(np.array([sample]))
+            plan = loader.draw(np.array([sample]))[0]
+            seen.add((bool(plan["flip"]), bool(width > height)))
+            cells = softmax_map(classes[0], scores[0])
+            crop = np.array([crop_in_map(plan, height, width, extent)])
+            tokens = reference.token_targets(classes, scores, crop, [plan["flip"]], CLASSES, GRID, 0.0)[0, 1:].T.reshape(CLASSES, GRID, GRID)
+            named = [p.max(axis=0) > p.min(axis=0) * 1.0001 for p in (cells, tokens)]  # tokens beyond the map are uniform
+
+            share = sum(np.bincount(p.argmax(axis=0)[some], minlength=CLASSES) / some.size for p, some in zip((cells, tokens), named, strict=True))
+            ranked = sorted(np.flatnonzero(share), key=lambda c: (-share[c], c))
+            colour = {c: PALETTE[i] if i < 12 else OTHER for i, c in enumerate(ranked)}
+
+            original, cropped, over_original, over_crop = panels(picture, height, width)
+            assert over_original.shape == original.shape and over_crop.shape == cropped.shape == (PANEL, PANEL, 3)
+            covered = (min(height, width),) * 2 if extent == "center_square" else (height, width)
+            grids = ((original, over_original, cells, named[0], (height, width), covered), (cropped, over_crop, tokens, named[1], (1, 1), (1, 1)))
+            for under, over, p, some, size, span in grids:
+                checked = 0
+                for i, j in np.ndindex(p.shape[1:]):
+                    at = [
+                        ((length - part) / 2 + (cell + 0.5) * part / count) * pixels / length
+                        for length, part, cell, count, pixels in zip(size, span, (i, j), p.shape[1:], over.shape, strict=False)
+                    ]
+                    y, x = int(at[0]), int(at[1])
+                    if over is over_original and near_box(y, x, plan, height, width, over.shape):
+                        continue
+                    best = int(p[:, i, j].argmax())
+                    alpha = OPACITY * p[best, i, j] if some[i, j] else 0.0
+                    base = colour[best].astype(float) if some[i, j] else np.zeros(3)
+                    np.testing.assert_allclose(over[y, x], grey(under[y, x]) * (1 - alpha) + base * alpha, rtol=0, atol=1.5, err_msg=f"{sample} {i} {j}")
+                    checked += 1
+                assert checked > p.shape[1] * p.shape[2] / 2
+            if extent == "center_square" and width > height * 1.2:
+                y, x = original.shape[0] // 2, 2
+                if not near_box(y, x, plan, height, width, original.shape):
+                    np.testing.assert_allclose(over_original[y, x], 0.35 * grey(original[y, x]), rtol=0, atol=1)
+    assert {flip for flip, _ in seen} == {True, False} and {wide for _, wide in seen} == {True, False}
+
+
+def near_box(y: int, x: int, plan: np.void, height: int, width: int, shape: tuple[int, ...]) -> bool:
+    """Whether a pixel of the drawn original may lie under the crop's outline."""
+    sy, sx = shape[0] / height, shape[1] / width
+    edges = [(plan["top"] * sy, y), ((plan["top"] + plan["height"]) * sy, y), (plan["left"] * sx, x), ((plan["left"] + plan["width"]) * sx, x)]
+    return any(abs(edge - at) < 5 for edge, at in edges)
+
+
+def test_crop_and_box_are_the_plans(full, tmp_path):
+    with Loader(full, 1) as loader, BetonReader(full) as reader:
+        loader.set_epoch(3)
+        for sample in (0, 5):
+            plan = loader.draw(np.array([sample]))[0]
+            top, left, height, width = (int(plan[name]) for name in ("top", "left", "height", "width"))
+            picture = show(full, tmp_path / "sheet.png", ids=[sample], epoch=3)
+            original, cropped, *_ = panels(picture, int(reader.heights[sample]), int(reader.widths[sample]))
+            photo = Image.open(io.BytesIO(reader.jpeg(sample))).convert("RGB")
+            expected = photo.resize((PANEL, PANEL), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+            expected = np.asarray(expected)[:, ::-1] if plan["flip"] else np.asarray(expected)
+            assert np.abs(cropped - expected).max() <= 1
+            sy, sx = original.shape[0] / photo.height, original.shape[1] / photo.width
+            y0, x0, y1, x1 = round(top * sy), round(left * sx), round((top + height) * sy) - 1, round((left + width) * sx) - 1
+            for y, x in ((y0, x0), (y0, x1), (y1, x0), (y1, x1)):
+                assert (original[y, x] == 0).all()
+            for y, x in ((y0 + 1, (x0 + x1) // 2), (y1 - 1, (x0 + x1) // 2), ((y0 + y1) // 2, x0 + 1), ((y0 + y1) // 2, x1 - 1)):
+                assert (original[y, x] == 255).all()
+
+
+def test_size_of_the_sheet(full, tmp_path):
+    with BetonReader(full) as reader:
+        widest = max(drawn_size(int(h), int(w))[1] for h, w in zip(reader.heights, reader.widths, strict=True))
+        many = Image.open(show(full, tmp_path / "many.png", samples=500))
+        one = Image.open(show(full, tmp_path / "one.png", first=len(reader) - 1))
+        assert many.width == 2 * MARGIN + 2 * (widest + PANEL) + 3 * GAP
+        assert one.width == 2 * MARGIN + 2 * (drawn_size(int(reader.heights[-1]), int(reader.widths[-1]))[1] + PANEL) + 3 * GAP
+        # Header, legend and titles above; a row is its caption, its panels and a gap. Captions take one or two lines.
+        assert 0 < many.height - len(reader) * (LINE + PANEL + GAP) < 200 + len(reader) * LINE
+
+
+def test_other_image_sizes_keep_the_panels(full, tmp_path):
+    sizes = {Image.open(show(full, tmp_path / f"{size}.png", ids=[2], image_size=size, grid=size // 16, smoothing=0.1)).size for size in (64, 320)}
+    assert len(sizes) == 1
+
+
+def test_files_without_label_maps_show_images_only(bare, tmp_path):
+    picture = show(bare, tmp_path / "deeper" / "bare.png", first=1, samples=2)
+    with BetonReader(bare) as reader:
+        widest = max(drawn_size(int(reader.heights[i]), int(reader.widths[i]))[1] for i in (1, 2))
+    assert Image.open(picture).width == 2 * MARGIN + widest + GAP + PANEL
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"ids": [0, 99]}, r"sample 99 is not in .*full\.beton, which has samples 0\.\.\d+"),
+        ({"ids": [-1]}, "sample -1 is not in"),
+        ({"ids": []}, "ids is empty"),
+        ({"first": 99}, "sample 99 is not in"),
+        ({"first": -3}, "sample -3 is not in"),
+        ({"first": 0, "ids": [1]}, "either ids or first"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"grid": 0}, "grid"),
+        ({"smoothing": 1.5}, "smoothing"),
+        ({"epoch": -1}, "epoch"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(full, tmp_path, settings_, message):
+    with pytest.raises(ValueError, match=message):
+        show(full, tmp_path / "sheet.png", **settings_)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_no_picture(full, tmp_path):
+    with pytest.raises(ValueError, match=r"'\.beton'; use \.png"):
+        show(full, full)
+
+
+def test_command_line(full, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    main([str(full), "--out", str(out), "--ids", "3,1", "--epoch", "2", "--grid", "4"])
+    assert capsys.readouterr().out == f"{out}\n"
+    assert out.read_bytes() == show(full, tmp_path / "same.png", ids=[3, 1], epoch=2, grid=4).read_bytes()
+    for arguments, message in ((["--ids", "99"], "sample 99 is not in"), (["--ids", "1,two"], "'1,two' is not a list"), (["--first", "1", "--ids", "1"], "not allowed")):
+        with pytest.raises(SystemExit) as stop:
+            main([str(full), "--out", str(out), *arguments])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "none.beton"), "--out", str(out)])
+    assert "none.beton" in capsys.readouterr().err
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 6), st.sampled_from([-3.0, 0.0, 3.0]))
+def test_best_of_map_is_the_dense_softmax(seed, k, shift):
+    rng = np.random.default_rng(seed)
+    classes = np.argsort(rng.random((6, 3, 4)), axis=0)[:k].astype(np.uint16)
+    scores = (rng.normal(0, 3, classes.shape) + shift).astype(np.float32)
+    cells = best_of_map(classes, scores, 6)
+    powers = np.exp(reference.dense_map(classes, scores, 6).astype(np.float64))
+    p = powers / powers.sum(axis=0)
+    for y, x in np.ndindex(3, 4):
+        if cells.best[y, x] == NO_CLASS:  # only where a class that is not listed is at least as probable
+            assert k < 6 and scores[:, y, x].max() <= 0
+        else:
+            assert cells.best[y, x] == p[:, y, x].argmax()
+            np.testing.assert_allclose(cells.probability[y, x], p[:, y, x].max(), rtol=1e-5)
+
+
+def test_nothing_stands_out_in_uniform_cells_and_tokens():
+    assert (best_of_map(np.zeros((1, 2, 2), np.uint16), np.zeros((1, 2, 2), np.float32), 5).best == NO_CLASS).all()
+    assert (best_of_map(np.arange(2, dtype=np.uint16).reshape(2, 1, 1), np.full((2, 1, 1), 4, np.float32), 2).best == NO_CLASS).all()
+    assert (best_of_targets(np.full((4, 3), 1 / 3, np.float32), 2).best == NO_CLASS).all()
+    assert (best_of_targets(np.ones((4, 1), np.float32), 2).best == 0).all()
+
+
+def test_colours_are_distinct():
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    colours = Image.fromarray(np.vstack([PALETTE, OTHER])[None])
+    lab = np.asarray(ImageCms.applyTransform(colours, to_lab)).view(np.uint8)[0].astype(float)
+    lab[:, 0] *= 100 / 255
+    lab[:, 1:] = (lab[:, 1:] + 128) % 256  # a and b are stored as signed bytes
+    nearest = min(np.linalg.norm(a - b) for a, b in combinations(lab, 2))
+    assert nearest > 30  # CIE76; 2.3 is just noticeable
