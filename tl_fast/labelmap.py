@@ -1,0 +1,307 @@
+"""Label maps on disk: what the machine annotator saw in every cell of an image, k classes with their scores.
+
+A cell lists its k best classes; a class it does not list has score 0. Scores are logits relative to the cell's tail (`top_k_relative`), so
+that a softmax over all C classes gives the listed classes their true probability and spreads the rest evenly. They are stored as
+uint8 levels with one float32 minimum and step per sample (`quantise`).
+
+A store is a folder:
+
+    manifest.json         what made the maps, their `spec`, `class_names`, `num_samples`, `complete`
+    ids.jsonl             one JSON string a line: the image's path relative to the annotated folder (posix, with suffix)
+    maps-00000.npy ...    structured arrays of `MapSpec.dtype`, 1,024 records each (the last one shorter); sample i is in part i // 1024
+
+Parts appear by rename and are never touched again, so a part that exists is whole.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+FORMAT = "tl_fast label maps"
+VERSION = 1
+PART_SIZE = 1024  # records per part: 1 MB at 7x7 cells, 5 MB at 18x18; an interrupted annotation loses at most this much work
+EXTENTS = ("full", "center_square")
+
+
+class LabelMapError(ValueError):
+    """A label map, or a store of them, that cannot be used; the message names the value or file and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MapSpec:
+    """What every label map of a store looks like.
+
+    k: classes listed per cell. height, width: cells. num_classes: C. extent: which part of the image the map spans, `full` or
+    `center_square` (maps made behind a square centre crop).
+    """
+
+    k: int
+    height: int
+    width: int
+    num_classes: int
+    extent: str = "full"
+
+    def __post_init__(self) -> None:
+        for name in ("k", "height", "width", "num_classes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise LabelMapError(f"label map spec: {name} must be an integer >= 1, got {value!r}")
+            object.__setattr__(self, name, int(value))
+        if self.num_classes > 65_535:
+            raise LabelMapError(f"label map spec: num_classes must be at most 65535 (classes are uint16), got {self.num_classes}")
+        if self.k > self.num_classes:
+            raise LabelMapError(f"label map spec: k must be at most num_classes = {self.num_classes}, got {self.k}")
+        if self.extent not in EXTENTS:
+            raise LabelMapError(f"label map spec: extent must be one of {EXTENTS}, got {self.extent!r}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(k, H, W)."""
+        return self.k, self.height, self.width
+
+    @property
+    def dtype(self) -> np.dtype:
+        """One packed record: 8 + 3·k·H·W bytes, no padding."""
+        return np.dtype([("score_min", "<f4"), ("score_step", "<f4"), ("classes", "<u2", self.shape), ("scores", "u1", self.shape)])
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MapSpec:
+        """Raises LabelMapError on unknown or missing keys."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        missing = sorted(name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values)
+        if unknown or missing:
+            raise LabelMapError(f"label map spec: unknown keys {unknown}, missing keys {missing}; the keys are {sorted(fields)}")
+        return cls(**values)
+
+
+def top_k_relative(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best classes of every cell, their logits relative to the cell's tail.
+
+    logits: float `[B, C, H, W]`. Returns classes int64 `[B, k, H, W]`, best first, and scores float32 `[B, k, H, W]` = v − t with
+    t = logsumexp(the C − k others) − log(C − k): the logit every unlisted class would have if they shared their probability
+    evenly. A softmax over the scores, unlisted classes at 0, then gives each listed class its true probability. With k = C nothing
+    is unlisted and t is the cell's smallest logit. Scores are never negative. Raises LabelMapError unless 1 <= k <= C.
+    """
+    if logits.ndim != 4 or not 1 <= k <= logits.shape[1]:
+        raise LabelMapError(f"top_k_relative: needs logits [B, C, H, W] and 1 <= k <= C, got shape {tuple(logits.shape)} and k = {k}")
+    logits = logits.float()
+    num_classes = logits.shape[1]
+    values, classes = logits.topk(k, dim=1)
+    if k == num_classes:
+        tail = values[:, -1:]
+    else:
+        # The sum over the rest is formed without the listed classes: "all minus listed" would cancel where the annotator is sure.
+        rest = logits.scatter(1, classes, float("-inf"))
+        tail = rest.logsumexp(dim=1, keepdim=True) - float(np.log(num_classes - k))
+    return classes, values - tail
+
+
+def quantise(scores: np.ndarray) -> tuple[np.ndarray, np.float32, np.float32]:
+    """float32 scores `[k, H, W]` → (uint8 levels `[k, H, W]`, score_min, score_step) with score ≈ score_min + score_step · level².
+
+    Squared levels are fine where scores are small: there the annotator is unsure and a token's top class hangs on small differences.
+    (On efficientnet-lite0's maps even levels change the top class of 1.4 % of the token targets, squared ones of 0.7 %.) For the same
+    reason the best two classes of a cell stay apart when their nearest levels coincide. The error is at most half a level, one level
+    where classes were kept apart. Equal scores give step 0. Raises LabelMapError on a non-finite score.
+    """
+    wide = np.asarray(scores, np.float64)
+    if wide.ndim != 3 or wide.size == 0 or not np.isfinite(wide).all():
+        raise LabelMapError(f"label map scores must be finite and [k, H, W], got shape {wide.shape} with "
+                            f"{int((~np.isfinite(wide)).sum())} non-finite values")
+    if wide.max() - wide.min() > 0.99 * np.finfo(np.float32).max:
+        raise LabelMapError(f"label map scores {wide.min()}..{wide.max()} span more than float32 holds")
+    score_min = np.float32(wide.min())
+    score_step = np.float32((wide.max() - wide.min()) / 255**2)
+    if score_step < np.finfo(np.float32).tiny:  # equal, or so nearly that float32 has no digits left for a step
+        return np.zeros(wide.shape, np.uint8), score_min, np.float32(0)
+    exact = np.sqrt(np.clip((wide - score_min) / np.float64(score_step), 0, 255**2))
+    levels = np.rint(exact)
+    if len(levels) > 1:
+        order = np.argsort(-exact, axis=0, kind="stable")
+        exact, sorted_levels = np.take_along_axis(exact, order, 0), np.take_along_axis(levels, order, 0)
+        tied = (sorted_levels[0] == sorted_levels[1]) & (exact[0] > exact[1])
+        best_up = tied & (exact[0] + exact[1] > 2 * sorted_levels[0])  # move the one that lies on the side it moves to
+        sorted_levels[0] += best_up
+        sorted_levels[1] -= tied & ~best_up
+        sorted_levels[2:] = np.minimum(sorted_levels[2:], sorted_levels[1])  # a third class of the same level moves along
+        np.put_along_axis(levels, order, sorted_levels, 0)
+    return levels.astype(np.uint8), score_min, score_step
+
+
+def dequantise(levels: np.ndarray, score_min: np.ndarray | float, score_step: np.ndarray | float) -> np.ndarray:
+    """uint8 levels `[..., k, H, W]`, score_min and score_step `[...]` → float32 `[..., k, H, W]`: score_min + score_step · level²."""
+    low = np.asarray(score_min, np.float32)[..., None, None, None]
+    step = np.asarray(score_step, np.float32)[..., None, None, None]
+    return np.square(levels, dtype=np.float32) * step + low
+
+
+def pack(classes: np.ndarray, scores: np.ndarray, spec: MapSpec) -> np.void:
+    """One label map as a record of `spec.dtype`.
+
+    classes: integers `[k, H, W]`; scores: float `[k, H, W]`. Raises LabelMapError on a wrong shape, a class outside 0..C−1, a class
+    listed twice in one cell (its mass would count twice), or a non-finite score.
+    """
+    classes, scores = np.asarray(classes), np.asarray(scores)
+    for name, array in (("classes", classes), ("scores", scores)):
+        if array.shape != spec.shape:
+            raise LabelMapError(f"label map {name} must have shape (k, H, W) = {spec.shape}, got {array.shape}")
+    if classes.dtype.kind not in "iu":
+        raise LabelMapError(f"label map classes must be integers, got dtype {classes.dtype}")
+    if classes.min() < 0 or classes.max() >= spec.num_classes:
+        raise LabelMapError(f"label map classes must lie in 0..{spec.num_classes - 1}, got {classes.min()}..{classes.max()}")
+    ordered = np.sort(classes, axis=0)
+    if (twice := np.argwhere(ordered[1:] == ordered[:-1])).size:
+        j, row, column = twice[0]
+        raise LabelMapError(f"label map lists class {ordered[j, row, column]} twice in cell (row {row}, column {column})")
+    record = np.zeros((), spec.dtype)
+    record["classes"] = classes
+    record["scores"], record["score_min"], record["score_step"] = quantise(scores)
+    return record[()]
+
+
+def unpack(record: np.void, spec: MapSpec) -> tuple[np.ndarray, np.ndarray]:
+    """A record of `spec.dtype` → classes uint16 `[k, H, W]`, scores float32 `[k, H, W]`. Raises LabelMapError on another spec's record."""
+    if record.dtype != spec.dtype:
+        raise LabelMapError(f"label map record has dtype {record.dtype}, its spec {spec} says {spec.dtype}")
+    return record["classes"], dequantise(record["scores"], record["score_min"], record["score_step"])
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write(file)` fill a temporary file beside `path`, then fsync and rename: readers see the old file or the whole new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the store from other users
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def part_path(folder: Path, part: int) -> Path:
+    return folder / f"maps-{part:05d}.npy"
+
+
+def write_part(folder: Path, part: int, records: np.ndarray) -> None:
+    """records: `[n]` of `MapSpec.dtype`, samples part·1024 to part·1024 + n − 1."""
+    write_atomic(part_path(folder, part), lambda file: np.save(file, records, allow_pickle=False))
+
+
+def write_ids(folder: Path, ids: Iterable[str]) -> None:
+    text = "".join(json.dumps(sample_id) + "\n" for sample_id in ids)
+    write_atomic(folder / "ids.jsonl", lambda file: file.write(text.encode("ascii")))
+
+
+def write_manifest(folder: Path, spec: MapSpec, num_samples: int, class_names: Sequence[str] | None, *, complete: bool,
+                   **annotator: Any) -> dict[str, Any]:
+    """Write manifest.json; `annotator` holds what else there is to say about how the maps were made. Returns the manifest."""
+    if class_names is not None and len(class_names) != spec.num_classes:
+        raise LabelMapError(f"{folder}: {len(class_names)} class names for {spec.num_classes} classes")
+    manifest = {"format": FORMAT, "version": VERSION, "complete": complete, "num_samples": num_samples, "spec": spec.to_dict(),
+                "class_names": None if class_names is None else list(class_names), **annotator}
+    text = json.dumps(manifest, indent=1) + "\n"
+    write_atomic(folder / "manifest.json", lambda file: file.write(text.encode("utf-8")))
+    return manifest
+
+
+def write_store(folder: Path | str, ids: Sequence[str], records: Iterable[np.void], spec: MapSpec,
+                class_names: Sequence[str] | None = None, **annotator: Any) -> None:
+    """Write a whole store at once: for label maps that come from elsewhere than tl_fast.annotate. records: one of `pack` per id."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = np.array(list(records), spec.dtype)
+    if len(packed) != len(ids):
+        raise LabelMapError(f"{folder}: {len(ids)} ids for {len(packed)} label maps")
+    write_ids(folder, ids)
+    for part in range(-(-len(packed) // PART_SIZE)):
+        write_part(folder, part, packed[part * PART_SIZE:(part + 1) * PART_SIZE])
+    write_manifest(folder, spec, len(packed), class_names, complete=True, **annotator)
+
+
+class LabelMapStore:
+    """Read access to a store folder by image id.
+
+    `spec`, `manifest` (dict), `class_names` (list or None), `ids` (list of str), `path`, `len()`. Opens the parts on first use,
+    memory-mapped. Raises LabelMapError if the folder is not a store, or its files contradict each other.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text("utf-8"))
+            self.ids: list[str] = [json.loads(line) for line in (self.path / "ids.jsonl").read_text("ascii").splitlines()]
+        except FileNotFoundError as error:
+            raise LabelMapError(f"{error.filename} is missing: {self.path} is not a label-map store "
+                                "(make one with python -m tl_fast.annotate)") from error
+        except ValueError as error:
+            raise LabelMapError(f"{self.path}: manifest.json or ids.jsonl is damaged ({error})") from error
+        if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
+            raise LabelMapError(f"{self.path}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}, "
+                                f"this code reads {FORMAT!r} version {VERSION}")
+        self.spec = MapSpec.from_dict(self.manifest["spec"])
+        self.class_names: list[str] | None = self.manifest["class_names"]
+        self._index = {sample_id: i for i, sample_id in enumerate(self.ids)}
+        if not len(self._index) == len(self.ids) == self.manifest["num_samples"]:
+            raise LabelMapError(f"{self.path}: ids.jsonl has {len(self.ids)} lines, {len(self._index)} of them different; "
+                                f"the manifest says {self.manifest['num_samples']}")
+        self._parts: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, sample_id: str) -> bool:
+        return sample_id in self._index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parts": {}}  # a mapping pickles as its bytes; every process maps the files itself
+
+    @property
+    def missing_parts(self) -> list[str]:
+        """Names of the part files that do not exist yet."""
+        paths = (part_path(self.path, part) for part in range(-(-len(self) // PART_SIZE)))
+        return [path.name for path in paths if not path.exists()]
+
+    @property
+    def complete(self) -> bool:
+        """True when the annotation ended well and every part is there."""
+        return bool(self.manifest["complete"]) and not self.missing_parts
+
+    def record(self, sample_id: str) -> np.void:
+        """The packed label map of one image. Raises LabelMapError naming the id, or the part file, that is missing or damaged."""
+        index = self._index.get(sample_id)
+        if index is None:
+            example = f" (it has, for instance, {self.ids[0]!r})" if self.ids else ""
+            raise LabelMapError(f"{self.path} has no label map for {sample_id!r}{example}")
+        return self._part(index // PART_SIZE)[index % PART_SIZE]
+
+    def _part(self, part: int) -> np.ndarray:
+        if part not in self._parts:
+            path = part_path(self.path, part)
+            try:
+                records = np.load(path, mmap_mode="r", allow_pickle=False)
+            except FileNotFoundError as error:
+                raise LabelMapError(f"{path} is missing: the annotation is not finished; "
+                                    "run the same tl_fast.annotate command again to resume it") from error
+            except (ValueError, EOFError, OSError) as error:
+                raise LabelMapError(f"{path} is damaged ({error}); delete it and run the same tl_fast.annotate command again") from error
+            count = min(PART_SIZE, len(self) - part * PART_SIZE)
+            if records.dtype != self.spec.dtype or records.shape != (count,):
+                raise LabelMapError(f"{path} holds {records.shape} records of {records.dtype}; "
+                                    f"the manifest says ({count},) of {self.spec.dtype}")
+            self._parts[part] = records
+        return self._parts[part]
