@@ -1,0 +1,382 @@
+"""The loader: image and label map aligned, batches that depend on (seed, epoch, step) alone, errors that surface."""
+import io
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests import reference
+from tl_fast import plan
+from tl_fast.beton import BetonReader
+from tl_fast.beton_layout import BetonError
+from tl_fast.beton_write import Sample, write_beton
+from tl_fast.kernels import cpu
+from tl_fast.labelmap import MapSpec, pack
+from tl_fast.pipeline import DecodeError, Loader, center_boxes, crop_fractions
+
+
+def jpeg(pixels: np.ndarray, quality: int = 100) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def write(path, images, records=None, spec=None, classes=4):
+    samples = [
+        Sample(f"image-{i}.jpg", i % classes, lambda data=data: data, None if records is None else (lambda r=records[i]: r))
+        for i, data in enumerate(images)
+    ]
+    write_beton(path, samples, class_names=[f"class {c}" for c in range(spec.num_classes if spec else classes)], spec=spec)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photo_files(photos):
+    return sorted(photos.glob("train/*/*.jpg"))[:24]
+
+
+@pytest.fixture(scope="module")
+def photo_beton(photo_files, tmp_path_factory):
+    """24 bundled photos with random label maps of 10 classes, k = 3, 9 x 7 cells."""
+    rng = np.random.default_rng(0)
+    spec = MapSpec(k=3, height=9, width=7, num_classes=10)
+    records = []
+    for _ in photo_files:
+        classes = np.argsort(rng.random((10, 9, 7)), axis=0)[:3].astype(np.uint16)
+        records.append(pack(classes, rng.uniform(0, 9, classes.shape).astype(np.float32), spec))
+    path = tmp_path_factory.mktemp("photos") / "photos.beton"
+    return write(path, [file.read_bytes() for file in photo_files], records, spec)
+
+
+def collect(loader):
+    """{sample id: (image, targets)} of one epoch, and the ids in order."""
+    seen, order = {}, []
+    for batch in loader:
+        for i, sample in enumerate(batch.sample_ids.tolist()):
+            seen[sample] = (batch.images[i], None if batch.targets is None else batch.targets[i])
+            order.append(sample)
+    return seen, order
+
+
+# --- alignment: an image that encodes its coordinates, a label map that encodes its cells
+
+
+ROWS, COLUMNS = 6, 8  # label-map cells
+HEIGHT, WIDTH = 480, 640  # pixels; a cell is 80 x 80, larger than any token, so that a token's largest class is the nearest cell
+SIZE, GRID = 112, 14
+
+
+def coordinate_image(width: int = WIDTH) -> np.ndarray:
+    y, x = np.mgrid[:HEIGHT, :width]
+    return np.stack([y / HEIGHT * 255, x / width * 255, np.full_like(y, 128)], axis=2).round().astype(np.uint8)
+
+
+def cell_record(spec: MapSpec, rows=ROWS, columns=COLUMNS):
+    classes = np.arange(rows * columns, dtype=np.uint16).reshape(1, rows, columns)
+    return pack(classes, np.full(classes.shape, 12, np.float32), spec)
+
+
+def token_means(images: torch.Tensor) -> torch.Tensor:
+    """Mean level (0..1) of the pixels under each token: uint8 [B, c, SIZE, SIZE] -> [B, c, GRID, GRID]."""
+    return torch.nn.functional.avg_pool2d(images.float(), SIZE // GRID) / 255
+
+
+def misplacement(batch, cells_y, cells_x) -> np.ndarray:
+    """Distance in cells, per axis the larger, from the pixels under each token to the cell its target names: [B, N], 0 inside the cell.
+
+    cells_y, cells_x: red and green level (0..1 of the image's extent) -> cell coordinate.
+    """
+    means = token_means(batch.images[:, :2])
+    y, x = cells_y(means[:, 0].flatten(1).numpy()), cells_x(means[:, 1].flatten(1).numpy())
+    named = batch.targets[:, 1:].argmax(2).numpy()
+    return np.maximum(np.maximum(np.abs(y - named // COLUMNS - 0.5), np.abs(x - named % COLUMNS - 0.5)) - 0.5, 0)
+
+
+CROP_ONLY = plan.Augment(flip=0.0)
+FLIP_ONLY = plan.Augment(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3), flip=1.0)
+BOTH = plan.Augment(flip=1.0)
+
+
+@pytest.mark.parametrize("augment", [CROP_ONLY, FLIP_ONLY, BOTH], ids=["crop", "flip", "crop+flip"])
+def test_every_token_names_the_cell_under_its_pixels(tmp_path, augment):
+    spec = MapSpec(k=1, height=ROWS, width=COLUMNS, num_classes=ROWS * COLUMNS)
+    n = 16
+    path = write(tmp_path / "coordinates.beton", [jpeg(coordinate_image())] * n, [cell_record(spec)] * n, spec)
+    tokens = 0
+    with Loader(path, 8, image_size=SIZE, grid=GRID, augment=augment, seed=1, smoothing=0.0) as loader:
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            flips = []
+            for batch in loader:
+                off = misplacement(batch, lambda y: y * ROWS, lambda x: x * COLUMNS)
+                # A grey level is 0.03 cells; JPEG and the resample move a token's mean by no more than two or three.
+                assert off.max() <= 0.12, off.max()
+                tokens += off.size
+                flips += (batch.images[:, 1, 0, 0] > batch.images[:, 1, 0, -1]).tolist()
+            assert all(flips) if augment.flip else not any(flips)
+    assert tokens == 3 * n * GRID**2
+
+
+def test_the_alignment_test_notices_wrong_geometry(tmp_path, monkeypatch):
+    """Boxes fed as (left, top, ...), as the published code does, or flips left out: most tokens name the wrong cell."""
+    spec = MapSpec(k=1, height=ROWS, width=COLUMNS, num_classes=ROWS * COLUMNS)
+    path = write(tmp_path / "coordinates.beton", [jpeg(coordinate_image())] * 8, [cell_record(spec)] * 8, spec)
+    right = cpu.token_targets
+    swapped = lambda c, s, crops, flips, *rest: right(c, s, np.ascontiguousarray(crops[:, [1, 0, 3, 2]]), flips, *rest)  # noqa: E731
+    unflipped = lambda c, s, crops, flips, *rest: right(c, s, crops, np.zeros_like(flips), *rest)  # noqa: E731
+    for wrong in (swapped, unflipped):
+        monkeypatch.setattr(cpu, "token_targets", wrong)
+        with Loader(path, 8, image_size=SIZE, grid=GRID, augment=BOTH, smoothing=0.0) as loader:
+            off = misplacement(next(iter(loader)), lambda y: y * ROWS, lambda x: x * COLUMNS)
+        assert (off > 0.12).mean() > 0.5
+
+
+def test_center_square_maps_are_aligned_too(tmp_path):
+    """A map of the centred square only: tokens inside it name their cell, tokens beyond it nothing."""
+    spec = MapSpec(k=1, height=ROWS, width=COLUMNS, num_classes=ROWS * COLUMNS, extent="center_square")
+    path = write(tmp_path / "square.beton", [jpeg(coordinate_image(960))] * 8, [cell_record(spec)] * 8, spec)
+    inside = outside = 0
+    with Loader(path, 8, image_size=SIZE, grid=GRID, augment=BOTH, smoothing=0.0) as loader:
+        for epoch in range(4):
+            loader.set_epoch(epoch)
+            batch = next(iter(loader))
+            # The square is the middle half of this image; a cell is 1/16 of its width.
+            off = misplacement(batch, lambda y: y * ROWS, lambda x: (x - 0.25) * 2 * COLUMNS)
+            x = token_means(batch.images[:, 1:2]).flatten(1).numpy()
+            peak = batch.targets[:, 1:].max(2).values.numpy()
+            within, beyond = np.abs(x - 0.5) < 0.25, np.abs(x - 0.5) > 0.25 + 1.2 / 16  # RoIAlign holds the border for one cell
+            assert off[within].max() <= 0.15 and (peak[within] > 0.1).all()
+            np.testing.assert_allclose(peak[beyond], 1 / (ROWS * COLUMNS), rtol=1e-5)
+            inside, outside = inside + within.sum(), outside + beyond.sum()
+    assert inside > 1000 and outside > 200
+
+
+def test_crops_leave_the_square_by_the_right_amount():
+    fractions = crop_fractions(np.array([[0.0, 0.0, 480.0, 640.0]]), np.array([480]), np.array([640]), "center_square")
+    np.testing.assert_allclose(fractions, [[0, -80 / 480, 1, 640 / 480]], rtol=1e-6)
+    with pytest.raises(ValueError, match="extent"):
+        crop_fractions(np.zeros((1, 4)), np.ones(1), np.ones(1), "left_half")
+
+
+# --- what a batch holds
+
+
+def test_images_and_targets_are_those_of_the_plan(photo_beton, photo_files):
+    """Pixels: Pillow's decode and BILINEAR with box=, within one level. Targets: the slow oracle on the stored maps."""
+    with Loader(photo_beton, 8, image_size=96, grid=3, seed=5, smoothing=0.1) as loader, BetonReader(photo_beton) as reader:
+        loader.set_epoch(2)
+        seen, order = collect(loader)
+        assert sorted(order) == list(range(24)) and order != sorted(order)
+        ids = np.array(order)
+        plans = loader.draw(ids)
+        assert 0 < plans["flip"].sum() < 24
+        classes, scores = reader.label_maps(ids)
+        for i, sample in enumerate(order):
+            p = plans[i]
+            with Image.open(photo_files[sample]) as file:
+                image = file.convert("RGB")
+            box = (p["left"], p["top"], p["left"] + p["width"], p["top"] + p["height"])
+            pixels = np.asarray(image.resize((96, 96), Image.Resampling.BILINEAR, box=tuple(map(float, box)))).transpose(2, 0, 1)
+            if p["flip"]:
+                pixels = pixels[:, :, ::-1]
+            assert np.abs(seen[sample][0].numpy().astype(int) - pixels).max() <= 1, photo_files[sample]
+            crop = np.array([p["top"] / image.height, p["left"] / image.width, p["height"] / image.height, p["width"] / image.width])
+            expected = reference.token_targets(classes[i : i + 1], scores[i : i + 1], [crop], [p["flip"]], 10, 3, 0.1)[0]
+            np.testing.assert_allclose(seen[sample][1].numpy(), expected, atol=2e-5)
+
+
+def test_batches_do_not_depend_on_threads_batch_size_ranks_or_restart(photo_beton):
+    def epoch(batch_size, **options):
+        with Loader(photo_beton, batch_size, image_size=64, grid=4, seed=9, **options) as loader:
+            loader.set_epoch(1)
+            return collect(loader)
+
+    base, order = epoch(8, threads=1)
+    for other, other_order in (epoch(8, threads=3), epoch(12, threads=2), epoch(4, prefetch=5)):
+        assert other_order == order
+        assert all(torch.equal(base[s][0], other[s][0]) and torch.equal(base[s][1], other[s][1]) for s in order)
+    ranks = [epoch(4, rank=rank, world_size=2) for rank in range(2)]
+    assert all(torch.equal(base[s][0], seen[s][0]) for seen, _ in ranks for s in seen)
+    # Global batch by global batch the ranks hold what one rank of twice the batch holds.
+    assert [r[1][4 * s : 4 * s + 4] for s in range(3) for r in ranks] == [order[4 * t : 4 * t + 4] for t in range(6)]
+    with Loader(photo_beton, 8, image_size=64, grid=4, seed=9) as loader:
+        loader.set_epoch(1, start_step=2)
+        assert collect(loader)[1] == order[16:]
+        loader.set_epoch(2)
+        assert collect(loader)[1] != order
+
+
+def test_shards_are_disjoint_equal_and_cover_the_epoch(photo_beton):
+    for world_size, batch_size in ((2, 4), (3, 2), (5, 2)):
+        shards, lengths = [], set()
+        for rank in range(world_size):
+            with Loader(photo_beton, batch_size, image_size=32, grid=2, rank=rank, world_size=world_size) as loader:
+                lengths.add(len(loader))
+                shards.append(collect(loader)[1])
+        together = [s for shard in shards for s in shard]
+        whole = 24 // (batch_size * world_size) * batch_size * world_size
+        assert len(lengths) == 1 and len({len(shard) for shard in shards}) == 1
+        assert len(together) == len(set(together)) == whole
+
+
+def test_what_a_short_epoch_leaves_out_changes(photo_beton):
+    with Loader(photo_beton, 10, image_size=32, grid=2) as loader:
+        left_out = []
+        for epoch in range(6):
+            loader.set_epoch(epoch)
+            left_out.append(frozenset(range(24)) - set(collect(loader)[1]))
+    assert all(len(out) == 4 for out in left_out) and len(set(left_out)) > 3
+
+
+def test_evaluation_is_resize_and_centre_crop(photo_beton, photo_files):
+    seen, order = {}, []
+    for rank in range(2):
+        with Loader(photo_beton, 5, image_size=96, train=False, rank=rank, world_size=2, crop_pct=0.875) as loader:
+            part, ids = collect(loader)
+            assert len(ids) == 12 and all(targets is None for _, targets in part.values())
+            seen, order = seen | part, order + ids
+    assert sorted(order) == list(range(24))
+    for sample, file in enumerate(photo_files):
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+        # Short side to floor(96 / 0.875) = 109 pixels, then the centre 96: in source pixels a square of 96 / 109 of the short side.
+        side = min(image.size) * 96 / 109
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        theirs = image.resize((96, 96), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        assert np.abs(seen[sample][0].numpy().astype(int) - np.asarray(theirs).transpose(2, 0, 1)).max() <= 1, file
+
+
+def test_centre_boxes_never_leave_the_image():
+    heights, widths = np.array([5, 300, 224, 1]), np.array([900, 300, 10, 1])
+    boxes = center_boxes(heights, widths, 224, 1.0)
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 0] + boxes[:, 2] <= heights).all() and (boxes[:, 1] + boxes[:, 3] <= widths).all()
+    np.testing.assert_allclose(boxes[1], [0, 0, 300, 300])
+
+
+def test_several_betons_are_one_data_set(photo_beton, photo_files, tmp_path):
+    with BetonReader(photo_beton) as reader:
+        spec = reader.spec
+        classes, scores = reader.label_maps(np.arange(24))
+    records = [pack(c, s, spec) for c, s in zip(classes, scores, strict=True)]
+    images = [file.read_bytes() for file in photo_files]
+    for name, part in (("a", slice(0, 7)), ("b", slice(7, 24))):
+        write(tmp_path / f"part-{name}.beton", images[part], records[part], spec)
+    with Loader(photo_beton, 8, image_size=48, grid=3) as one:
+        base, order = collect(one)
+    for paths in (tmp_path / "part-*.beton", [tmp_path / "part-a.beton", tmp_path / "part-b.beton"]):
+        with Loader(paths, 8, image_size=48, grid=3) as several:
+            seen, ids = collect(several)
+            assert "image-0.jpg" in several.samples.name(7) and "part-b" in several.samples.name(7)
+        assert ids == order
+        # Packing dequantised scores again moves them by less than one step of 255.
+        assert all(torch.equal(seen[s][0], base[s][0]) and (seen[s][1] - base[s][1]).abs().max() < 0.02 for s in order)
+    other = write(tmp_path / "other.beton", images[:2], [cell_record(MapSpec(1, 2, 2, 4), 2, 2)] * 2, MapSpec(1, 2, 2, 4))
+    with pytest.raises(ValueError, match="other.beton"):
+        Loader([photo_beton, other], 2)
+
+
+def test_without_label_maps_there_are_no_targets(photo_files, photo_beton, tmp_path):
+    path = write(tmp_path / "plain.beton", [file.read_bytes() for file in photo_files[:4]])
+    with Loader(path, 2, image_size=32) as loader:
+        batch = next(iter(loader))
+        assert batch.targets is None and loader.num_classes == 4 and set(batch.labels.tolist()) <= set(range(4))
+    with Loader(photo_beton, 2, image_size=32, token_labels=False) as loader:
+        assert next(iter(loader)).targets is None
+
+
+# --- errors and endings
+
+
+def damaged(source, target, sample, share):
+    """A copy of the beton with 64 bytes of one JPEG overwritten, beginning at `share` of its length."""
+    data = bytearray(source.read_bytes())
+    with BetonReader(source) as reader:
+        picture = bytes(reader.jpeg(sample))
+    at = bytes(data).index(picture) + int(len(picture) * share)
+    data[at : at + 64] = bytes(64)
+    target.write_bytes(data)
+    return target
+
+
+def test_an_image_that_cannot_be_decoded_names_its_sample_within_five_seconds(photo_beton, tmp_path):
+    path = damaged(photo_beton, tmp_path / "damaged.beton", 11, 0.0)
+    with Loader(path, 4, image_size=32, grid=2) as loader:
+        for _ in range(2):  # DALI's pipeline is rebuilt, so the second epoch behaves the same
+            start = time.monotonic()
+            with pytest.raises(DecodeError, match=r"sample 11 \(image-11.jpg\) of .*damaged.beton"):
+                collect(loader)
+            assert time.monotonic() - start < 5
+        assert loader.batch(np.array([0, 1, 2, 3])).images.shape == (4, 3, 32, 32)
+
+
+def test_changed_bytes_are_found_by_their_crc(photo_beton, tmp_path):
+    """No JPEG decoder notices bytes changed among the pixels; the CRC does."""
+    path = damaged(photo_beton, tmp_path / "damaged.beton", 11, 0.5)
+    with Loader(path, 4, image_size=32, grid=2, check=True) as loader, pytest.raises(BetonError, match=r"damaged.beton.*11"):
+        collect(loader)
+    with Loader(photo_beton, 4, image_size=32, grid=2, check=True) as loader:
+        assert len(collect(loader)[1]) == 24
+
+
+def test_an_error_in_a_kernel_or_the_reader_surfaces(photo_beton, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("broken kernel")
+
+    for owner, name in ((cpu, "resample"), (cpu, "token_targets"), (BetonReader, "label_maps"), (BetonReader, "jpeg")):
+        with monkeypatch.context() as patch, Loader(photo_beton, 4, image_size=32, grid=2) as loader:
+            patch.setattr(owner, name, fail)
+            start = time.monotonic()
+            with pytest.raises(ZeroDivisionError, match="broken kernel"):
+                collect(loader)
+            assert time.monotonic() - start < 5
+
+
+def test_leaving_the_loop_early_leaks_nothing(photo_beton, monkeypatch):
+    before = set(threading.enumerate())
+    with Loader(photo_beton, 4, image_size=32, grid=2, threads=2) as loader:
+        whole = collect(loader)[1]
+        working = len(threading.enumerate())
+        for _ in range(20):
+            for batch in loader:
+                break
+        produced = []
+        with monkeypatch.context() as patch:
+            patch.setattr(loader, "_produce", lambda *arguments: produced.append(arguments))
+            time.sleep(0.2)
+        assert not produced and len(threading.enumerate()) == working
+        assert collect(loader)[1] == whole  # nothing of the abandoned epochs is left in DALI's queues
+        held = [batch for batch in loader]
+        copies = [batch.images.clone() for batch in held]
+        collect(loader)
+        assert all(torch.equal(batch.images, copy) for batch, copy in zip(held, copies, strict=True))
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 25}, "do not fill"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"rank": 2, "world_size": 2}, "rank"),
+        ({"device": "cuda"}, "only the CPU pipeline"),
+        ({"decode": "mixed"}, "only the CPU pipeline"),
+        ({"crop_pct": 0.0}, "crop_pct"),
+        ({"smoothing": 1.0}, "smoothing"),
+        ({"paths": "nothing-*.beton"}, "to_beton.py"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(photo_beton, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Loader(**({"paths": photo_beton, "batch_size": 4} | options))
+
+
+def test_epochs_and_steps_outside_their_range_are_refused(photo_beton):
+    with Loader(photo_beton, 4, image_size=32) as loader:
+        for epoch, step in ((-1, 0), (0, 7), (0, -1)):
+            with pytest.raises(ValueError, match="start_step in 0..6"):
+                loader.set_epoch(epoch, step)
+        with pytest.raises(ValueError, match="sample ids"):
+            loader.batch(np.array([24]))

@@ -1,0 +1,390 @@
+"""The decode pipeline: betons -> plan -> DALI decode of the crop -> resample and token targets -> Batch.
+
+Sample order and all random decisions come from `tl_fast.plan`, so a batch depends on (seed, epoch, step) and on nothing else.
+"""
+from __future__ import annotations
+
+import collections
+import glob
+import io
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
+
+from tl_fast import plan
+from tl_fast.beton import BetonReader
+from tl_fast.kernels import cpu
+
+EXTENTS = ("full", "center_square")
+
+
+class DecodeError(RuntimeError):
+    """An image could not be decoded; the message names the sample and its file."""
+
+
+@dataclass
+class Batch:
+    """One step's samples, owned by the receiver.
+
+    images: uint8 [B, 3, H, W], RGB, not normalised; labels: int64 [B]; targets: float32 [B, 1+N, C], class-token target first, tokens row by
+    row, or None (no label maps, or evaluation); sample_ids: int64 [B], position in the concatenation of the betons.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    targets: torch.Tensor | None
+    sample_ids: torch.Tensor
+
+
+class Samples:
+    """Several betons as one data set: sample i of the concatenation, in the order the files are given."""
+
+    def __init__(self, paths: str | Path | Sequence[str | Path]):
+        self.paths = expand(paths)
+        self.readers = [BetonReader(path) for path in self.paths]
+        first = self.readers[0]
+        for reader in self.readers[1:]:
+            if reader.spec != first.spec:
+                raise ValueError(f"{reader.path}: label maps are {reader.spec}, but {first.path} has {first.spec}; convert both alike")
+            if reader.class_names != first.class_names:
+                raise ValueError(f"{reader.path}: class names differ from those of {first.path}; convert both from the same classes")
+        self.spec = first.spec
+        self.class_names = first.class_names
+        self.heights = np.concatenate([reader.heights for reader in self.readers]).astype(np.int64)
+        self.widths = np.concatenate([reader.widths for reader in self.readers]).astype(np.int64)
+        self.labels = np.concatenate([reader.labels for reader in self.readers]).astype(np.int64)
+        self._starts = np.cumsum([0] + [len(reader) for reader in self.readers])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the label maps, or of the labels where there are no maps."""
+        if self.spec is not None:
+            return self.spec.num_classes
+        return len(self.class_names) or (int(self.labels.max()) + 1 if len(self) else 0)
+
+    def locate(self, sample_id: int) -> tuple[BetonReader, int]:
+        """The reader that holds the sample and its index there; IndexError names an id outside the data set."""
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"sample {sample_id} is not in 0..{len(self) - 1} ({', '.join(map(str, self.paths))})")
+        file = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+        return self.readers[file], int(sample_id - self._starts[file])
+
+    def jpeg(self, sample_id: int) -> np.ndarray:
+        """The sample's JPEG bytes, a uint8 view of the file."""
+        reader, index = self.locate(sample_id)
+        return reader.jpeg(index)
+
+    def check(self, sample_id: int) -> None:
+        """Raise BetonError when the sample's bytes do not have the CRC-32 they were written with."""
+        reader, index = self.locate(sample_id)
+        reader.check(index)
+
+    def name(self, sample_id: int) -> str:
+        """For messages: id, the image's name when it was converted, and the file."""
+        reader, index = self.locate(sample_id)
+        return f"sample {sample_id} ({reader.source_ids[index]}) of {reader.path}"
+
+    def label_maps(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Classes uint16 and scores float32, both [B, k, H, W]."""
+        if len(self.readers) == 1:
+            return self.readers[0].label_maps(sample_ids)
+        shape = (len(sample_ids), self.spec.k, self.spec.height, self.spec.width)
+        classes, scores = np.empty(shape, np.uint16), np.empty(shape, np.float32)
+        files = np.searchsorted(self._starts, sample_ids, side="right") - 1
+        for file in np.unique(files):
+            chosen = np.flatnonzero(files == file)
+            classes[chosen], scores[chosen] = self.readers[file].label_maps(sample_ids[chosen] - self._starts[file])
+        return classes, scores
+
+    def close(self) -> None:
+        for reader in self.readers:
+            reader.close()
+
+
+def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """A path, a glob pattern or a list of either -> the files, globs sorted. FileNotFoundError names what matches nothing."""
+    found: list[Path] = []
+    for pattern in [paths] if isinstance(paths, (str, Path)) else paths:
+        matches = [str(pattern)] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))
+        if not matches:
+            raise FileNotFoundError(f"no beton at {pattern}; make one with converters/to_beton.py")
+        found += map(Path, matches)
+    if not found:
+        raise FileNotFoundError("no beton given")
+    return found
+
+
+def center_boxes(heights: np.ndarray, widths: np.ndarray, image_size: int, crop_pct: float) -> np.ndarray:
+    """Evaluation boxes float64 [B, 4] = (top, left, height, width) in source pixels: what "resize the short side to
+    floor(image_size / crop_pct), then crop the centre image_size square" keeps."""
+    side = np.minimum(heights, widths) * image_size / np.floor(image_size / crop_pct)
+    side = np.minimum(side, np.minimum(heights, widths))
+    return np.stack([(heights - side) / 2, (widths - side) / 2, side, side], axis=1)
+
+
+def crop_fractions(boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray, extent: str) -> np.ndarray:
+    """Boxes [B, 4] in source pixels -> float32 [B, 4], the same boxes as fractions of what the label map covers.
+
+    extent: "full", the whole image; "center_square", the largest centred square (fractions may then leave 0..1).
+    """
+    size = np.stack([heights, widths], axis=1).astype(np.float64)
+    if extent == "center_square":
+        covered = np.repeat(size.min(axis=1, keepdims=True), 2, axis=1)
+    elif extent == "full":
+        covered = size
+    else:
+        raise ValueError(f"label map extent must be one of {EXTENTS}, got {extent!r}")
+    start = (size - covered) / 2
+    return np.concatenate([(boxes[:, :2] - start) / covered, boxes[:, 2:] / covered], axis=1).astype(np.float32)
+
+
+@pipeline_def
+def _decode_graph(device: str):
+    """The DALI graph: JPEG bytes, region start and region shape (rows, columns) -> RGB pixels of the region, uint8 [h, w, 3].
+
+    `device` 'cpu' or 'mixed' (nvJPEG) is the only difference between the backends. EXIF orientation is ignored, as annotation does.
+    """
+    jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
+    starts = fn.external_source(name="starts", dtype=types.INT32, ndim=1)
+    shapes = fn.external_source(name="shapes", dtype=types.INT32, ndim=1)
+    return fn.decoders.image_slice(
+        jpegs, starts, shapes, axis_names="HW", device=device, adjust_orientation=False, output_type=types.RGB
+    )
+
+
+def _finished(produced: Future) -> Batch:
+    """Wait for a batch of `Loader._produce` and for the kernels that fill it; raises what failed there."""
+    batch, kernels = produced.result()
+    for kernel in kernels:
+        kernel.result()
+    return batch
+
+
+class Loader:
+    """Batches of one or several betons, image crops and their token targets from the same plan.
+
+    paths: a beton, a glob or a list of them; batch_size: samples a rank and step; image_size: output pixels, square; grid: tokens a side;
+    train: random resized crop + flip in a new order every epoch, whole batches only (what is left over differs from epoch to epoch), or,
+    False, resize + centre crop (`crop_pct`) of every sample exactly once over all ranks, in file order, without targets; augment: ranges of
+    the random decisions, None for the paper's; seed: of all randomness; threads: decode and kernel threads, None for this rank's share of the
+    cores; device, decode: 'cpu' (the GPU pipeline is not there yet); rank, world_size: this rank takes its part of every global batch;
+    smoothing: label smoothing of the targets; token_labels: False leaves the targets out; check: compare every sample's CRC-32 as it is read;
+    prefetch: batches made ahead.
+
+    Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was under way. An error in any thread is
+    raised by the iteration. Raises ValueError or FileNotFoundError for settings or files that cannot work.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        batch_size: int,
+        *,
+        image_size: int = 224,
+        grid: int = 14,
+        train: bool = True,
+        augment: plan.Augment | None = None,
+        seed: int = 0,
+        threads: int | None = None,
+        device: str = "cpu",
+        decode: str = "auto",
+        rank: int = 0,
+        world_size: int = 1,
+        smoothing: float = 0.1,
+        crop_pct: float = 0.9,
+        token_labels: bool = True,
+        check: bool = False,
+        prefetch: int = 2,
+    ):
+        if device != "cpu" or decode not in ("auto", "cpu"):
+            raise ValueError(f"device={device!r}, decode={decode!r}: only the CPU pipeline exists (device='cpu', decode='auto' or 'cpu')")
+        if min(batch_size, image_size, grid, prefetch, world_size) < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_size, image_size, grid, prefetch >= 1 and 0 <= rank < world_size needed, got batch_size={batch_size}, "
+                f"image_size={image_size}, grid={grid}, prefetch={prefetch}, rank={rank}, world_size={world_size}"
+            )
+        if not 0 < crop_pct <= 1 or not 0 <= smoothing < 1:
+            raise ValueError(f"crop_pct must be in (0, 1] and smoothing in [0, 1), got {crop_pct} and {smoothing}")
+        self.samples = Samples(paths)
+        self.batch_size, self.image_size, self.grid, self.train = batch_size, image_size, grid, train
+        self.augment = augment or plan.Augment()
+        self.seed, self.rank, self.world_size, self.smoothing, self.crop_pct = seed, rank, world_size, smoothing, crop_pct
+        self.token_labels = token_labels and train and self.samples.spec is not None
+        self.check, self.prefetch = check, prefetch
+        self.threads = threads or max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        if train and len(self.samples) < batch_size * world_size:
+            raise ValueError(
+                f"{len(self.samples)} samples do not fill one global batch of {batch_size} x {world_size} ranks; lower the batch size"
+            )
+        self._epoch, self._start_step = 0, 0
+        self._graph = None
+        # One thread drives DALI (which decodes on its own threads); the kernels of the batch before run meanwhile.
+        self._decoder = ThreadPoolExecutor(1, "tl_fast-decode")
+        self._workers = ThreadPoolExecutor(self.threads, "tl_fast-kernel")
+
+    @property
+    def num_classes(self) -> int:
+        """C of the targets and labels."""
+        return self.samples.num_classes
+
+    def __len__(self) -> int:
+        """Steps of one whole epoch; the same on every rank when training."""
+        if self.train:
+            return len(self.samples) // (self.batch_size * self.world_size)
+        mine = len(range(self.rank, len(self.samples), self.world_size))
+        return -(-mine // self.batch_size)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch of the next iteration, and the step in it to start from (for resuming)."""
+        if epoch < 0 or not 0 <= start_step <= len(self):
+            raise ValueError(f"epoch must be >= 0 and start_step in 0..{len(self)}, got {epoch} and {start_step}")
+        self._epoch, self._start_step = epoch, start_step
+
+    def draw(self, sample_ids: np.ndarray) -> np.ndarray:
+        """The plans of these samples in the chosen epoch, PLAN records [B]."""
+        heights, widths = self.samples.heights[sample_ids], self.samples.widths[sample_ids]
+        return plan.draw(self.seed, self._epoch, sample_ids, heights, widths, self.augment)
+
+    def batch(self, sample_ids: np.ndarray) -> Batch:
+        """These samples as the chosen epoch has them, at most `batch_size` of them; for looking at, not for training."""
+        ids = np.asarray(sample_ids, np.int64)
+        if ids.ndim != 1 or not 1 <= ids.size <= self.batch_size or ids.min() < 0 or ids.max() >= len(self.samples):
+            raise ValueError(f"sample ids must be 1..{self.batch_size} numbers in 0..{len(self.samples) - 1}, got {sample_ids}")
+        return _finished(self._decoder.submit(self._produce, ids, self._epoch))
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = plan.epoch_order(self.seed, self._epoch, len(self.samples)) if self.train else np.arange(len(self.samples))
+        steps = iter(range(self._start_step, len(self)))
+        pending: collections.deque[Future] = collections.deque()
+
+        def submit(count: int) -> None:
+            for step in itertools.islice(steps, count):
+                pending.append(self._decoder.submit(self._produce, self._ids(order, step), self._epoch))
+
+        try:
+            submit(self.prefetch)
+            while pending:
+                batch = _finished(pending.popleft())
+                submit(1)
+                yield batch
+        finally:
+            for future in pending:
+                future.cancel()
+            for future in pending:
+                if not future.cancelled() and future.exception() is None:
+                    wait(future.result()[1])
+
+    def _ids(self, order: np.ndarray, step: int) -> np.ndarray:
+        """This rank's samples of a step, int64 [B]."""
+        if self.train:
+            start = (step * self.world_size + self.rank) * self.batch_size
+            return order[start : start + self.batch_size]
+        return order[self.rank :: self.world_size][step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _produce(self, ids: np.ndarray, epoch: int) -> tuple[Batch, list[Future]]:
+        """Decode one batch, start its kernels, and return the batch they are filling."""
+        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
+        if self.train:
+            plans = plan.draw(self.seed, epoch, ids, heights, widths, self.augment)
+            boxes = np.stack([plans[name] for name in ("top", "left", "height", "width")], axis=1).astype(np.float64)
+            flips = plans["flip"]
+        else:
+            boxes = center_boxes(heights, widths, self.image_size, self.crop_pct)
+            flips = np.zeros(len(ids), np.bool_)
+        starts, stops = self._regions(boxes, heights, widths)
+        regions = self._decode(ids, starts, stops - starts)
+        boxes[:, :2] -= starts
+        images = torch.empty((len(ids), 3, self.image_size, self.image_size), dtype=torch.uint8)
+        out = images.numpy()
+
+        def resample(part: range) -> None:
+            for b in part:
+                if self.check:
+                    self.samples.check(ids[b])
+                cpu.resample(np.asarray(regions[b]), tuple(boxes[b]), bool(flips[b]), out[b])
+
+        parts = [range(t, len(ids), self.threads) for t in range(min(self.threads, len(ids)))]
+        kernels = [self._workers.submit(resample, part) for part in parts]
+        targets = None
+        if self.token_labels:
+            targets = torch.empty((len(ids), 1 + self.grid**2, self.num_classes), dtype=torch.float32)
+            crops = crop_fractions(boxes + np.pad(starts, ((0, 0), (0, 2))), heights, widths, self.samples.spec.extent)
+            classes, scores = self.samples.label_maps(ids)
+            target_out = targets.numpy()
+
+            def token_targets(part: slice) -> None:
+                cpu.token_targets(
+                    classes[part], scores[part], crops[part], flips[part], self.num_classes, self.grid, self.smoothing, target_out[part]
+                )
+
+            bounds = np.linspace(0, len(ids), len(parts) + 1).astype(int)
+            kernels += [self._workers.submit(token_targets, slice(a, b)) for a, b in itertools.pairwise(bounds)]
+        labels = torch.from_numpy(self.samples.labels[ids])
+        return Batch(images, labels, targets, torch.from_numpy(np.ascontiguousarray(ids))), kernels
+
+    def _regions(self, boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What to decode for each box: the box and the pixels that the filter reads beyond it -> starts, stops int64 [B, 2]."""
+        margins = cpu.margin(boxes[:, 2:], self.image_size)
+        size = np.stack([heights, widths], axis=1)
+        starts = np.maximum(np.floor(boxes[:, :2]).astype(np.int64) - margins, 0)
+        stops = np.minimum(np.ceil(boxes[:, :2] + boxes[:, 2:]).astype(np.int64) + margins, size)
+        return starts, stops
+
+    def _decode(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray):
+        """DALI tensor list of the regions' pixels, uint8 [h, w, 3] each."""
+        if self._graph is None:
+            # Outputs of DALI's default executor own their memory, so a depth of one is enough: `pending` does the prefetching.
+            self._graph = _decode_graph(
+                "cpu", batch_size=self.batch_size, num_threads=self.threads, device_id=None, prefetch_queue_depth=1
+            )
+            self._graph.build()
+        jpegs = [self.samples.jpeg(i) for i in ids]
+        try:
+            (regions,) = self._graph.run(jpegs=jpegs, starts=starts.astype(np.int32), shapes=shapes.astype(np.int32))
+        except RuntimeError as error:
+            self._graph = None  # DALI's pipeline is unusable after a failure
+            damaged = self._damaged(ids, str(error))
+            if damaged is None:
+                raise DecodeError(f"DALI could not decode samples {ids.tolist()}, though each can be decoded alone: {error}") from error
+            raise DecodeError(
+                f"cannot decode {self.samples.name(damaged)}: the JPEG is damaged; "
+                "check the beton with `converters/to_beton.py verify FILE --decode` and convert again"
+            ) from error
+        return regions
+
+    def _damaged(self, ids: np.ndarray, message: str) -> int | None:
+        """The sample that made DALI fail: from its message where that says it, else by trying each."""
+        numbered = re.search(r"sample #(\d+)", message)
+        if numbered is not None:
+            return int(ids[int(numbered.group(1))])
+        for i in ids:
+            try:
+                Image.open(io.BytesIO(self.samples.jpeg(i))).load()
+            except (OSError, SyntaxError):  # what Pillow raises for damaged files
+                return int(i)
+        return None
+
+    def close(self) -> None:
+        """Stop the threads and close the files. The loader cannot be used afterwards."""
+        self._decoder.shutdown(wait=True, cancel_futures=True)
+        self._workers.shutdown(wait=True, cancel_futures=True)
+        self._graph = None
+        self.samples.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
