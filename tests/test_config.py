@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tl_fast.config import TrainConfig, data_files, parse_config, save_config
+from tl_fast.config import TrainConfig, parse_config, save_config
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -69,15 +69,6 @@ def test_saved_config_reads_back(tmp_path):
     save_config(config, tmp_path / "config.yaml")
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
     assert TrainConfig.from_dict(config.to_dict()) == config
-
-
-def test_data_files_takes_paths_globs_and_lists(tmp_path):
-    for name in ("b.beton", "a.beton", "odd[1].beton"):
-        (tmp_path / name).touch()
-    assert [f.name for f in data_files(str(tmp_path / "[ab].beton"))] == ["a.beton", "b.beton"]
-    assert [f.name for f in data_files([str(tmp_path / "b.beton"), str(tmp_path / "odd[1].beton")])] == ["b.beton", "odd[1].beton"]
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        data_files(str(tmp_path / "nothing*.beton"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

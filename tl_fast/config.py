@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +56,7 @@ class TrainConfig:
     ground_truth: bool = False
     """Mix the image label into the class token's target, as the published code does for its relabelled runs."""
     mix_token: bool = True
-    """MixToken (from the paper): mix patch embeddings of two images inside one box; needs an even batch per rank."""
+    """MixToken (from the paper): mix patch embeddings of two images inside one box."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Area of a random crop as a share of the image, (low, high)."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -226,17 +225,6 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         return TrainConfig(**values)
     except ValueError as error:
         parser.error(str(error))
-
-
-def data_files(patterns: str | Sequence[str]) -> list[Path]:
-    """The files that a path, a glob or a list of them names, each pattern's matches sorted. Raises FileNotFoundError naming the pattern."""
-    files: list[Path] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise FileNotFoundError(f"no file matches {pattern!r}; make one with converters/to_beton.py")
-        files += map(Path, matches)
-    return files
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

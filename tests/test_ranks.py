@@ -1,0 +1,52 @@
+"""The process group's few operations, in two real gloo processes."""
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from tl_fast.ranks import join
+
+
+def work(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    store = torch.distributed.FileStore(f"{folder}/store", 2)  # no port to collide on
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    with join("cpu") as ranks:
+        norm = torch.nn.BatchNorm1d(3)
+        norm.running_mean += 1 + 2 * rank  # 1 and 3
+        norm.num_batches_tracked += 5
+        ranks.average_buffers(norm)
+        result = {
+            "main": ranks.main,
+            "mean": norm.running_mean.tolist(),
+            "count": int(norm.num_batches_tracked),
+            "sum": ranks.sum(torch.tensor([rank + 1.0])).item(),
+            "said": ranks.from_main(f"hello from {rank}"),
+        }
+    assert torch.distributed.is_initialized(), "a group that join did not make is not its to destroy"
+    torch.save(result, f"{folder}/{rank}.pt")
+
+
+def test_two_processes_share_what_they_should(tmp_path):
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    expected = {"mean": [2.0] * 3, "count": 5, "sum": 3.0, "said": "hello from 0"}
+    assert first == {"main": True, **expected} and second == {"main": False, **expected}
+
+
+def test_a_world_of_one_needs_no_process_group(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with join("cpu") as ranks:
+        assert (ranks.rank, ranks.world_size, ranks.main, ranks.device.type) == (0, 1, True, "cpu")
+        assert not torch.distributed.is_initialized()
+        assert ranks.from_main(3) == 3 and ranks.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="no GPU"), join("cuda"):
+        pass

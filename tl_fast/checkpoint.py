@@ -1,0 +1,235 @@
+"""Checkpoints: written whole or not at all, verified before use; and weights from files of other origin.
+
+A checkpoint is a folder `step-<global step>/` of
+    model.safetensors, ema.safetensors   weights and buffers under the published names
+    optimizer.pt                         the optimiser's state dict, readable with torch.load(weights_only=True)
+    meta.json                            progress, config, metrics, versions, and size and CRC-32 of each file above
+It is written under a temporary name, flushed to disk, then renamed. No generator state is stored: every random draw of a run is a function
+of (seed, step, rank), so progress alone resumes it exactly.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from tl_fast.models import resize_pos_embed
+
+FORMAT = "tl_fast checkpoint 1"
+MODEL, EMA, OPTIMIZER, META = "model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
+_PREFIX, _TEMPORARY = "step-", ".tmp-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or weights file that cannot be used; names the file and what is wrong with it."""
+
+
+def save(folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> Path:
+    """Write `folder/step-<meta["global_step"]>` atomically and return its path.
+
+    `meta` is JSON: at least `global_step`, `epoch`, `step_in_epoch` (where to continue), `config`, `metrics`. A failure (disk full, kill)
+    leaves earlier checkpoints as they were. An existing checkpoint of the same step is replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{_TEMPORARY}*"):  # of a killed writer; there is one writer per run
+        shutil.rmtree(leftover)
+    final = folder / f"{_PREFIX}{meta['global_step']:010d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    temporary.mkdir()
+    try:
+        safetensors.torch.save_file(_plain(model.state_dict()), temporary / MODEL)
+        safetensors.torch.save_file(_plain(ema.state_dict()), temporary / EMA)
+        torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
+        files = {name: {"bytes": (temporary / name).stat().st_size, "crc32": _crc32(temporary / name)} for name in (MODEL, EMA, OPTIMIZER)}
+        (temporary / META).write_text(json.dumps({"format": FORMAT, **meta, "files": files}, indent=1))
+        for path in (*temporary.iterdir(), temporary):
+            _fsync(path)
+        if final.exists():
+            os.rename(final, folder / f"{_TEMPORARY}old-{final.name}")
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(folder / f"{_TEMPORARY}old-{final.name}", ignore_errors=True)
+    _fsync(folder)
+    return final
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check that a checkpoint is ours and whole; its meta. Raises CheckpointError naming the file that is missing, torn or foreign."""
+    meta = read_meta(path)
+    for name, expected in meta["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: the checkpoint is incomplete")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}: it is torn")
+        if _crc32(file) != expected["crc32"]:
+            raise CheckpointError(f"{file} does not have the CRC-32 that was written: it is damaged")
+    return meta
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """A checkpoint's meta.json. Raises CheckpointError for what is not a checkpoint of ours."""
+    try:
+        meta = json.loads((path / META).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of tl_fast (no readable {META}: {error})") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise CheckpointError(f"{path / META} is of format {meta.get('format') if isinstance(meta, dict) else meta!r}, expected {FORMAT!r}")
+    return meta
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run's `checkpoints/` folder, oldest first, unverified."""
+    return sorted(folder.glob(f"{_PREFIX}*"))
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest intact checkpoint; None when there is none at all. Warns of newer broken ones by name.
+
+    Raises CheckpointError when there are checkpoints and all are broken: starting afresh would then silently lose a run.
+    """
+    broken: list[CheckpointError] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            broken.append(error)
+            continue
+        for error in broken:
+            warnings.warn(f"falling back to {path}: {error}", stacklevel=2)
+        return path
+    if broken:
+        raise CheckpointError(f"no intact checkpoint in {folder}: {'; '.join(map(str, broken))}. Remove them to start afresh")
+    return None
+
+
+def score(meta: dict[str, Any]) -> float:
+    """What makes a checkpoint the best: validation top-1 of its better weights (EMA or raw), -1 if not validated."""
+    metrics = meta.get("metrics", {})
+    return max(metrics.get("val_top1_ema", -1.0), metrics.get("val_top1_raw", -1.0))
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the highest validation top-1 (the later of equals), None when none was validated."""
+    scored = [(score(read_meta(path)), path) for path in checkpoints(folder) if (path / META).is_file()]
+    top = max(scored, default=(-1.0, None))
+    return top[1] if top[0] >= 0 else None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints and the best one."""
+    for path in set(checkpoints(folder)[:-keep]) - {best(folder)}:
+        doomed = folder / f"{_TEMPORARY}{path.name}"
+        os.rename(path, doomed)  # a kill during the deletion must not leave a torn checkpoint under its real name
+        shutil.rmtree(doomed)
+
+
+def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load a checkpoint into model, EMA and optimiser, strictly, after verifying it; its meta. Raises CheckpointError."""
+    meta = verify(path)
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path / MODEL))
+        ema.load_state_dict(safetensors.torch.load_file(path / EMA))
+        optimizer.load_state_dict(torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True))
+    except (RuntimeError, ValueError) as error:  # torch's words for names, shapes or parameter groups that differ
+        raise CheckpointError(f"{path} does not fit the configured model: {error}") from error
+    return meta
+
+
+def read_weights(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a file or checkpoint, on the CPU, without wrappers' prefixes; and remarks on what was chosen.
+
+    Takes a checkpoint folder of ours, safetensors, a bare state dict, or a dict with `state_dict_ema`, `state_dict` or `model`, as timm and the
+    published `.pth.tar` have. Raises CheckpointError naming the file.
+    """
+    remarks: list[str] = []
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if path.is_dir():
+        verify(path)
+        return safetensors.torch.load_file(path / (EMA if use_ema else MODEL)), remarks
+    try:
+        if path.suffix == ".safetensors":
+            found = safetensors.torch.load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm stores its arguments beside the weights
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as weights (torn, or not a weights file): {error}") from error
+    if isinstance(found, dict):
+        keys = [key for key in ("state_dict_ema", "state_dict", "model") if isinstance(found.get(key), dict)]
+        if not use_ema and keys[:1] == ["state_dict_ema"] and len(keys) > 1:
+            keys = keys[1:]
+        if keys:
+            found = found[keys[0]]
+            remarks.append(f"{path}: took its {keys[0]}")
+        elif use_ema:
+            remarks.append(f"{path} holds one set of weights, taken as they are")
+    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise CheckpointError(f"{path} holds no state dict (expected tensors by name, perhaps under state_dict or state_dict_ema)")
+    for prefix in ("module.", "_orig_mod."):
+        found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return found, remarks
+
+
+def load_weights(model: nn.Module, path: Path, use_ema: bool = True) -> list[str]:
+    """Load weights of any origin (see read_weights) into an LV-ViT; remarks on what was adapted, to be shown to the user.
+
+    Position embeddings are resized to the model's grid. Heads of another class count are left out, so the model keeps its own.
+    Raises CheckpointError naming the file when anything else does not fit.
+    """
+    state, remarks = read_weights(path, use_ema)
+    own = model.state_dict()
+    position = state.get("pos_embed")
+    if position is not None and position.ndim == 3 and position.shape != own["pos_embed"].shape:
+        state["pos_embed"] = resize_pos_embed(position, model.grid_size)
+        remarks.append(f"{path}: resized pos_embed from {position.shape[1] - 1} to {own['pos_embed'].shape[1] - 1} tokens")
+    dropped = {key for key in state if key.startswith(_HEADS) and key in own and state[key].shape != own[key].shape}
+    if dropped:
+        names = ", ".join(f"{key} ({state[key].shape[0]} classes)" for key in sorted(dropped) if key.endswith("weight"))
+        remarks.append(f"{path}: left out {names}, as the model has {model.num_classes} classes: these heads keep their initial weights")
+    state = {key: value for key, value in state.items() if key not in dropped}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes that differ
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    missing = sorted(set(missing) - dropped)
+    if missing or unexpected:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: missing {missing[:5]}, unexpected {sorted(unexpected)[:5]}")
+    return remarks
+
+
+_HEADS = ("head.", "aux_head.")
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().contiguous().cpu() for key, value in state.items()}  # safetensors holds no strides (channels-last)
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

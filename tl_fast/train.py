@@ -1,0 +1,283 @@
+"""Training with token labeling.
+
+    torchrun --nproc_per_node 8 tl_fast/train.py --config recipes/lvvit_s_224.yaml [--field value ...]
+    python tl_fast/train.py --config recipes/demo_photos.yaml            (one process, no torchrun)
+
+One step is a global batch of `batch_size` images. Everything random in it (order, crops, MixToken's box, drop path) is a function of
+(seed, epoch, step) and, for drop path, the rank: a run continues from a checkpoint as if it had never stopped.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import tl_fast.compat  # noqa: F401  before timm
+import timm
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+
+import tl_fast
+from tl_fast import checkpoint
+from tl_fast.config import TrainConfig, parse_config, save_config
+from tl_fast.evaluate import Normalise, accuracy, autocast, build_model, check_labels
+from tl_fast.loss import TokenLabelLoss, soft_cross_entropy
+from tl_fast.meter import Meter
+from tl_fast.pipeline import Loader
+from tl_fast.plan import Augment, mix_box
+from tl_fast.ranks import Ranks, join
+from tl_fast.runlog import RunLog
+
+# A run continued with other values of these would be neither the old run nor a new one.
+FIXED_ON_RESUME = ("model", "model_kwargs", "img_size", "num_classes", "token_label", "batch_size", "seed")
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run the training that `config` describes; every rank of a torchrun job calls it.
+
+    Returns a summary: `steps`, `epochs` (finished), `loss` (mean of the last window logged), `val_top1_ema`, `val_top1_raw` (percent, last validation;
+    None without val_data), `best_top1` (of the kept checkpoints' better weights), `images_per_second` (over all ranks, without validation),
+    `data_wait` (share of that time), `checkpoint`, `best_checkpoint`, `metrics` (paths).
+
+    Raises ValueError for data or options that do not fit one another, FileNotFoundError for missing data, CheckpointError for a checkpoint that
+    cannot be resumed, NonFiniteError (see meter).
+    """
+    with join(config.device) as ranks:
+        train_loader, val_loader = make_loaders(config, ranks)
+        config = dataclasses.replace(config, num_classes=config.num_classes or train_loader.num_classes)
+        check_data(config, train_loader, val_loader)
+        return _run(config, ranks, train_loader, val_loader)
+
+
+def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Loader | None) -> dict[str, Any]:
+    folder, device = Path(config.output_dir), ranks.device
+    steps_per_epoch = len(train_loader) // config.accumulate
+    end = min(config.total_epochs * steps_per_epoch, config.max_steps or math.inf)
+
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    remarks = checkpoint.load_weights(model, Path(config.init_weights)) if config.init_weights else []
+    if not config.token_label:
+        silence_token_head(model)
+    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    normalise = Normalise(config.mean, config.std).to(device)
+    criterion = TokenLabelLoss(config.cls_weight, config.dense_weight if config.token_label else 0.0)
+    # With these two, timm's warm-up is min(decay, (1 + t) / (10 + t)) at step t, when told step t + 2.
+    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1)
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, steps_per_epoch)
+    progress = resume(config, ranks, model=model, ema=ema.module, optimizer=optimizer)
+    step, epoch, step_in_epoch, metrics = (progress[name] for name in ("global_step", "epoch", "step_in_epoch", "last_validation"))
+
+    network: nn.Module = model
+    if ranks.world_size > 1:
+        # Batch norm's statistics stay local during an epoch; average_buffers brings them together at its end.
+        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if device.type == "cuda" if config.compile is None else config.compile:
+        network, criterion = torch.compile(network), torch.compile(criterion)
+    if ranks.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+
+    meter = Meter(ranks, config.batch_size, config.accumulate)
+    with RunLog(folder, end, start_step=step, enabled=ranks.main) as log:
+        for remark in remarks:
+            log.message(remark)
+        log.message(f"{config.model} at {config.img_size} px, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
+                    f"{len(train_loader.samples)} samples, {steps_per_epoch} steps an epoch; {ranks.world_size} x {device.type}; from step {step} to {end}")
+        while step < end:
+            train_loader.set_epoch(epoch, step_in_epoch * config.accumulate)
+            set_train(model, config)
+            meter.start()
+            with contextlib.closing(iter(train_loader)) as batches:
+                while step_in_epoch < steps_per_epoch and step < end:
+                    seed_step(config.seed, step, ranks.rank)
+                    schedule.step_update(step)
+                    box = None
+                    if config.mix_token:
+                        box = torch.from_numpy(mix_box(config.seed, epoch, step_in_epoch, config.grid)).to(device, non_blocking=True)
+                    for micro in range(1, config.accumulate + 1):
+                        batch = meter.fetch(batches)
+                        images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+                        truth = smoothed_one_hot(labels, config) if config.ground_truth or not config.token_label else None
+                        targets = batch.targets.to(device, non_blocking=True) if config.token_label else truth
+                        with network.no_sync() if ranks.world_size > 1 and micro < config.accumulate else contextlib.nullcontext():
+                            with autocast(device, config.dtype):
+                                cls_logits, token_logits = network(normalise(images), box)
+                            loss = criterion(cls_logits, token_logits, targets, box, truth if config.ground_truth else None)
+                            (loss / config.accumulate).backward()
+                        meter.add_loss(loss.detach())
+                    if (step + 1) % config.log_every == 0 or step_in_epoch + 1 == steps_per_epoch or step + 1 == end:
+                        meter.set_parts(loss_parts(loss, token_logits, targets, config))
+                    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+                    meter.add_step(step, epoch, optimizer.param_groups[0]["lr"], norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    ema.update(model, step=step + 2)
+                    step, step_in_epoch = step + 1, step_in_epoch + 1
+                    log.advance(step, epoch)
+                    meter.report(log)
+                    if step % config.log_every == 0:
+                        meter.close(step)
+            meter.close(step)
+            meter.report(log)  # raises if a step was not finite, so poisoned weights get no further than here
+
+            if step_in_epoch == steps_per_epoch:
+                epoch, step_in_epoch = epoch + 1, 0
+            ranks.average_buffers(model, ema.module)
+            whole = step_in_epoch == 0
+            validated = val_loader is not None and (step == end or whole and epoch % config.eval_every == 0)
+            if validated:
+                metrics = validate(model, ema.module, val_loader, ranks, config)
+                log.row("val", step, epoch, metrics, f"val top-1 {metrics['val_top1_ema']:.1f} % (EMA), {metrics['val_top1_raw']:.1f} % (raw)")
+            if ranks.main and (step == end or whole and epoch % config.checkpoint_every == 0):
+                progress = {"global_step": step, "epoch": epoch, "step_in_epoch": step_in_epoch, "last_validation": metrics}
+                record = {"metrics": metrics if validated else {}, "config": config.to_dict(), "class_names": train_loader.samples.class_names}
+                checkpoint.save(folder / "checkpoints", model=model, ema=ema.module, optimizer=optimizer,
+                                meta={**progress, **record, "versions": versions(ranks)})
+                checkpoint.prune(folder / "checkpoints", config.keep)
+        speed, data_wait = meter.speed()
+        newest, best = ranks.from_main(_newest_and_best(folder / "checkpoints") if ranks.main else None)
+        summary = {
+            "steps": step, "epochs": epoch, "loss": meter.row.get("loss"),
+            "val_top1_ema": metrics.get("val_top1_ema"), "val_top1_raw": metrics.get("val_top1_raw"),
+            "best_top1": checkpoint.score(checkpoint.read_meta(best)) if best else None,
+            "images_per_second": speed, "data_wait": data_wait,
+            "checkpoint": newest and str(newest), "best_checkpoint": best and str(best), "metrics": str(log.path),
+        }
+        log.message(f"done: {summary}")
+    return summary
+
+
+def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | None]:
+    """The training and validation loaders of this rank. Raises ValueError when the global batch cannot be split, FileNotFoundError."""
+    per_rank, rest = divmod(config.batch_size, ranks.world_size * config.accumulate)
+    if rest:
+        raise ValueError(f"batch_size {config.batch_size} must be a multiple of {ranks.world_size} ranks x accumulate {config.accumulate}")
+    common = dict(image_size=config.img_size, grid=config.grid, seed=config.seed, threads=config.threads, decode=config.decode,
+                  rank=ranks.rank, world_size=ranks.world_size)
+    augment = Augment(scale=config.scale, ratio=config.ratio, flip=config.flip)
+    train_loader = Loader(config.train_data, per_rank, augment=augment, smoothing=config.smoothing, token_labels=config.token_label, **common)
+    val_loader = Loader(config.val_data, per_rank, train=False, crop_pct=config.crop_pct, **common) if config.val_data else None
+    return train_loader, val_loader
+
+
+def check_data(config: TrainConfig, train_loader: Loader, val_loader: Loader | None) -> None:
+    """Refuse at the start what would fail, or silently mislead, later. Raises ValueError naming the file and the remedy."""
+    files = ", ".join(map(str, train_loader.samples.paths))
+    if config.token_label and train_loader.samples.spec is None:
+        raise ValueError(f"{files} has no label maps: convert with --label-maps DIR, or train on image labels alone with --token_label false")
+    check_labels(train_loader, config.num_classes)
+    if len(train_loader) < config.accumulate:
+        raise ValueError(f"{files} has {len(train_loader.samples)} samples, less than one global batch of {config.batch_size}: lower batch_size")
+    if val_loader is not None:
+        check_labels(val_loader, config.num_classes)
+        names, val_names = train_loader.samples.class_names, val_loader.samples.class_names
+        if names and val_names and names != val_names:
+            raise ValueError(f"val_data has the classes {val_names[:5]}..., train_data {names[:5]}...: convert both with the same class list")
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; no decay on norms, biases, class token and position embeddings."""
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> CosineLRScheduler:
+    """Per-step lr, a function of the global step alone: linear warm-up, cosine to min_lr over `epochs`, min_lr after."""
+    return CosineLRScheduler(optimizer, t_initial=config.epochs * steps_per_epoch, lr_min=config.min_lr, t_in_epochs=False,
+                             warmup_t=round(config.warmup_epochs * steps_per_epoch), warmup_lr_init=config.warmup_lr)
+
+
+def silence_token_head(model: nn.Module) -> None:
+    """Zero and freeze the token head. Untrained, its maximum would otherwise be noise in the eval logits (class + 0.5 * max over tokens)."""
+    for parameter in model.aux_head.parameters():
+        nn.init.zeros_(parameter)
+        parameter.requires_grad_(False)
+
+
+def set_train(model: nn.Module, config: TrainConfig) -> None:
+    """Train mode, but with freeze_stem_bn batch norms stay in eval mode (their scale and shift still learn)."""
+    model.train()
+    if config.freeze_stem_bn:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch (drop path's source) for one step on one rank, so that no generator state has to survive a restart."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
+
+
+def smoothed_one_hot(labels: Tensor, config: TrainConfig) -> Tensor:
+    """labels int64 [B] -> float32 [B,C]: one-hot * (1 - s) + s / C."""
+    return F.one_hot(labels, config.num_classes) * (1 - config.smoothing) + config.smoothing / config.num_classes
+
+
+@torch.no_grad()
+def loss_parts(loss: Tensor, token_logits: Tensor, targets: Tensor, config: TrainConfig) -> Tensor:
+    """[2]: the unweighted class and token terms of `loss`; computed apart, for the log, as the loss itself returns only its sum."""
+    if not config.token_label:
+        return torch.stack((loss / config.cls_weight, torch.zeros_like(loss)))
+    of_tokens = soft_cross_entropy(token_logits, targets[:, 1:])
+    of_class = (loss - config.dense_weight * of_tokens) / config.cls_weight if config.cls_weight else torch.zeros_like(loss)
+    return torch.stack((of_class, of_tokens))
+
+
+def validate(model: nn.Module, ema: nn.Module, loader: Loader, ranks: Ranks, config: TrainConfig) -> dict[str, float]:
+    """Accuracy of both sets of weights over all ranks: val_top1_raw, val_top5_raw, val_loss_raw, val_top1_ema, ... (percent, nats)."""
+    result = {}
+    for name, module in (("raw", model), ("ema", ema)):
+        values = accuracy(module, loader, ranks, config)
+        result |= {f"val_{key}_{name}": values[key] for key in ("top1", "top5", "loss")}
+    return result
+
+
+def resume(config: TrainConfig, ranks: Ranks, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load what `config.resume` asks for; where to continue: global_step, epoch, step_in_epoch, last_validation.
+
+    Raises CheckpointError for broken or foreign checkpoints, and when one of FIXED_ON_RESUME differs from the checkpoint's config.
+    """
+    path = Path(config.resume) if config.resume not in (None, "auto") else None
+    if config.resume == "auto":
+        path = ranks.from_main(checkpoint.latest(Path(config.output_dir) / "checkpoints") if ranks.main else None)
+    if path is None:
+        return {"global_step": 0, "epoch": 0, "step_in_epoch": 0, "last_validation": {}}
+    then, now = checkpoint.read_meta(path)["config"], config.to_dict()
+    different = [f"{name} {then.get(name)!r} -> {now[name]!r}" for name in FIXED_ON_RESUME if then.get(name) != now[name]]
+    if different:
+        raise checkpoint.CheckpointError(f"{path} is of another run: {', '.join(different)}. Restore these, choose another output_dir, or "
+                                         "start from its weights with --init_weights")
+    return checkpoint.restore(path, model=model, ema=ema, optimizer=optimizer)
+
+
+def versions(ranks: Ranks) -> dict[str, str]:
+    """What the run ran on."""
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine()
+    return {"tl_fast": tl_fast.__version__, "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
+            "numpy": np.__version__, "device": f"{ranks.world_size} x {name}"}
+
+
+def _newest_and_best(folder: Path) -> tuple[Path | None, Path | None]:
+    newest = checkpoint.checkpoints(folder)[-1:]
+    return (newest[0], checkpoint.best(folder)) if newest else (None, None)
+
+
+def main() -> None:
+    """The command line; see config.parse_config."""
+    train(parse_config())
+
+
+if __name__ == "__main__":
+    main()
