@@ -1,4 +1,9 @@
 """CPU kernels against the golden targets, torchvision's RoIAlign, a slow oracle and Pillow."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tl_fast.compat  # noqa: F401  before torchvision
@@ -9,6 +14,7 @@ from PIL import Image
 from tests import reference
 from torchvision.ops import roi_align
 
+from tl_fast import kernels
 from tl_fast.kernels import cpu
 
 CASES = ["small", "nosmooth", "rect_map", "grid24", "imagenet"]
@@ -176,3 +182,19 @@ def test_resample_keeps_extreme_values_and_single_pixels():
 def test_resample_refuses_a_box_outside_the_region(box):
     with pytest.raises(ValueError, match="box"):
         cpu.resample(np.zeros((10, 10, 3), np.uint8), box, False, np.empty((3, 4, 4), np.uint8))
+
+
+def test_kernels_are_kept_on_disk_under_their_sources_content(tmp_path):
+    """A second process loads what the first compiled; changed scalar maths would get a folder of its own."""
+    script = (
+        "import numpy as np, numba; before = numba.config.CACHE_DIR\n"
+        "from tl_fast.kernels import cpu\n"
+        "assert numba.config.CACHE_DIR == before\n"
+        "cpu.resample(np.zeros((4, 4, 3), np.uint8), (0, 0, 4, 4), False, np.empty((3, 2, 2), np.uint8))\n"
+        "print(sum(cpu._resample.stats.cache_hits.values()), sum(cpu._resample.stats.cache_misses.values()))"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    assert [run.stdout.split() for run in runs] == [["0", "1"], ["1", "0"]]
+    (folder,) = (tmp_path / "tl_fast").iterdir()
+    assert folder.name == Path(kernels._cache_folder()).name

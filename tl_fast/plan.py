@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
-from tl_fast.kernels import compile_scalar
+from tl_fast.kernels import compile_scalar, njit
 
-_scalar = compile_scalar(numba.njit(nogil=True, fastmath=False))
+_scalar = compile_scalar(njit)
 
 PLAN = np.dtype([("top", "<i4"), ("left", "<i4"), ("height", "<i4"), ("width", "<i4"), ("flip", "?")])
 """One record a sample: the crop in pixels of the stored image, and whether the crop is then mirrored left-right."""
@@ -94,7 +93,7 @@ def _epoch(epoch: int) -> np.uint64:
     return np.uint64(epoch)
 
 
-@numba.njit(nogil=True, fastmath=False)
+@njit
 def _draw(seed, epoch, ids, heights, widths, scale_low, scale_high, log_ratio_low, log_ratio_high, flip, plans):
     for b in range(ids.size):
         sample = np.uint64(ids[b])
@@ -108,7 +107,7 @@ def _draw(seed, epoch, ids, heights, widths, scale_low, scale_high, log_ratio_lo
         plans[b].flip = _unit(_draw4(seed, epoch, sample, _DRAW_FLIP)[0]) < flip
 
 
-@numba.njit(nogil=True, fastmath=False)
+@njit
 def _order_keys(seed, epoch, keys):
     for i in range(keys.size):
         words = _draw4(seed, epoch, np.uint64(i), _DRAW_ORDER)

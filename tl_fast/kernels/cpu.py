@@ -1,16 +1,14 @@
-"""CPU loops of the decode pipeline: antialiased resample and token targets, `numba.njit` over `tl_fast.scalar`.
+"""CPU loops of the decode pipeline: antialiased resample and token targets, compiled by numba from `tl_fast.scalar`.
 
 Every loop releases the GIL and writes one sample (or a range of samples), so callers split a batch over their own threads.
 """
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-from tl_fast.kernels import compile_scalar
+from tl_fast.kernels import compile_scalar, njit
 
-_jit = numba.njit(nogil=True, fastmath=False)
-_scalar = compile_scalar(_jit)
+_scalar = compile_scalar(njit)
 _filter_range, _filter_weight, _filter_support = _scalar.filter_range, _scalar.filter_weight, _scalar.filter_support
 _roi_samples, _roi_point, _roi_tap, _smooth = _scalar.roi_samples, _scalar.roi_point, _scalar.roi_tap, _scalar.smooth
 
@@ -82,7 +80,7 @@ def _check_targets(classes, scores, crops, flips, num_classes, grid, smoothing):
     return classes.shape
 
 
-@_jit
+@njit
 def _filter_table(box_start, box_extent, out_size, in_size):
     """First source pixel, number of taps and normalised weights of each output pixel along one axis."""
     taps_max = int(np.ceil(_filter_support(box_extent, out_size))) * 2 + 1
@@ -101,7 +99,7 @@ def _filter_table(box_start, box_extent, out_size, in_size):
     return first, count, weights
 
 
-@_jit
+@njit
 def _resample(region, top, left, height, width, flip, out):
     rows, columns = out.shape[1], out.shape[2]
     y_first, y_count, y_weights = _filter_table(top, height, rows, region.shape[0])
@@ -140,7 +138,7 @@ def _resample(region, top, left, height, width, flip, out):
             out[2, y, column] = np.uint8(min(blue, np.float32(255.0)))
 
 
-@_jit
+@njit
 def _roi_table(start, extent, bins, cells):
     """RoIAlign along one axis as a sparse matrix: first cell, number of cells and weights of each bin."""
     samples = _roi_samples(extent, bins)
@@ -166,7 +164,7 @@ def _roi_table(start, extent, bins, cells):
     return first, count, weights
 
 
-@_jit
+@njit
 def _align(classes, scores, y_first, y_count, y_weights, x_first, x_count, x_weights, i, j, total, listed):
     """Add one bin's RoIAlign average to the dense `total` [C]; the classes met go to `listed`. Returns how many."""
     n = 0
@@ -186,7 +184,7 @@ def _align(classes, scores, y_first, y_count, y_weights, x_first, x_count, x_wei
     return n
 
 
-@_jit
+@njit
 def _softmax_row(total, listed, n, num_classes, smoothing, out):
     """Softmax over C classes of which all but the `n` listed have score 0, smoothed, to `out` [C]; `total` is cleared."""
     highest = np.float32(0.0) if n < num_classes else total[listed[0]]
@@ -205,7 +203,7 @@ def _softmax_row(total, listed, n, num_classes, smoothing, out):
         total[c] = np.float32(np.nan)
 
 
-@_jit
+@njit
 def _token_targets(classes, scores, crops, flips, num_classes, grid, smoothing, out):
     rows, columns = classes.shape[2], classes.shape[3]
     total = np.full(num_classes, np.float32(np.nan), np.float32)
