@@ -187,8 +187,16 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
+def run_make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess:
+    # As from a shell: `make test` itself hands its own variables (ARGS, PY) and flags to every make below it.
+    inherited = {"MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS", "PY"}
+    environment = {name: value for name, value in os.environ.items() if name not in inherited}
+    return subprocess.run(["make", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
+
+
 def dry_run(checkout: Path, *arguments: str) -> str:
-    done = subprocess.run(["make", "-n", *arguments], cwd=checkout, capture_output=True, text=True, check=True, timeout=60)
+    done = run_make(checkout, "-n", *arguments)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -219,7 +227,7 @@ def test_make_leaves_an_active_environment_alone(checkout):
 def test_bench_without_benchmarks_says_so(checkout):
     (checkout / ".venv").mkdir()
     (checkout / ".venv/.ready").touch()
-    done = subprocess.run(["make", "bench"], cwd=checkout, capture_output=True, text=True, timeout=60)
+    done = run_make(checkout, "bench")
     assert done.returncode != 0 and "no benchmarks/*.py" in done.stderr
 
 
