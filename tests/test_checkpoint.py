@@ -127,7 +127,8 @@ def test_restore_refuses_another_model(tmp_path):
 def test_weights_of_every_origin_load(tmp_path):
     model, ema, _ = trained(4)
     state, ema_state = model.state_dict(), ema.state_dict()
-    published = {"epoch": 3, "arch": "lvvit_s", "args": argparse.Namespace(lr=1), "state_dict": {f"module.{k}": v for k, v in state.items()},
+    published = {"epoch": 3, "arch": "lvvit_s", "args": argparse.Namespace(lr=1),
+                 "state_dict": {f"module.{k}": v for k, v in state.items()},
                  "state_dict_ema": {f"module.{k}": v for k, v in ema_state.items()}}
     torch.save(published, tmp_path / "published.pth.tar")
     torch.save(state, tmp_path / "bare.pth")
@@ -180,11 +181,13 @@ def test_unusable_weights_are_refused_by_name(tmp_path):
     torch.save({**state, "extra": torch.zeros(1)}, tmp_path / "long.pth")
     torch.save({**state, "norm.weight": torch.zeros(99)}, tmp_path / "shape.pth")
     (tmp_path / "folder.pth").mkdir()
-    for name in ("torn.pth", "torn.safetensors", "foreign.pth", "code.pth", "text.pth", "short.pth", "long.pth", "shape.pth", "folder.pth", "missing.pth"):
+    for name in ("torn.pth", "torn.safetensors", "foreign.pth", "code.pth", "text.pth", "short.pth", "long.pth", "shape.pth", "folder.pth",
+                 "missing.pth"):
         with pytest.raises(CheckpointError, match=name):
             checkpoint.load_weights(LVViT(**TINY), tmp_path / name)
 
 
 def test_meta_is_json_that_people_can_read(tmp_path):
     meta = json.loads((write(tmp_path, 10, 42.0) / checkpoint.META).read_text())
-    assert meta["format"] == checkpoint.FORMAT and meta["metrics"]["val_top1_ema"] == 42.0 and set(meta["files"]) == {"model.safetensors", "ema.safetensors", "optimizer.pt"}
+    assert meta["format"] == checkpoint.FORMAT and meta["metrics"]["val_top1_ema"] == 42.0
+    assert set(meta["files"]) == {"model.safetensors", "ema.safetensors", "optimizer.pt"}

@@ -14,7 +14,8 @@ def test_flags_override_files_and_later_files_earlier_ones(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("train_data: [x.beton, y.beton]\nlr: 1e-3\nbatch_size: 64\nscale: [0.2, 0.9]\nmodel_kwargs: {depth: 2}\n")
     second.write_text("lr: 2e-3\n")
-    config = parse_config(["--config", str(first), "--config", str(second), "--batch_size", "32", "--token_label", "false", "--resume", "auto"])
+    flags = ["--batch_size", "32", "--token_label", "false", "--resume", "auto"]
+    config = parse_config(["--config", str(first), "--config", str(second), *flags])
     assert config.train_data == ["x.beton", "y.beton"]
     assert config.lr == 2e-3 and config.batch_size == 32 and config.scale == (0.2, 0.9) and config.model_kwargs == {"depth": 2}
     assert config.token_label is False and config.resume == "auto"

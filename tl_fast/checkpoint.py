@@ -116,6 +116,20 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def find(path: Path) -> Path:
+    """What a user's path means: for a run's folder its newest intact checkpoint, else the path itself.
+
+    Raises CheckpointError for a run without any.
+    """
+    folder = path / "checkpoints"
+    if not folder.is_dir():
+        return path
+    newest = latest(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder} holds no checkpoint yet")
+    return newest
+
+
 def score(meta: dict[str, Any]) -> float:
     """What makes a checkpoint the best: validation top-1 of its better weights (EMA or raw), -1 if not validated."""
     metrics = meta.get("metrics", {})
@@ -152,8 +166,8 @@ def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.op
 def read_weights(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a file or checkpoint, on the CPU, without wrappers' prefixes; and remarks on what was chosen.
 
-    Takes a checkpoint folder of ours, safetensors, a bare state dict, or a dict with `state_dict_ema`, `state_dict` or `model`, as timm and the
-    published `.pth.tar` have. Raises CheckpointError naming the file.
+    Takes a checkpoint folder of ours, safetensors, a bare state dict, or a dict with `state_dict_ema`, `state_dict` or `model`, as timm and
+    the published `.pth.tar` have. Raises CheckpointError naming the file.
     """
     remarks: list[str] = []
     if not path.exists():

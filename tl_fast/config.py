@@ -93,7 +93,7 @@ class TrainConfig:
     clip_grad: float | None = 1.0
     """Largest global gradient norm; null: no clipping. Source: ours, a guard (the published recipe does not clip)."""
     ema_decay: float = 0.99992
-    """Decay per step of the weights' moving average, reached through min(ema_decay, (1 + t) / (10 + t)) at step t. Source: published code."""
+    """Decay per step of the weights' moving average, reached via min(ema_decay, (1 + t) / (10 + t)) at step t. Source: published code."""
 
     seed: int = 0
     """Seed of initialisation, sample order, crops, MixToken's boxes and drop path."""
@@ -109,7 +109,7 @@ class TrainConfig:
     """Where JPEGs are decoded: cpu, or mixed (nvJPEG); auto: the loader's choice."""
 
     resume: str | None = None
-    """auto: continue output_dir's newest intact checkpoint, if any; a path: that checkpoint; null: start afresh."""
+    """auto: continue output_dir's newest intact checkpoint, if any; a path: that checkpoint, or a run's newest; null: start afresh."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; the last epoch always has one."""
     keep: int = 3
@@ -143,7 +143,8 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} must be divisible by accumulate {self.accumulate}")
         if self.cls_weight == 0 and (self.dense_weight == 0 or not self.token_label):
-            raise ValueError(f"nothing to train on: cls_weight {self.cls_weight}, dense_weight {self.dense_weight}, token_label {self.token_label}")
+            weights = f"cls_weight {self.cls_weight}, dense_weight {self.dense_weight}, token_label {self.token_label}"
+            raise ValueError(f"nothing to train on: {weights}")
         if self.ground_truth and not self.token_label:
             raise ValueError("ground_truth mixes the image label into the token labels' class target: it needs token_label true")
         if self.warmup_epochs > self.epochs:

@@ -28,7 +28,10 @@ from tl_fast.ranks import Ranks, join
 
 
 class Normalise(nn.Module):
-    """uint8 images [B,3,H,W] -> float32 of zero mean and unit deviation per channel, channels-last on GPUs; `mean`, `std` on a 0..1 scale."""
+    """uint8 images [B,3,H,W] -> float32 of zero mean and unit deviation per channel, channels-last on GPUs.
+
+    `mean` and `std` are on a 0..1 scale.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -72,7 +75,10 @@ def accuracy(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, config: T
 
 
 def build_model(config: TrainConfig) -> nn.Module:
-    """The config's model, randomly initialised from torch's generator; `num_classes` must be resolved. Raises ValueError naming a bad argument."""
+    """The config's model, randomly initialised from torch's generator; `num_classes` must be resolved.
+
+    Raises ValueError naming a bad argument.
+    """
     try:
         return timm.create_model(
             config.model, img_size=config.img_size, num_classes=config.num_classes, drop_path_rate=config.drop_path, **config.model_kwargs
@@ -88,10 +94,11 @@ def check_labels(loader: Loader, num_classes: int) -> None:
     files = ", ".join(map(str, loader.samples.paths))
     declared = loader.num_classes if loader.samples.class_names or loader.samples.spec is not None else None
     if declared is not None and declared != num_classes:
-        raise ValueError(f"{files} has {declared} classes, the model {num_classes}: set num_classes to {declared}, or use the data it was made for")
+        raise ValueError(f"{files} has {declared} classes, the model {num_classes}: set num_classes to {declared}, or use the data "
+                         "that the model was made for")
     highest = int(loader.samples.labels.max())
     if highest >= num_classes:
-        raise ValueError(f"{files} has label {highest}, the model only classes 0..{num_classes - 1}: set num_classes to at least {highest + 1}")
+        raise ValueError(f"{files} has label {highest}, the model classes 0..{num_classes - 1}: set num_classes to at least {highest + 1}")
 
 
 def evaluate(
@@ -117,8 +124,7 @@ def evaluate(
 
     Raises CheckpointError, FileNotFoundError or ValueError naming what does not fit.
     """
-    if (weights / "checkpoints").is_dir():
-        weights = checkpoint.latest(weights / "checkpoints") or weights
+    weights = checkpoint.find(weights)
     with join(device) as ranks:
         config = TrainConfig.from_dict(checkpoint.read_meta(weights)["config"]) if weights.is_dir() else None
         if config is None and model is None:
@@ -127,8 +133,8 @@ def evaluate(
         values |= {name: value for name, value in (("model", model), ("img_size", img_size), ("crop_pct", crop_pct)) if value is not None}
         values |= {"dtype": dtype, "drop_path": 0.0, "resume": None}
         config = TrainConfig.from_dict(values)
-        loader = Loader(data, batch_size, image_size=config.img_size, grid=config.grid, train=False, threads=threads, crop_pct=config.crop_pct,
-                        rank=ranks.rank, world_size=ranks.world_size)
+        loader = Loader(data, batch_size, image_size=config.img_size, grid=config.grid, train=False, threads=threads,
+                        crop_pct=config.crop_pct, rank=ranks.rank, world_size=ranks.world_size)
         if config.num_classes is None:  # a bare file: its head says
             state, _ = checkpoint.read_weights(weights, use_ema)
             if "head.weight" not in state:
@@ -154,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command line: prints the accuracies on the main rank and returns evaluate's dict."""
     parser = argparse.ArgumentParser(prog="python -m tl_fast.evaluate", description="Top-1 and top-5 accuracy of a checkpoint on a beton.")
     parser.add_argument("data", nargs="+", help="the beton(s), paths or globs")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder (its newest checkpoint), checkpoint folder, or weights file")
+    parser.add_argument("--checkpoint", type=Path, required=True,
+                        help="run folder (its newest checkpoint), checkpoint folder, or weights file")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--ema", dest="use_ema", action="store_true", default=True, help="the weights' moving average (default)")
     which.add_argument("--raw", dest="use_ema", action="store_false", help="the weights themselves")

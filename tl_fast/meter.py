@@ -19,9 +19,10 @@ class NonFiniteError(RuntimeError):
 class Meter:
     """Sums loss and gradient norm over a window of steps without making the host wait for the device.
 
-    Order of calls: `start` once an epoch; in each step `fetch` and `add_loss` per batch, `add_step`, then `report`; `set_parts` and `close` in the
-    steps that end a window. `report` writes the row of a window closed in an earlier step, by when its values have long arrived. Before weights are
-    saved: `close` and `report`. On the CPU, where looking costs nothing, `add_step` itself raises NonFiniteError, before the weights change.
+    Order of calls: `start` once an epoch; in each step `fetch` and `add_loss` per batch, `add_step`, then `report`; `set_parts` and `close`
+    in the steps that end a window. `report` writes the row of a window closed in an earlier step, by when its values have long arrived.
+    Before weights are saved: `close` and `report`. On the CPU, where looking costs nothing, `add_step` itself raises NonFiniteError, before
+    the weights change.
     """
 
     def __init__(self, ranks: Ranks, batch_size: int, accumulate: int = 1) -> None:
@@ -118,5 +119,6 @@ class Meter:
         epoch, lr, ids = self._seen[first_bad]
         raise NonFiniteError(
             f"loss or gradient norm is not finite at step {first_bad} (epoch {epoch}, lr {lr:.3e}, rank {self.ranks.rank}); sample ids "
-            f"{torch.cat(ids).tolist()}. Weights of this step were not saved: lower lr, set clip_grad, or look at these samples, then --resume auto"
+            f"{torch.cat(ids).tolist()}. Weights of this step were not saved: lower lr, set clip_grad, or look at these samples, then "
+            "--resume auto"
         )

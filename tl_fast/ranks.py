@@ -61,10 +61,12 @@ def join(device: str = "auto") -> Iterator[Ranks]:
     gpus = torch.cuda.device_count()
     if device == "auto":
         device = "cuda" if gpus else "cpu"
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         if local_rank >= gpus:
-            raise ValueError(f"device cuda: local rank {local_rank} has no GPU, this host has {gpus}; lower --nproc_per_node or use --device cpu")
+            raise ValueError(f"device cuda: local rank {local_rank} has no GPU, this host has {gpus}; lower --nproc_per_node or use "
+                             "--device cpu")
         torch.cuda.set_device(local_rank)
     ranks = Ranks(rank, world_size, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"))
     if world_size == 1 or dist.is_initialized():  # the caller's group stays the caller's

@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines, TensorBoard, and a progress bar on a terminal or plain lines elsewhere. Silent on all ranks but the first."""
+"""The log of a run: JSON lines, TensorBoard, and a progress bar on a terminal or plain lines elsewhere; silent on ranks other than 0."""
 from __future__ import annotations
 
 import json
@@ -16,8 +16,8 @@ class RunLog:
 
     Args:
         folder: the run's folder; must exist on the rank that writes.
-        total_steps, start_step: the progress bar's end and start. Rows of steps after `start_step`, left by a run that got further than its last
-            checkpoint, are dropped, so that each step has one row. 0 starts new files.
+        total_steps, start_step: the progress bar's end and start. Rows of steps after `start_step`, left by a run that got further than its
+            last checkpoint, are dropped, so that each step has one row. 0 starts new files.
         enabled: False (all ranks but the first) makes every method do nothing.
     """
 
@@ -33,7 +33,8 @@ class RunLog:
         self._file = self.path.open("a", buffering=1)  # a row reaches the file when its line ends
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._console = Console()
-        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+                   TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, epoch=0, note="")
 
@@ -73,7 +74,7 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. A last line cut short by a kill is left out; any other malformed line raises ValueError with its number."""
+    """The rows of a metrics.jsonl. A last line cut short by a kill is left out; another malformed line raises ValueError."""
     rows = []
     lines = path.read_text().split("\n")
     for number, line in enumerate(lines, 1):

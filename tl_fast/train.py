@@ -45,12 +45,12 @@ FIXED_ON_RESUME = ("model", "model_kwargs", "img_size", "num_classes", "token_la
 def train(config: TrainConfig) -> dict[str, Any]:
     """Run the training that `config` describes; every rank of a torchrun job calls it.
 
-    Returns a summary: `steps`, `epochs` (finished), `loss` (mean of the last window logged), `val_top1_ema`, `val_top1_raw` (percent, last validation;
-    None without val_data), `best_top1` (of the kept checkpoints' better weights), `images_per_second` (over all ranks, without validation),
-    `data_wait` (share of that time), `checkpoint`, `best_checkpoint`, `metrics` (paths).
+    Returns a summary: `steps`, `epochs` (finished), `loss` (mean of the last window logged), `val_top1_ema`, `val_top1_raw` (percent, last
+    validation; None without val_data), `best_top1` (of the kept checkpoints' better weights), `images_per_second` (over all ranks, without
+    validation), `data_wait` (share of that time), `checkpoint`, `best_checkpoint`, `metrics` (paths).
 
-    Raises ValueError for data or options that do not fit one another, FileNotFoundError for missing data, CheckpointError for a checkpoint that
-    cannot be resumed, NonFiniteError (see meter).
+    Raises ValueError for data or options that do not fit one another, FileNotFoundError for missing data, CheckpointError for a checkpoint
+    that cannot be resumed, NonFiniteError (see meter).
     """
     with join(config.device) as ranks:
         train_loader, val_loader = make_loaders(config, ranks)
@@ -79,12 +79,13 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     progress = resume(config, ranks, model=model, ema=ema.module, optimizer=optimizer)
     step, epoch, step_in_epoch, metrics = (progress[name] for name in ("global_step", "epoch", "step_in_epoch", "last_validation"))
 
-    network: nn.Module = model
-    if ranks.world_size > 1:
-        # Batch norm's statistics stay local during an epoch; average_buffers brings them together at its end.
-        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    network: nn.Module = model  # what a step calls; validation, EMA and checkpoints use the bare model
     if device.type == "cuda" if config.compile is None else config.compile:
         network, criterion = torch.compile(network), torch.compile(criterion)
+    if ranks.world_size > 1:
+        # Batch norm's statistics stay local during an epoch; average_buffers brings them together at its end. DDP goes around the compiled
+        # module: the other way round its own forward breaks the graph.
+        network = DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
@@ -94,7 +95,8 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
         for remark in remarks:
             log.message(remark)
         log.message(f"{config.model} at {config.img_size} px, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
-                    f"{len(train_loader.samples)} samples, {steps_per_epoch} steps an epoch; {ranks.world_size} x {device.type}; from step {step} to {end}")
+                    f"{len(train_loader.samples)} samples, {steps_per_epoch} steps an epoch; {ranks.world_size} x {device.type}; "
+                    f"from step {step} to {end}")
         while step < end:
             train_loader.set_epoch(epoch, step_in_epoch * config.accumulate)
             set_train(model, config)
@@ -139,12 +141,13 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
             validated = val_loader is not None and (step == end or whole and epoch % config.eval_every == 0)
             if validated:
                 metrics = validate(model, ema.module, val_loader, ranks, config)
-                log.row("val", step, epoch, metrics, f"val top-1 {metrics['val_top1_ema']:.1f} % (EMA), {metrics['val_top1_raw']:.1f} % (raw)")
+                log.row("val", step, epoch, metrics,
+                        f"val top-1 {metrics['val_top1_ema']:.1f} % (EMA), {metrics['val_top1_raw']:.1f} % (raw)")
             if ranks.main and (step == end or whole and epoch % config.checkpoint_every == 0):
                 progress = {"global_step": step, "epoch": epoch, "step_in_epoch": step_in_epoch, "last_validation": metrics}
-                record = {"metrics": metrics if validated else {}, "config": config.to_dict(), "class_names": train_loader.samples.class_names}
-                checkpoint.save(folder / "checkpoints", model=model, ema=ema.module, optimizer=optimizer,
-                                meta={**progress, **record, "versions": versions(ranks)})
+                record = {"metrics": metrics if validated else {}, "config": config.to_dict(),
+                          "class_names": train_loader.samples.class_names, "versions": versions(ranks)}
+                checkpoint.save(folder / "checkpoints", model=model, ema=ema.module, optimizer=optimizer, meta=progress | record)
                 checkpoint.prune(folder / "checkpoints", config.keep)
         speed, data_wait = meter.speed()
         newest, best = ranks.from_main(_newest_and_best(folder / "checkpoints") if ranks.main else None)
@@ -167,7 +170,8 @@ def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | No
     common = dict(image_size=config.img_size, grid=config.grid, seed=config.seed, threads=config.threads, decode=config.decode,
                   rank=ranks.rank, world_size=ranks.world_size)
     augment = Augment(scale=config.scale, ratio=config.ratio, flip=config.flip)
-    train_loader = Loader(config.train_data, per_rank, augment=augment, smoothing=config.smoothing, token_labels=config.token_label, **common)
+    train_loader = Loader(config.train_data, per_rank, augment=augment, smoothing=config.smoothing,
+                          token_labels=config.token_label, **common)
     val_loader = Loader(config.val_data, per_rank, train=False, crop_pct=config.crop_pct, **common) if config.val_data else None
     return train_loader, val_loader
 
@@ -176,15 +180,18 @@ def check_data(config: TrainConfig, train_loader: Loader, val_loader: Loader | N
     """Refuse at the start what would fail, or silently mislead, later. Raises ValueError naming the file and the remedy."""
     files = ", ".join(map(str, train_loader.samples.paths))
     if config.token_label and train_loader.samples.spec is None:
-        raise ValueError(f"{files} has no label maps: convert with --label-maps DIR, or train on image labels alone with --token_label false")
+        raise ValueError(f"{files} has no label maps: convert with --label-maps DIR, or train on image labels alone with "
+                         "--token_label false")
     check_labels(train_loader, config.num_classes)
     if len(train_loader) < config.accumulate:
-        raise ValueError(f"{files} has {len(train_loader.samples)} samples, less than one global batch of {config.batch_size}: lower batch_size")
+        raise ValueError(f"{files} has {len(train_loader.samples)} samples, less than one global batch of {config.batch_size}: "
+                         "lower batch_size")
     if val_loader is not None:
         check_labels(val_loader, config.num_classes)
         names, val_names = train_loader.samples.class_names, val_loader.samples.class_names
         if names and val_names and names != val_names:
-            raise ValueError(f"val_data has the classes {val_names[:5]}..., train_data {names[:5]}...: convert both with the same class list")
+            raise ValueError(f"val_data has the classes {val_names[:5]}..., train_data {names[:5]}...: convert both with the same "
+                             "class list")
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -200,7 +207,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_
 
 
 def silence_token_head(model: nn.Module) -> None:
-    """Zero and freeze the token head. Untrained, its maximum would otherwise be noise in the eval logits (class + 0.5 * max over tokens)."""
+    """Zero and freeze the token head: untrained, its maximum would be noise in the eval logits (class + 0.5 * max over tokens)."""
     for parameter in model.aux_head.parameters():
         nn.init.zeros_(parameter)
         parameter.requires_grad_(False)
@@ -247,11 +254,20 @@ def validate(model: nn.Module, ema: nn.Module, loader: Loader, ranks: Ranks, con
 def resume(config: TrainConfig, ranks: Ranks, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load what `config.resume` asks for; where to continue: global_step, epoch, step_in_epoch, last_validation.
 
-    Raises CheckpointError for broken or foreign checkpoints, and when one of FIXED_ON_RESUME differs from the checkpoint's config.
+    Raises CheckpointError for broken or foreign checkpoints, when one of FIXED_ON_RESUME differs from the checkpoint's config, and when
+    output_dir holds checkpoints that the run would not continue.
     """
-    path = Path(config.resume) if config.resume not in (None, "auto") else None
+    folder, path = Path(config.output_dir) / "checkpoints", None
     if config.resume == "auto":
-        path = ranks.from_main(checkpoint.latest(Path(config.output_dir) / "checkpoints") if ranks.main else None)
+        path = ranks.from_main(checkpoint.latest(folder) if ranks.main else None)
+    else:
+        path = checkpoint.find(Path(config.resume)) if config.resume else None
+        # A run that starts before them would be pruned against them, and a later --resume auto would take one of theirs.
+        stale = [other for other in checkpoint.checkpoints(folder)
+                 if path is None or path.parent.resolve() != folder.resolve() or other.name > path.name]
+        if stale:
+            raise checkpoint.CheckpointError(f"output_dir {config.output_dir} already holds {stale[-1]}: continue it with --resume auto, "
+                                             "remove its later checkpoints, or choose another output_dir")
     if path is None:
         return {"global_step": 0, "epoch": 0, "step_in_epoch": 0, "last_validation": {}}
     then, now = checkpoint.read_meta(path)["config"], config.to_dict()
