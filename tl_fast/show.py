@@ -48,8 +48,11 @@ class Cells:
 
 @dataclass(frozen=True)
 class Row:
-    """What the sheet shows of one sample. original uint8 [h, w, 3] as drawn; crop uint8 [PANEL, PANEL, 3]; box (left, top, right, bottom) in
-    pixels of the drawn original; span: the drawn original as (top, left, height, width) in fractions of the label map; label: class index."""
+    """What the sheet shows of one sample.
+
+    label: class index; original: uint8 [h, w, 3] as drawn; crop: uint8 [PANEL, PANEL, 3]; box: (left, top, right, bottom) of the crop in
+    pixels of the drawn original; span: the drawn original as (top, left, height, width) in fractions of what the label map covers.
+    """
 
     caption: list[str]
     label: int
@@ -97,7 +100,7 @@ def show(
 
 
 def choose(count: int, samples: int, first: int | None, ids: Sequence[int] | None, name: str) -> np.ndarray:
-    """The sample ids to show of a file of `count` samples, int64 [n]; see `show`. Raises ValueError naming an id that is not in the file."""
+    """The sample ids to show of a file of `count` samples, int64 [n]; see `show`. ValueError names an id that is not in the file."""
     if ids is not None and first is not None:
         raise ValueError("give either ids or first, not both")
     if ids is not None:
@@ -116,7 +119,7 @@ def choose(count: int, samples: int, first: int | None, ids: Sequence[int] | Non
 
 
 def best_of_map(classes: np.ndarray, scores: np.ndarray, num_classes: int) -> Cells:
-    """Best class of every cell of a sparse map: integers and float32 [k, H, W], unlisted classes have score 0; softmax over all C classes."""
+    """Best class of every cell of a sparse map: integers and float32 [k, H, W], unlisted classes at 0; softmax over all C classes."""
     k = len(classes)
     highest = np.maximum(scores.max(axis=0), 0.0)
     mass = np.exp(scores - highest).sum(axis=0) + (num_classes - k) * np.exp(-highest)
@@ -136,7 +139,7 @@ def best_of_targets(targets: np.ndarray, grid: int) -> Cells:
 
 
 def assign_colours(rows: Sequence[Row]) -> dict[int, np.ndarray]:
-    """Class -> colour uint8 [3] of the classes that take the largest part of the sheet's panels, largest first. Others are drawn in OTHER."""
+    """Class -> colour uint8 [3], largest share of the sheet's panels first; classes for which there is no colour left get OTHER."""
     shares: dict[int, float] = {}
     for cells in (cells for row in rows for cells in (row.label_map, row.tokens) if cells is not None):
         found, counts = np.unique(cells.best[cells.best != NO_CLASS], return_counts=True)
@@ -153,10 +156,7 @@ def overlay(panel: np.ndarray, cells: Cells, span: np.ndarray, colours: dict[int
     """
     grey = panel.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     out = np.repeat(grey[:, :, None], 3, axis=2)
-    row, column = (
-        np.floor((span[axis] + (np.arange(panel.shape[axis]) + 0.5) / panel.shape[axis] * span[axis + 2]) * cells.best.shape[axis]).astype(int)
-        for axis in (0, 1)
-    )
+    row, column = (_cells_of_pixels(panel.shape[axis], span[axis], span[axis + 2], cells.best.shape[axis]) for axis in (0, 1))
     colour = np.zeros((*cells.best.shape, 3), np.float32)
     for c in np.unique(cells.best[cells.best != NO_CLASS]):
         colour[cells.best == c] = colours[int(c)]
@@ -170,6 +170,11 @@ def overlay(panel: np.ndarray, cells: Cells, span: np.ndarray, colours: dict[int
         lines = (np.diff(row, prepend=row[0]) != 0)[:, None] | (np.diff(column, prepend=column[0]) != 0)
         out[lines & row_in[:, None] & column_in] *= 0.8
     return out.round().clip(0, 255).astype(np.uint8)
+
+
+def _cells_of_pixels(pixels: int, start: float, extent: float, cells: int) -> np.ndarray:
+    """The cell under each pixel's centre along one axis, int64 [pixels]; below 0 or beyond `cells` - 1 outside the label map."""
+    return np.floor((start + (np.arange(pixels) + 0.5) / pixels * extent) * cells).astype(np.int64)
 
 
 def _row(loader: Loader, sample_id: int) -> Row:
@@ -193,15 +198,18 @@ def _row(loader: Loader, sample_id: int) -> Row:
     crop = Image.fromarray(batch.images[0].permute(1, 2, 0).contiguous().numpy()).resize((PANEL, PANEL), Image.Resampling.BOX)
     label = int(batch.labels[0])
     caption = [
-        f"sample {sample_id}", _plain(reader.source_ids[index]), f"label: {_name(samples.class_names, label)}",
-        f"crop: top {top}, left {left}, height {crop_height}, width {crop_width} of {height} x {width}", "flipped" if plan["flip"] else "not flipped",
-    ]  # fmt: skip
+        f"sample {sample_id}",
+        _plain(reader.source_ids[index]),
+        f"label: {_name(samples.class_names, label)}",
+        f"crop: top {top}, left {left}, height {crop_height}, width {crop_width} of {height} x {width}",
+        "flipped" if plan["flip"] else "not flipped",
+    ]
     span = label_map = tokens = None
     if batch.targets is not None:
         targets = batch.targets[0].numpy()
         whole = best_of_targets(targets[:1], 1)
-        c = int(whole.best[0, 0])
-        caption.append("class token: none" if c == NO_CLASS else f"class token: {_name(samples.class_names, c)} {whole.probability[0, 0]:.0%}")
+        c, probability = int(whole.best[0, 0]), whole.probability[0, 0]
+        caption.append("class token: " + ("none" if c == NO_CLASS else f"{_name(samples.class_names, c)} {probability:.0%}"))
         classes, scores = samples.label_maps(one)
         label_map = best_of_map(classes[0], scores[0], samples.spec.num_classes)
         tokens = best_of_targets(targets[1:], loader.grid)
@@ -275,7 +283,8 @@ def _draw(rows: Sequence[Row], header: list[str], colours: dict[int, np.ndarray]
     indent = SWATCH + 6 if colours else 0  # room for the colour of the label
     captions = [_wrap(row.caption, font, room - indent) for row in rows]
     legend_height = legend[-1][1] + LINE if legend else 0
-    height = MARGIN + LINE * len(head) + legend_height + LINE + 8 + sum(LINE * len(lines) + PANEL + GAP for lines in captions) + MARGIN - GAP
+    row_heights = [LINE * len(lines) + PANEL for lines in captions]
+    height = MARGIN + LINE * len(head) + legend_height + 8 + LINE + sum(row_heights) + GAP * (len(rows) - 1) + MARGIN
 
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -305,7 +314,8 @@ def _draw(rows: Sequence[Row], header: list[str], colours: dict[int, np.ndarray]
             y += LINE
         panels = [row.original, row.crop]
         if row.tokens is not None:
-            panels += [overlay(row.original, row.label_map, row.span, colours), overlay(row.crop, row.tokens, np.array([0, 0, 1, 1]), colours)]
+            panels.append(overlay(row.original, row.label_map, row.span, colours))
+            panels.append(overlay(row.crop, row.tokens, np.array([0, 0, 1, 1]), colours))
         for i, (left, panel) in enumerate(zip(lefts, panels, strict=True)):
             sheet.paste(Image.fromarray(panel), (left, y))
             if i in (0, 2):
@@ -314,7 +324,9 @@ def _draw(rows: Sequence[Row], header: list[str], colours: dict[int, np.ndarray]
     return sheet
 
 
-def _legend(colours: dict[int, np.ndarray], names: list[str], font: ImageFont.FreeTypeFont, room: int) -> list[tuple[int, int, np.ndarray, str]]:
+def _legend(
+    colours: dict[int, np.ndarray], names: list[str], font: ImageFont.FreeTypeFont, room: int
+) -> list[tuple[int, int, np.ndarray, str]]:
     """(x, y, colour, name) of every entry, in pixels from the legend's corner."""
     entries = [(colour, _name(names, c)) for c, colour in colours.items()][: len(PALETTE)]
     if (rest := len(colours) - len(entries)) > 0:
