@@ -22,7 +22,7 @@ from tl_fast.pipeline import DecodeError, Loader, crop_fractions
 PANEL = 224  # pixels: height of a row's panels, side of the crop's
 WIDEST = 336  # pixels: an original wider than 3:2 is drawn lower instead
 MARGIN, GAP, LINE, SWATCH = 14, 12, 20, 13  # pixels
-OPACITY = 0.65  # of a cell whose class is certain; the image must stay visible below it
+OPACITY = 0.55  # of a cell whose class is certain; the image must stay visible below it
 SMALLEST_GRID = 6  # pixels: the lines between cells smaller than this would hide them
 NO_CLASS = -1
 
@@ -227,11 +227,11 @@ def _header(loader: Loader, epoch: int) -> list[str]:
     else:
         spec, annotator = samples.spec, samples.readers[0].annotator or {}
         pieces += [
-            f"annotator: {annotator.get('annotator') or annotator.get('model') or 'unknown'}",
+            f"annotator: {annotator.get('model', 'unknown')}{' with a fitted head' if annotator.get('probe') else ''}",
             f"label maps {spec.height} x {spec.width}, {spec.k} of {spec.num_classes} classes a cell, extent {spec.extent}",
             f"{loader.grid} x {loader.grid} tokens", f"smoothing {loader.smoothing:g}",
         ]  # fmt: skip
-    return [_plain(piece) for piece in [*pieces, f"crops {loader.image_size} px", f"epoch {epoch}", f"seed {loader.seed}"]]
+    return [_plain(piece) for piece in [*pieces, f"crops {loader.image_size} px", f"epoch {epoch}, seed {loader.seed}"]]
 
 
 def _plain(text: str) -> str:
