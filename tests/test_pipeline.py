@@ -188,6 +188,19 @@ def test_images_and_targets_are_those_of_the_plan(photo_beton, photo_files):
             np.testing.assert_allclose(seen[sample][1].numpy(), expected, atol=2e-5)
 
 
+def test_published_geometry_crops_the_labels_across_the_diagonal(photo_beton):
+    """The same pixels; the label map cropped at (left, top) of its own extent, as the published code does."""
+    with Loader(photo_beton, 24, image_size=32, grid=3) as ours, Loader(photo_beton, 24, image_size=32, grid=3, geometry="published") as theirs:
+        batch, other = next(iter(ours)), next(iter(theirs))
+        plans = ours.draw(batch.sample_ids.numpy())
+        classes, scores = ours.samples.label_maps(batch.sample_ids.numpy())
+        height, width = (getattr(ours.samples, name)[batch.sample_ids.numpy()] for name in ("heights", "widths"))
+    assert torch.equal(batch.images, other.images) and not torch.allclose(batch.targets, other.targets, atol=0.05)
+    crops = np.stack([plans["left"] / width, plans["top"] / height, plans["width"] / width, plans["height"] / height], axis=1)
+    expected = reference.token_targets(classes, scores, crops, plans["flip"], 10, 3, 0.1)
+    np.testing.assert_allclose(other.targets.numpy(), expected, atol=2e-5)
+
+
 def test_batches_do_not_depend_on_threads_batch_size_ranks_or_restart(photo_beton):
     def epoch(batch_size, **options):
         with Loader(photo_beton, batch_size, image_size=64, grid=4, seed=9, **options) as loader:
@@ -362,6 +375,7 @@ def test_leaving_the_loop_early_leaks_nothing(photo_beton, monkeypatch):
         ({"batch_size": 0}, "batch_size"),
         ({"rank": 2, "world_size": 2}, "rank"),
         ({"device": "cuda"}, "only the CPU pipeline"),
+        ({"geometry": "diagonal"}, "geometry"),
         ({"decode": "mixed"}, "only the CPU pipeline"),
         ({"crop_pct": 0.0}, "crop_pct"),
         ({"smoothing": 1.0}, "smoothing"),

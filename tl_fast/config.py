@@ -63,6 +63,8 @@ class TrainConfig:
     """Aspect ratio width/height of a random crop, (low, high)."""
     flip: float = 0.5
     """Probability of a horizontal mirror."""
+    geometry: Literal["correct", "published"] = "correct"
+    """Where label maps are cropped; published: mirrored across the diagonal, as the published code does, to reproduce its runs."""
 
     batch_size: int = 1024
     """Images per optimiser step over all ranks and accumulation steps."""

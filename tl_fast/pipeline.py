@@ -23,8 +23,10 @@ from PIL import Image
 from tl_fast import plan
 from tl_fast.beton import BetonReader
 from tl_fast.kernels import cpu
+from tl_fast.labelmap import EXTENTS
 
-EXTENTS = ("full", "center_square")
+
+GEOMETRIES = ("correct", "published")
 
 
 class DecodeError(RuntimeError):
@@ -178,7 +180,8 @@ class Loader:
     paths: a beton, a glob or a list of them; batch_size: samples a rank and step; image_size: output pixels, square; grid: tokens a side;
     train: random resized crop + flip in a new order every epoch, whole batches only (what is left over differs from epoch to epoch), or,
     False, resize + centre crop (`crop_pct`) of every sample exactly once over all ranks, in file order, without targets; augment: ranges of
-    the random decisions, None for the paper's; seed: of all randomness; threads: decode and kernel threads, None for this rank's share of the
+    the random decisions, None for the paper's; geometry: "correct", or "published" to crop label maps where the published code does, mirrored
+    across the diagonal; seed: of all randomness; threads: decode and kernel threads, None for this rank's share of the
     cores; device, decode: 'cpu' (the GPU pipeline is not there yet); rank, world_size: this rank takes its part of every global batch;
     smoothing: label smoothing of the targets; token_labels: False leaves the targets out; check: compare every sample's CRC-32 as it is read;
     prefetch: batches made ahead.
@@ -196,6 +199,7 @@ class Loader:
         grid: int = 14,
         train: bool = True,
         augment: plan.Augment | None = None,
+        geometry: str = "correct",
         seed: int = 0,
         threads: int | None = None,
         device: str = "cpu",
@@ -217,9 +221,11 @@ class Loader:
             )
         if not 0 < crop_pct <= 1 or not 0 <= smoothing < 1:
             raise ValueError(f"crop_pct must be in (0, 1] and smoothing in [0, 1), got {crop_pct} and {smoothing}")
+        if geometry not in GEOMETRIES:
+            raise ValueError(f"geometry must be one of {GEOMETRIES}, got {geometry!r}")
         self.samples = Samples(paths)
         self.batch_size, self.image_size, self.grid, self.train = batch_size, image_size, grid, train
-        self.augment = augment or plan.Augment()
+        self.augment, self.geometry = augment or plan.Augment(), geometry
         self.seed, self.rank, self.world_size, self.smoothing, self.crop_pct = seed, rank, world_size, smoothing, crop_pct
         self.token_labels = token_labels and train and self.samples.spec is not None
         self.check, self.prefetch = check, prefetch
@@ -321,6 +327,8 @@ class Loader:
         if self.token_labels:
             targets = torch.empty((len(ids), 1 + self.grid**2, self.num_classes), dtype=torch.float32)
             crops = crop_fractions(boxes + np.pad(starts, ((0, 0), (0, 2))), heights, widths, self.samples.spec.extent)
+            if self.geometry == "published":  # it hands (top, left, height, width) to RoIAlign as (x1, y1, ...)
+                crops = np.ascontiguousarray(crops[:, [1, 0, 3, 2]])
             classes, scores = self.samples.label_maps(ids)
             target_out = targets.numpy()
 

@@ -170,7 +170,7 @@ def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | No
     common = dict(image_size=config.img_size, grid=config.grid, seed=config.seed, threads=config.threads, decode=config.decode,
                   rank=ranks.rank, world_size=ranks.world_size)
     augment = Augment(scale=config.scale, ratio=config.ratio, flip=config.flip)
-    train_loader = Loader(config.train_data, per_rank, augment=augment, smoothing=config.smoothing,
+    train_loader = Loader(config.train_data, per_rank, augment=augment, geometry=config.geometry, smoothing=config.smoothing,
                           token_labels=config.token_label, **common)
     val_loader = Loader(config.val_data, per_rank, train=False, crop_pct=config.crop_pct, **common) if config.val_data else None
     return train_loader, val_loader
