@@ -1,0 +1,48 @@
+"""The demo: the project's own commands end to end, shortened."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tl_fast import demo
+from tl_fast.beton import BetonReader, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_sparkline_spans_the_values():
+    assert demo.sparkline([3.0, 1.0, 2.0]) == "█ ▄"
+    assert demo.sparkline([1.0, 1.0]) == "  "
+
+
+def test_a_failing_command_is_named():
+    with pytest.raises(SystemExit, match="no_such_module"):
+        demo.run("-m", "tl_fast.no_such_module")
+
+
+@pytest.mark.slow
+def test_the_whole_path_runs_twice_into_one_folder(tmp_path):
+    """Two short epochs through every command; the second run replaces the first and trains the control."""
+    short = ["--epochs", "2", "--warmup_epochs", "0", "--img_size", "64"]
+    for control in (False, True):
+        command = [sys.executable, "-m", "tl_fast.demo", "--out", str(tmp_path), *short, *(["--no-token-label"] if control else [])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        last = done.stdout.strip().splitlines()[-1]
+        pattern = r"demo: val top-1 (\d+\.\d) % \(majority (\d+\.\d) %\), (\d+) images/s, picture at (.+)"
+        top1, majority, speed, picture = re.fullmatch(pattern, last).groups()
+        assert float(majority) == pytest.approx(100 * 8 / 29, abs=0.1) and 0 <= float(top1) <= 100 and int(speed) > 0
+        with Image.open(picture) as sheet:
+            assert min(sheet.size) > 400
+        figures = json.loads((tmp_path / "report.json").read_text())
+        assert figures["token_label"] is not control and len(figures["loss"]) >= 2
+        assert f"{figures['top1']:.1f} %" in (tmp_path / "report.md").read_text()
+    for name, samples in (("train", 87), ("val", 29)):
+        assert verify(tmp_path / f"{name}.beton", decode=True) == []
+        with BetonReader(tmp_path / f"{name}.beton") as reader:
+            assert len(reader) == samples and reader.class_names == ["animal", "fish", "monument", "tool"]
+            assert (reader.spec is None) == (name == "val")

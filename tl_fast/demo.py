@@ -1,0 +1,134 @@
+"""The whole path on the bundled photos: `make demo`, or `python -m tl_fast.demo [--no-token-label] [--seed N]`.
+
+Runs the project's own commands one after the other, printing each, so that it is also the shortest answer to "what do I type".
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tl_fast.beton import BetonReader
+from tl_fast.evaluate import evaluate
+from tl_fast.runlog import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def run(*command: str | Path) -> float:
+    """Run one of our commands from the repository's root -> wall time in seconds. SystemExit names the command that failed."""
+    words = [str(word) for word in command]
+    print(f"\n$ python {shlex.join(words)}", flush=True)
+    start = time.perf_counter()
+    status = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+    if status:
+        raise SystemExit(f"demo: `python {shlex.join(words)}` ended with exit code {status}; its messages are above")
+    return time.perf_counter() - start
+
+
+def sparkline(values: list[float]) -> str:
+    """One character a value, the lowest blank and the highest full."""
+    low, high = min(values), max(values)
+    return "".join(BARS[round((value - low) / (high - low or 1) * (len(BARS) - 1))] for value in values)
+
+
+def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list[str] | None = None) -> dict:
+    """Annotate, pack, train, evaluate and draw the photos into `folder` -> figures, also in its `report.json`. Replaces an earlier demo's files.
+
+    `options` are passed on to train.py.
+    """
+    photos = ROOT / "tests" / "photos"
+    if not photos.is_dir():
+        raise SystemExit(f"demo: the bundled photos are missing at {photos}; run it from a clone of the repository")
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    maps, train, val, run_dir, picture = (folder / name for name in ("label_maps", "train.beton", "val.beton", "train", "picture.png"))
+    for old in (maps, run_dir):
+        shutil.rmtree(old, ignore_errors=True)
+    for old in (train, val, picture):
+        old.unlink(missing_ok=True)
+    seconds = {}
+    seconds["annotate"] = run(
+        "-m", "tl_fast.annotate", photos / "train", maps, "--model", "efficientnet-lite0", "--fit-head", "--eval-images", photos / "val"
+    )
+    seconds["pack"] = run("converters/to_beton.py", photos / "train", train, "--label-maps", maps)
+    seconds["pack"] += run("converters/to_beton.py", photos / "val", val)
+    seconds["train"] = run(
+        "tl_fast/train.py", "--config", "recipes/demo_photos.yaml", "--train_data", train, "--val_data", val, "--output_dir", run_dir,
+        "--seed", str(seed), "--token_label", str(token_label).lower(), *(options or []),
+    )  # fmt: skip
+    result = evaluate(val, run_dir)
+    seconds["show"] = run("-m", "tl_fast.show", train, "--out", picture)
+
+    with BetonReader(val) as reader:
+        counts = np.bincount(reader.labels)
+    rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    speeds = [row["images_per_second"] for row in rows]
+    figures = {
+        "top1": result["top1"],
+        "majority": 100 * float(counts.max() / counts.sum()),
+        "images_per_second": float(np.median(speeds)),
+        "data_wait": float(np.median([row["data_wait"] for row in rows])),
+        "loss": [row["loss"] for row in rows],
+        "steps": [row["step"] for row in rows],
+        "seconds": seconds,
+        "seed": seed,
+        "token_label": token_label,
+        "picture": str(picture),
+        "folder": str(folder),
+    }
+    (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "report.md").write_text(report(figures))
+    return figures
+
+
+def report(figures: dict) -> str:
+    """The figures as a page of Markdown."""
+    folder = figures["folder"]
+    loss = figures["loss"]
+    stages = "".join(f"| {name} | {seconds:.1f} s |\n" for name, seconds in figures["seconds"].items())
+    curve = "".join(f"| {step} | {value:.4f} |\n" for step, value in zip(figures["steps"], loss, strict=True))
+    labels = "token labels" if figures["token_label"] else "image labels alone"
+    return f"""# tl_fast demo
+
+LV-ViT-T on the 116 bundled photos with {labels}, seed {figures["seed"]}.
+
+- validation top-1 (EMA weights): {figures["top1"]:.1f} %; always guessing the largest class: {figures["majority"]:.1f} %
+- training: {figures["images_per_second"]:.0f} images/s (median of the log's windows), waiting for data {figures["data_wait"]:.1%} of the time
+- loss: {loss[0]:.3f} -> {loss[-1]:.3f}  `{sparkline(loss)}`
+
+| stage | wall time |
+|---|---|
+{stages}
+Files in {folder}: `label_maps/` (annotation), `train.beton`, `val.beton`, `train/` (checkpoints, metrics.jsonl, tensorboard), `picture.png`
+(images with their labels).
+
+| step | loss |
+|---|---|
+{curve}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tl_fast.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--no-token-label", dest="token_label", action="store_false", help="the control: train on image labels alone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", help="folder for all results (default: runs/demo)")
+    arguments, options = parser.parse_known_args()
+    figures = demo(arguments.out, token_label=arguments.token_label, seed=arguments.seed, options=options)
+    print(f"\nreport: {arguments.out / 'report.md'}\nloss: {figures['loss'][0]:.3f} -> {figures['loss'][-1]:.3f}  {sparkline(figures['loss'])}")
+    print(
+        f"demo: val top-1 {figures['top1']:.1f} % (majority {figures['majority']:.1f} %), {figures['images_per_second']:.0f} images/s, "
+        f"picture at {figures['picture']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
