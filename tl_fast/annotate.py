@@ -55,7 +55,7 @@ class AnnotateConfig:
     img_size (pixels): see `build_annotator`. classes: None, "auto" (the class folders are wnids) or a JSON file {folder: class index or
     wnid} - keep those logits, class i is the i-th class folder. fit_head: fit a linear probe on `images` for the class folders.
     eval_images: held-out images to test the probe on, with the same class folders. topk: k, at most C is stored. batch_size: images per
-    step and rank; None: 64 on GPUs, 2 on the CPU, where a larger batch's activations are fresh memory for every layer (efficientnet-lite2 at
+    step and rank; None: 64 on GPUs, 2 on the CPU, where larger activations are fresh memory for every layer (efficientnet-lite2 at
     288 px: 53 ms CPU time per image in batches of 1, 75 in 4, 135 in 64). workers: decoding processes per rank; None: the rank's share of
     the cores. device: auto, cpu or cuda. dtype: auto (bfloat16 on GPUs, else float32), float32, float16 or bfloat16. overwrite: start
     afresh where a store exists.
