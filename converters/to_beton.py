@@ -11,7 +11,6 @@ IMAGES has one folder per class (torchvision's layout); labels are the class fol
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import os
 import sys
@@ -25,61 +24,29 @@ from rich.table import Table
 
 from tl_fast.beton import BetonError, BetonReader, Sample, WriteSummary, verify, write_beton
 from tl_fast.beton_write import PAGE_SIZE
+from tl_fast.image_folder import ImageFolderError, ImageList, list_images
 from tl_fast.labelmap import LabelMapError, LabelMapStore
 
-# torchvision.datasets.folder.IMG_EXTENSIONS, and .gif
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 MIB = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFolder:
-    """An image folder's content. `items`: (path relative to `root`, posix; label), in class and path order; `ignored`: count of other files."""
-
-    root: Path
-    class_names: tuple[str, ...]
-    items: tuple[tuple[str, int], ...]
-    ignored: int
-
-
-def scan_folder(root: Path) -> ImageFolder:
-    """List a folder in torchvision's layout, links followed. Raises BetonError when it has no class folders or one of them no images."""
-    if not root.is_dir():
-        raise BetonError(f"{root}: no such folder; give a folder that has one folder per class")
-    class_names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    if not class_names:
-        raise BetonError(f"{root}: has no class folders; put each class's images in a folder of its own")
-    items: list[tuple[str, int]] = []
-    ignored = 0
-    for label, name in enumerate(class_names):
-        found = []
-        for folder, _, files in os.walk(root / name, followlinks=True):
-            paths = [Path(folder, file).relative_to(root).as_posix() for file in files]
-            found += [path for path in paths if Path(path).suffix.lower() in EXTENSIONS]
-            ignored += sum(Path(path).suffix.lower() not in EXTENSIONS for path in paths)
-        if not found:
-            raise BetonError(f"{root / name}: no images; remove the folder or fill it (image names end in {', '.join(sorted(EXTENSIONS))})")
-        items += [(path, label) for path in sorted(found)]
-    return ImageFolder(root, tuple(class_names), tuple(items), ignored)
 
 
 class FolderSamples:
     """The folder's images as `write_beton` takes them: sized, iterable, each image read when a worker asks for it."""
 
-    def __init__(self, folder: ImageFolder, store: LabelMapStore | None) -> None:
+    def __init__(self, folder: ImageList, store: LabelMapStore | None) -> None:
         self.folder, self.store = folder, store
 
     def __len__(self) -> int:
-        return len(self.folder.items)
+        return len(self.folder.ids)
 
     def __iter__(self) -> Iterator[Sample]:
-        for path, label in self.folder.items:
+        for path, label in zip(self.folder.ids, self.folder.labels.tolist(), strict=True):
             file = self.folder.root / path
             label_map = None if self.store is None else functools.partial(self.store.record, path)
             yield Sample(path, label, file.read_bytes, label_map, origin=str(file))
 
 
-def open_store(path: Path, folder: ImageFolder) -> LabelMapStore:
+def open_store(path: Path, folder: ImageList) -> LabelMapStore:
     """Open the label maps of `folder`. Raises BetonError unless they are complete and of the folder's classes."""
     store = LabelMapStore(path)
     remedy = (
@@ -122,16 +89,19 @@ def convert(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> WriteSummary:
-    """Convert an image folder, with progress bar and summary on `console`. Raises BetonError or LabelMapError naming the file at fault."""
+    """Convert an image folder, with progress bar and summary on `console`. Raises ImageFolderError, LabelMapError or
+    BetonError naming the file at fault."""
     console = console or Console(stderr=True)
-    folder = scan_folder(images)
+    folder = list_images(images)
+    if folder.class_names is None:
+        raise ImageFolderError(f"{images}: has no class folders; put each class's images in a folder of its own")
     store = None if label_maps is None else open_store(label_maps, folder)
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=len(folder.items), rate="")
+        task = bar.add_task("", total=len(folder.ids), rate="")
 
         def progress(samples: int, size: int) -> None:
-            if samples % 16 == 0 or samples == len(folder.items):
+            if samples % 16 == 0 or samples == len(folder.ids):
                 seconds = max(bar.tasks[task].elapsed or 0, 1e-3)
                 bar.update(task, completed=samples, rate=f"{samples / seconds:,.0f} images/s  {size / seconds / 1e6:,.0f} MB/s")
 
@@ -255,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(problem, file=sys.stderr)
             print(f"{arguments.file}: {f'{len(problems)} damaged samples' if problems else 'sound'}")
             return 1 if problems else 0
-    except (BetonError, LabelMapError, OSError) as error:
+    except (BetonError, ImageFolderError, LabelMapError, OSError) as error:
         print(f"to_beton.py: {error}", file=sys.stderr)
         return 1
     return 0

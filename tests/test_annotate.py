@@ -20,7 +20,7 @@ import timm
 from tl_fast import labelmap, linear_probe
 from tl_fast.annotate import AnnotateConfig, annotate, main
 from tl_fast.annotator import AnnotateError, Annotator, Preprocessing, build_annotator
-from tl_fast.image_folder import list_images
+from tl_fast.image_folder import ImageFolderError, list_images
 from tl_fast.labelmap import LabelMapStore, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -347,15 +347,15 @@ def test_listing(tmp_path):
         (tmp_path / file).touch()
     images = list_images(tmp_path)
     assert images.ids == ["a/2.jpeg", "b/0.png", "b/deep/1.JPG"]
-    assert images.labels.tolist() == [0, 1, 1] and images.class_names == ["a", "b"]
+    assert images.labels.tolist() == [0, 1, 1] and images.class_names == ["a", "b"] and images.ignored == 1
     assert list_images(tmp_path / "a").ids == ["2.jpeg"] and list_images(tmp_path / "a").labels is None
     (tmp_path / "stray.jpg").touch()
-    with pytest.raises(AnnotateError, match="stray.jpg"):
+    with pytest.raises(ImageFolderError, match="stray.jpg"):
         list_images(tmp_path)
     (tmp_path / "stray.jpg").unlink()
     (tmp_path / "c").mkdir()
     for folder, message in ((tmp_path, "c: no images"), (tmp_path / "c", "no images"), (tmp_path / "d", "no such folder")):
-        with pytest.raises(AnnotateError, match=message):
+        with pytest.raises(ImageFolderError, match=message):
             list_images(folder)
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tl_fast import labelmap
-from tl_fast.annotator import build_annotator
-from tl_fast.image_folder import SquashedImages, list_images
+from tl_fast.annotator import SquashedImages, build_annotator
+from tl_fast.image_folder import list_images
 from tl_fast.kernels.cpu import token_targets
 from tl_fast.labelmap import LabelMapError, LabelMapStore, MapSpec, dequantise, pack, quantise, top_k_relative, unpack, write_store
 from tl_fast.plan import Augment, draw

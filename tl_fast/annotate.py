@@ -37,8 +37,8 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 import tl_fast
 from tl_fast import labelmap, linear_probe
-from tl_fast.annotator import DTYPES, AnnotateError, Annotator, build_annotator
-from tl_fast.image_folder import ImageList, SquashedImages, list_images, stack
+from tl_fast.annotator import AnnotateError, Annotator, build_annotator, DTYPES, SquashedImages, stack
+from tl_fast.image_folder import ImageList, list_images
 from tl_fast.labelmap import MapSpec, top_k_relative, write_atomic
 from tl_fast.ranks import Ranks, join
 

@@ -19,15 +19,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import tl_fast.compat  # noqa: F401  before timm
 import timm
 from timm.data import resolve_data_config
+from timm.data.transforms import str_to_pil_interp
 
 import tl_fast.models  # noqa: F401  registers lvvit_* with timm
 from tl_fast import checkpoint as checkpoints
+from tl_fast.image_folder import ImageList
 from tl_fast.models import LVViT
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -270,3 +275,31 @@ def _bundled(model: str) -> nn.Module:
         renamed[key] = value
     network.load_state_dict(renamed, strict=True)
     return network
+
+
+class SquashedImages(Dataset):
+    """Item i: image i as uint8 RGB `[3, S, S]`, or the AnnotateError that says what is wrong with it, to be raised by the caller.
+
+    (Raised in a worker it would reach the caller buried in the worker's traceback.) EXIF orientation is ignored.
+    """
+
+    def __init__(self, images: ImageList, preprocessing: Preprocessing) -> None:
+        self.images, self.size = images, preprocessing.img_size
+        self.resample = str_to_pil_interp(preprocessing.interpolation)
+
+    def __len__(self) -> int:
+        return len(self.images.ids)
+
+    def __getitem__(self, index: int) -> Tensor | AnnotateError:
+        path = self.images.root / self.images.ids[index]
+        try:
+            with Image.open(path) as image:
+                squashed = image.convert("RGB").resize((self.size, self.size), self.resample)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's for files it cannot read
+            return AnnotateError(f"{path} cannot be read as an image ({error}); repair or remove it, then run the same command again")
+        return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
+
+
+def stack(items: list[Tensor | AnnotateError]) -> Tensor | AnnotateError:
+    """Collate items to `[B, 3, S, S]`, or to the first error among them."""
+    return next((item for item in items if isinstance(item, AnnotateError)), None) or torch.stack(items)
