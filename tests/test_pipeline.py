@@ -222,6 +222,16 @@ def test_batches_do_not_depend_on_threads_batch_size_ranks_or_restart(photo_beto
         assert collect(loader)[1] != order
 
 
+def test_choosing_the_next_epoch_leaves_the_running_one_alone(photo_beton):
+    with Loader(photo_beton, 4, image_size=32, grid=2, prefetch=1) as loader:
+        whole, order = collect(loader)
+        seen = {}
+        for batch in loader:
+            loader.set_epoch(7)
+            seen |= {s: image for s, image in zip(batch.sample_ids.tolist(), batch.images, strict=True)}
+        assert list(seen) == order and all(torch.equal(seen[s], whole[s][0]) for s in order)
+
+
 def test_shards_are_disjoint_equal_and_cover_the_epoch(photo_beton):
     for world_size, batch_size in ((2, 4), (3, 2), (5, 2)):
         shards, lengths = [], set()

@@ -271,13 +271,14 @@ class Loader:
         return _finished(self._decoder.submit(self._produce, ids, self._epoch))
 
     def __iter__(self) -> Iterator[Batch]:
-        order = plan.epoch_order(self.seed, self._epoch, len(self.samples)) if self.train else np.arange(len(self.samples))
+        epoch = self._epoch  # set_epoch while this runs is for the next iteration
+        order = plan.epoch_order(self.seed, epoch, len(self.samples)) if self.train else np.arange(len(self.samples))
         steps = iter(range(self._start_step, len(self)))
         pending: collections.deque[Future] = collections.deque()
 
         def submit(count: int) -> None:
             for step in itertools.islice(steps, count):
-                pending.append(self._decoder.submit(self._produce, self._ids(order, step), self._epoch))
+                pending.append(self._decoder.submit(self._produce, self._ids(order, step), epoch))
 
         try:
             submit(self.prefetch)
