@@ -14,7 +14,7 @@ from PIL import Image
 from tests import reference
 from torchvision.ops import roi_align
 
-from tl_fast import kernels
+from tl_fast import jit
 from tl_fast.kernels import cpu
 
 CASES = ["small", "nosmooth", "rect_map", "grid24", "imagenet"]
@@ -106,12 +106,21 @@ def test_token_targets_survive_many_classes_and_large_scores():
     assert np.isfinite(targets).all() and targets[0, 0, 65534] == pytest.approx(1.0) and targets[0, 1, 0] == 0.0
 
 
+def test_token_targets_of_fully_listed_negative_scores():
+    """k = C, as imported maps may have it: nothing is unlisted, so no class at 0 outweighs the rest."""
+    classes = np.arange(3, dtype=np.uint16).reshape(1, 3, 1, 1)
+    scores = np.array([-200.0, -201.0, -300.0], np.float32).reshape(1, 3, 1, 1)
+    targets = cpu.token_targets(classes, scores, np.array([[0, 0, 1, 1]], np.float32), np.array([False]), 3, 1, 0.0)
+    np.testing.assert_allclose(targets[0, 0], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 0], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"classes": np.zeros((1, 2, 3, 3), np.int64)}, "uint16"),
         ({"scores": np.zeros((1, 2, 3, 4), np.float32)}, "scores"),
         ({"classes": np.full((1, 2, 3, 3), 5, np.uint16)}, "class 5"),
+        ({"scores": np.full((1, 2, 3, 3), np.nan, np.float32)}, "finite"),
         ({"crops": np.array([[0, 0, 0, 1]], np.float32)}, "height and width > 0"),
         ({"crops": np.array([[0, np.nan, 1, 1]], np.float32)}, "finite"),
         ({"flips": np.zeros(2, bool)}, "flips"),
@@ -197,4 +206,4 @@ def test_kernels_are_kept_on_disk_under_their_sources_content(tmp_path):
     runs = [subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
     assert [run.stdout.split() for run in runs] == [["0", "1"], ["1", "0"]]
     (folder,) = (tmp_path / "tl_fast").iterdir()
-    assert folder.name == Path(kernels._cache_folder()).name
+    assert folder.name == Path(jit._cache_folder()).name

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tl_fast import evaluate
 from tl_fast.beton import BetonReader
-from tl_fast.evaluate import evaluate
 from tl_fast.runlog import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +50,10 @@ def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list
         raise SystemExit(f"demo: the bundled photos are missing at {photos}; run it from a clone of the repository")
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / ".tl_fast-demo"  # without it what lies in the folder is not ours to replace
+    if not marker.exists() and any(folder.iterdir()):
+        raise SystemExit(f"demo: {folder} is not empty and not an earlier demo's folder; give another one with --out")
+    marker.touch()
     maps, train, val, run_dir, picture = (folder / name for name in ("label_maps", "train.beton", "val.beton", "train", "picture.png"))
     for old in (maps, run_dir):
         shutil.rmtree(old, ignore_errors=True)
@@ -65,7 +69,8 @@ def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list
         "tl_fast/train.py", "--config", "recipes/demo_photos.yaml", "--train_data", train, "--val_data", val, "--output_dir", run_dir,
         "--seed", str(seed), "--token_label", str(token_label).lower(), *(options or []),
     )  # fmt: skip
-    result = evaluate(val, run_dir)
+    print(f"\n$ python -m tl_fast.evaluate {val} --checkpoint {run_dir}", flush=True)
+    result = evaluate.main([str(val), "--checkpoint", str(run_dir)])
     seconds["show"] = run("-m", "tl_fast.show", train, "--out", picture)
 
     with BetonReader(val) as reader:

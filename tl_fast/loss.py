@@ -26,6 +26,12 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().reshape(-1, classes), target.float().reshape(-1, classes))  # probabilities, not class indices
 
 
+def _term(weight: float, logits: Tensor, target: Tensor) -> Tensor:
+    if weight == 0:
+        return 0 * logits.float().sum()  # a gradient of zero: DDP waits for one from every parameter
+    return weight * soft_cross_entropy(logits, target)
+
+
 def _with_ground_truth(annotated: Tensor, ground_truth: Tensor) -> Tensor:
     """Class targets [B,C] mixed with the truth [B,C] as the published code computes it: annotator 0.5 where their top-1 agree, else 0.9."""
     agree = annotated.argmax(-1, keepdim=True) == ground_truth.argmax(-1, keepdim=True)
@@ -83,5 +89,5 @@ class TokenLabelLoss(nn.Module):
             cls_target = _with_ground_truth(cls_target, ground_truth.float())
         if mix_box is not None:
             cls_target = _mix_flipped(cls_target, mix_box, tokens)
-        return (self.cls_weight * soft_cross_entropy(cls_logits, cls_target)
-                + self.dense_weight * soft_cross_entropy(token_logits, targets[:, 1:]))
+        return (_term(self.cls_weight, cls_logits, cls_target)
+                + _term(self.dense_weight, token_logits, targets[:, 1:]))

@@ -356,7 +356,7 @@ class Loader:
         if self._graph is None:
             # Outputs of DALI's default executor own their memory, so a depth of one is enough: `pending` does the prefetching.
             self._graph = _decode_graph(
-                "cpu", batch_size=self.batch_size, num_threads=self.threads, device_id=None, prefetch_queue_depth=1
+                "cpu", batch_size=self.batch_size, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
             )
             self._graph.build()
         jpegs = [self.samples.jpeg(i) for i in ids]

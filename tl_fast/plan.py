@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tl_fast.kernels import compile_scalar, njit
+from tl_fast.jit import compile_scalar, njit
 
 _scalar = compile_scalar(njit)
 

@@ -1,7 +1,7 @@
 """Scalar maths of the decode pipeline, written once for every backend.
 
 Plain functions of scalars: `numba.njit` compiles them for the CPU and `numba.cuda` as device functions (see
-`tl_fast.kernels.compile_scalar`); called undecorated they are their own slow reference. Nothing here allocates, loops over pixels or
+`tl_fast.jit.compile_scalar`); called undecorated they are their own slow reference. Nothing here allocates, loops over pixels or
 knows a backend.
 """
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     if ranks.world_size > 1:
         # Batch norm's statistics stay local during an epoch; average_buffers brings them together at its end. DDP goes around the compiled
         # module: the other way round its own forward breaks the graph.
-        network = DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")

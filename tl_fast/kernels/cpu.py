@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tl_fast.kernels import compile_scalar, njit
+from tl_fast.jit import compile_scalar, njit
 
 _scalar = compile_scalar(njit)
 _filter_range, _filter_weight, _filter_support = _scalar.filter_range, _scalar.filter_weight, _scalar.filter_support
@@ -71,6 +71,8 @@ def _check_targets(classes, scores, crops, flips, num_classes, grid, smoothing):
     b = classes.shape[0]
     if np.shape(crops) != (b, 4) or np.shape(flips) != (b,):
         raise ValueError(f"crops must be [{b}, 4] and flips [{b}], got {np.shape(crops)} and {np.shape(flips)}")
+    if not np.isfinite(scores).all():  # and NaN marks, inside, the classes not met yet
+        raise ValueError("label map scores must be finite")
     if not np.isfinite(crops).all() or (np.asarray(crops)[:, 2:] <= 0).any():
         raise ValueError("crops must be finite with height and width > 0 (fractions of the label map)")
     if grid < 1 or num_classes < 1 or not 0 <= smoothing < 1:
@@ -187,11 +189,12 @@ def _align(classes, scores, y_first, y_count, y_weights, x_first, x_count, x_wei
 @njit
 def _softmax_row(total, listed, n, num_classes, smoothing, out):
     """Softmax over C classes of which all but the `n` listed have score 0, smoothed, to `out` [C]; `total` is cleared."""
-    highest = np.float32(0.0) if n < num_classes else total[listed[0]]
+    unlisted = num_classes - n
+    highest = np.float32(0.0) if unlisted else total[listed[0]]
     for t in range(n):
         highest = max(highest, total[listed[t]])
-    rest = np.exp(-highest)
-    mass = rest * np.float32(num_classes - n)
+    rest = np.exp(-highest) if unlisted else np.float32(0.0)
+    mass = rest * np.float32(unlisted)
     for t in range(n):
         mass += np.exp(total[listed[t]] - highest)
     off = _smooth(rest / mass, smoothing, num_classes)

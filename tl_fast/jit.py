@@ -1,0 +1,56 @@
+"""How `tl_fast.scalar` and the CPU loops over it are compiled: for any backend, and once a machine."""
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+
+from tl_fast import scalar
+
+
+def njit(function: Callable) -> Callable:
+    """`numba.njit` as all our CPU code uses it: without the GIL, without fastmath, compiled once a machine and kept on disk.
+
+    Numba's cache notices changes of a function's own file only, and ours call across files; so the folder is named for the contents of all
+    of them. NUMBA_CACHE_DIR or XDG_CACHE_HOME choose where; where nothing can be written, every process compiles anew.
+    """
+    folder = _cache_folder()
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, folder or ""
+    try:
+        return numba.njit(nogil=True, fastmath=False, cache=folder is not None)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@functools.cache
+def _cache_folder() -> str | None:
+    package = Path(__file__).resolve().parent
+    sources = [package / "jit.py", package / "plan.py", package / "scalar.py", *sorted((package / "kernels").glob("*.py"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    try:
+        base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "tl_fast" / f"kernels-{digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
+        return None
+    return str(folder) if os.access(folder, os.W_OK) else None
+
+
+def compile_scalar(decorate: Callable) -> types.SimpleNamespace:
+    """Compile every function of `tl_fast.scalar` with `decorate` (`njit`, or `numba.cuda.jit(device=True)`).
+
+    Numba cannot call an undecorated function, so each copy gets a namespace of its own in which the names it calls are the compiled
+    ones. Functions must therefore be defined after those they call.
+    """
+    namespace = dict(vars(scalar))
+    for name, function in vars(scalar).items():
+        if isinstance(function, types.FunctionType) and function.__module__ == scalar.__name__:
+            copy = types.FunctionType(function.__code__, namespace, name, function.__defaults__)
+            copy.__module__, copy.__qualname__, copy.__doc__ = function.__module__, function.__qualname__, function.__doc__
+            namespace[name] = decorate(copy)
+    return types.SimpleNamespace(**namespace)
