@@ -96,7 +96,7 @@ def contenders(beton: Path, files: list[Path], threads: int) -> dict[str, Callab
         },
         custom_fields={"label_map": LabelMapField},
     )
-    pillow = torch.utils.data.DataLoader(PillowSet(files), BATCH, shuffle=True, num_workers=threads, drop_last=True)
+    pillow = torch.utils.data.DataLoader(PillowSet(files), BATCH, shuffle=True, num_workers=threads, drop_last=True, persistent_workers=True)
 
     def run_ours(loader: Loader) -> Callable[[int], int]:
         def epoch(number: int) -> int:

@@ -203,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.add_argument("--decode", action="store_true", help="decode every image too")
             parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     arguments = parser.parse_args(argv)
+    if command == "verify" and arguments.workers < 1:
+        parser.error(f"--workers must be at least 1, got {arguments.workers}")
     try:
         if command == "convert":
             convert(

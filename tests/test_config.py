@@ -77,7 +77,7 @@ def test_recipes_parse(recipe):
     parse_config(["--config", str(recipe)])
 
 
-# arXiv 2104.10858 and the issue: (drop path, lr at 1,024)
+# arXiv 2104.10858: (drop path, lr at 1,024)
 PUBLISHED = {"lvvit_t": (0.1, 1.6e-3), "lvvit_s": (0.1, 1.6e-3), "lvvit_m": (0.2, 1.6e-3), "lvvit_l": (0.3, 1e-3)}
 
 

@@ -24,18 +24,27 @@ def test_a_failing_command_is_named():
         demo.run("-m", "tl_fast.no_such_module")
 
 
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(SystemExit, match="not an earlier demo's"):
+        demo.demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_whole_path_runs_twice_into_one_folder(tmp_path):
-    """Two short epochs through every command; the second run replaces the first and trains the control."""
-    short = ["--epochs", "2", "--warmup_epochs", "0", "--img_size", "64"]
+    """The demo as it is, which must learn something; then two short epochs of the control, which replace it."""
+    short = ["--epochs", "2", "--warmup_epochs", "0", "--img_size", "64", "--no-token-label"]
     for control in (False, True):
-        command = [sys.executable, "-m", "tl_fast.demo", "--out", str(tmp_path), *short, *(["--no-token-label"] if control else [])]
+        command = [sys.executable, "-m", "tl_fast.demo", "--out", str(tmp_path), *(short if control else [])]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         last = done.stdout.strip().splitlines()[-1]
         pattern = r"demo: val top-1 (\d+\.\d) % \(majority (\d+\.\d) %\), (\d+) images/s, picture at (.+)"
         top1, majority, speed, picture = re.fullmatch(pattern, last).groups()
         assert float(majority) == pytest.approx(100 * 8 / 29, abs=0.1) and 0 <= float(top1) <= 100 and int(speed) > 0
+        assert control or float(top1) > float(majority) + 15  # five photos of 29 more than the majority class; 72 % expected
         with Image.open(picture) as sheet:
             assert min(sheet.size) > 400
         figures = json.loads((tmp_path / "report.json").read_text())

@@ -1,7 +1,12 @@
 """The loader: image and label map aligned, batches that depend on (seed, epoch, step) alone, errors that surface."""
+import gc
 import io
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,6 +250,36 @@ def test_shards_are_disjoint_equal_and_cover_the_epoch(photo_beton):
         assert len(together) == len(set(together)) == whole
 
 
+RANK_SCRIPT = """
+import sys, torch.distributed as dist
+from tl_fast.pipeline import Loader
+dist.init_process_group("gloo")
+rank, world_size = dist.get_rank(), dist.get_world_size()
+with Loader(sys.argv[1], 4, image_size=32, grid=2, rank=rank, world_size=world_size) as loader:
+    mine = [batch.sample_ids.tolist() for batch in loader]
+everyone = [None] * world_size
+dist.all_gather_object(everyone, mine)
+if rank == 0:
+    print("SHARDS", everyone)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_gloo_ranks_see_disjoint_shards_that_cover_the_epoch(photo_beton, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(photo_beton)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    first, second = eval(next(line for line in done.stdout.splitlines() if line.startswith("SHARDS")).removeprefix("SHARDS"))
+    assert len(first) == len(second) == 3
+    flat = [sample for batch in first + second for sample in batch]
+    assert sorted(flat) == list(range(24))
+    with Loader(photo_beton, 8, image_size=32, grid=2) as loader:
+        assert [a + b for a, b in zip(first, second, strict=True)] == [batch.sample_ids.tolist() for batch in loader]
+
+
 def test_what_a_short_epoch_leaves_out_changes(photo_beton):
     with Loader(photo_beton, 10, image_size=32, grid=2) as loader:
         left_out = []
@@ -357,25 +392,37 @@ def test_an_error_in_a_kernel_or_the_reader_surfaces(photo_beton, monkeypatch):
             assert time.monotonic() - start < 5
 
 
-def test_leaving_the_loop_early_leaks_nothing(photo_beton, monkeypatch):
+def test_leaving_the_loop_early_leaks_nothing(photo_beton, tmp_path, monkeypatch):
+    path = tmp_path / "copy.beton"
+    path.write_bytes(photo_beton.read_bytes())
     before = set(threading.enumerate())
-    with Loader(photo_beton, 4, image_size=32, grid=2, threads=2) as loader:
+    with Loader(path, 4, image_size=32, grid=2, threads=2) as loader:
         whole = collect(loader)[1]
         working = len(threading.enumerate())
         for _ in range(20):
             for batch in loader:
                 break
-        produced = []
+        produced, produce = [], loader._produce
         with monkeypatch.context() as patch:
-            patch.setattr(loader, "_produce", lambda *arguments: produced.append(arguments))
+            patch.setattr(loader, "_produce", lambda *arguments: produced.append(arguments) or produce(*arguments))
+            for batch in loader:
+                break
+            started = len(produced)
             time.sleep(0.2)
-        assert not produced and len(threading.enumerate()) == working
+        # The first batch and at most the `prefetch` after it were begun; nothing goes on once the loop is left.
+        assert len(produced) == started <= 3 and len(threading.enumerate()) == working
         assert collect(loader)[1] == whole  # nothing of the abandoned epochs is left in DALI's queues
-        held = [batch for batch in loader]
-        copies = [batch.images.clone() for batch in held]
+        held, copies = [], []
+        for batch in loader:  # what was handed out is never written again, within the epoch or after it
+            held.append(batch)
+            copies.append(batch.images.clone())
         collect(loader)
         assert all(torch.equal(batch.images, copy) for batch, copy in zip(held, copies, strict=True))
+    del loader, batch, held
+    gc.collect()
     assert set(threading.enumerate()) <= before
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert str(path) not in [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import yaml
 
 from tl_fast import checkpoint, evaluate
 from tl_fast import train as training
-from tl_fast.beton import Sample, write_beton
+from tl_fast.beton import BetonReader, Sample, write_beton
 from tl_fast.config import TrainConfig
 from tl_fast.labelmap import MapSpec, pack
 from tl_fast.meter import NonFiniteError
@@ -140,7 +140,7 @@ def test_drop_path_and_mixtoken_are_on_in_the_exactness_test(tiny):
 
 
 def test_two_ranks_follow_one(tiny, betons, tmp_path):
-    """Issue's must-show 3: 2 ranks x 8 against 1 rank x 16, MixToken off, batch norm frozen: loss within 1e-3 over 10 steps.
+    """2 ranks x 8 against 1 rank x 16, MixToken off, batch norm frozen: loss within 1e-3 over 10 steps.
 
     The two ranks stop after 4 steps, within an epoch, and a second job continues.
     """
@@ -232,6 +232,27 @@ def test_resume_refuses_another_run(tiny):
     training.train(tiny(max_steps=1))
     with pytest.raises(checkpoint.CheckpointError, match="seed 0 -> 7"):
         training.train(tiny(resume="auto", seed=7))
+
+
+def test_resume_refuses_data_of_another_size_and_takes_the_new_optimiser_settings(tiny, betons, monkeypatch):
+    training.train(tiny(max_steps=1))
+    with pytest.raises(checkpoint.CheckpointError, match="steps_per_epoch"):
+        training.train(tiny(resume="auto", train_data=[str(betons / "train.beton")] * 2))
+    seen = []
+    monkeypatch.setattr(training, "seed_step", lambda *_: seen.append([group["weight_decay"] for group in optimizers[-1].param_groups]))
+    optimizers, build = [], training.build_optimizer
+    monkeypatch.setattr(training, "build_optimizer", lambda *arguments: optimizers.append(build(*arguments)) or optimizers[-1])
+    training.train(tiny(resume="auto", max_steps=2, weight_decay=0.2))
+    assert sorted(seen[0]) == [0.0, 0.2]
+
+
+def test_evaluation_refuses_other_class_names(tiny, betons, tmp_path):
+    summary = training.train(tiny(max_steps=1))
+    with BetonReader(betons / "val.beton") as reader:
+        samples = [Sample(str(i), int(reader.labels[i]), reader.jpeg(i).tobytes) for i in range(4)]
+    write_beton(tmp_path / "other.beton", samples, class_names=["fish", "animal", "monument", "tool"])
+    with pytest.raises(ValueError, match="other.beton has the classes"):
+        evaluate.evaluate(str(tmp_path / "other.beton"), Path(summary["checkpoint"]))
 
 
 def test_a_new_run_does_not_start_among_an_old_ones_checkpoints(tiny):

@@ -39,7 +39,7 @@ import tl_fast
 from tl_fast import labelmap, linear_probe
 from tl_fast.annotator import AnnotateError, Annotator, build_annotator, DTYPES, SquashedImages, stack
 from tl_fast.image_folder import ImageList, list_images
-from tl_fast.labelmap import MapSpec, top_k_relative, write_atomic
+from tl_fast.labelmap import LabelMapError, MapSpec, top_k_relative, write_atomic
 from tl_fast.ranks import Ranks, join
 
 # What two runs must share for their parts to belong in one store.
@@ -100,7 +100,7 @@ def _batches(images: ImageList, groups: Sequence[Sequence[int]], annotator: Anno
     """(position in `groups`, uint8 images) for all groups in order; no batch crosses a group. Raises AnnotateError at a broken image."""
     size = config.batch_size or (64 if ranks.device.type == "cuda" else 2)
     steps = [(position, group[i:i + size]) for position, group in enumerate(groups) for i in range(0, len(group), size)]
-    workers = config.workers if config.workers is not None else max(1, len(os.sched_getaffinity(0)) // ranks.world_size)
+    workers = config.workers if config.workers is not None else max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     loader = DataLoader(SquashedImages(images, annotator.preprocessing), batch_sampler=[step[1] for step in steps], collate_fn=stack,
                         num_workers=workers, pin_memory=ranks.device.type == "cuda")
     for (position, _), batch in zip(steps, loader, strict=True):
@@ -123,8 +123,13 @@ def _write_parts(todo: str, files: Callable[[int], list[Path]], compute: Callabl
         task = progress.add_task("", total=sum(map(len, groups)), rate="")
         collected: list[list[np.ndarray]] = []
         for position, batch in _batches(images, groups, annotator, config, ranks):
-            collected.append(compute(batch))
             rows = sum(len(one[0]) for one in collected)
+            try:
+                collected.append(compute(batch))
+            except LabelMapError as error:
+                names = [images.ids[i] for i in groups[position][rows : rows + len(batch)]]
+                raise AnnotateError(f"{', '.join(names)}: {error}; the annotator overflowed: try --dtype float32") from error
+            rows += len(batch)
             if rows == len(groups[position]):
                 save(mine[position], [np.concatenate(column) for column in zip(*collected)])
                 collected = []
@@ -289,8 +294,9 @@ def prepare_store(config: AnnotateConfig, spec: MapSpec, images: ImageList, clas
         for file in (*parts, _head_path(out), out / "ids.jsonl", path):  # the manifest last: a store without one is nobody's to delete
             file.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob(".*.tmp"):  # of a killed run; this rank works before the others start writing
-        leftover.unlink()
+    for kind in ("maps-", "pooled-", "features-", "head.", "ids.", "manifest."):
+        for leftover in out.glob(f".{kind}*.tmp"):  # of a killed run; this rank works before the others start writing
+            leftover.unlink()
     if path.exists():
         try:
             old = json.loads(path.read_text("utf-8"))
@@ -378,8 +384,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                         "model's own")
     parser.add_argument("--num-classes", type=int, help="classes of the checkpoint's head; default: as the head says")
     parser.add_argument("--img-size", type=int, help="side in pixels the full image is squashed to; default: the model's")
-    parser.add_argument("--classes", metavar="auto|FILE", help="keep the logits of the class folders: auto (their names are ImageNet "
-                        "wnids) or a JSON file {folder: class index or wnid}")
+    parser.add_argument("--classes", nargs="?", const="auto", metavar="auto|FILE", help="keep the logits of the class folders: auto, "
+                        "the default (their names are ImageNet wnids), or a JSON file {folder: class index or wnid}")
     parser.add_argument("--fit-head", action="store_true", help="fit a linear probe for the class folders on IMAGES, apply it to the cells")
     parser.add_argument("--eval-images", type=Path, help="held-out images with the same class folders, to test the probe on")
     parser.add_argument("--topk", type=int, default=5, help="classes stored per cell (default 5, at most all)")

@@ -10,6 +10,8 @@ from typing import Any, Literal, Sequence
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from tl_fast.plan import Augment
+
 PATCH = 16  # pixels a side of one token: every LV-ViT has patch 16 (arXiv 2104.10858)
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the strings below the fields are what --help prints
@@ -140,6 +142,7 @@ class TrainConfig:
             raise ValueError(f"std must be > 0, got {self.std}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        Augment(scale=self.scale, ratio=self.ratio, flip=self.flip)  # validates them
         if self.img_size % PATCH:
             raise ValueError(f"img_size must be divisible by {PATCH} (the patch), got {self.img_size}")
         if self.batch_size % self.accumulate:
@@ -186,7 +189,7 @@ class TrainConfig:
 
 
 _TUPLES = ("mean", "std", "scale", "ratio", "betas")
-_RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; scale, ratio and flip are checked by plan.Augment
+_RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; plan.Augment checks scale, ratio and flip
     ("img_size", PATCH, 4096),
     ("num_classes", 1, 65_535),  # label maps hold uint16 classes
     ("cls_weight", 0, 1e6),

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import time
@@ -23,7 +24,7 @@ import timm
 
 from tl_fast import checkpoint
 from tl_fast.config import TrainConfig
-from tl_fast.pipeline import Batch, Loader
+from tl_fast.pipeline import Batch, DecodeError, Loader
 from tl_fast.ranks import Ranks, join
 
 
@@ -125,7 +126,7 @@ def evaluate(
     Raises CheckpointError, FileNotFoundError or ValueError naming what does not fit.
     """
     weights = checkpoint.find(weights)
-    with join(device) as ranks:
+    with join(device) as ranks, contextlib.ExitStack() as stack:
         config = TrainConfig.from_dict(checkpoint.read_meta(weights)["config"]) if weights.is_dir() else None
         if config is None and model is None:
             raise ValueError(f"{weights} does not say which model it is: give --model (lvvit_t, lvvit_s, lvvit_m or lvvit_l)")
@@ -135,12 +136,17 @@ def evaluate(
         config = TrainConfig.from_dict(values)
         loader = Loader(data, batch_size, image_size=config.img_size, grid=config.grid, train=False, threads=threads,
                         crop_pct=config.crop_pct, rank=ranks.rank, world_size=ranks.world_size)
+        stack.callback(loader.close)
         if config.num_classes is None:  # a bare file: its head says
             state, _ = checkpoint.read_weights(weights, use_ema)
             if "head.weight" not in state:
                 raise ValueError(f"{weights} has no head.weight, so no class count: it is not a classifier")
             config = dataclasses.replace(config, num_classes=state["head.weight"].shape[0])
         check_labels(loader, config.num_classes)
+        trained, names = checkpoint.read_meta(weights).get("class_names") if weights.is_dir() else None, loader.samples.class_names
+        if trained and names and trained != names:
+            raise ValueError(f"{', '.join(map(str, loader.samples.paths))} has the classes {names[:5]}..., {weights} was trained on "
+                             f"{trained[:5]}...: convert the data with the same class list")
         network = build_model(config)
         remarks = checkpoint.load_weights(network, weights, use_ema)
         start = time.perf_counter()
@@ -175,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = vars(parser.parse_args(arguments))
     try:
         result = evaluate(options.pop("data"), options.pop("checkpoint"), **options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DecodeError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     if int(os.environ.get("RANK", 0)) == 0:
         for remark in result["remarks"]:

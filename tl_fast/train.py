@@ -39,7 +39,7 @@ from tl_fast.ranks import Ranks, join
 from tl_fast.runlog import RunLog
 
 # A run continued with other values of these would be neither the old run nor a new one.
-FIXED_ON_RESUME = ("model", "model_kwargs", "img_size", "num_classes", "token_label", "batch_size", "seed")
+FIXED_ON_RESUME = ("model", "model_kwargs", "img_size", "num_classes", "token_label", "batch_size", "seed", "steps_per_epoch")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -52,8 +52,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises ValueError for data or options that do not fit one another, FileNotFoundError for missing data, CheckpointError for a checkpoint
     that cannot be resumed, NonFiniteError (see meter).
     """
-    with join(config.device) as ranks:
+    with join(config.device) as ranks, contextlib.ExitStack() as stack:
         train_loader, val_loader = make_loaders(config, ranks)
+        for loader in filter(None, (train_loader, val_loader)):
+            stack.callback(loader.close)
         config = dataclasses.replace(config, num_classes=config.num_classes or train_loader.num_classes)
         check_data(config, train_loader, val_loader)
         return _run(config, ranks, train_loader, val_loader)
@@ -76,7 +78,7 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1)
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, steps_per_epoch)
-    progress = resume(config, ranks, model=model, ema=ema.module, optimizer=optimizer)
+    progress = resume(config, ranks, steps_per_epoch, model=model, ema=ema.module, optimizer=optimizer)
     step, epoch, step_in_epoch, metrics = (progress[name] for name in ("global_step", "epoch", "step_in_epoch", "last_validation"))
 
     network: nn.Module = model  # what a step calls; validation, EMA and checkpoints use the bare model
@@ -144,19 +146,20 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
                 log.row("val", step, epoch, metrics,
                         f"val top-1 {metrics['val_top1_ema']:.1f} % (EMA), {metrics['val_top1_raw']:.1f} % (raw)")
             if ranks.main and (step == end or whole and epoch % config.checkpoint_every == 0):
-                progress = {"global_step": step, "epoch": epoch, "step_in_epoch": step_in_epoch, "last_validation": metrics}
+                progress = {"global_step": step, "epoch": epoch, "step_in_epoch": step_in_epoch, "steps_per_epoch": steps_per_epoch,
+                            "last_validation": metrics}
                 record = {"metrics": metrics if validated else {}, "config": config.to_dict(),
                           "class_names": train_loader.samples.class_names, "versions": versions(ranks)}
                 checkpoint.save(folder / "checkpoints", model=model, ema=ema.module, optimizer=optimizer, meta=progress | record)
                 checkpoint.prune(folder / "checkpoints", config.keep)
         speed, data_wait = meter.speed()
-        newest, best = ranks.from_main(_newest_and_best(folder / "checkpoints") if ranks.main else None)
+        newest, best, best_top1 = ranks.from_main(_newest_and_best(folder / "checkpoints") if ranks.main else None)
         summary = {
             "steps": step, "epochs": epoch, "loss": meter.row.get("loss"),
             "val_top1_ema": metrics.get("val_top1_ema"), "val_top1_raw": metrics.get("val_top1_raw"),
-            "best_top1": checkpoint.score(checkpoint.read_meta(best)) if best else None,
+            "best_top1": best_top1,
             "images_per_second": speed, "data_wait": data_wait,
-            "checkpoint": newest and str(newest), "best_checkpoint": best and str(best), "metrics": str(log.path),
+            "checkpoint": newest, "best_checkpoint": best, "metrics": str(log.path),
         }
         log.message(f"done: {summary}")
     return summary
@@ -251,7 +254,7 @@ def validate(model: nn.Module, ema: nn.Module, loader: Loader, ranks: Ranks, con
     return result
 
 
-def resume(config: TrainConfig, ranks: Ranks, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def resume(config: TrainConfig, ranks: Ranks, steps_per_epoch: int, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load what `config.resume` asks for; where to continue: global_step, epoch, step_in_epoch, last_validation.
 
     Raises CheckpointError for broken or foreign checkpoints, when one of FIXED_ON_RESUME differs from the checkpoint's config, and when
@@ -270,12 +273,17 @@ def resume(config: TrainConfig, ranks: Ranks, *, model: nn.Module, ema: nn.Modul
                                              "remove its later checkpoints, or choose another output_dir")
     if path is None:
         return {"global_step": 0, "epoch": 0, "step_in_epoch": 0, "last_validation": {}}
-    then, now = checkpoint.read_meta(path)["config"], config.to_dict()
+    meta = checkpoint.read_meta(path)
+    then, now = meta["config"] | {"steps_per_epoch": meta["steps_per_epoch"]}, config.to_dict() | {"steps_per_epoch": steps_per_epoch}
     different = [f"{name} {then.get(name)!r} -> {now[name]!r}" for name in FIXED_ON_RESUME if then.get(name) != now[name]]
     if different:
         raise checkpoint.CheckpointError(f"{path} is of another run: {', '.join(different)}. Restore these, choose another output_dir, or "
                                          "start from its weights with --init_weights")
-    return checkpoint.restore(path, model=model, ema=ema, optimizer=optimizer)
+    settings = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
+    checkpoint.restore(path, model=model, ema=ema, optimizer=optimizer)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # what this run's config says, not what the checkpoint's optimiser had
+    return meta
 
 
 def versions(ranks: Ranks) -> dict[str, str]:
@@ -285,9 +293,10 @@ def versions(ranks: Ranks) -> dict[str, str]:
             "numpy": np.__version__, "device": f"{ranks.world_size} x {name}"}
 
 
-def _newest_and_best(folder: Path) -> tuple[Path | None, Path | None]:
-    newest = checkpoint.checkpoints(folder)[-1:]
-    return (newest[0], checkpoint.best(folder)) if newest else (None, None)
+def _newest_and_best(folder: Path) -> tuple[str | None, str | None, float | None]:
+    """Paths of the newest and of the best checkpoint, and the best one's top-1; None for what there is not."""
+    newest, best = checkpoint.checkpoints(folder)[-1:], checkpoint.best(folder)
+    return str(newest[0]) if newest else None, str(best) if best else None, checkpoint.score(checkpoint.read_meta(best)) if best else None
 
 
 def main() -> None:
