@@ -147,6 +147,7 @@ def main() -> None:
                 "min": round(min(values), 1),
                 "max": round(max(values), 1),
                 "rounds": len(values),
+                "images": arguments.images.name,
                 "samples": arguments.samples,
                 "mean_bytes": round(sum(file.stat().st_size for file in files) / len(files)),
                 "image_size": SIZE,
