@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import platform
 from pathlib import Path
@@ -38,6 +39,9 @@ from tl_fast.plan import Augment, mix_box
 from tl_fast.ranks import Ranks, join
 from tl_fast.runlog import RunLog
 
+# What torch before 2.13 calls broadcast_buffers, and later ones warn of.
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_BUFFER_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 # A run continued with other values of these would be neither the old run nor a new one.
 FIXED_ON_RESUME = ("model", "model_kwargs", "img_size", "num_classes", "token_label", "batch_size", "seed", "steps_per_epoch")
 
@@ -87,7 +91,7 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     if ranks.world_size > 1:
         # Batch norm's statistics stay local during an epoch; average_buffers brings them together at its end. DDP goes around the compiled
         # module: the other way round its own forward breaks the graph.
-        network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True, **{_BUFFER_SYNC: False})
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
