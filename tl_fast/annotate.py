@@ -40,7 +40,7 @@ from tl_fast import labelmap, linear_probe
 from tl_fast.annotator import AnnotateError, Annotator, build_annotator, DTYPES, SquashedImages, stack
 from tl_fast.image_folder import ImageList, list_images
 from tl_fast.labelmap import LabelMapError, MapSpec, top_k_relative, write_atomic
-from tl_fast.ranks import Ranks, join
+from tl_fast.ranks import Ranks, cores_of_this_rank, join
 
 # What two runs must share for their parts to belong in one store.
 FINGERPRINT = ("spec", "class_names", "num_samples", "model", "weights_sha256", "preprocessing", "dtype", "kept_classes", "probe",
@@ -100,7 +100,7 @@ def _batches(images: ImageList, groups: Sequence[Sequence[int]], annotator: Anno
     """(position in `groups`, uint8 images) for all groups in order; no batch crosses a group. Raises AnnotateError at a broken image."""
     size = config.batch_size or (64 if ranks.device.type == "cuda" else 2)
     steps = [(position, group[i:i + size]) for position, group in enumerate(groups) for i in range(0, len(group), size)]
-    workers = config.workers if config.workers is not None else max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = config.workers if config.workers is not None else cores_of_this_rank()
     loader = DataLoader(SquashedImages(images, annotator.preprocessing), batch_sampler=[step[1] for step in steps], collate_fn=stack,
                         num_workers=workers, pin_memory=ranks.device.type == "cuda")
     for (position, _), batch in zip(steps, loader, strict=True):

@@ -142,7 +142,7 @@ class TrainConfig:
             raise ValueError(f"std must be > 0, got {self.std}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
-        Augment(scale=self.scale, ratio=self.ratio, flip=self.flip)  # validates them
+        self.augment  # noqa: B018  validates scale, ratio and flip
         if self.img_size % PATCH:
             raise ValueError(f"img_size must be divisible by {PATCH} (the patch), got {self.img_size}")
         if self.batch_size % self.accumulate:
@@ -159,6 +159,11 @@ class TrainConfig:
                 f"the peak lr {self.peak_lr:.3g} (= lr {self.lr} * batch_size {self.batch_size} / {self.lr_base_batch}) is below"
                 f" min_lr {self.min_lr} or warmup_lr {self.warmup_lr}: lower those"
             )
+
+    @property
+    def augment(self) -> Augment:
+        """The ranges of the plan's random decisions. Raises ValueError naming the one that is wrong."""
+        return Augment(scale=self.scale, ratio=self.ratio, flip=self.flip)
 
     @property
     def peak_lr(self) -> float:

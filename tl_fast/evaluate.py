@@ -127,7 +127,8 @@ def evaluate(
     """
     weights = checkpoint.find(weights)
     with join(device) as ranks, contextlib.ExitStack() as stack:
-        config = TrainConfig.from_dict(checkpoint.read_meta(weights)["config"]) if weights.is_dir() else None
+        meta = checkpoint.read_meta(weights) if weights.is_dir() else {}
+        config = TrainConfig.from_dict(meta["config"]) if meta else None
         if config is None and model is None:
             raise ValueError(f"{weights} does not say which model it is: give --model (lvvit_t, lvvit_s, lvvit_m or lvvit_l)")
         values = config.to_dict() if config else {"train_data": "unused: evaluation only", "model": model}
@@ -143,7 +144,7 @@ def evaluate(
                 raise ValueError(f"{weights} has no head.weight, so no class count: it is not a classifier")
             config = dataclasses.replace(config, num_classes=state["head.weight"].shape[0])
         check_labels(loader, config.num_classes)
-        trained, names = checkpoint.read_meta(weights).get("class_names") if weights.is_dir() else None, loader.samples.class_names
+        trained, names = meta.get("class_names"), loader.samples.class_names
         if trained and names and trained != names:
             raise ValueError(f"{', '.join(map(str, loader.samples.paths))} has the classes {names[:5]}..., {weights} was trained on "
                              f"{trained[:5]}...: convert the data with the same class list")

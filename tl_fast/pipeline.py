@@ -24,6 +24,7 @@ from tl_fast import plan
 from tl_fast.beton import BetonReader
 from tl_fast.kernels import cpu
 from tl_fast.labelmap import EXTENTS
+from tl_fast.ranks import cores_of_this_rank
 
 
 GEOMETRIES = ("correct", "published")
@@ -229,7 +230,7 @@ class Loader:
         self.seed, self.rank, self.world_size, self.smoothing, self.crop_pct = seed, rank, world_size, smoothing, crop_pct
         self.token_labels = token_labels and train and self.samples.spec is not None
         self.check, self.prefetch = check, prefetch
-        self.threads = threads or max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        self.threads = threads or cores_of_this_rank()
         if train and len(self.samples) < batch_size * world_size:
             raise ValueError(
                 f"{len(self.samples)} samples do not fill one global batch of {batch_size} x {world_size} ranks; lower the batch size"
@@ -312,7 +313,7 @@ class Loader:
             flips = np.zeros(len(ids), np.bool_)
         starts, stops = self._regions(boxes, heights, widths)
         regions = self._decode(ids, starts, stops - starts)
-        boxes[:, :2] -= starts
+        boxes_in_region = boxes - np.pad(starts, ((0, 0), (0, 2)))
         images = torch.empty((len(ids), 3, self.image_size, self.image_size), dtype=torch.uint8)
         out = images.numpy()
 
@@ -320,14 +321,14 @@ class Loader:
             for b in part:
                 if self.check:
                     self.samples.check(ids[b])
-                cpu.resample(np.asarray(regions[b]), tuple(boxes[b]), bool(flips[b]), out[b])
+                cpu.resample(np.asarray(regions[b]), tuple(boxes_in_region[b]), bool(flips[b]), out[b])
 
         parts = [range(t, len(ids), self.threads) for t in range(min(self.threads, len(ids)))]
         kernels = [self._workers.submit(resample, part) for part in parts]
         targets = None
         if self.token_labels:
             targets = torch.empty((len(ids), 1 + self.grid**2, self.num_classes), dtype=torch.float32)
-            crops = crop_fractions(boxes + np.pad(starts, ((0, 0), (0, 2))), heights, widths, self.samples.spec.extent)
+            crops = crop_fractions(boxes, heights, widths, self.samples.spec.extent)
             if self.geometry == "published":  # it hands (top, left, height, width) to RoIAlign as (x1, y1, ...)
                 crops = np.ascontiguousarray(crops[:, [1, 0, 3, 2]])
             classes, scores = self.samples.label_maps(ids)

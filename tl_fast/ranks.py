@@ -49,6 +49,11 @@ class Ranks:
                     buffer /= self.world_size
 
 
+def cores_of_this_rank() -> int:
+    """The CPU cores that this process may use, shared among the ranks of its host; at least 1."""
+    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+
+
 @contextlib.contextmanager
 def join(device: str = "auto") -> Iterator[Ranks]:
     """This process's place in the job that torchrun's environment describes; without torchrun a world of one, and no process group.

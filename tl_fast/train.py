@@ -35,7 +35,7 @@ from tl_fast.evaluate import Normalise, accuracy, autocast, build_model, check_l
 from tl_fast.loss import TokenLabelLoss, soft_cross_entropy
 from tl_fast.meter import Meter
 from tl_fast.pipeline import Loader
-from tl_fast.plan import Augment, mix_box
+from tl_fast.plan import mix_box
 from tl_fast.ranks import Ranks, join
 from tl_fast.runlog import RunLog
 
@@ -176,8 +176,7 @@ def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | No
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of {ranks.world_size} ranks x accumulate {config.accumulate}")
     common = dict(image_size=config.img_size, grid=config.grid, seed=config.seed, threads=config.threads, decode=config.decode,
                   rank=ranks.rank, world_size=ranks.world_size)
-    augment = Augment(scale=config.scale, ratio=config.ratio, flip=config.flip)
-    train_loader = Loader(config.train_data, per_rank, augment=augment, geometry=config.geometry, smoothing=config.smoothing,
+    train_loader = Loader(config.train_data, per_rank, augment=config.augment, geometry=config.geometry, smoothing=config.smoothing,
                           token_labels=config.token_label, **common)
     val_loader = Loader(config.val_data, per_rank, train=False, crop_pct=config.crop_pct, **common) if config.val_data else None
     return train_loader, val_loader
