@@ -16,7 +16,8 @@ from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 
 from tl_fast.beton_layout import LABEL_MAP, spec_from_arguments, spec_to_arguments
-from tl_fast.labelmap import MapSpec, dequantise
+from tl_fast.kernels.maps import expand
+from tl_fast.labelmap import LEVELS, MapSpec, encode, encoded_sizes
 
 
 class LabelMapDecoder(Operation):
@@ -28,17 +29,21 @@ class LabelMapDecoder(Operation):
 
     def generate_code(self) -> Callable:
         memory_read, parallel_range = self.memory_read, Compiler.get_iterator()
-        cells = int(np.prod(self.field.spec.shape))
-        curve = dequantise(np.arange(256, dtype=np.uint8).reshape(1, 1, 256), 0, 1).reshape(256)  # the levels before minimum and step
+        spec, sizes, curve = self.field.spec, encoded_sizes(self.field.spec), LEVELS
+        cells, num_classes = spec.cells, spec.num_classes
 
         def decode(batch_indices, destination, metadata, storage_state):
+            classes = np.empty((len(batch_indices), cells), np.uint16)
             for row in parallel_range(len(batch_indices)):
                 sample = metadata[batch_indices[row]]
                 data = memory_read(sample["ptr"], storage_state)
                 values = destination[row].reshape(-1)
+                if expand(data, num_classes, sizes, classes[row]):
+                    values[:] = np.nan  # damaged: stock ffcv has no way to raise; BetonReader and verify do
+                    continue
                 for i in range(cells):
-                    values[i] = curve[data[2 * cells + i]] * sample["score_step"] + sample["score_min"]
-                    values[cells + i] = data[2 * i] + 256 * data[2 * i + 1]
+                    values[i] = curve[data[len(data) - cells + i]] * sample["score_step"] + sample["score_min"]
+                    values[cells + i] = classes[row, i]
             return destination[: len(batch_indices)]
 
         decode.is_parallel = True
@@ -66,9 +71,7 @@ class LabelMapField(Field):
 
     def encode(self, destination: np.ndarray, record: np.void, malloc: Callable) -> None:
         """For ffcv's own writer: `record` is one of `labelmap.pack` with this field's spec."""
-        if record.dtype != self.spec.dtype:
-            raise ValueError(f"label map has dtype {record.dtype}; {self.spec} has {self.spec.dtype}")
-        data = np.frombuffer(record["classes"].tobytes() + record["scores"].tobytes(), np.uint8)
+        data = np.frombuffer(encode(record, self.spec), np.uint8)
         destination["ptr"], storage = malloc(data.size)
         storage[:] = data
         destination["score_min"], destination["score_step"] = record["score_min"], record["score_step"]

@@ -15,6 +15,7 @@ Parts appear by rename and are never touched again, so a part that exists is who
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -70,6 +71,11 @@ class MapSpec:
         return self.k, self.height, self.width
 
     @property
+    def cells(self) -> int:
+        """k·H·W, listed classes in a map."""
+        return self.k * self.height * self.width
+
+    @functools.cached_property
     def dtype(self) -> np.dtype:
         """One packed record: 8 + 3·k·H·W bytes, no padding."""
         return np.dtype([("score_min", "<f4"), ("score_step", "<f4"), ("classes", "<u2", self.shape), ("scores", "u1", self.shape)])
@@ -149,6 +155,9 @@ def dequantise(levels: np.ndarray, score_min: np.ndarray | float, score_step: np
     return np.square(levels, dtype=np.float32) * step + low
 
 
+LEVELS = dequantise(np.arange(256, dtype=np.uint8).reshape(1, 1, 256), 0, 1).reshape(256)  # float32: the curve before minimum and step
+
+
 def pack(classes: np.ndarray, scores: np.ndarray, spec: MapSpec) -> np.void:
     """One label map as a record of `spec.dtype`.
 
@@ -178,6 +187,32 @@ def unpack(record: np.void, spec: MapSpec) -> tuple[np.ndarray, np.ndarray]:
     if record.dtype != spec.dtype:
         raise LabelMapError(f"label map record has dtype {record.dtype}, its spec {spec} says {spec.dtype}")
     return record["classes"], dequantise(record["scores"], record["score_min"], record["score_step"])
+
+
+def encoded_sizes(spec: MapSpec) -> tuple[int, int, int]:
+    """Bytes of a map in a beton: plain; with a palette of at most 256 classes; of 257 to 512. A palette that saves nothing is not used."""
+    plain = 3 * spec.cells
+    palette = -(-spec.num_classes // 8) + 2 * spec.cells
+    return plain, min(palette, plain), min(palette + -(-spec.cells // 8), plain)
+
+
+def encode(record: np.void, spec: MapSpec) -> bytes:
+    """A record's classes and scores as they go into a beton: with a palette where that is smaller (docs/file_format.md).
+
+    Raises LabelMapError on another spec's record, a class outside 0..C−1, a score_min or score_step that is not finite or a negative step.
+    """
+    from tl_fast.kernels import maps  # here: numba takes longer to import than everything else that opens a beton
+
+    if record.dtype is not spec.dtype and record.dtype != spec.dtype:
+        raise LabelMapError(f"label map record has dtype {record.dtype}, its spec {spec} says {spec.dtype}")
+    out = np.empty(3 * spec.cells, np.uint8)
+    size = maps.encode(np.frombuffer(record.tobytes(), np.uint8), spec.num_classes, encoded_sizes(spec), out)
+    if size == maps.NOT_FINITE:
+        raise LabelMapError(f"label map has score_min {record['score_min']} and score_step {record['score_step']}; both must be finite, "
+                            "the step not negative")
+    if size < 0:
+        raise LabelMapError(f"label map lists class {-1 - size} of {spec.num_classes}")
+    return out[:size].tobytes()
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
