@@ -83,18 +83,15 @@ def open_source(
 
     paths: a folder, files, globs or WebDataset's brace patterns ('train-{000..146}.tar'). labels: the classes of ImageNet's validation tar
     (devkit, or a list). class_names: file of names, one per line or a JSON list, in the order of the labels; without it names come from
-    the data, or from `class_names.txt` or `.json` beside tar and parquet shards. image_column, label_column: of parquet files.
+    the data, or else from `class_names.txt` or `.json` beside the shards. image_column, label_column: of parquet files.
     Raises SourceError naming the file at fault and the remedy.
     """
     files = expand_paths([paths] if isinstance(paths, (str, Path)) else paths)
     kind, files = _kind(files)
-    for option, given, kinds in (
-        ("--labels", labels, ("tar",)), ("--image-column", image_column, ("parquet",)), ("--label-column", label_column, ("parquet",))
-    ):
-        if given is not None and kind not in kinds:
-            raise SourceError(f"{files[0]}: {option} {given} is for {kinds[0]} files, this is {'an image folder' if kind == 'folder' else kind}")
-    if class_names is None and kind != "folder":
-        class_names = _names_beside(files[0])
+    options = (("--labels", labels, "tar"), ("--image-column", image_column, "parquet"), ("--label-column", label_column, "parquet"))
+    for option, given, its_kind in options:
+        if given is not None and kind != its_kind:
+            raise SourceError(f"{files[0]}: {option} {given} is for {its_kind} files, this is a {kind}")
     names = None if class_names is None else read_class_names(class_names)
     # Imported here: these modules import this one, and pyarrow and scipy are needed only by those who have such files.
     if kind == "folder":
@@ -124,7 +121,8 @@ def _expand_braces(pattern: str) -> list[str]:
             if abs(last - first) >= 1_000_000:
                 raise SourceError(f"{pattern}: {{{piece}}} stands for {abs(last - first) + 1:,} files")
             width = max(map(len, numbers.groups())) if any(re.match(r"-?0\d", number) for number in numbers.groups()) else 0
-            choices.append([f"{number:0{width}d}" for number in range(first, last + (1 if last >= first else -1), 1 if last >= first else -1)])
+            step = 1 if last >= first else -1
+            choices.append([f"{number:0{width}d}" for number in range(first, last + step, step)])
         else:
             choices.append(piece.split(",") if "," in piece else [f"{{{piece}}}"])
     return ["".join(parts) for parts in itertools.product(*choices)]
@@ -164,7 +162,7 @@ def _kind(paths: list[str]) -> tuple[str, list[str]]:
     kinds = {path: next((kind for kind in ("tar", "parquet") if path.lower().endswith("." + kind)), None) for path in paths}
     for path, kind in kinds.items():
         if path.lower().endswith(_COMPRESSED):
-            raise SourceError(f"{path}: compressed, so nothing in it can be read without all before it; decompress it first (gunzip, unzstd)")
+            raise SourceError(f"{path}: compressed, nothing in it can be read without all before it; decompress it first (gunzip, unzstd)")
         if kind is None:
             raise SourceError(f"{path}: not a kind of data set known here; give a folder with one folder per class, .tar or .parquet files")
         if kind != kinds[paths[0]]:
@@ -193,7 +191,7 @@ def _folder_kind(folder: str) -> tuple[str, list[str]]:
         raise SourceError(f"{folder}: holds {first[0]} and {second[0]}, which look like different sets; name one, as in '{folder}/PREFIX*'")
     totals = {int(total.group(1)) for name in files if (total := re.search(r"-of-(\d+)[-.]", name))}
     if totals and totals != {len(files)}:
-        raise SourceError(f"{folder}: has {len(files)} of {max(totals)} shards ({files[0]} first); fetch the rest, or name files to take part")
+        raise SourceError(f"{folder}: has {len(files)} of {max(totals)} shards; fetch the rest, or name the files to take")
     return present[0], [os.path.join(folder, name) for name in files]
 
 
@@ -216,9 +214,10 @@ def read_class_names(path: Path | str) -> list[str]:
     return names
 
 
-def _names_beside(file: str) -> Path | None:
+def names_beside(file: str) -> list[str] | None:
+    """Names from `class_names.txt` or `.json` beside a shard that has none inside, if there is one. Raises SourceError."""
     beside = (Path(file).parent / f"class_names.{suffix}" for suffix in ("txt", "json"))
-    return next((path for path in beside if path.is_file()), None)
+    return next((read_class_names(path) for path in beside if path.is_file()), None)
 
 
 def reorder_classes(labels: np.ndarray, found: list[str], wanted: list[str] | None, root: str) -> tuple[np.ndarray, list[str]]:
