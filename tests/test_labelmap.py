@@ -104,7 +104,8 @@ def test_pack_refuses():
     classes, scores = np.array([[[1, 2]], [[3, 4]]]), np.zeros((2, 1, 2), np.float32)
     pack(classes, scores, spec)
     for bad_classes, bad_scores, message in [
-        (classes[:1], scores, "shape"), (classes, scores[:, :, :1], "shape"), (classes.astype(float), scores, "integers"),
+        (classes[:1], scores, "shape"), (classes, scores[:, :, :1], "shape"), (classes + 0.5, scores, "integers, got 1.5"), (classes * np.nan, scores, "integers, got nan"),
+        (classes.astype(str), scores, "integers, got dtype"),
         (classes + 6, scores, r"0\.\.9, got 7\.\.10"), (classes - 2, scores, r"got -1"),
         (classes % 2, scores, "class 1 twice in cell .row 0, column 0"),
         (classes, scores + np.nan, "finite"), (classes, np.where(classes == 4, -np.inf, scores), "1 non-finite"),

@@ -21,7 +21,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -124,28 +124,22 @@ def quantise(scores: np.ndarray) -> tuple[np.ndarray, np.float32, np.float32]:
     reason the best two classes of a cell stay apart when their nearest levels coincide. The error is at most half a level, one level
     where classes were kept apart. Equal scores give step 0. Raises LabelMapError on a non-finite score.
     """
-    wide = np.asarray(scores, np.float64)
-    if wide.ndim != 3 or wide.size == 0 or not np.isfinite(wide).all():
-        raise LabelMapError(f"label map scores must be finite and [k, H, W], got shape {wide.shape} with "
-                            f"{int((~np.isfinite(wide)).sum())} non-finite values")
-    if wide.max() - wide.min() > 0.99 * np.finfo(np.float32).max:
-        raise LabelMapError(f"label map scores {wide.min()}..{wide.max()} span more than float32 holds")
-    score_min = np.float32(wide.min())
-    score_step = np.float32((wide.max() - wide.min()) / 255**2)
-    if score_step < np.finfo(np.float32).tiny:  # equal, or so nearly that float32 has no digits left for a step
-        return np.zeros(wide.shape, np.uint8), score_min, np.float32(0)
-    exact = np.sqrt(np.clip((wide - score_min) / np.float64(score_step), 0, 255**2))
-    levels = np.rint(exact)
-    if len(levels) > 1:
-        order = np.argsort(-exact, axis=0, kind="stable")
-        exact, sorted_levels = np.take_along_axis(exact, order, 0), np.take_along_axis(levels, order, 0)
-        tied = (sorted_levels[0] == sorted_levels[1]) & (exact[0] > exact[1])
-        best_up = tied & (exact[0] + exact[1] > 2 * sorted_levels[0])  # move the one that lies on the side it moves to
-        sorted_levels[0] += best_up
-        sorted_levels[1] -= tied & ~best_up
-        sorted_levels[2:] = np.minimum(sorted_levels[2:], sorted_levels[1])  # a third class of the same level moves along
-        np.put_along_axis(levels, order, sorted_levels, 0)
-    return levels.astype(np.uint8), score_min, score_step
+    from tl_fast.kernels import maps  # here and below: numba takes longer to import than everything else that opens a beton
+
+    wide = np.ascontiguousarray(scores, np.float64)
+    if wide.ndim != 3 or wide.size == 0:
+        raise LabelMapError(f"label map scores must be finite and [k, H, W], got shape {wide.shape}")
+    levels = np.empty(wide.shape, np.uint8)
+    wrong, score_min, score_step = maps.quantise(wide.reshape(len(wide), -1), levels.reshape(len(wide), -1))
+    if wrong:
+        _refuse_scores(wide)
+    return levels, np.float32(score_min), np.float32(score_step)
+
+
+def _refuse_scores(scores: np.ndarray) -> NoReturn:
+    if count := int((~np.isfinite(scores)).sum()):
+        raise LabelMapError(f"label map scores must be finite and [k, H, W], got shape {scores.shape} with {count} non-finite values")
+    raise LabelMapError(f"label map scores {scores.min()}..{scores.max()} span more than float32 holds")
 
 
 def dequantise(levels: np.ndarray, score_min: np.ndarray | float, score_step: np.ndarray | float) -> np.ndarray:
@@ -161,25 +155,41 @@ LEVELS = dequantise(np.arange(256, dtype=np.uint8).reshape(1, 1, 256), 0, 1).res
 def pack(classes: np.ndarray, scores: np.ndarray, spec: MapSpec) -> np.void:
     """One label map as a record of `spec.dtype`.
 
-    classes: integers `[k, H, W]`; scores: float `[k, H, W]`. Raises LabelMapError on a wrong shape, a class outside 0..C−1, a class
-    listed twice in one cell (its mass would count twice), or a non-finite score.
+    classes: integers `[k, H, W]`, of a float dtype too (the published maps'); scores: float `[k, H, W]`. Raises LabelMapError on a wrong
+    shape, a class that is not an integer in 0..C−1, a class listed twice in one cell (its mass would count twice), or a non-finite score.
     """
+    from tl_fast.kernels import maps
+
     classes, scores = np.asarray(classes), np.asarray(scores)
     for name, array in (("classes", classes), ("scores", scores)):
         if array.shape != spec.shape:
             raise LabelMapError(f"label map {name} must have shape (k, H, W) = {spec.shape}, got {array.shape}")
-    if classes.dtype.kind not in "iu":
+    if classes.dtype.kind not in "iuf":
         raise LabelMapError(f"label map classes must be integers, got dtype {classes.dtype}")
+    record = np.empty((), spec.dtype)
+    flat = (spec.k, -1)
+    wrong, record["score_min"], record["score_step"] = maps.pack(
+        np.ascontiguousarray(classes, np.float64 if classes.dtype.kind == "f" else np.int64).reshape(flat),
+        np.ascontiguousarray(scores, np.float64).reshape(flat),
+        spec.num_classes,
+        record["classes"].reshape(flat),
+        record["scores"].reshape(flat),
+    )
+    if wrong == maps.BAD_SCORE:
+        _refuse_scores(scores)
+    if wrong:
+        _refuse_classes(classes, spec)
+    return record[()]
+
+
+def _refuse_classes(classes: np.ndarray, spec: MapSpec) -> NoReturn:
+    if classes.dtype.kind == "f" and (bad := classes[~np.isfinite(classes) | (classes != np.floor(classes))]).size:
+        raise LabelMapError(f"label map classes must be integers, got {bad[0]}")
     if classes.min() < 0 or classes.max() >= spec.num_classes:
         raise LabelMapError(f"label map classes must lie in 0..{spec.num_classes - 1}, got {classes.min()}..{classes.max()}")
     ordered = np.sort(classes, axis=0)
-    if (twice := np.argwhere(ordered[1:] == ordered[:-1])).size:
-        j, row, column = twice[0]
-        raise LabelMapError(f"label map lists class {ordered[j, row, column]} twice in cell (row {row}, column {column})")
-    record = np.zeros((), spec.dtype)
-    record["classes"] = classes
-    record["scores"], record["score_min"], record["score_step"] = quantise(scores)
-    return record[()]
+    j, row, column = np.argwhere(ordered[1:] == ordered[:-1])[0]
+    raise LabelMapError(f"label map lists class {ordered[j, row, column]} twice in cell (row {row}, column {column})")
 
 
 def unpack(record: np.void, spec: MapSpec) -> tuple[np.ndarray, np.ndarray]:
@@ -201,7 +211,7 @@ def encode(record: np.void, spec: MapSpec) -> bytes:
 
     Raises LabelMapError on another spec's record, a class outside 0..C−1, a score_min or score_step that is not finite or a negative step.
     """
-    from tl_fast.kernels import maps  # here: numba takes longer to import than everything else that opens a beton
+    from tl_fast.kernels import maps
 
     if record.dtype is not spec.dtype and record.dtype != spec.dtype:
         raise LabelMapError(f"label map record has dtype {record.dtype}, its spec {spec} says {spec.dtype}")

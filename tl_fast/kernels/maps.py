@@ -1,4 +1,4 @@
-"""CPU loops over label maps: the two layouts of a map in a beton (docs/file_format.md), compiled by numba.
+"""CPU loops over label maps: quantising and checking them, and their layouts in a beton (docs/file_format.md), compiled by numba.
 
 Every loop releases the GIL. Errors are numbers here; `tl_fast.labelmap` and `tl_fast.beton` put them into words.
 """
@@ -8,12 +8,83 @@ import numpy as np
 
 from tl_fast.jit import njit
 
-# What `expand` found, 0 when all is well.
-BAD_SIZE, BAD_CLASS, BAD_BITMAP, BAD_INDEX = 1, 2, 3, 4
+# What is wrong with a map, 0 when all is well.
+BAD_SIZE, BAD_CLASS, BAD_BITMAP, BAD_INDEX, TWICE, BAD_SCORE = 1, 2, 3, 4, 5, 6
 NOT_FINITE = -(1 << 17)  # what `encode` returns for a bad score_min or score_step
+_FLOAT32_MAX, _FLOAT32_TINY = float(np.finfo(np.float32).max), np.finfo(np.float32).tiny
 
 _BIT_COUNT = np.array([byte.bit_count() for byte in range(256)])
 _SET_BITS = np.array([sorted(range(8), key=lambda bit, byte=byte: not byte >> bit & 1) for byte in range(256)], np.uint16)  # the set ones first
+
+
+@njit
+def quantise(scores: np.ndarray, levels: np.ndarray) -> tuple[int, np.float32, np.float32]:
+    """`labelmap.quantise` of scores float64 [k, cells per class] → (BAD_SCORE or 0, score_min, score_step); levels: uint8, written."""
+    low, high = np.inf, -np.inf
+    finite = True
+    for t in range(scores.shape[0]):
+        for i in range(scores.shape[1]):
+            value = scores[t, i]
+            finite &= np.isfinite(value)
+            low, high = min(low, value), max(high, value)
+    if not finite or max(-low, high) > _FLOAT32_MAX or high - low > 0.99 * _FLOAT32_MAX:
+        return BAD_SCORE, np.float32(0), np.float32(0)
+    score_min, score_step = np.float32(low), np.float32((high - low) / 255**2)
+    if score_step < _FLOAT32_TINY:  # equal, or so nearly that float32 has no digits left for a step
+        levels[:] = 0
+        return 0, score_min, np.float32(0)
+    exact = np.empty(scores.shape, np.float64)
+    for t in range(scores.shape[0]):
+        for i in range(scores.shape[1]):
+            exact[t, i] = np.sqrt(min(max((scores[t, i] - np.float64(score_min)) / np.float64(score_step), 0.0), 255.0**2))
+            levels[t, i] = np.uint8(np.rint(exact[t, i]))
+    if scores.shape[0] > 1:
+        for i in range(scores.shape[1]):
+            _keep_best_apart(exact[:, i], levels[:, i])
+    return 0, score_min, score_step
+
+
+@njit
+def _keep_best_apart(exact: np.ndarray, levels: np.ndarray) -> None:
+    """The best two of one cell, where their levels coincide: moves the one that lies on the side it moves to. Both [k]."""
+    best, second = (0, 1) if exact[0] >= exact[1] else (1, 0)
+    for t in range(2, len(exact)):
+        if exact[t] > exact[best]:
+            best, second = t, best
+        elif exact[t] > exact[second]:
+            second = t
+    if levels[best] != levels[second] or exact[best] == exact[second]:
+        return
+    if exact[best] + exact[second] > 2.0 * levels[best]:
+        levels[best] += np.uint8(1)
+        return
+    levels[second] -= np.uint8(1)
+    for t in range(len(exact)):  # a third class of the same level moves along
+        if t != best:
+            levels[t] = min(levels[t], levels[second])
+
+
+@njit
+def pack(
+    classes: np.ndarray, scores: np.ndarray, num_classes: int, out: np.ndarray, levels: np.ndarray
+) -> tuple[int, np.float32, np.float32]:
+    """Check and quantise one map → (what is wrong, score_min, score_step).
+
+    classes: int64 or float64 [k, cells per class]; scores: float64, the same shape; out: uint16 and levels: uint8, written.
+    """
+    seen = np.zeros(num_classes, np.int64)
+    for i in range(classes.shape[1]):
+        for t in range(classes.shape[0]):
+            if not 0 <= classes[t, i] < num_classes:  # NaN too
+                return BAD_CLASS, np.float32(0), np.float32(0)
+            c = np.int64(classes[t, i])
+            if c != classes[t, i]:
+                return BAD_CLASS, np.float32(0), np.float32(0)
+            if seen[c] == i + 1:
+                return TWICE, np.float32(0), np.float32(0)
+            seen[c] = i + 1
+            out[t, i] = c
+    return quantise(scores, levels)
 
 
 @njit
