@@ -96,7 +96,10 @@ def list_images(root: Path) -> ImageList:
     images = images if class_names else strays
     ids = [name for name, _, _ in images]
     sizes, mtimes = (np.fromiter((image[column] for image in images), np.int64, len(images)) for column in (1, 2))
-    check_ids(ids, lambda i: f"{root}/{ids[i]}")
+    try:
+        check_ids(ids, lambda i: f"{root}/{ids[i]}")
+    except SourceError as error:
+        raise ImageFolderError(str(error)) from None
     labels = np.repeat(np.arange(len(counts)), counts) if class_names else None
     return ImageList(root, ids, labels, class_names or None, sizes, mtimes, ignored)
 

@@ -26,17 +26,18 @@ def open_tars(files: Sequence[str], labels: Path | None = None, class_names: lis
     except OSError as error:
         raise SourceError(f"{files[0]}: cannot be opened ({error})") from error
     try:
-        names = [member.name.lower() for member in itertools.islice(tar.members(), _PEEK) if member.kind != "folder"]
+        first = [member.name for member in itertools.islice(tar.members(), _PEEK) if member.kind != "folder"]
     finally:
         tar.close()
-    if any(name.endswith(".cls") for name in names):
+    suffixes = {os.path.splitext(name)[1].lower() for name in first}
+    if ".cls" in suffixes:
         kind = WebDatasetTars
-    elif any(name.endswith(".tar") for name in names) or _WORDNET.fullmatch(Path(files[0]).stem):
+    elif ".tar" in suffixes or _WORDNET.fullmatch(Path(files[0]).stem):
         kind = TrainTar
     elif labels is not None:
         return ValTar(files, class_names, labels=labels)
     else:
-        seen = ", ".join(names[:3]) or "nothing"
+        seen = ", ".join(map(ascii, first[:3])) or "nothing"
         raise SourceError(
             f"{files[0]}: has images without classes, or none ({seen}). ImageNet's validation tar needs --labels (the devkit, or a list); "
             "its training tar holds class tars, WebDataset shards hold .cls members; unpack any other tar and give the folder"

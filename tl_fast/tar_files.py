@@ -4,11 +4,11 @@ Nothing is ever written to a member's name, so '..' and absolute names are harml
 """
 from __future__ import annotations
 
-import dataclasses
 import os
 import struct
 import tarfile
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2
 _DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError, struct.error)
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """An archive member. name: without './' in front. offset, size: of its data in the file, in bytes, checked to lie inside.
 
     kind: 'file', 'folder', or 'link', 'sparse file', 'device' for what can't be read in place.
@@ -84,8 +83,8 @@ class Tar:
         while True:
             header = os.pread(self.file, min(_BLOCK, end - position), position)
             if len(header) < _BLOCK:
-                raise damaged(f"is cut off after {position - start + len(header)} bytes, at {last}: a tar ends with a mark")
-            if not header.count(0) < _BLOCK:
+                raise damaged(f"is cut off after {position - start + len(header)} bytes, behind {last}: a tar ends with a mark")
+            if not any(header):
                 tail = os.pread(self.file, min(_MAX_EXTENSION, end - position), position)
                 if tail.strip(b"\0"):
                     raise SourceError(f"{where}: more data follow the tar's end behind {last} (tars joined by cat?); split or repack it")
@@ -157,7 +156,8 @@ def _pread(file: int, size: int, offset: int) -> bytes:
 def _sum_is_right(header: bytes) -> bool:
     """The checksum is the sum of the header's bytes with its own 8 as spaces, in octal."""
     stated = header[148:156].strip(b" \0")
-    return bool(stated) and not stated.strip(b"01234567") and sum(header) - sum(header[148:156]) + 256 == int(stated, 8)
+    total = sum(header.translate(None, b"\0")) - sum(header[148:156]) + 256  # of three quarters zeros, quicker without them
+    return bool(stated) and not stated.strip(b"01234567") and total == int(stated, 8)
 
 
 def _kind(info: tarfile.TarInfo) -> str:
