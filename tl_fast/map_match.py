@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import numpy as np
 
@@ -30,43 +31,46 @@ def match_maps(
     stem (and is one more folder to look in). where: how messages call a map.
     Raises LabelMapError when two maps fit one sample, or one map two samples.
     """
+    keys = ["/".join(split_name(name)) for name in names]
     in_folder: dict[str, int] = {}
-    of_stem: dict[str, list[int]] = {}
     twice: dict[str, int] = {}
-    folders = []
-    for j, name in enumerate(names):
-        folder, stem = split_name(name)
-        folders.append(folder)
-        key = f"{folder}/{stem}"
+    for j, key in enumerate(keys):
         if in_folder.setdefault(key, j) != j:
             twice[key] = j
+    of_stem: dict[str, int] = {}
+    more: dict[str, list[int]] = {}  # apart, as nearly every stem has one map: a list each would be slow and large
     classes = set(class_names)
 
-    def by_stem(i: int, stem: str, own: str) -> int:
+    def refuse(i: int, one: int, other: int) -> NoReturn:
+        raise LabelMapError(f"{ids[i]}: two label maps fit it, {where(one)} and {where(other)}; remove or rename one")
+
+    def match(i: int, stem: str, places: Sequence[str]) -> int:
+        for place in places:
+            key = f"{place}/{stem}"
+            if (j := in_folder.get(key, -1)) >= 0:
+                if key in twice:
+                    refuse(i, j, twice[key])
+                return j
         if not of_stem:
-            for key, j in in_folder.items():
-                of_stem.setdefault(key.partition("/")[2], []).append(j)
-        fitting = [j for j in of_stem.get(stem, ()) if folders[j] == own or folders[j] not in classes]
+            for j, key in enumerate(keys):
+                name = key.partition("/")[2]
+                if of_stem.setdefault(name, j) != j:
+                    more.setdefault(name, []).append(j)
+        if stem not in of_stem:
+            return -1
+        fitting = [j for j in (of_stem[stem], *more.get(stem, ())) if keys[j].partition("/")[0] not in classes]
         if len(fitting) > 1:
-            raise LabelMapError(f"{ids[i]}: two label maps fit it, {where(fitting[0])} and {where(fitting[1])}; remove or rename one")
+            refuse(i, *fitting[:2])
         return fitting[0] if fitting else -1
 
-    def match(i: int, label: int, sample: str) -> int:
-        folder, stem = split_name(sample)
-        own = class_names[label] if 0 <= label < len(class_names) else ""
-        parts = _WNID.fullmatch(stem)
-        for name, places in ((stem, (folder, own)), (parts[1], (folder, own, parts[2])) if parts else (stem, ())):
-            for place in places:
-                if (j := in_folder.get(f"{place}/{name}", -1)) >= 0:
-                    if f"{place}/{name}" in twice:
-                        raise LabelMapError(f"{sample}: two label maps fit it, {where(j)} and {where(twice[f'{place}/{name}'])}; "
-                                            "give the folder of one, or remove the other")
-                    return j
-            if places and (j := by_stem(i, name, own)) >= 0:
-                return j
-        return -1
-
-    found = np.fromiter(map(match, range(len(ids)), labels, ids), np.int64, len(ids))
+    found = np.full(len(ids), -1, np.int64)
+    for i, label in enumerate(np.asarray(labels).tolist()):
+        folder, stem = split_name(ids[i])
+        own = class_names[label] if 0 <= label < len(class_names) else folder
+        j = match(i, stem, (folder, own))
+        if j < 0 and (parts := _WNID.fullmatch(stem)):
+            j = match(i, parts[1], (folder, own, parts[2]))
+        found[i] = j
     refuse_shared(found, ids, where)
     return found
 

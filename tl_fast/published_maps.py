@@ -31,7 +31,7 @@ NEEDS_EXTENT = (
 
 
 class _Files(Protocol):
-    """Where the .pt files are. names: their paths inside, posix; ignored: number of other files; stamps: int64 [m, 2]."""
+    """Where the n .pt files are. names: their paths inside, posix; ignored: number of other files; stamps: int64 [n, 2 or 4]."""
 
     names: list[str]
     ignored: int
@@ -91,7 +91,6 @@ class _Zip:
         self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             status = os.fstat(self.file)
-            self.stamps = np.array([(status.st_size, status.st_mtime_ns)], np.int64)
             with zipfile.ZipFile(path) as archive:
                 members = [info for info in archive.infolist() if not info.is_dir()]
             found = [info for info in members if _is_map(info.filename)]
@@ -101,6 +100,7 @@ class _Zip:
         self.names, self.ignored = [info.filename for info in found], len(members) - len(found)
         rows = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type, i.flag_bits & 1) for i in found]
         self.rows = np.array(rows, np.int64).reshape(-1, 6)
+        self.stamps = _archive_stamps(status.st_size, status.st_mtime_ns, self.rows[:, :2])
 
     def read(self, j: int) -> bytes:
         offset, stored, size, crc, method, encrypted = self.rows[j].tolist()
@@ -129,7 +129,6 @@ class _Zip:
 class _Tar:
     def __init__(self, path: str) -> None:
         self.tar = Tar(path)
-        self.stamps = np.array([(self.tar.size, self.tar.mtime)], np.int64)
         self.names, self.ignored, rows = [], 0, []
         try:
             for member in self.tar.members():
@@ -142,6 +141,7 @@ class _Tar:
             self.close()
             raise
         self.rows = np.array(rows, np.int64).reshape(-1, 2)
+        self.stamps = _archive_stamps(self.tar.size, self.tar.mtime, self.rows)
 
     def read(self, j: int) -> bytes:
         offset, size = self.rows[j].tolist()
@@ -151,6 +151,10 @@ class _Tar:
 
     def close(self) -> None:
         self.tar.close()
+
+
+def _archive_stamps(size: int, mtime: int, rows: np.ndarray) -> np.ndarray:
+    return np.concatenate((np.broadcast_to(np.array([size, mtime], np.int64), (len(rows), 2)), rows), 1)
 
 
 def _open_files(path: Path) -> _Files:
@@ -170,7 +174,8 @@ class PublishedMaps:
     """Published label maps, listed once, then read in any order from any thread.
 
     `spec`: what most of up to 32 maps spread over all of them look like. `class_names`: None, the format has none. `manifest`; `path`; `names`
-    (paths of the .pt files); `ignored` (number of other files); `stamps` int64 `[m, 2]`: size and mtime (ns) of each file, or of the archive.
+    (paths of the .pt files); `ignored` (number of other files); `stamps` int64 `[n, 2]`: size and mtime (ns) of each file, or `[n, 4]`: of the
+    archive, then where in it the map is.
     extent: `full` or `center_square`, required. num_classes: C, of the data set.
     Raises LabelMapError when there are no maps in `path`, or none that can be read.
     """
