@@ -45,7 +45,8 @@ class _RowGroup:
     place: int  # in its file
     start: int  # its first sample
     first_row: int  # in its file
-    bytes: int  # decoded, of the image column
+    rows: int
+    bytes: int  # uncompressed, as the file states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ class ParquetSource(Source):
         if not sum(map(len, paths)):
             raise SourceError(f"{self.root}: no rows in it")
         self._starts = [group.start for group in self._groups]
+        self._sizes = [group.bytes for group in self._groups]  # of what the cache holds
         names = self._class_names(class_names)
         if texts:
             self.labels, self.class_names = self._text_labels([text for part in texts for text in part], names)
@@ -109,8 +111,8 @@ class ParquetSource(Source):
             self.labels, self.class_names = self._number_labels(np.concatenate(columns), names)
         self.ids = self._name(paths)
         check_ids(self.ids, self.origin)
-        rows = np.diff([*self._starts, len(self.ids)])
-        self.sizes = np.repeat([group.bytes // max(count, 1) for group, count in zip(self._groups, rows.tolist(), strict=True)], rows)
+        means = [group.bytes // max(group.rows, 1) for group in self._groups]
+        self.sizes = np.repeat(np.array(means, np.int64), [group.rows for group in self._groups])
 
     def _index(self, path: str, image_column: str | None, label_column: str | None) -> tuple[np.ndarray | list, list[str | None]]:
         """List one file: (labels, image paths). Only those two columns are read."""
@@ -137,14 +139,16 @@ class ParquetSource(Source):
             first, start = 0, sum(metadata_file.metadata.num_rows for metadata_file in self._files)
             for place in range(metadata.num_row_groups):
                 group = metadata.row_group(place)
-                size = group.column(leaves.index(leaf)).total_uncompressed_size
-                self._groups.append(_RowGroup(len(self._files), place, start + first, first, max(size, 0)))
+                # Of the row group, not of its image column: for damaged statistics of a column pyarrow ends the whole process.
+                self._groups.append(_RowGroup(len(self._files), place, start + first, first, group.num_rows, max(group.total_byte_size, 0)))
+                if group.num_rows < 0:
+                    raise SourceError(f"{path}: row group {place} announces {group.num_rows} rows; it is damaged, fetch it again")
                 first += group.num_rows
             if not first == metadata.num_rows == len(paths) == len(labels):
                 raise SourceError(f"{path}: {metadata.num_rows} rows announced, {len(paths)} there; it is damaged, fetch it again")
         except SourceError:
             raise
-        except (*_DAMAGE, AttributeError) as error:  # AttributeError: features that are no dict
+        except (*_DAMAGE, AttributeError, RecursionError) as error:  # the last two: features that are no dict, or nested without end
             raise SourceError(f"{path}: cannot be read as parquet, it is cut off or damaged ({error}); fetch it again") from error
         self._files.append(_File(path, status.st_size, status.st_mtime_ns, metadata, leaf, names))
         return labels, paths
@@ -243,7 +247,9 @@ class ParquetSource(Source):
             return np.arange(len(self.ids))
         random = np.random.Generator(np.random.PCG64(seed))
         bounds = [*self._starts, len(self.ids)]
-        order, window, size = [], [], 0
+        order: list[np.ndarray] = []
+        window: list[np.ndarray] = []
+        size = 0
 
         def flush() -> None:
             if window:
@@ -275,17 +281,24 @@ class ParquetSource(Source):
             mine = future is None
             if mine:
                 future = self._cache[place] = Future()
-                size = sum(self._groups[kept].bytes for kept in self._cache)
-                while len(self._cache) > 2 and size > self.cache_bytes:
-                    size -= self._groups[self._cache.popitem(last=False)[0]].bytes
+                self._evict()
             else:
                 self._cache.move_to_end(place)
         if mine:
             try:
-                future.set_result(self._decode(self._groups[place]))
+                images = self._decode(self._groups[place])
+                with self._lock:  # a file may state less than it holds
+                    self._sizes[place] = max(self._sizes[place], len(images.data))
+                    self._evict()
+                future.set_result(images)
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
+
+    def _evict(self) -> None:
+        size = sum(self._sizes[kept] for kept in self._cache)
+        while len(self._cache) > 2 and size > self.cache_bytes:
+            size -= self._sizes[self._cache.popitem(last=False)[0]]
 
     def _decode(self, group: _RowGroup) -> _Images:
         file = self._files[group.file]
@@ -299,7 +312,11 @@ class ParquetSource(Source):
                 chunks = [pc.struct_field(chunk, "bytes") for chunk in chunks]
             chunks = [chunk.cast(pa.large_binary()) for chunk in chunks]
             column = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)  # several above 2 GiB
-        except _DAMAGE as error:
+            if len(column) != group.rows:
+                raise SourceError(f"{file.path}: row group {group.place} has {len(column)} rows, {group.rows} were announced; fetch it again")
+        except SourceError:
+            raise
+        except (*_DAMAGE, IndexError) as error:  # IndexError: no chunk at all
             raise SourceError(f"{file.path}: row group {group.place} is damaged ({error}); fetch the file again") from error
         _, offsets, data = column.buffers()
         ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
