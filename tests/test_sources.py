@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -759,6 +760,20 @@ def test_guesses_refuse(folder, tmp_path):
         open_source(folder.root, labels=tmp_path / "x.csv")
     with pytest.raises(SourceError, match="--image-column"):
         open_source(folder.root, image_column="image")
+
+
+def test_missing_packages_are_named(folder, tmp_path, monkeypatch):
+    """pyarrow and scipy are wanted only where a file needs them, and then by name."""
+    (tmp_path / "x.parquet").touch()
+    val, truth = pack_val(tmp_path / "val.tar", folder)
+    write_devkit(tmp_path / "kit", WNIDS, truth)
+    monkeypatch.delitem(sys.modules, "tl_fast.parquet_files", raising=False)
+    for package in ("pyarrow", "scipy.io"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SourceError, match="x.parquet: reading parquet needs pyarrow"):
+        open_source(tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match="needs scipy"):
+        open_source(val, labels=tmp_path / "kit")
 
 
 def test_class_names_files(tmp_path):
