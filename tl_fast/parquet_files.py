@@ -313,7 +313,7 @@ class ParquetSource(Source):
             chunks = [chunk.cast(pa.large_binary()) for chunk in chunks]
             column = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)  # several above 2 GiB
             if len(column) != group.rows:
-                raise SourceError(f"{file.path}: row group {group.place} has {len(column)} rows, not the announced {group.rows}; fetch it again")
+                raise SourceError(f"{file.path}: row group {group.place} holds {len(column)} of {group.rows} rows; fetch it again")
         except SourceError:
             raise
         except (*_DAMAGE, IndexError) as error:  # IndexError: no chunk at all
