@@ -1,8 +1,14 @@
-"""The label-map format: quantisation, records, stores."""
+"""The label-map format: quantisation, records, their layouts in a beton, stores."""
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +16,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
+from tl_fast import beton_layout as layout
 from tl_fast import labelmap
 from tl_fast.annotator import SquashedImages, build_annotator
+from tl_fast.beton import BetonError, BetonReader, Sample, write_beton
 from tl_fast.image_folder import list_images
+from tl_fast.kernels import maps as kernels
 from tl_fast.kernels.cpu import token_targets
-from tl_fast.labelmap import LabelMapError, LabelMapStore, MapSpec, dequantise, pack, quantise, top_k_relative, unpack, write_store
+from tl_fast.labelmap import (
+    LabelMapError,
+    LabelMapStore,
+    MapSpec,
+    dequantise,
+    encode,
+    encoded_sizes,
+    pack,
+    quantise,
+    top_k_relative,
+    unpack,
+    write_store,
+)
 from tl_fast.plan import Augment, draw
 
 scores_strategy = hnp.arrays(np.float32, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6),
@@ -63,16 +85,51 @@ def test_quantise_errs_by_at_most_one_level_and_keeps_the_best_class(scores):
         assert (np.sort(levels, axis=0)[-1] > np.sort(levels, axis=0)[-2])[clear].all()  # the best two classes of a cell never tie
 
 
+def slow_quantise(scores: np.ndarray) -> tuple[np.ndarray, np.float32, np.float32]:
+    """The definition in numpy, to compare the compiled one with bit for bit."""
+    wide = np.asarray(scores, np.float64)
+    score_min, score_step = np.float32(wide.min()), np.float32((wide.max() - wide.min()) / 255**2)
+    if score_step < np.finfo(np.float32).tiny:
+        return np.zeros(wide.shape, np.uint8), score_min, np.float32(0)
+    exact = np.sqrt(np.clip((wide - score_min) / np.float64(score_step), 0, 255**2))
+    levels = np.rint(exact)
+    if len(levels) > 1:
+        order = np.argsort(-exact, axis=0, kind="stable")
+        exact, by_score = np.take_along_axis(exact, order, 0), np.take_along_axis(levels, order, 0)
+        tied = (by_score[0] == by_score[1]) & (exact[0] > exact[1])
+        best_up = tied & (exact[0] + exact[1] > 2 * by_score[0])
+        by_score[0] += best_up
+        by_score[1] -= tied & ~best_up
+        by_score[2:] = np.minimum(by_score[2:], by_score[1])
+        np.put_along_axis(levels, order, by_score, 0)
+    return levels.astype(np.uint8), score_min, score_step
+
+
+nearly_tied = st.tuples(hnp.arrays(np.float64, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.integers(0, 12).map(float)),
+                        st.sampled_from([0, 1e-9, 1e-3, 0.3]), st.integers(0, 2**32 - 1))
+
+
+@settings(max_examples=300, deadline=None)
+@given(scores_strategy | nearly_tied)
+def test_quantise_is_its_definition_bit_for_bit(scores):
+    if isinstance(scores, tuple):  # scores around few levels, so that cells have ties of two and three
+        base, noise, seed = scores
+        scores = base**2 + noise * np.random.default_rng(seed).normal(size=base.shape)
+    for found, right in zip(quantise(scores), slow_quantise(scores), strict=True):
+        assert found.dtype == right.dtype
+        np.testing.assert_array_equal(found, right)
+
+
 @pytest.mark.parametrize("value", [0.0, -3.5, 1e30])
 def test_constant_map(value):
     levels, low, step = quantise(np.full((2, 1, 3), value, np.float32))
     assert step == 0 and (dequantise(levels, low, step) == np.float32(value)).all()
 
 
-@pytest.mark.parametrize("scores", [[[[np.nan]]], [[[np.inf]]], np.zeros((0, 1, 1)), np.zeros((2, 2)), [[[-3e38, 3e38]]]])
+@pytest.mark.parametrize("scores", [[[[np.nan]]], [[[np.inf]]], np.zeros((0, 1, 1)), np.zeros((2, 2)), [[[-3e38, 3e38]]], [[[-1e300]]]])
 def test_quantise_refuses(scores):
     with pytest.raises(LabelMapError):
-        quantise(np.asarray(scores, np.float32))
+        quantise(np.asarray(scores, np.float64))
 
 
 def test_dequantise_takes_a_batch():
@@ -112,6 +169,172 @@ def test_pack_refuses():
     ]:
         with pytest.raises(LabelMapError, match=message):
             pack(bad_classes, bad_scores, spec)
+
+
+@settings(max_examples=200, deadline=None)
+@given(hnp.arrays(st.sampled_from([np.int8, np.int64, np.uint64, np.float16, np.float64]), (3, 2, 2), elements=st.integers(0, 12)),
+       st.integers(0, 2), st.sampled_from([-1, 10, 127, 0.5, np.nan, np.inf]))
+def test_pack_takes_exactly_the_classes_that_exist_once_a_cell(classes, changes, value):
+    spec = MapSpec(3, 2, 2, 10)
+    if changes and (classes.dtype.kind == "f" or value in (10, 127)):
+        classes[changes, 0, 1] = value
+    cells = classes.reshape(3, 4).T.tolist()
+    good = all(c in range(10) for cell in cells for c in cell) and all(len(set(cell)) == 3 for cell in cells)
+    if good:
+        np.testing.assert_array_equal(pack(classes, np.zeros(spec.shape), spec)["classes"], classes)
+    else:
+        with pytest.raises(LabelMapError, match="integers, got|must lie in 0..9|twice in cell"):
+            pack(classes, np.zeros(spec.shape), spec)
+
+
+def slow_expand(data: bytes, spec: MapSpec) -> tuple[np.ndarray, np.ndarray] | None:
+    """docs/file_format.md read aloud: classes and levels of a map in a file, None for bytes that are none."""
+    cells = spec.k * spec.height * spec.width
+    bitmap = (spec.num_classes + 7) // 8
+    levels = np.frombuffer(data[-cells:], np.uint8).reshape(spec.shape)
+    if len(data) == 3 * cells:
+        classes = np.frombuffer(data[: 2 * cells], "<u2")
+        return None if (classes >= spec.num_classes).any() else (classes.reshape(spec.shape), levels)
+    bits = np.unpackbits(np.frombuffer(data[:bitmap], np.uint8), bitorder="little")
+    palette = np.flatnonzero(bits)
+    index = np.frombuffer(data[bitmap : bitmap + cells], np.uint8).astype(int)
+    if len(data) > bitmap + 2 * cells:
+        index += 256 * np.unpackbits(np.frombuffer(data[bitmap + cells : -cells], np.uint8), bitorder="little")[:cells].astype(int)
+    if len(palette) > 512 or (palette >= spec.num_classes).any() or (index >= len(palette)).any():
+        return None
+    return palette[index].reshape(spec.shape), levels
+
+
+def record_of(spec: MapSpec, pool: int, rng: np.random.Generator) -> np.void:
+    """Any classes (a cell may list one twice: encode keeps what it is given), of at most `pool` different ones, and any levels."""
+    record = np.zeros((), spec.dtype)
+    record["classes"] = rng.choice(rng.permutation(spec.num_classes)[:pool], spec.shape)
+    record["scores"] = rng.integers(0, 256, spec.shape)
+    record["score_min"], record["score_step"] = rng.normal(size=2).astype(np.float32) ** 2
+    return record[()]
+
+
+specs = st.builds(lambda k, h, w, c, e: MapSpec(min(k, c), h, w, c, e), st.integers(1, 6), st.integers(1, 18), st.integers(1, 18),
+                  st.one_of(st.integers(1, 40), st.integers(250, 1100), st.integers(1, 65_535)), st.sampled_from(labelmap.EXTENTS))
+
+
+@settings(max_examples=300, deadline=None)
+@given(specs, st.sampled_from([1, 2, 100, 256, 257, 300, 512, 513, 65_535]), st.integers(0, 2**32 - 1))
+def test_a_map_comes_back_from_the_file_as_it_was(spec, pool, seed):
+    record = record_of(spec, pool, np.random.default_rng(seed))
+    data = encode(record, spec)
+    n, cells = len(np.unique(record["classes"])), spec.cells
+    bitmap = (spec.num_classes + 7) // 8
+    assert len(data) == min(3 * cells, bitmap + 2 * cells + (0 if n <= 256 else (cells + 7) // 8 if n <= 512 else cells))
+    for found, right in zip(slow_expand(data, spec), (record["classes"], record["scores"]), strict=True):
+        np.testing.assert_array_equal(found, right)
+    classes = np.full(cells + 2, 7, np.uint16)
+    assert kernels.expand(np.frombuffer(data, np.uint8), spec.num_classes, encoded_sizes(spec), classes[1:-1]) == 0
+    np.testing.assert_array_equal(classes[1:-1].reshape(spec.shape), record["classes"])
+    assert classes[0] == classes[-1] == 7
+
+
+@settings(max_examples=300, deadline=None)
+@given(specs, st.sampled_from(["plain", "small", "large", "any"]), st.integers(0, 4000), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_any_bytes_are_read_right_or_refused(spec, kind, length, seed, density):
+    """Bytes as long as a map's and others; with `density` of the bits set in front, so that palettes of all sizes occur."""
+    rng = np.random.default_rng(seed)
+    sizes = dict(zip(("plain", "small", "large"), encoded_sizes(spec), strict=True))
+    length = sizes.get(kind, length)
+    data = rng.integers(0, 256, length, np.uint8)
+    front = data[: (spec.num_classes + 7) // 8]
+    front[:] = np.packbits(rng.random(8 * len(front)) < density)
+    classes = np.full(spec.cells + 2, 7, np.uint16)
+    wrong = kernels.expand(data, spec.num_classes, encoded_sizes(spec), classes[1:-1])
+    assert classes[0] == classes[-1] == 7
+    right = slow_expand(data.tobytes(), spec) if length in sizes.values() else None
+    assert (wrong == 0) == (right is not None)
+    if right is not None:
+        np.testing.assert_array_equal(classes[1:-1].reshape(spec.shape), right[0])
+
+
+def test_encode_refuses():
+    spec = MapSpec(2, 3, 3, 10)
+    good = record_of(spec, 5, np.random.default_rng(0))
+    for field, value, message in (("classes", 10, "class 10 of 10"), ("score_min", np.nan, "finite"), ("score_step", np.inf, "finite"),
+                                  ("score_step", -1, "not negative")):
+        record = good.copy()
+        record[field] = value
+        with pytest.raises(LabelMapError, match=message):
+            encode(record, spec)
+    with pytest.raises(LabelMapError, match="dtype"):
+        encode(good, MapSpec(2, 3, 4, 10))
+
+
+READ_SPEC = MapSpec(5, 18, 18, 1000)  # 4,860, 3,365 or 3,568 bytes
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory) -> tuple[Path, list[np.void]]:
+    """12 samples with 100, 400 or 900 different classes in their maps: the three layouts."""
+    path, rng = tmp_path_factory.mktemp("maps") / "maps.beton", np.random.default_rng(0)
+    records = [record_of(READ_SPEC, (100, 400, 900)[i % 3], rng) for i in range(12)]
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    samples = [Sample(f"{i}.jpg", i, buffer.getvalue, lambda i=i: records[i]) for i in range(12)]
+    write_beton(path, samples, class_names=[str(c) for c in range(1000)], spec=READ_SPEC, workers=1)
+    return path, records
+
+
+def test_the_reader_gives_what_was_packed(beton):
+    path, records = beton
+    with BetonReader(path) as reader:
+        assert [len(reader._map_bytes(i)) for i in range(3)] == [3365, 3568, 4860]
+        for indices in (np.arange(12), [7], [11, 0, 0, 4], np.array([], int)):
+            classes, scores = reader.label_maps(indices)
+            assert classes.dtype == np.uint16 and scores.dtype == np.float32 and classes.shape == scores.shape == (len(indices), 5, 18, 18)
+            for row, i in enumerate(indices):
+                np.testing.assert_array_equal(classes[row], records[i]["classes"])
+                np.testing.assert_array_equal(  # the same float32, not nearly the same
+                    scores[row].view(np.uint32),
+                    dequantise(records[i]["scores"], records[i]["score_min"], records[i]["score_step"]).view(np.uint32),
+                )
+
+
+@pytest.mark.parametrize("sample, at, value, message", [
+    (0, 0, b"\xff" * 125, "palette has more than 512"), (1, 0, bytes(125), "beyond its palette"), (0, 125 + 77, b"\xff", "beyond its palette"),
+    (1, 125 + 1620, b"\xff" * 100, "beyond its palette"), (2, 2 * 55, b"\xe8\x03", "class outside 0..999"),
+])
+def test_the_reader_names_the_sample_with_a_damaged_map(beton, tmp_path, sample, at, value, message):
+    data = bytearray(beton[0].read_bytes())
+    with BetonReader(beton[0]) as reader:
+        start = int(reader._map_ptr[sample]) + at
+    data[start : start + len(value)] = value
+    (tmp_path / "damaged.beton").write_bytes(data)
+    with BetonReader(tmp_path / "damaged.beton") as reader:
+        reader.label_maps([i for i in range(12) if i != sample])
+        with pytest.raises(BetonError, match=rf"damaged\.beton: label_map: sample {sample}\b.*{message}"):
+            reader.label_maps([5, sample, 3])
+
+
+@pytest.mark.parametrize("size", [1, 3240, 3364, 3366, 3567, 4859])
+def test_a_map_of_another_size_is_refused_when_the_file_is_opened(beton, tmp_path, size):
+    data = bytearray(beton[0].read_bytes())
+    header = np.frombuffer(data[:24], layout.HEADER)[0]
+    table = np.frombuffer(data[int(header["alloc_table_ptr"]) :], layout.ALLOCATION).copy()
+    assert (table["size"][1::2] == [3365, 3568, 4860] * 4).all()
+    table["size"][5] = size  # the third sample's map, which has room
+    data[int(header["alloc_table_ptr"]) :] = table.tobytes()
+    start, head_size = 24 + 3 * layout.FIELD.itemsize + 17, 24 + 4 * layout.FIELD.itemsize
+    index = np.frombuffer(data[start : start + layout.INDEX.itemsize], layout.INDEX).copy()
+    index["alloc_crc"], index["head_crc"] = zlib.crc32(table.tobytes()), 0
+    data[start : start + layout.INDEX.itemsize] = index.tobytes()
+    index["head_crc"] = zlib.crc32(data[:head_size])
+    data[start : start + layout.INDEX.itemsize] = index.tobytes()
+    (tmp_path / "odd.beton").write_bytes(data)
+    with pytest.raises(BetonError, match=rf"odd\.beton: .*{size} bytes"):
+        BetonReader(tmp_path / "odd.beton")
+
+
+def test_a_beton_opens_without_numba_and_torch(beton):
+    code = f"import sys; from tl_fast.beton import BetonReader; BetonReader({str(beton[0])!r}); print({{'numba', 'torch'}} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    assert run.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("num_classes,k", [(1000, 5), (1000, 1), (6, 5), (5, 5), (1, 1)])
@@ -155,6 +378,42 @@ def test_store_round_trip(store):
         opened.record("other.jpg")
 
 
+def test_a_store_is_read_by_place_from_many_threads(store, monkeypatch):
+    folder, ids, records = store
+    monkeypatch.setattr(labelmap, "MAX_OPEN", 1)  # threads then take the parts from each other all the time
+    opened = LabelMapStore(folder)
+    order = np.random.default_rng(0).integers(0, 10, 2000).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        for i, record in zip(order, pool.map(opened.record, order), strict=True):
+            assert record == records[i]
+    for bad in (-1, 10):
+        with pytest.raises(LabelMapError, match=f"no label map {bad}"):
+            opened.record(bad)
+
+
+def test_stamps_change_with_the_parts(store):
+    folder, ids, records = store
+    before = LabelMapStore(folder).stamps
+    assert before.shape == (10, 2) and (before[:4] == before[0]).all() and before[9, 0] < before[0, 0]
+    labelmap.write_part(folder, 1, np.array(records[4:8]))
+    changed = (LabelMapStore(folder).stamps != before).any(1)
+    assert changed.tolist() == [False] * 4 + [True] * 4 + [False] * 2
+    (folder / "maps-00001.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="maps-00001"):
+        LabelMapStore(folder).stamps  # noqa: B018
+
+
+def test_a_store_finds_exact_ids_first(store):
+    folder, ids, _ = store
+    opened = LabelMapStore(folder)
+    classes = ["class 0", "class 1"]
+    wanted = [ids[3], "elsewhere/class 1/bildé-5.png", "bildé-8.webp", "class 0/bildé-3.jpg", "new.jpg", "class 1/bildé-3.png"]
+    found = opened.locate(wanted, classes, np.array([1, 1, 0, 0, 0, 1]))
+    assert found.dtype == np.int64 and found.tolist() == [3, 5, 8, -1, -1, -1]  # class 1/bildé-3's map belongs to the .jpg
+    with pytest.raises(LabelMapError, match=r"class 1/bildé-5\.png and class 1/bildé-5\.gif.*fits both"):
+        opened.locate(["class 1/bildé-5.png", "class 1/bildé-5.gif"], classes, np.array([1, 1]))
+
+
 def test_store_names_the_missing_or_damaged_part(store):
     folder, ids, records = store
     (folder / "maps-00001.npy").unlink()
@@ -167,6 +426,16 @@ def test_store_names_the_missing_or_damaged_part(store):
         (folder / "maps-00000.npy").write_bytes(damage)
         with pytest.raises(LabelMapError, match=r"maps-00000\.npy is damaged"):
             LabelMapStore(folder).record(ids[0])
+    np.savez(folder / "archive.npz", np.zeros(3))
+    (folder / "maps-00000.npy").write_bytes((folder / "archive.npz").read_bytes())
+    with pytest.raises(LabelMapError, match=r"maps-00000\.npy holds an archive"):
+        LabelMapStore(folder).record(ids[0])
+    (folder / "maps-00000.npy").write_bytes(whole)
+    opened = LabelMapStore(folder)
+    assert opened.record(0) == records[0]
+    (folder / "maps-00000.npy").write_bytes(whole[:-1])
+    with pytest.raises(LabelMapError, match=r"maps-00000\.npy is damaged .cut off"):
+        opened.record(3)
     (folder / "maps-00000.npy").write_bytes((folder / "maps-00002.npy").read_bytes())
     with pytest.raises(LabelMapError, match=r"maps-00000\.npy holds"):
         LabelMapStore(folder).record(ids[0])
@@ -182,6 +451,11 @@ def test_store_refuses_contradictions(store, tmp_path):
     labelmap.write_ids(folder, [*ids[:-1], ids[0]])
     with pytest.raises(LabelMapError, match="9 of them different"):
         LabelMapStore(folder)
+    for damage in (b'"a", "b"\n', b"7\n", b"{\n", b"]\n", b'"a"]["b"\n', b'"\xe9"\n'):
+        (folder / "ids.jsonl").write_bytes(damage + b'"x"\n' * 9)
+        with pytest.raises(LabelMapError, match="damaged|10 lines"):
+            LabelMapStore(folder)
+    labelmap.write_ids(folder, ids)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
     with pytest.raises(LabelMapError, match="version 2"):
