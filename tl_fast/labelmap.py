@@ -187,10 +187,10 @@ def _refuse_classes(classes: np.ndarray, spec: MapSpec) -> NoReturn:
     if classes.dtype.kind == "f" and (bad := classes[~np.isfinite(classes) | (classes != np.floor(classes))]).size:
         raise LabelMapError(f"label map classes must be integers, got {bad[0]}")
     if classes.min() < 0 or classes.max() >= spec.num_classes:
-        raise LabelMapError(f"label map classes must lie in 0..{spec.num_classes - 1}, got {classes.min()}..{classes.max()}")
+        raise LabelMapError(f"label map classes must lie in 0..{spec.num_classes - 1}, got {int(classes.min())}..{int(classes.max())}")
     ordered = np.sort(classes, axis=0)
     j, row, column = np.argwhere(ordered[1:] == ordered[:-1])[0]
-    raise LabelMapError(f"label map lists class {ordered[j, row, column]} twice in cell (row {row}, column {column})")
+    raise LabelMapError(f"label map lists class {int(ordered[j, row, column])} twice in cell (row {row}, column {column})")
 
 
 def unpack(record: np.void, spec: MapSpec) -> tuple[np.ndarray, np.ndarray]:

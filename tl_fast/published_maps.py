@@ -92,7 +92,10 @@ class _Zip:
         try:
             status = os.fstat(self.file)
             with zipfile.ZipFile(path) as archive:
-                members = [info for info in archive.infolist() if not info.is_dir()]
+                members = archive.infolist()
+                if members and min(info.header_offset for info in members):  # .pt files are zips too: of a cut archive zipfile finds the last
+                    raise zipfile.BadZipFile("its directory is missing, it is cut off; download or copy the file again")
+                members = [info for info in members if not info.is_dir()]
             found = [info for info in members if _is_map(info.filename)]
         except BaseException:
             self.close()
