@@ -93,7 +93,8 @@ def test_torch_loads_one_file_of_a_kind(tree, monkeypatch):
     assert len(calls) == 1 and calls[0]["weights_only"] is True
 
 
-@pytest.mark.parametrize("dtype, num_classes", [(torch.float16, 2049), (torch.float32, 65_535), (torch.float64, 65_535), (torch.bfloat16, 257)])
+@pytest.mark.parametrize("dtype, num_classes", [(torch.float16, 2049), (torch.bfloat16, 257), (torch.float32, 65_535),
+                                                (torch.float64, 65_535)])
 def test_dtypes_that_hold_the_classes(dtype, num_classes):
     values = np.stack([np.full((1, 1, 2), 2.5), [[[num_classes - 1, 0]]]])
     reader = PtReader(num_classes)
@@ -126,10 +127,10 @@ def test_a_file_that_runs_code_is_refused_and_runs_none(tmp_path):
 
 
 @pytest.mark.parametrize("value, message", [
-    ({"a": torch.zeros(2, 3, 4, 6)}, "holds dict"), ([torch.zeros(2, 3, 4, 6)], "holds list"), (torch.zeros(2, 3, 4, 6).to_sparse(), "plain"),
-    (torch.zeros(2, 3, 4, 6, dtype=torch.int64), "torch.int64"), (torch.zeros(3, 4, 6), r"shape \(3, 4, 6\)"),
-    (torch.zeros(3, 3, 4, 6), r"shape \(3, 3"), (torch.zeros(2, 3, 0, 6), "shape"), (torch.zeros(1).expand(2, 5, 1 << 14, 1 << 14), "shape"),
-    (torch.zeros(2, 3, 4, 6, device="meta"), "plain"),
+    ({"a": torch.zeros(2, 3, 4, 6)}, "holds dict"), ([torch.zeros(2, 3, 4, 6)], "holds list"),
+    (torch.zeros(2, 3, 4, 6).to_sparse(), "plain"), (torch.zeros(2, 3, 4, 6, dtype=torch.int64), "torch.int64"),
+    (torch.zeros(3, 4, 6), r"shape \(3, 4, 6\)"), (torch.zeros(3, 3, 4, 6), r"shape \(3, 3"), (torch.zeros(2, 3, 0, 6), "shape"),
+    (torch.zeros(1).expand(2, 5, 1 << 14, 1 << 14), "shape"), (torch.zeros(2, 3, 4, 6, device="meta"), "plain"),
 ])
 def test_what_is_no_label_map_is_refused(value, message):
     with pytest.raises(LabelMapError, match=message):
@@ -269,7 +270,8 @@ def test_the_shape_is_that_of_most_maps(tmp_path):
 def test_damaged_and_unreadable_archive_members_are_named(tmp_path):
     datas = {f"a/{i}.pt": pt_bytes(values_of(i)) for i in range(4)}
     path = tmp_path / "maps.zip"
-    for method, message in ((zipfile.ZIP_STORED, "damaged"), (zipfile.ZIP_DEFLATED, "damaged"), (zipfile.ZIP_BZIP2, "compressed by method 12")):
+    problems = {zipfile.ZIP_STORED: "damaged", zipfile.ZIP_DEFLATED: "damaged", zipfile.ZIP_BZIP2: "compressed by method 12"}
+    for method, message in problems.items():
         with zipfile.ZipFile(path, "w", method) as archive:
             for name, data in datas.items():
                 archive.writestr(name, data, method if name == "a/2.pt" else zipfile.ZIP_STORED)
@@ -299,8 +301,8 @@ def test_stamps_change_with_the_input(tmp_path):
     assert (PublishedMaps(root, extent="full", num_classes=1000).stamps != before).any(1).tolist() == [False, False, True, False]
 
 
-MAPS = ["m/n01440764/n01440764_10026.pt", "m/n01440764/ILSVRC2012_val_00000293.v2.pt", "m/n01443537/n01443537_7.pt", "m/dog/1.pt", "m/cat/1.pt",
-        "m/misc/unique.pt", "m/misc/n01443537_8.pt", "flat.pt", "m/train/twin/x.pt", "m/val/twin/x.pt", "other/cat/2.pt"]
+MAPS = ["m/n01440764/n01440764_10026.pt", "m/n01440764/ILSVRC2012_val_00000293.v2.pt", "m/n01443537/n01443537_7.pt", "m/dog/1.pt",
+        "m/cat/1.pt", "m/misc/unique.pt", "m/misc/n01443537_8.pt", "flat.pt", "m/train/twin/x.pt", "m/val/twin/x.pt", "other/cat/2.pt"]
 
 
 @pytest.mark.parametrize("sample, own, expected", [

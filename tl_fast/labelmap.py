@@ -295,8 +295,8 @@ class _Part:
 class LabelMapStore:
     """Read access to a store folder, from any thread.
 
-    `spec`, `manifest` (dict), `class_names` (list or None), `ids` (list of str), `path`, `len()`. Part files are opened, and checked, on first
-    use. Raises LabelMapError if the folder is not a store, or its files contradict each other.
+    `spec`, `manifest` (dict), `class_names` (list or None), `ids` (list of str), `path`, `len()`. Part files are opened, and checked, on
+    first use. Raises LabelMapError if the folder is not a store, or its files contradict each other.
     """
 
     def __init__(self, path: Path | str) -> None:

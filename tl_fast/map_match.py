@@ -27,8 +27,8 @@ def match_maps(
     """Place in `names` (paths of the maps, posix) of every sample's map, int64 `[len(ids)]`, −1 where there is none.
 
     A sample's map has its stem and lies in the folder that the sample itself lies in; else in the one named for its class,
-    `class_names[labels[i]]`; else it is the only map of that stem in no other class's folder. Last, a trailing '_n01440764' is taken off the
-    stem (and is one more folder to look in). where: how messages call a map.
+    `class_names[labels[i]]`; else it is the only map of that stem in no other class's folder. Last, a trailing '_n01440764' is taken off
+    the stem (and is one more folder to look in). where: how messages call a map.
     Raises LabelMapError when two maps fit one sample, or one map two samples.
     """
     keys = ["/".join(split_name(name)) for name in names]

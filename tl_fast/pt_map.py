@@ -1,8 +1,8 @@
 """One published label map from the bytes of its .pt file: by torch.load, or around it where that must give the same.
 
-torch.load takes 300 to 500 µs with the GIL held, which would limit a whole conversion. What it does with a file is said by the file's
-pickle alone; so of each different pickle one file goes through it (`weights_only=True`: no code of the file is run), and of later files with
-the very same pickle only the numbers are taken, from their place in the file.
+torch.load takes 230 µs with the GIL held, which would limit a whole conversion. What it does with a file is said by the file's pickle
+alone; so of each different pickle one file goes through it (`weights_only=True`: no code of the file is run), and of later files with the
+very same pickle only the numbers are taken, from their place in the file.
 """
 from __future__ import annotations
 

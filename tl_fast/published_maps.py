@@ -1,8 +1,8 @@
 """Label maps in the published format: one .pt file an image, in class folders, in a folder tree or still in its archive.
 
-Each holds one tensor `[2, k, H, W]`: the annotator's k best logits of every cell, and their classes. The logits are kept as they are: not
-relative to the cell's tail as in maps of our own (`labelmap.top_k_relative`), so that a class that is not listed counts as logit 0, which is
-what the published training code does. `tl_fast.pt_map` reads one file.
+Each holds one tensor `[2, k, H, W]`: the annotator's k best logits of every cell, and their classes. The logits are kept as they are, not
+relative to the cell's tail as in maps of our own (`labelmap.top_k_relative`): a class that is not listed counts as logit 0, as it does in
+the published training code. `tl_fast.pt_map` reads one file.
 """
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tl_fast.tar_files import Tar
 SAMPLED = 32  # maps that are read to find the shape
 MAX_BYTES = 64 << 20  # of one .pt file; the published ones have 7 KB
 NEEDS_EXTENT = (
-    "say what the published label maps cover, extent (--extent) full or center_square: the files don't, the published generator script crops "
-    "the image's centre square, and whether the released maps were made that way is not documented"
+    "say what the published label maps cover, extent (--extent) full or center_square: the files don't, the published generator script "
+    "crops the image's centre square, and whether the released maps were made that way is not documented"
 )
 
 
@@ -93,7 +93,8 @@ class _Zip:
             status = os.fstat(self.file)
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
-                if members and min(info.header_offset for info in members):  # .pt files are zips too: of a cut archive zipfile finds the last
+                # .pt files are zips too: of an archive that is cut off zipfile finds the last one whole
+                if members and min(info.header_offset for info in members):
                     raise zipfile.BadZipFile("its directory is missing, it is cut off; download or copy the file again")
                 members = [info for info in members if not info.is_dir()]
             found = [info for info in members if _is_map(info.filename)]
@@ -169,16 +170,16 @@ def _open_files(path: Path) -> _Files:
             start = file.read(4)
         return _Zip(str(path)) if start in (b"PK\3\4", b"PK\5\6") else _Tar(str(path))
     except (OSError, SourceError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        text = str(error)
-        raise LabelMapError(text if str(path) in text else f"{path}: cannot be read as a folder, zip or tar of label maps ({text})") from error
+        named = str(path) in str(error)
+        raise LabelMapError(str(error) if named else f"{path}: cannot be read as a folder, zip or tar of label maps ({error})") from error
 
 
 class PublishedMaps:
     """Published label maps, listed once, then read in any order from any thread.
 
-    `spec`: what most of up to 32 maps spread over all of them look like. `class_names`: None, the format has none. `manifest`; `path`; `names`
-    (paths of the .pt files); `ignored` (number of other files); `stamps` int64 `[n, 2]`: size and mtime (ns) of each file, or `[n, 4]`: of the
-    archive, then where in it the map is.
+    `spec`: what most of up to 32 maps spread over all of them look like. `class_names`: None, the format has none. `manifest`; `path`;
+    `names` (paths of the .pt files); `ignored` (number of other files); `stamps` int64 `[n, 2]`: size and mtime (ns) of each file, or
+    `[n, 4]`: of the archive, then two numbers for where in it the map is.
     extent: `full` or `center_square`, required. num_classes: C, of the data set.
     Raises LabelMapError when there are no maps in `path`, or none that can be read.
     """

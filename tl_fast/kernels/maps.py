@@ -14,7 +14,8 @@ NOT_FINITE = -(1 << 17)  # what `encode` returns for a bad score_min or score_st
 _FLOAT32_MAX, _FLOAT32_TINY = float(np.finfo(np.float32).max), np.finfo(np.float32).tiny
 
 _BIT_COUNT = np.array([byte.bit_count() for byte in range(256)])
-_SET_BITS = np.array([sorted(range(8), key=lambda bit, byte=byte: not byte >> bit & 1) for byte in range(256)], np.uint16)  # the set ones first
+# Of each byte: the places of its bits that are set, then of the others.
+_SET_BITS = np.array([sorted(range(8), key=lambda bit, byte=byte: not byte >> bit & 1) for byte in range(256)], np.uint16)
 
 
 @njit
@@ -91,7 +92,7 @@ def pack(
 def encode(record: np.ndarray, num_classes: int, sizes: tuple[int, int, int], out: np.ndarray) -> int:
     """One map in its smaller layout → its size in bytes; −1 − c if it lists a class c >= C; NOT_FINITE.
 
-    record: uint8 [8 + 3·cells], a record of `MapSpec.dtype`; sizes: `labelmap.encoded_sizes`; out: uint8 [3·cells], of no use after an error.
+    record: uint8 [8 + 3·cells], a record of `MapSpec.dtype`; sizes: `labelmap.encoded_sizes`; out: uint8 [3·cells], written.
     """
     cells = len(out) // 3
     header = record[:8].view(np.float32)
@@ -133,7 +134,8 @@ def encode(record: np.ndarray, num_classes: int, sizes: tuple[int, int, int], ou
 def expand(data: np.ndarray, num_classes: int, sizes: tuple[int, int, int], classes: np.ndarray) -> int:
     """The classes of one map in either layout; its scores are the last cells bytes of `data` in both. Returns 0 or what is wrong.
 
-    data: uint8 [size]; sizes: `labelmap.encoded_sizes`; classes: uint16 [cells], written. Reads and writes nothing out of bounds, whatever `data` holds.
+    data: uint8 [size]; sizes: `labelmap.encoded_sizes`; classes: uint16 [cells], written. Nothing is read or written out of bounds,
+    whatever `data` holds.
     """
     cells = len(classes)
     greatest = np.int64(0)
@@ -190,7 +192,8 @@ def read_maps(
     """Maps of a batch, straight from the mapped file: classes and dequantised scores. Returns (row, what is wrong), or (B, 0).
 
     file: uint8 [bytes]; starts, lengths: int64 [B], inside the file; score_min, score_step: float32 [B]; curve: float32 [256], what
-    `labelmap.dequantise` makes of each level before minimum and step; sizes: `labelmap.encoded_sizes`; classes: uint16 [B, cells], scores: float32 [B, cells], written.
+    `labelmap.dequantise` makes of each level before minimum and step; sizes: `labelmap.encoded_sizes`; classes: uint16 [B, cells],
+    scores: float32 [B, cells], written.
     """
     cells = classes.shape[1]
     for row in range(len(starts)):
