@@ -8,16 +8,9 @@ that is not counted. Prints median and spread and appends one row a contender to
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import itertools
-import json
 import os
-import platform
-import statistics
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,13 +23,13 @@ from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
 from ffcv.loader import Loader as FfcvLoader, OrderOption
 from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
+from rows import ROOT, measure, write_rows
 from tl_fast.beton_write import Sample, write_beton
 from tl_fast.ffcv_field import LabelMapField
 from tl_fast.labelmap import MapSpec, pack
 from tl_fast.pipeline import Loader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE, BATCH, CLASSES = 224, 64, 1000
 
 
@@ -113,11 +106,6 @@ def contenders(beton: Path, files: list[Path], threads: int) -> dict[str, Callab
     }
 
 
-def commit() -> str:
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return described.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)")
@@ -128,38 +116,16 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         beton, files = build(Path(folder), arguments.images, arguments.samples)
-        runs = contenders(beton, files, arguments.threads)
-        rates: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(arguments.rounds + 1):
-            for name, epoch in runs.items():
-                start = time.perf_counter()
-                count = epoch(number)
-                if number:
-                    rates[name].append(count / (time.perf_counter() - start))
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.results.open("a") as results:
-        for name, values in rates.items():
-            row = {
-                "benchmark": "loaders",
-                "contender": name,
-                "unit": "images/s",
-                "median": round(statistics.median(values), 1),
-                "min": round(min(values), 1),
-                "max": round(max(values), 1),
-                "rounds": len(values),
-                "images": arguments.images.name,
-                "samples": arguments.samples,
-                "mean_bytes": round(sum(file.stat().st_size for file in files) / len(files)),
-                "image_size": SIZE,
-                "batch": BATCH,
-                "threads": arguments.threads,
-                "device": f"{os.cpu_count()} x {platform.machine()} CPU",
-                "versions": {name: importlib.metadata.version(name) for name in ("torch", "numba", "nvidia-dali-cuda130", "ffcv", "Pillow")},
-                "commit": commit(),
-                "date": datetime.date.today().isoformat(),
-            }
-            results.write(json.dumps(row) + "\n")
-            print(f"{name:34} {row['median']:8.0f} images/s   ({row['min']:.0f} to {row['max']:.0f}, {row['rounds']} rounds)")
+        rates = measure(contenders(beton, files, arguments.threads), arguments.rounds)
+    write_rows(
+        arguments.results, "loaders", rates, "images/s", ("torch", "numba", "nvidia-dali-cuda130", "ffcv", "Pillow"),
+        images=arguments.images.name,
+        samples=arguments.samples,
+        mean_bytes=round(sum(file.stat().st_size for file in files) / len(files)),
+        image_size=SIZE,
+        batch=BATCH,
+        threads=arguments.threads,
+    )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
-"""Image folder → one .beton file, with label maps. Also: what is in such a file, and is it sound?
+"""Images and label maps → one .beton file. Also: what is in such a file, and is it sound?
 
-    python converters/to_beton.py IMAGES OUT.beton --label-maps DIR [--workers N] [--quality 90] [--max-resolution PX]
-    python converters/to_beton.py info FILE.beton
-    python converters/to_beton.py verify FILE.beton [--decode]
+    python converters/to_beton.py IMAGES OUT.beton [--label-maps MAPS [--extent full|center_square]] [options]
+    python converters/to_beton.py info FILE.beton ...
+    python converters/to_beton.py verify FILE.beton ... [--decode]
 
-IMAGES has one folder per class (torchvision's layout); labels are the class folders' places in sorted order. DIR is a store that
-`python -m tl_fast.annotate IMAGES DIR` made. Exit code 0: done, sound; 1: an error or a damaged file, said on stderr; 2: wrong usage.
+IMAGES: a folder with one folder per class (torchvision's layout), the official ImageNet tars as downloaded, Hugging Face parquet shards,
+or WebDataset shards; several files, a folder of them, or a pattern in quotes. MAPS: a store that `python -m tl_fast.annotate` made, or the
+published label maps (one .pt an image), in a folder or still in their archive. docs/converting.md has the details.
+
+The file appears when it is whole. Killed runs and runs that failed leave `.OUT.beton.partial`, from which --resume goes on.
+Exit code 0: done, sound; 1: an error or a damaged file, said on stderr; 2: wrong usage.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,119 +27,152 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tl_fast.beton import BetonError, BetonReader, Sample, WriteSummary, verify, write_beton
+from tl_fast.beton import BetonError, BetonReader, WriteSummary, verify, write_beton
+from tl_fast.beton_layout import HEADER, VERSION
 from tl_fast.beton_write import PAGE_SIZE
-from tl_fast.image_folder import ImageFolderError, ImageList, list_images
-from tl_fast.labelmap import LabelMapError, LabelMapStore
+from tl_fast.conversion import Conversion, Estimate, Shard, annotator_record, check_space, estimate, free_space, open_maps
+from tl_fast.labelmap import EXTENTS, LabelMapError
+from tl_fast.partial_file import partial_paths
+from tl_fast.sources import Source, SourceError, open_source
 
 MIB = 1 << 20
 
 
-class FolderSamples:
-    """The folder's images as `write_beton` takes them: sized, iterable, each image read when a worker asks for it."""
-
-    def __init__(self, folder: ImageList, store: LabelMapStore | None) -> None:
-        self.folder, self.store = folder, store
-
-    def __len__(self) -> int:
-        return len(self.folder.ids)
-
-    def __iter__(self) -> Iterator[Sample]:
-        for path, label in zip(self.folder.ids, self.folder.labels.tolist(), strict=True):
-            file = self.folder.root / path
-            label_map = None if self.store is None else functools.partial(self.store.record, path)
-            yield Sample(path, label, file.read_bytes, label_map, origin=str(file))
-
-
-def open_store(path: Path, folder: ImageList) -> LabelMapStore:
-    """Open the label maps of `folder`. Raises BetonError unless they are complete and of the folder's classes."""
-    store = LabelMapStore(path)
-    remedy = (
-        "token targets and labels must be of the same classes: annotate this folder with --classes (keep the logits of its classes) "
-        "or --fit-head (a head for them)"
-    )
-    if store.spec.num_classes != len(folder.class_names):
-        raise BetonError(
-            f"{path}: its label maps know {store.spec.num_classes} classes, {folder.root} has {len(folder.class_names)} class folders; "
-            + remedy
-        )
-    if store.class_names is not None and list(store.class_names) != list(folder.class_names):
-        i, (theirs, ours) = next(
-            (i, pair) for i, pair in enumerate(zip(store.class_names, folder.class_names, strict=True)) if pair[0] != pair[1]
-        )
-        raise BetonError(f"{path}: its class {i} is {theirs!r}, that of {folder.root} is {ours!r}; {remedy}")
-    if store.missing_parts:
-        raise BetonError(
-            f"{path}: {len(store.missing_parts)} parts are missing ({store.missing_parts[0]} first); run the same tl_fast.annotate command "
-            "again to finish it"
-        )
-    return store
-
-
-def annotator_record(store: LabelMapStore | None) -> dict | None:
-    """What the store's manifest says about how the maps were made."""
-    known_elsewhere = {"class_names", "num_samples", "complete", "spec"}
-    return None if store is None else {key: value for key, value in store.manifest.items() if key not in known_elsewhere}
-
-
 def convert(
-    images: Path,
+    images: Path | Sequence[Path],
     out: Path,
     label_maps: Path | None = None,
     *,
+    extent: str | None = None,
+    labels: Path | None = None,
+    class_names: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    order: str = "source",
+    seed: int = 0,
+    shard: Shard | None = None,
     workers: int | None = None,
     quality: int = 90,
     max_resolution: int | None = None,
+    decode_check: bool = True,
     page_size: int = PAGE_SIZE,
+    on_error: str = "stop",
+    max_rejects: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    space_check: bool = True,
+    dry_run: bool = False,
     console: Console | None = None,
-) -> WriteSummary:
-    """Convert an image folder, with progress bar and summary on `console`. Raises ImageFolderError, LabelMapError or
-    BetonError naming the file at fault."""
+) -> WriteSummary | None:
+    """Convert a data set, with progress bar and summary on `console`; None when there was nothing to do (`dry_run`, or `resume` of a run
+    that had finished). The options are those of the command line. Raises SourceError, LabelMapError or BetonError naming the file at fault.
+    """
     console = console or Console(stderr=True)
-    folder = list_images(images)
-    if folder.class_names is None:
-        raise ImageFolderError(f"{images}: has no class folders; put each class's images in a folder of its own")
-    store = None if label_maps is None else open_store(label_maps, folder)
+    out = out if shard is None else shard.path(out)
+    if overwrite:
+        refuse_to_replace(out)
+    source = open_source(
+        [images] if isinstance(images, (str, Path)) else images,
+        labels=labels,
+        class_names=class_names,
+        image_column=image_column,
+        label_column=label_column,
+    )
+    try:
+        maps = None if label_maps is None else open_maps(label_maps, extent, source)
+        places = source.order(seed if order == "shuffled" else None)
+        conversion = Conversion(source, maps, places if shard is None else shard.cut(places))
+        if len(conversion) == 0:
+            raise BetonError(f"{out}: {len(places)} images are too few for {shard.count} shards; give a smaller n in --shard i/n")
+        record = {
+            "source": source.kind,
+            "order": order,
+            "seed": seed if order == "shuffled" else None,
+            "shard": None if shard is None else f"{shard.index}/{shard.count}",
+            "quality": quality,
+            "max_resolution": max_resolution,
+        }
+        if on_error == "stop" and len(without := conversion.without_map):
+            raise BetonError(
+                f"{source.origin(without[0])}: has no label map in {label_maps}, and so have {len(without) - 1} other images of "
+                f"{len(conversion)}; annotate them, or leave them out with --on-error quarantine"
+            )
+        if resume and out.exists() and not partial_paths(out)[0].exists() and finished(out, conversion, record):
+            console.print(f"{out}: is already there, whole and of these images; nothing to do", highlight=False)
+            return None
+        expected = estimate(
+            conversion, max_resolution=max_resolution, quality=quality, decode_check=decode_check, tries=256 if dry_run else 32
+        )
+        if dry_run:
+            print_plan(console, out, conversion, expected)
+            return None
+        if space_check:
+            partial = partial_paths(out)[0]
+            check_space(out, expected.size, partial.stat().st_blocks * 512 if partial.exists() else 0)
+        summary = run(
+            console,
+            len(conversion),
+            lambda progress: write_beton(
+                out,
+                conversion,
+                class_names=source.class_names,
+                spec=None if maps is None else maps.spec,
+                annotator=annotator_record(maps),
+                conversion=record,
+                workers=workers,
+                max_resolution=max_resolution,
+                quality=quality,
+                decode_check=decode_check,
+                page_size=page_size,
+                on_error=on_error,
+                max_rejects=max_rejects,
+                overwrite=overwrite,
+                resume=resume,
+                progress=progress,
+            ),
+        )
+        print_summary(console, out, source, summary, has_maps=maps is not None)
+        return summary
+    finally:
+        source.close()
+
+
+def refuse_to_replace(out: Path) -> None:
+    """--overwrite is for betons: with an argument forgotten, OUT is an input."""
+    if out.is_file() and out.stat().st_size > 0:
+        with open(out, "rb") as file:
+            head = file.read(HEADER.itemsize)
+        if len(head) < HEADER.itemsize or np.frombuffer(head, HEADER)[0]["version"] != VERSION:
+            raise BetonError(f"{out}: is there and is no beton, so --overwrite does not replace it; remove it yourself or choose another name")
+
+
+def finished(out: Path, conversion: Conversion, record: dict) -> bool:
+    """True when `out` holds just these samples, converted in this way."""
+    rejects = out.with_name(out.name + ".rejects.jsonl")
+    rejected = {json.loads(line)["id"] for line in rejects.read_text().splitlines()} if rejects.exists() else set()
+    with BetonReader(out) as reader:
+        theirs = {key: value for key, value in (reader.conversion or {}).items() if key != "rejected"}
+        return theirs == record and conversion.same_as(reader.source_ids, rejected)
+
+
+def run(console: Console, total: int, write: Callable[[Callable[[int, int, int], None]], WriteSummary]) -> WriteSummary:
+    """`write(progress)` with a progress bar: images/s, MB/s, time left, samples left out."""
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=len(folder.ids), rate="")
+        task = bar.add_task("", total=total, rate="")
+        shown, first = 0.0, None
 
-        def progress(samples: int, size: int) -> None:
-            if samples % 16 == 0 or samples == len(folder.ids):
-                seconds = max(bar.tasks[task].elapsed or 0, 1e-3)
-                bar.update(task, completed=samples, rate=f"{samples / seconds:,.0f} images/s  {size / seconds / 1e6:,.0f} MB/s")
+        def progress(taken: int, rejected: int, size: int) -> None:
+            nonlocal shown, first
+            now = time.monotonic()
+            if first is None:
+                first = now, taken, size  # a resumed run starts with what an earlier one did
+            if now - shown > 0.1 or taken == total:
+                shown, seconds = now, max(now - first[0], 1e-3)
+                rate = f"{(taken - first[1]) / seconds:,.0f} images/s  {(size - first[2]) / seconds / 1e6:,.0f} MB/s"
+                bar.update(task, completed=taken, rate=rate + (f"  {rejected:,} rejected" if rejected else ""))
 
-        summary = write_beton(
-            out,
-            FolderSamples(folder, store),
-            class_names=folder.class_names,
-            spec=None if store is None else store.spec,
-            annotator=annotator_record(store),
-            workers=workers,
-            max_resolution=max_resolution,
-            quality=quality,
-            page_size=page_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    seconds = summary.seconds
-    rows = [
-        ("samples", f"{summary.samples:,} in {len(folder.class_names):,} classes"),
-        ("JPEGs copied untouched", f"{summary.copied:,}"),
-        ("re-encoded to RGB JPEG", f"{summary.reencoded:,}"),
-        (f"shrunk to {max_resolution} px" if max_resolution else "shrunk", f"{summary.resized:,}"),
-        ("files ignored (no image by name)", f"{folder.ignored:,}"),
-        ("images", f"{summary.image_bytes / 1e6:,.1f} MB"),
-        ("label maps", f"{summary.label_map_bytes / 1e6:,.1f} MB" if store else "none"),
-        ("file", f"{summary.file_bytes / 1e6:,.1f} MB"),
-        (
-            "speed",
-            f"{summary.samples / seconds:,.0f} images/s, {summary.file_bytes / seconds / 1e6:,.0f} MB/s, {seconds:,.1f} s",
-        ),
-    ]
-    print_table(console, str(out), rows)
-    return summary
+        return write(progress)
 
 
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -144,12 +182,51 @@ def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
     console.print(table)
 
 
+def print_plan(console: Console, out: Path, conversion: Conversion, expected: Estimate) -> None:
+    """What a run would do."""
+    source, maps = conversion.source, conversion.maps
+    rows = [
+        ("source", f"{source.kind} {source.root}"),
+        ("samples", f"{len(conversion):,} of {len(source.ids):,} in {len(source.class_names):,} classes"),
+        ("files ignored", f"{source.ignored:,}"),
+        ("label maps", "none" if maps is None else f"{len(conversion) - len(conversion.without_map):,} found, {len(conversion.without_map):,} missing"),
+        *((f"of {expected.tried} tried, {action}", f"{count:,}") for action, count in expected.actions.items() if count),
+        (f"of {expected.tried} tried, bad", f"{len(expected.problems):,}"),
+        *(("", problem) for problem in expected.problems[:5]),
+        ("file", f"about {expected.size / 1e9:,.3g} GB; {free_space(out) / 1e9:,.3g} GB are free"),
+        ("time", f"about {expected.seconds / 60:,.1f} minutes on one core, when the disk keeps up"),
+    ]
+    print_table(console, f"{out}: would be written", rows)
+
+
+def print_summary(console: Console, out: Path, source: Source, summary: WriteSummary, has_maps: bool) -> None:
+    seconds, done = summary.seconds, summary.samples + summary.rejected - summary.resumed
+    rows = [
+        ("samples", f"{summary.samples:,} in {len(source.class_names):,} classes"),
+        ("JPEGs copied", f"{summary.copied:,}"),
+        ("transcoded without loss", f"{summary.transcoded:,}"),
+        ("re-encoded to RGB JPEG", f"{summary.reencoded:,}"),
+        ("shrunk", f"{summary.resized:,}"),
+        ("stripped of metadata", f"{summary.stripped:,}"),
+        ("EXIF orientation ignored", f"{summary.rotated:,}"),
+        ("rejected", f"{summary.rejected:,}" + (f", see {out}.rejects.jsonl" if summary.rejected else "")),
+        ("files ignored (no image by name)", f"{source.ignored:,}"),
+        ("images", f"{summary.image_bytes / 1e6:,.1f} MB"),
+        ("label maps", f"{summary.label_map_bytes / 1e6:,.1f} MB" if has_maps else "none"),
+        ("file", f"{summary.file_bytes / 1e6:,.1f} MB"),
+        ("speed", f"{done / seconds:,.0f} images/s, {summary.file_bytes * done / max(done + summary.resumed, 1) / seconds / 1e6:,.0f} MB/s, {seconds:,.1f} s"),
+        *([("taken from an earlier run", f"{summary.resumed:,} samples")] if summary.resumed else []),
+    ]
+    print_table(console, str(out), rows)
+
+
 def info(path: Path, console: Console | None = None) -> None:
     """Print what a beton holds. Raises BetonError when its tables are damaged."""
     with BetonReader(path) as reader:
         pixels = reader.heights.astype(np.int64) * reader.widths
         names = reader.class_names
         rows = [
+            ("fields", ", ".join(reader.fields)),
             ("samples", f"{len(reader):,}"),
             ("classes", f"{len(names):,}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "names not recorded"),
             ("labels", f"{reader.labels.min()}..{reader.labels.max()}, {len(np.unique(reader.labels)):,} different"),
@@ -165,71 +242,90 @@ def info(path: Path, console: Console | None = None) -> None:
                 ("label maps", f"top {spec.k} of {spec.num_classes:,} classes in {spec.height}×{spec.width} cells, extent {spec.extent}")
             )
         rows += [(f"annotator {key}", str(value)) for key, value in (reader.annotator or {}).items()]
+        rows += [(f"conversion {key}", str(value)) for key, value in (reader.conversion or {}).items() if value is not None]
         rows += [("written by", f"tl_fast {reader.tl_fast_version}")] if reader.has_crc else []
         rows += [("first, last id", f"{reader.source_ids[0]}, {reader.source_ids[-1]}")]
         print_table(console or Console(), str(path), rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv.pop(0) if argv[:1] in (["info"], ["verify"]) else "convert"
+def check(path: Path, decode: bool, workers: int) -> bool:
+    """`verify`, with a progress bar and its findings printed. True when the file is sound."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("verifying", total=None)
+        problems = verify(path, decode, workers, lambda done: bar.update(task, completed=done))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{path}: {f'{len(problems)} damaged samples' if problems else 'sound'}")
+    return not problems
+
+
+def build_parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"to_beton.py{'' if command == 'convert' else ' ' + command}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if command == "convert":
-        parser.add_argument("images", type=Path, metavar="IMAGES", help="folder with one folder per class")
-        parser.add_argument("out", type=Path, metavar="OUT.beton")
-        parser.add_argument(
-            "--label-maps", type=Path, metavar="DIR", help="store made by tl_fast.annotate; without it the file has no label maps"
-        )
-        parser.add_argument("--workers", type=int, metavar="N", help="threads (default: the CPU cores this process may use)")
-        parser.add_argument(
-            "--quality", type=int, default=90, metavar="Q", help="of images that must be encoded anew, 1 to 100 (default 90)"
-        )
-        parser.add_argument("--max-resolution", type=int, metavar="PX", help="shrink images whose longest side is above this")
-        parser.add_argument(
-            "--page-size",
-            type=int,
-            default=PAGE_SIZE,
-            metavar="BYTES",
-            help="a power of two; no sample may be larger (default 8 MiB, as ffcv's)",
-        )
-        parser.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
-    else:
-        parser.add_argument("file", type=Path, metavar="FILE")
+    if command != "convert":
+        parser.add_argument("files", type=Path, metavar="FILE", nargs="+")
         if command == "verify":
             parser.add_argument("--decode", action="store_true", help="decode every image too")
             parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
-    arguments = parser.parse_args(argv)
-    if command == "verify" and arguments.workers < 1:
-        parser.error(f"--workers must be at least 1, got {arguments.workers}")
+        return parser
+    parser.add_argument("images", type=Path, metavar="IMAGES", nargs="+", help="folder, tars or parquet files")
+    parser.add_argument("out", type=Path, metavar="OUT.beton")
+    group = parser.add_argument_group("what goes in")
+    group.add_argument("--label-maps", type=Path, metavar="MAPS", help="store of tl_fast.annotate, or the published maps; default: none")
+    group.add_argument("--extent", choices=EXTENTS, help="what the published maps span; must be said for them")
+    group.add_argument("--labels", type=Path, metavar="FILE", help="of the ImageNet validation tar: its devkit, or a list")
+    group.add_argument("--class-names", type=Path, metavar="FILE", help="names in label order, one a line or a JSON list")
+    group.add_argument("--image-column", metavar="NAME", help="of parquet files (default: found)")
+    group.add_argument("--label-column", metavar="NAME", help="of parquet files (default: found)")
+    group.add_argument("--order", choices=("source", "shuffled"), default="source", help="of the samples in the file (default source)")
+    group.add_argument("--seed", type=int, default=0, help="of --order shuffled (default 0)")
+    group.add_argument("--shard", metavar="i/n", help="write part i of n (from 0) to OUT-i-of-n.beton; auto: as torchrun or SLURM says")
+    group = parser.add_argument_group("images")
+    group.add_argument("--quality", type=int, default=90, metavar="Q", help="of images that must be encoded anew, 1 to 100 (default 90)")
+    group.add_argument("--max-resolution", type=int, metavar="PX", help="shrink images whose longest side is above this")
+    group.add_argument("--no-decode-check", action="store_true", help="look at the structure of JPEGs only, do not decode them")
+    group = parser.add_argument_group("bad samples")
+    group.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="quarantine: leave out, list in OUT.rejects.jsonl")
+    group.add_argument("--max-rejects", type=int, metavar="N", help="with quarantine: fail when more are left out (default: no limit)")
+    group = parser.add_argument_group("the run")
+    group.add_argument("--workers", type=int, metavar="N", help="threads (default: the CPU cores this process may use)")
+    group.add_argument("--resume", action="store_true", help="go on from what an unfinished run left")
+    group.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
+    group.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
+    group.add_argument("--no-space-check", action="store_true", help="begin even if the disk seems too small")
+    group.add_argument(
+        "--page-size", type=int, default=PAGE_SIZE, metavar="BYTES", help="a power of two; no sample may be larger (default 8 MiB, as ffcv's)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv.pop(0) if argv[:1] in (["info"], ["verify"]) else "convert"
+    parser = build_parser(command)
+    arguments = vars(parser.parse_args(argv))
+    if command == "verify" and arguments["workers"] < 1:
+        parser.error(f"--workers must be at least 1, got {arguments['workers']}")
     try:
         if command == "convert":
-            convert(
-                arguments.images,
-                arguments.out,
-                arguments.label_maps,
-                workers=arguments.workers,
-                quality=arguments.quality,
-                max_resolution=arguments.max_resolution,
-                page_size=arguments.page_size,
-                overwrite=arguments.overwrite,
-            )
+            shard = arguments.pop("shard")
+            arguments["decode_check"] = not arguments.pop("no_decode_check")
+            arguments["space_check"] = not arguments.pop("no_space_check")
+            convert(**arguments, shard=None if shard is None else Shard.parse(shard))
         elif command == "info":
-            info(arguments.file)
+            for file in arguments["files"]:
+                info(file)
         else:
-            with Progress(console=Console(stderr=True), transient=True) as bar:
-                task = bar.add_task("verifying", total=None)
-                problems = verify(arguments.file, arguments.decode, arguments.workers, lambda done: bar.update(task, completed=done))
-            for problem in problems:
-                print(problem, file=sys.stderr)
-            print(f"{arguments.file}: {f'{len(problems)} damaged samples' if problems else 'sound'}")
-            return 1 if problems else 0
-    except (BetonError, ImageFolderError, LabelMapError, OSError) as error:
-        print(f"to_beton.py: {error}", file=sys.stderr)
+            return 0 if all([check(file, arguments["decode"], arguments["workers"]) for file in arguments["files"]]) else 1
+    except (BetonError, SourceError, LabelMapError, OSError) as error:
+        print("\n".join((f"to_beton.py: {error}", *getattr(error, "__notes__", ()))), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("to_beton.py: interrupted; the same command with --resume goes on from what is done", file=sys.stderr)
+        return 130
     return 0
 
 

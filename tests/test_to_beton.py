@@ -70,7 +70,7 @@ def test_photos_with_label_maps(
     out = tmp_path / "out.beton"
     assert to_beton.main([str(photos / "train"), str(out), "--label-maps", str(store), "--workers", "2"]) == 0
     summary = capsys.readouterr().err
-    assert re.search(rf"copied untouched .* {len(photo_ids)} ", summary) and "images/s" in summary
+    assert re.search(rf"JPEGs copied .* {len(photo_ids)} ", summary) and "images/s" in summary
     reader = BetonReader(out)
     assert reader.source_ids == photo_ids and reader.class_names == names and reader.spec == spec and reader.annotator["model"] == "a test"
     classes, scores = reader.label_maps(np.arange(len(reader)))
@@ -140,7 +140,7 @@ def test_every_kind_of_image(to_beton: ModuleType, tmp_path: Path, capsys: pytes
     out = tmp_path / "out.beton"
     assert to_beton.main([str(root), str(out), "--quality", "95"]) == 0
     summary = capsys.readouterr().err
-    for line, count in (("copied untouched", len(copied)), ("re-encoded", len(encoded)), ("shrunk", 0), ("ignored", 1)):
+    for line, count in (("JPEGs copied", len(copied)), ("re-encoded", len(encoded)), ("shrunk", 0), ("ignored", 1)):
         assert re.search(rf"{line}.*│ +{count} ", summary)
     assert verify(out, decode=True) == []
     reader = BetonReader(out)

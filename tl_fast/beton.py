@@ -6,6 +6,7 @@ holds label maps, a CRC-32 for every sample and every table, class names, source
 
 from __future__ import annotations
 
+import functools
 import os
 import zlib
 from collections.abc import Callable
@@ -25,7 +26,7 @@ VERIFY_CHUNK = 64  # samples per task: a task costs some 20 µs of its own
 PIXELS_PER_BYTE = 512  # more no JPEG holds: an 8×8 block takes a bit at least. A header that says more is not worth the memory.
 
 
-def frame_size(jpeg: bytes) -> tuple[int, int] | None:
+def frame_size(jpeg: bytes | memoryview) -> tuple[int, int] | None:
     """(height, width) in pixels as the JPEG's own header says, or None where there is none. Microseconds; decoding takes milliseconds."""
     at = 2 if jpeg[:2] == b"\xff\xd8" else len(jpeg)
     while at + 9 <= len(jpeg) and jpeg[at] == 0xFF:
@@ -40,7 +41,8 @@ class BetonReader(BetonTables):
     """Read access to a beton, memory-mapped; needs numpy only. Files of the stock ffcv writer open too (without ids, class names, CRCs).
 
     `len()` or `num_samples`; `heights`, `widths` int32 `[n]` in pixels; `labels` int64 `[n]`; `spec` (None without label maps);
-    `class_names`; `source_ids`; `annotator` (the label-map store's manifest, or None). Picklable: another process opens the file itself.
+    `class_names`; `source_ids`; `annotator` (the label-map store's manifest, or None); `conversion` (what
+    was converted and how, or None). Picklable: another process opens the file itself.
     Every table is checked when the file is opened; a sample's bytes by `check`. Raises BetonError that names file and field, OSError if
     there is no such file.
 
@@ -57,10 +59,27 @@ class BetonReader(BetonTables):
     def has_crc(self) -> bool:
         return self._index is not None
 
-    def _regions(self, i: int) -> list[tuple[int, int]]:
-        """(start, bytes) of sample i's JPEG, then of its label map."""
-        regions = [(int(self._jpeg_ptr[i]), int(self._jpeg_size[i]))]
-        return regions if self.spec is None else [*regions, (int(self._map_ptr[i]), int(self._map_size[i]))]
+    @property
+    def fields(self) -> list[str]:
+        """Names of the fields that every sample has."""
+        return list(self._fields)
+
+    @property
+    def jpeg_sizes(self) -> np.ndarray:
+        """Bytes of every sample's JPEG, int64 `[n]`."""
+        return self._jpeg_size
+
+    @property
+    def label_map_sizes(self) -> np.ndarray | None:
+        """Bytes of every sample's label map, int64 `[n]`; None without label maps."""
+        return None if self.spec is None else self._map_size
+
+    @functools.cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each sample's JPEG, and label map, begins in the file and how long it is: int64 `[parts, n]` each."""
+        if self.spec is None:
+            return self._jpeg_ptr[None], self._jpeg_size[None]
+        return np.stack([self._jpeg_ptr, self._map_ptr]), np.stack([self._jpeg_size, self._map_size])
 
     def jpeg(self, i: int) -> np.ndarray:
         """The JPEG file of sample i: uint8 `[size]`, a read-only view of the mapped file."""
@@ -78,15 +97,22 @@ class BetonReader(BetonTables):
         """
         if self.spec is None:
             raise self._error("label_map", "the file has no label maps; convert with --label-maps")
+        indices = np.asarray(indices, np.int64)
+        classes, scores, bad, wrong = self._expand(self._bytes, self._map_ptr[indices], indices)
+        if wrong:
+            raise self._map_error(int(indices[bad]), wrong)
+        return classes, scores
+
+    def _expand(self, data: np.ndarray, starts: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
+        """`label_maps` of maps that lie in `data` at `starts`; also which row is wrong and how, 0 if none is."""
         from tl_fast.kernels import maps  # here: opening a beton takes 0.2 s without numba
 
-        indices = np.asarray(indices, np.int64)
         classes = np.empty((len(indices), *self.spec.shape), np.uint16)
         scores = np.empty(classes.shape, np.float32)
         metadata = self._column("label_map")[indices]
         row, wrong = maps.read_maps(
-            self._bytes,
-            self._map_ptr[indices],
+            data,
+            starts,
             self._map_size[indices],
             metadata["score_min"],
             metadata["score_step"],
@@ -96,9 +122,7 @@ class BetonReader(BetonTables):
             classes.reshape(len(indices), self.spec.cells),
             scores.reshape(len(indices), self.spec.cells),
         )
-        if wrong:  # kernels index with the classes
-            raise self._map_error(int(indices[row]), wrong)
-        return classes, scores
+        return classes, scores, row, wrong
 
     def _map_error(self, i: int, wrong: int) -> BetonError:
         from tl_fast.kernels import maps
@@ -111,13 +135,6 @@ class BetonReader(BetonTables):
         }[wrong]
         return self._error("label_map", f"{self._name(i)}: {problem}; {DAMAGED}")
 
-    def _check_map(self, i: int, data: bytes) -> None:
-        from tl_fast.kernels import maps
-
-        classes = np.empty(self.spec.cells, np.uint16)
-        if wrong := maps.expand(np.frombuffer(data, np.uint8), self.spec.num_classes, encoded_sizes(self.spec), classes):
-            raise self._map_error(i, wrong)
-
     def crc(self, i: int) -> int:
         """The stored CRC-32 of sample i: JPEG bytes, then label-map bytes. Raises BetonError in files of the stock writer."""
         if self._index is None:
@@ -126,16 +143,45 @@ class BetonReader(BetonTables):
 
     def check(self, i: int) -> None:
         """Raises BetonError when sample i's bytes are not those that were written."""
-        self._check_sample(i, self.jpeg(i), *([self._map_bytes(i)] if self.spec is not None else []))
-
-    def _check_sample(self, i: int, *parts: bytes | np.ndarray) -> None:
-        stored, found = self.crc(i), 0
-        for part in parts:
-            found = zlib.crc32(part, found)
+        stored, found = self.crc(i), zlib.crc32(self.jpeg(i))
+        if self.spec is not None:
+            found = zlib.crc32(self._map_bytes(i), found)
         if found != stored:
-            raise self._error("crc", f"{self._name(i)}: CRC-32 is {found:08x}, the file says {stored:08x}; {DAMAGED}")
+            raise self._crc_error(i, found)
 
-    def _check_size(self, i: int, jpeg: bytes) -> None:
+    def _crc_error(self, i: int, found: int) -> BetonError:
+        return self._error("crc", f"{self._name(i)}: CRC-32 is {found:08x}, the file says {self.crc(i):08x}; {DAMAGED}")
+
+    def _problems(self, first: int, block: np.ndarray, starts: np.ndarray, decode: bool) -> list[str]:
+        """What `verify` finds in the samples from `first` on, whose parts lie in `block` at `starts` (`_read_block`)."""
+        found: dict[int, BetonError] = {}  # one a sample
+        count, data = starts.shape[1], block.data
+        sizes = self._places[1][:, first : first + count]
+        crcs = self._column("crc")[first : first + count].tolist() if self.has_crc else [None] * count
+        for i, crc, places in zip(range(first, first + count), crcs, np.stack([starts, starts + sizes]).T.tolist(), strict=True):
+            parts = [data[start:end] for start, end in places]
+            if crc is not None:
+                value = 0
+                for part in parts:
+                    value = zlib.crc32(part, value)
+                if value != crc:
+                    found[i] = self._crc_error(i, value)
+                    continue
+            try:
+                self._check_size(i, parts[0])
+                if decode:
+                    self.check_decode(i, parts[0])
+            except BetonError as error:
+                found[i] = error
+        rows = np.array([i for i in range(first, first + count) if self.spec is not None and i not in found], np.int64)
+        while len(rows):
+            *_, bad, wrong = self._expand(block, starts[1, rows - first], rows)
+            if wrong:
+                found[int(rows[bad])] = self._map_error(int(rows[bad]), wrong)
+            rows = rows[bad + 1 :]
+        return [str(found[i]) for i in sorted(found)]
+
+    def _check_size(self, i: int, jpeg: bytes | memoryview) -> None:
         """Raises BetonError unless the JPEG's own header says the size that the file says."""
         said, found = (int(self.heights[i]), int(self.widths[i])), frame_size(jpeg)
         if found is None:
@@ -143,15 +189,16 @@ class BetonReader(BetonTables):
         if found != said:
             raise self._error("image", f"{self._name(i)} is {found[1]}×{found[0]}, the file says {said[1]}×{said[0]}; {DAMAGED}")
 
-    def check_decode(self, i: int, jpeg: bytes | None = None) -> None:
+    def check_decode(self, i: int, jpeg: memoryview | None = None) -> None:
         """Raises BetonError when sample i's JPEG does not decode without a warning to the size the file says. Needs simplejpeg.
 
-        jpeg: its bytes where they have been read already.
+        jpeg: its bytes where they have been read and `_check_size` has seen them already.
         """
         import simplejpeg
 
-        jpeg = bytes(self.jpeg(i)) if jpeg is None else jpeg
-        self._check_size(i, jpeg)
+        if jpeg is None:
+            jpeg = self.jpeg(i).data
+            self._check_size(i, jpeg)
         if int(self.heights[i]) * int(self.widths[i]) > PIXELS_PER_BYTE * len(jpeg):
             raise self._error("image", f"{self._name(i)}: {len(jpeg)} bytes for {self.widths[i]}×{self.heights[i]} pixels; {DAMAGED}")
         try:  # at 1/8 of the size: all of the coded data is read, little memory written
@@ -201,6 +248,29 @@ def _layout_problems(reader: BetonReader) -> list[str]:
     return [f"{reader.path}: {problem}" for problem in problems]
 
 
+def _read_block(reader: BetonReader, handle: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of samples first to last − 1, read with as few calls as they allow: uint8, and where in them each JPEG and each label map
+    begins, int64 `[parts, samples]`. Raises OSError, also where the file is shorter than it was."""
+
+    starts, sizes = reader._places[0][:, first:last], reader._places[1][:, first:last]
+    low, high, total = int(starts.min()), int((starts + sizes).max()), int(sizes.sum())
+    if high - low <= total + total // 4:  # one after the other, as our writer puts them
+        pieces, places = [(low, high - low)], starts - low
+    else:
+        pieces = list(zip(starts.ravel().tolist(), sizes.ravel().tolist(), strict=True))
+        places = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
+    block, at = np.empty(sum(size for _, size in pieces), np.uint8), 0
+    for start, size in pieces:
+        done = 0
+        while done < size:  # one call reads 2 GiB at most
+            count = os.preadv(handle, [block[at + done : at + size]], start + done)
+            if count == 0:
+                raise OSError(f"it ends {size - done} bytes early: it has been shortened")
+            done += count
+        at += size
+    return block, places
+
+
 def verify(path: Path | str, decode: bool = False, workers: int = 1, progress: Callable[[int], None] | None = None) -> list[str]:
     """Check a whole file: every table, every sample's place, CRC-32 (files of ours) and size in its JPEG's header, every label map; with
     `decode` every JPEG's coded data too. Returns the problems found, each beginning with file and field.
@@ -209,23 +279,19 @@ def verify(path: Path | str, decode: bool = False, workers: int = 1, progress: C
     """
 
     def problems_of(first: int) -> list[str]:
-        found, samples = [], range(first, min(first + VERIFY_CHUNK, len(reader)))
-        for i in samples:
-            try:
-                parts = [os.pread(file.fileno(), size, start) for start, size in reader._regions(i)]
-                if reader.has_crc:
-                    reader._check_sample(i, *parts)
-                if reader.spec is not None:
-                    reader._check_map(i, parts[1])
-                if decode:
-                    reader.check_decode(i, parts[0])
-                else:
-                    reader._check_size(i, parts[0])
-            except BetonError as error:
-                found.append(str(error))
-            except OSError as error:
-                found.append(f"{reader.path}: image: {reader._name(i)} cannot be read ({error}); check the disk, copy the file anew")
-        return found
+        last = min(first + VERIFY_CHUNK, len(reader))
+        try:
+            block, starts = _read_block(reader, file.fileno(), first, last)
+            return reader._problems(first, block, starts, decode)
+        except OSError:  # find out which samples cannot be read
+            found = []
+            for i in range(first, last):
+                try:
+                    block, starts = _read_block(reader, file.fileno(), i, i + 1)
+                    found += reader._problems(i, block, starts, decode)
+                except OSError as error:
+                    found.append(f"{reader.path}: image: {reader._name(i)} cannot be read ({error}); check the disk, copy the file anew")
+            return found
 
     with BetonReader(path) as reader, open(path, "rb") as file:
         problems = _layout_problems(reader)

@@ -116,7 +116,7 @@ class BetonTables:
                 if name != "crc" or kind != INT or index["magic"] != INDEX_MAGIC:  # taken for a stock file, it would be read without CRCs
                     raise self._error(
                         f"field {name}",
-                        f"type {kind} with {bytes(index['magic'])!r}; a field crc of type {INT} with {INDEX_MAGIC!r} was expected; {DAMAGED}",
+                        f"type {kind} with {bytes(index['magic'])!r}; a crc field of type {INT} with {INDEX_MAGIC!r} was expected; {DAMAGED}",
                     )
                 self._index = index
             self._fields[name] = column
@@ -140,6 +140,7 @@ class BetonTables:
         """Checks the CRCs of all tables: beyond this point a file of ours is what was written."""
         self.class_names: list[str] = []
         self.annotator: dict[str, Any] | None = None
+        self.conversion: dict[str, Any] | None = None
         self.tl_fast_version: str | None = None
         if self._index is None:
             return
@@ -159,9 +160,10 @@ class BetonTables:
         info = self._info()
         if not isinstance(info, dict) or not _is_strings(info.get("class_names")) or not isinstance(info.get("annotator"), dict | None):
             raise self._error("info", f"not an object with class_names, a list of strings, and annotator, an object or null; {DAMAGED}")
-        self.class_names, self.annotator, self.tl_fast_version = info["class_names"], info.get("annotator"), info.get("tl_fast")
-        if not isinstance(self.tl_fast_version, str | None):
-            raise self._error("info", f"tl_fast is not a string; {DAMAGED}")
+        self.class_names, self.annotator = info["class_names"], info.get("annotator")
+        self.conversion, self.tl_fast_version = info.get("conversion"), info.get("tl_fast")
+        if not isinstance(self.tl_fast_version, str | None) or not isinstance(self.conversion, dict | None):
+            raise self._error("info", f"tl_fast is not a string, or conversion not an object; {DAMAGED}")
 
     def _check_crc(self, name: str, data: np.ndarray) -> None:
         if (found := zlib.crc32(data)) != self._index[f"{name}_crc"]:

@@ -10,49 +10,41 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
+import hashlib
+import importlib.metadata
+import itertools
 import json
 import os
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 import tl_fast
-from tl_fast.beton_layout import (
-    ALLOCATION,
-    CUSTOM,
-    FIELD,
-    HEADER,
-    IMAGE,
-    INDEX,
-    INDEX_MAGIC,
-    INT,
-    LABEL_MAP,
-    MAX_PAGE_SIZE,
-    MIN_PAGE_SIZE,
-    RGB_IMAGE,
-    STOCK_TYPES,
-    VERSION,
-    BetonError,
-    metadata_dtype,
-    spec_to_arguments,
-)
-from tl_fast.labelmap import MapSpec
+from tl_fast.beton_file import BetonFile, Encoded
+from tl_fast.beton_layout import MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
+from tl_fast.labelmap import MapSpec, write_atomic
+from tl_fast.labelmap import encode as encode_map
+from tl_fast.partial_file import PartialFile
 
 PAGE_SIZE = 8 << 20  # ffcv's default, bytes
+CHUNK = 16  # samples per task: handing one to a thread and back costs some 50 µs
+COMMIT_SECONDS = 2.0  # how much work a kill may cost
+# Errors of the machine, not of a sample: quarantining would throw good samples away.
+FATAL = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENOSPC, errno.EDQUOT}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
     """One input of `write_beton`. `image()` returns the image file's bytes, `label_map()` its packed record; worker threads call both.
 
-    source_id: unique in the data set, kept in the file. origin: what error messages call it (a path, an archive member), by default the id.
+    source_id: unique in the data set, kept in the file. label: -1 for an unlabelled one, which is a bad sample. origin: what error messages call it (a path, an archive member), by default the id.
+    stamp: changes when the input does (file size and time), so that a resumed run can tell.
     """
 
     source_id: str
@@ -60,6 +52,12 @@ class Sample:
     image: Callable[[], bytes]
     label_map: Callable[[], np.void] | None = None
     origin: str = ""
+    stamp: str = ""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.origin or self.source_id
 
 
 class SampleSource(Protocol):
@@ -72,30 +70,30 @@ class SampleSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WriteSummary:
-    """What `write_beton` did: images `copied` untouched, `reencoded`, `resized` (and encoded); sizes in bytes, wall time in seconds."""
+    """What `write_beton` did.
+
+    Images `copied`, `transcoded` without loss, `reencoded`, `resized` (and encoded); of those, `stripped` of metadata and `rotated` (with
+    an EXIF orientation, which is ignored). `rejected`: samples left out. `resumed`: samples taken from an earlier run. Sizes in bytes,
+    wall time in seconds.
+    """
 
     samples: int
     copied: int
+    transcoded: int
     reencoded: int
     resized: int
+    stripped: int
+    rotated: int
+    rejected: int
+    resumed: int
     image_bytes: int
     label_map_bytes: int
     file_bytes: int
     seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A sample as it goes into the file; `crc` covers `jpeg` followed by `label_map`."""
-
-    jpeg: bytes
-    height: int
-    width: int
-    action: str
-    label_map: bytes
-    score_min: float
-    score_step: float
-    crc: int
+class TooManyRejects(BetonError):
+    """More samples were rejected than `max_rejects` allows; what was done is kept for a run with `resume`."""
 
 
 def ordered_map(workers: int, function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
@@ -117,134 +115,164 @@ def ordered_map(workers: int, function: Callable, items: Iterable, ahead: int = 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at `path`, complete and on disk, when the block ends, or not at all.
-
-    It is written as `.NAME.partial` in the same folder, locked against a second writer; the next run overwrites what a killed one left.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # some network file systems have no locks
-                raise BetonError(f"{path}: another process is writing it (it holds {partial}); wait for it or stop it") from error
-        if not partial.exists() or os.fstat(handle).st_ino != partial.stat().st_ino:  # the other writer ended between our open and our lock
-            raise BetonError(f"{path}: another process has just written it; run again with --overwrite to replace it")
-        try:
-            os.ftruncate(handle, 0)
-            with os.fdopen(handle, "wb", buffering=1 << 20, closefd=False) as file:
-                yield file
-            os.fsync(handle)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    finally:
-        os.close(handle)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the rename itself survive a power cut
-    finally:
-        os.close(folder)
+def TRANSITION(prepare, data, max_resolution, quality, decode_check):
+    import inspect
+    from types import SimpleNamespace
+    if "decode_check" in inspect.signature(prepare).parameters:
+        return prepare(data, max_resolution, quality, decode_check)
+    old = prepare(data, max_resolution, quality)
+    return SimpleNamespace(parts=(old.data,), height=old.height, width=old.width, action=old.action, stripped=0, rotated=False, crc=zlib.crc32(old.data))
 
 
-def encode(sample: Sample, spec: MapSpec | None, max_resolution: int | None, quality: int) -> Encoded:
-    """Read, check and encode one sample. Raises BetonError naming it."""
+def encode(sample: Sample, spec: MapSpec | None, max_resolution: int | None, quality: int, decode_check: bool) -> Encoded | Exception:
+    """Read, check and encode one sample; the exception, not raised, when the sample is bad. Raises what is no fault of the sample."""
     from tl_fast.jpeg import prepare  # here, since reading a beton needs no image library
 
     try:
-        image = prepare(sample.image(), max_resolution, quality)
-        crc, data, score_min, score_step = zlib.crc32(image.data), b"", 0.0, 0.0
+        sample.source_id.encode("utf-8")  # file names may be any bytes
+        image = TRANSITION(prepare, sample.image(), max_resolution, quality, decode_check)
+        crc, data, score_min, score_step = image.crc, b"", 0.0, 0.0
+        if sample.label < 0:
+            raise ValueError("has no label")
         if spec is not None:
+            if sample.label_map is None:
+                raise ValueError("has no label map")
             record = sample.label_map()
-            if record.dtype != spec.dtype:
-                raise ValueError(f"its label map has dtype {record.dtype}; {spec} has {spec.dtype}")
-            if record["classes"].max() >= spec.num_classes:
-                raise ValueError(f"its label map lists class {record['classes'].max()} of {spec.num_classes}")
-            score_min, score_step = float(record["score_min"]), float(record["score_step"])
-            if not (np.isfinite(score_min) and np.isfinite(score_step) and score_step >= 0):
-                raise ValueError(
-                    f"its label map has score_min {score_min} and score_step {score_step}; both must be finite, the step not negative"
-                )
-            data = record["classes"].tobytes() + record["scores"].tobytes()
+            data, score_min, score_step = encode_map(record, spec), float(record["score_min"]), float(record["score_step"])
             crc = zlib.crc32(data, crc)
-    except Exception as error:  # whatever it is, the run ends with the sample's name
-        what = error if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
-        raise BetonError(f"{sample.origin or sample.source_id}: {what}") from error
-    return Encoded(image.data, image.height, image.width, image.action, data, score_min, score_step, crc)
+    except UnicodeEncodeError:
+        return ValueError("its name is not UTF-8; rename it")
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FATAL:
+            raise BetonError(f"{sample.name}: {error}; the sample is not to blame") from error
+        return error
+    return Encoded(image, data, score_min, score_step, crc)
 
 
-class Layout:
-    """Where everything goes: appends samples to `file`, then closes it with tables and header. reserved: samples to come."""
+COUNTS = ("copied", "transcoded", "re-encoded", "resized", "stripped", "rotated", "image_bytes", "label_map_bytes")
 
-    def __init__(self, file: BinaryIO, reserved: int, page_size: int, spec: MapSpec | None) -> None:
-        self.file, self.page_size, self.spec = file, page_size, spec
-        kinds = [("image", RGB_IMAGE, IMAGE), ("label", INT, STOCK_TYPES[INT])]
-        kinds += [("label_map", CUSTOM, LABEL_MAP)] if spec is not None else []
-        kinds += [("crc", INT, STOCK_TYPES[INT])]
-        self.fields = np.zeros(len(kinds), FIELD)
-        self.fields["name"], self.fields["type_id"] = [name for name, _, _ in kinds], [kind for _, kind, _ in kinds]
-        self.columns = {name: f"f{i}" for i, (name, _, _) in enumerate(kinds)}
-        if spec is not None:
-            self.fields["arguments"][2] = spec_to_arguments(spec)
-        self.metadata = np.zeros(reserved, metadata_dtype([dtype for _, _, dtype in kinds]))
-        self.allocations = np.zeros(reserved * (1 if spec is None else 2), ALLOCATION)
-        self.offset, self.samples, self.allocated = HEADER.itemsize + self.fields.nbytes + self.metadata.nbytes, 0, 0
-        file.seek(self.offset)
 
-    def _append(self, data: bytes, align: int = 1) -> int:
-        """Write at the next multiple of `align`; returns where."""
-        gap = -self.offset % align
-        self.file.write(bytes(gap) + data)
-        start = self.offset + gap
-        self.offset = start + len(data)
-        return start
+def reason(problem: Exception) -> str:
+    """What is wrong with a sample, in one line."""
+    text = str(problem) if isinstance(problem, (ValueError, OSError)) else f"{type(problem).__name__}: {problem}"
+    return " ".join(text.split())
 
-    def _allocate(self, data: bytes) -> int:
-        start = self._append(data, align=2)  # label maps begin with uint16
-        self.allocations[self.allocated] = (self.samples, start, len(data))
-        self.allocated += 1
-        return start
 
-    def add(self, sample: Encoded, label: int) -> None:
-        """Append one sample, all of it in one page: ffcv's process cache maps whole pages and nothing across them."""
-        size = len(sample.jpeg) + (-len(sample.jpeg) % 2) + len(sample.label_map)
-        if size > self.page_size:
-            raise ValueError(
-                f"its {size} bytes do not fit in a page of {self.page_size}; set --page-size {1 << (size - 1).bit_length()} "
-                "or limit --max-resolution"
+class Writer:
+    """One run of `write_beton`: what has been taken from the source, what became of it, and how to go on from there after a kill."""
+
+    def __init__(self, partial: PartialFile, file: BetonFile, class_names: Sequence[str]) -> None:
+        self.partial, self.file, self.class_names = partial, file, class_names
+        self.digest = hashlib.blake2b(digest_size=16)  # of the inputs taken so far
+        self.ids: list[str] = []  # of the samples written
+        self.seen: set[str] = set()  # and of those taken
+        self.rejects: list[dict[str, str]] = []
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.taken = 0
+        self._committed = (0, 0, 0)  # samples, allocations, rejects
+        self._commit_time = time.monotonic()
+
+    def restore(self, source: Iterator[Sample]) -> None:
+        """Go on from the last commit. Raises BetonError when the samples up to there are not those of the earlier run."""
+        if not self.partial.records:
+            return
+        head = self.partial.records[-1][0]
+        columns: tuple[list[bytes], ...] = ([], [], [])
+        for part, data in self.partial.records:
+            splits = np.cumsum(part["parts"])
+            for column, start, end in zip(columns, (0, *splits), splits, strict=False):
+                column.append(data[start:end])
+        metadata, allocations, rejects = map(b"".join, columns)
+        self.file.restore(head["size"], metadata, allocations)
+        self.rejects = [json.loads(line) for line in rejects.splitlines()]
+        rejected = {reject["id"] for reject in self.rejects}
+        for sample in itertools.islice(source, head["taken"]):
+            self._take(sample)
+            self.seen.add(sample.source_id)
+            if sample.source_id not in rejected:
+                self.ids.append(sample.source_id)
+        if self.digest.hexdigest() != head["digest"]:
+            raise BetonError(
+                f"{self.partial.path}: cannot be resumed, the first {head['taken']} samples (their ids, labels, file sizes or times) are not "
+                "those of the unfinished run; leave --resume out to start over"
             )
-        if self.page_size - (self.offset + self.offset % 2) % self.page_size < size:
-            self._append(b"", align=self.page_size)
-        row = self.metadata[self.samples]
-        row[self.columns["image"]] = (0, sample.width, sample.height, self._allocate(sample.jpeg))
-        row[self.columns["label"]], row[self.columns["crc"]] = label, sample.crc
-        if self.spec is not None:
-            row[self.columns["label_map"]] = (self._allocate(sample.label_map), sample.score_min, sample.score_step)
-        self.samples += 1
+        self.counts, self.taken = head["counts"], head["taken"]
+        self._committed = (self.file.samples, self.file.allocated, len(self.rejects))
 
-    def close(self, info: dict[str, Any], ids: list[str]) -> None:
-        """Write what follows the data, then what precedes it; until the header is there nothing takes the file for a beton."""
-        texts = [json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") for value in (info, ids)]
-        starts = [self._append(text, align=8) for text in texts]
-        allocations = self.allocations[: self.allocated].tobytes()
-        table = self._append(allocations, align=8)  # ffcv reads it to the end of the file, so it must be last
-        metadata = self.metadata[: self.samples].tobytes()
-        crcs = [zlib.crc32(part) for part in (*texts, metadata, allocations)]
-        header = np.array([(VERSION, len(self.fields), self.page_size, self.samples, table)], HEADER).tobytes()
+    def _take(self, sample: Sample) -> None:
+        self.digest.update(f"{sample.source_id}\0{sample.label}\0{sample.stamp}\n".encode("utf-8", "surrogateescape"))
 
-        def head(head_crc: int) -> bytes:
-            index = np.array([(INDEX_MAGIC, starts[0], len(texts[0]), starts[1], len(texts[1]), *crcs, head_crc)], INDEX)
-            self.fields["arguments"][-1, : INDEX.itemsize] = index.view(np.uint8)
-            return header + self.fields.tobytes()
+    def checked(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """The samples, as long as nothing is wrong with the data set as a whole."""
+        for sample in samples:
+            if sample.source_id in self.seen:
+                raise BetonError(f"{sample.name}: a second sample with the id {sample.source_id!r}")
+            if not -1 <= sample.label < len(self.class_names):
+                raise BetonError(f"{sample.name}: label {sample.label} is not in 0..{len(self.class_names) - 1}")
+            self.seen.add(sample.source_id)
+            yield sample
 
-        self.file.seek(0)
-        self.file.write(head(zlib.crc32(head(0))))  # taken with its own place at zero
-        self.file.write(metadata)
+    def add(self, sample: Sample, result: Encoded | Exception) -> Exception | None:
+        """Append a sample; what is wrong with it, if something is."""
+        if isinstance(result, Exception):
+            return result
+        if len(self.ids) == len(self.file.metadata):
+            raise BetonError(
+                f"{self.partial.path}: more samples than the {len(self.file.metadata)} announced; the source has changed, run again"
+            )
+        try:
+            self.file.add(result, sample.label)
+        except ValueError as error:
+            return error
+        self.ids.append(sample.source_id)
+        counts, image = self.counts, result.image
+        counts[image.action] += 1
+        counts["stripped"] += image.stripped > 0
+        counts["rotated"] += image.rotated
+        counts["image_bytes"] += sum(map(len, image.parts))
+        counts["label_map_bytes"] += len(result.label_map)
+        return None
+
+    def took(self, sample: Sample, problem: Exception | None = None) -> None:
+        """The sample is done with; with a `problem` it was left out."""
+        self._take(sample)
+        self.taken += 1
+        if problem is not None:
+            self.rejects.append({"id": sample.source_id, "origin": sample.name, "reason": reason(problem)})
+
+    def commit(self) -> None:
+        """Make what was done durable, in the background."""
+        samples, allocated, rejects = self._committed
+        lines = "".join(json.dumps(reject) + "\n" for reject in self.rejects[rejects:])
+        parts = (
+            self.file.metadata[samples : self.file.samples].tobytes(),
+            self.file.allocations[allocated : self.file.allocated].tobytes(),
+            lines.encode("ascii"),
+        )
+        head = {"taken": self.taken, "digest": self.digest.hexdigest(), "counts": self.counts, "parts": list(map(len, parts))}
+        self.partial.commit(self.file.offset, head, b"".join(parts))
+        self._committed = (self.file.samples, self.file.allocated, len(self.rejects))
+        self._commit_time = time.monotonic()
+
+    def commit_at_times(self) -> None:
+        """`commit`, when the last one is old enough and on the disk."""
+        if time.monotonic() - self._commit_time >= COMMIT_SECONDS and not self.partial.committing:
+            self.commit()
+
+    def keep(self, always: bool) -> bool:
+        """The run ends early: commit what was done, unless it is too little to keep. True when another run can go on from it."""
+        with contextlib.suppress(OSError):  # a full disk: then the earlier commits have to do
+            if always or self.partial.resumable:
+                self.file.flush()
+                self.commit()
+        return self.partial.resumable
+
+
+def library_versions() -> dict[str, str]:
+    """Of everything that decides which bytes a new encode has."""
+    return {name: importlib.metadata.version(name) for name in ("Pillow", "simplejpeg")} | {"tl_fast": tl_fast.__version__}
 
 
 def write_beton(
@@ -254,20 +282,29 @@ def write_beton(
     class_names: Sequence[str],
     spec: MapSpec | None = None,
     annotator: dict[str, Any] | None = None,
+    conversion: dict[str, Any] | None = None,
     workers: int | None = None,
     max_resolution: int | None = None,
     quality: int = 90,
+    decode_check: bool = True,
     page_size: int = PAGE_SIZE,
+    on_error: Literal["stop", "quarantine"] = "stop",
+    max_rejects: int | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    resume: bool = False,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> WriteSummary:
-    """Write `samples` (with a `len()`; iterated once, in order) to `path`.
+    """Write `samples` (with a `len()`; iterated once, in order) to `path`, in one pass, in bounded memory.
 
     class_names: name of every label; with `spec` as many as the label maps' classes, for token targets and labels are of one kind.
-    annotator: JSON-able record of how the label maps were made. workers: threads, by default one per CPU core this process may use.
-    max_resolution, quality: see `tl_fast.jpeg.prepare`. page_size: bytes, a power of two; no sample may be larger. progress: called with
-    samples and bytes written.
-    Raises BetonError that names the sample (the first bad one in the samples' order); nothing is left behind then.
+    annotator, conversion: JSON-able records of how the label maps were made and of what was converted, kept in the file. workers: threads,
+    by default one per CPU core this process may use. max_resolution, quality, decode_check: see `tl_fast.jpeg.prepare`. page_size: bytes, a
+    power of two; no sample may be larger.
+    on_error: `stop` at the first bad sample, or `quarantine`: leave it out and list it, a JSON object a line, in `PATH.rejects.jsonl`.
+    max_rejects: how many may be left out. resume: go on from what an unfinished run left (`tl_fast.partial_file`), if it left something.
+    progress: called with the samples taken from the source, those of them left out, and the bytes written.
+    Raises BetonError that names the sample (the first bad one in the samples' order), TooManyRejects at the end; nothing bears the name
+    `path` then.
     """
     path, started = Path(path), time.perf_counter()
     if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
@@ -279,6 +316,10 @@ def write_beton(
     workers = workers if workers is not None else len(os.sched_getaffinity(0))
     if workers < 1:
         raise BetonError(f"workers {workers}: must be at least 1")
+    if on_error not in ("stop", "quarantine"):
+        raise BetonError(f"on_error {on_error!r}: must be stop or quarantine")
+    if max_rejects is not None and (max_rejects < 0 or on_error == "stop"):
+        raise BetonError(f"max_rejects {max_rejects}: must be 0 or more, and needs on_error quarantine")
     if len(samples) == 0:
         raise BetonError(f"{path}: there are no samples to write")
     if spec is not None and len(class_names) != spec.num_classes:
@@ -286,58 +327,101 @@ def write_beton(
             f"{path}: the label maps know {spec.num_classes} classes, the labels {len(class_names)}; token targets and labels must be of "
             "the same classes: annotate with --classes (keep the data set's classes) or --fit-head (a head for them)"
         )
-    if path.exists() and not overwrite:
-        raise BetonError(f"{path} exists; choose another name or give --overwrite")
+    if path.exists():
+        if not overwrite:
+            raise BetonError(f"{path} exists; choose another name or give --overwrite")
+        if not path.is_file():
+            raise BetonError(f"{path} is no regular file; choose another name")
+    settings = {
+        "samples": len(samples),
+        "class_names": list(class_names),
+        "label maps": None if spec is None else spec.to_dict(),
+        "annotator": annotator,
+        "conversion": conversion,
+        "max_resolution": max_resolution,
+        "quality": quality,
+        "decode_check": decode_check,
+        "page_size": page_size,
+        "versions": library_versions(),
+    }
+    rejects_path = path.with_name(path.name + ".rejects.jsonl")
 
-    ids: dict[str, None] = {}  # ordered, and finds duplicates
-    actions: Counter[str] = Counter()
-    image_bytes = map_bytes = 0
+    def tasks(source: Iterable[Sample]) -> Iterator[tuple[Sample, ...]]:
+        source = iter(source)
+        while chunk := tuple(itertools.islice(source, CHUNK)):
+            yield chunk
 
-    def checked(source: Iterable[Sample]) -> Iterator[Sample]:
-        for sample in source:
-            where = sample.origin or sample.source_id
-            if sample.source_id in ids:
-                raise BetonError(f"{where}: a second sample with the id {sample.source_id!r}")
-            if not 0 <= sample.label < len(class_names):
-                raise BetonError(f"{where}: label {sample.label} is not in 0..{len(class_names) - 1}")
-            if spec is not None and sample.label_map is None:
-                raise BetonError(f"{where}: has no label map")
-            ids[sample.source_id] = None
-            yield sample
+    def run(chunk: Sequence[Sample]) -> list[tuple[Sample, Encoded | Exception]]:
+        return [(sample, encode(sample, spec, max_resolution, quality, decode_check)) for sample in chunk]
 
     try:
-        with atomic_file(path) as file:
-            layout = Layout(file, len(samples), page_size, spec)
-            results = ordered_map(workers, lambda sample: (sample, encode(sample, spec, max_resolution, quality)), checked(samples))
-            with contextlib.closing(results):
-                for sample, encoded in results:
-                    if layout.samples == len(layout.metadata):
-                        raise BetonError(
-                            f"{path}: more samples than the {len(layout.metadata)} announced; the source has changed, run again"
-                        )
-                    try:
-                        layout.add(encoded, sample.label)
-                    except ValueError as error:
-                        raise BetonError(f"{sample.origin or sample.source_id}: {error}") from error
-                    actions[encoded.action] += 1
-                    image_bytes += len(encoded.jpeg)
-                    map_bytes += len(encoded.label_map)
-                    if progress is not None:
-                        progress(layout.samples, layout.offset)
-            if layout.samples != len(layout.metadata):
-                raise BetonError(
-                    f"{path}: {len(layout.metadata)} samples were announced, {layout.samples} came; the source has changed, run again"
-                )
-            layout.close({"annotator": annotator, "class_names": list(class_names), "tl_fast": tl_fast.__version__}, list(ids))
+        with PartialFile(path, settings, resume) as partial:
+            file = BetonFile(partial.handle, len(samples), page_size, spec)
+            writer, source = Writer(partial, file, class_names), iter(samples)
+            writer.restore(source)
+            resumed = writer.taken
+            try:
+                with contextlib.closing(ordered_map(workers, run, tasks(writer.checked(source)), ahead=2)) as results:
+                    for chunk in results:
+                        for sample, result in chunk:
+                            problem = writer.add(sample, result)
+                            if problem is not None and on_error == "stop":
+                                raise BetonError(f"{sample.name}: {reason(problem)}") from problem
+                            writer.took(sample, problem)
+                        file.flush()
+                        writer.commit_at_times()
+                        if progress is not None:
+                            progress(writer.taken, len(writer.rejects), file.offset)
+                if writer.taken != len(samples):
+                    raise BetonError(
+                        f"{path}: {len(samples)} samples were announced, {writer.taken} came; the source has changed, run again"
+                    )
+                if max_rejects is not None and len(writer.rejects) > max_rejects:
+                    raise TooManyRejects(
+                        f"{path}: {len(writer.rejects)} of {len(samples)} samples are bad and --max-rejects allows {max_rejects}; they are "
+                        f"listed in {rejects_path}. Mend them and run again, or allow more and add --resume to finish with what is done"
+                    )
+                if not writer.ids:
+                    raise BetonError(f"{path}: all {len(samples)} samples are bad, the first: {writer.rejects[0]['reason']}")
+                info = {"annotator": annotator, "class_names": list(class_names), "tl_fast": tl_fast.__version__}
+                if conversion is not None:
+                    info["conversion"] = {**conversion, "rejected": len(writer.rejects)}
+                file.close(info, writer.ids)
+                write_rejects(rejects_path, writer.rejects)
+                partial.publish()
+            except Exception as error:
+                if isinstance(error, TooManyRejects):
+                    write_rejects(rejects_path, writer.rejects)
+                if writer.keep(always=isinstance(error, TooManyRejects)):
+                    error.add_note(f"The first {writer.taken:,} samples are done; the same command with --resume goes on from there.")
+                raise
     except OSError as error:
-        raise BetonError(f"{path}: cannot be written ({error}); free some space or choose another folder") from error
+        failure = BetonError(f"{path}: cannot be written ({error}); free some space or choose another folder")
+        for note in getattr(error, "__notes__", ()):
+            failure.add_note(note)
+        raise failure from error
+    counts = writer.counts
     return WriteSummary(
-        layout.samples,
-        actions["copied"],
-        actions["re-encoded"],
-        actions["resized"],
-        image_bytes,
-        map_bytes,
-        path.stat().st_size,
-        time.perf_counter() - started,
+        samples=len(writer.ids),
+        copied=counts["copied"],
+        transcoded=counts["transcoded"],
+        reencoded=counts["re-encoded"],
+        resized=counts["resized"],
+        stripped=counts["stripped"],
+        rotated=counts["rotated"],
+        rejected=len(writer.rejects),
+        resumed=resumed,
+        image_bytes=counts["image_bytes"],
+        label_map_bytes=counts["label_map_bytes"],
+        file_bytes=path.stat().st_size,
+        seconds=time.perf_counter() - started,
     )
+
+
+def write_rejects(path: Path, rejects: list[dict[str, str]]) -> None:
+    """One JSON object a line: id, origin, reason. No file when there are none, also none of an earlier run."""
+    if rejects:
+        text = "".join(json.dumps(reject) + "\n" for reject in rejects)
+        write_atomic(path, lambda file: file.write(text.encode("ascii")))
+    else:
+        path.unlink(missing_ok=True)

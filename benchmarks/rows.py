@@ -1,0 +1,60 @@
+"""What every benchmark does with its contenders: interleaved rounds, medians, and one JSON row each with what is needed to compare them."""
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measure(contenders: dict[str, Callable[[int], int]], rounds: int) -> dict[str, list[float]]:
+    """Items/s of every contender, one figure a round, after a round that is not counted. A contender takes the round's number and returns
+    how many items it did."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            count = run(number)
+            if number:
+                rates[name].append(count / (time.perf_counter() - start))
+    return rates
+
+
+def commit() -> str:
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return described.stdout.strip() or "unknown"
+
+
+def write_rows(results: Path, benchmark: str, rates: dict[str, list[float]], unit: str, packages: Sequence[str], **facts: object) -> list[dict]:
+    """Append one row a contender to `results` and print it. facts: what was measured on."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "benchmark": benchmark,
+            "contender": name,
+            "unit": unit,
+            "median": round(statistics.median(values), 1),
+            "min": round(min(values), 1),
+            "max": round(max(values), 1),
+            "rounds": len(values),
+            **facts,
+            "device": f"{os.cpu_count()} x {platform.machine()} CPU",
+            "versions": {package: importlib.metadata.version(package) for package in packages},
+            "commit": commit(),
+            "date": datetime.date.today().isoformat(),
+        }
+        for name, values in rates.items()
+    ]
+    with results.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for row in rows:
+        print(f"{row['contender']:44} {row['median']:9,.0f} {unit}   ({row['min']:,.0f} to {row['max']:,.0f}, {row['rounds']} rounds)")
+    return rows
