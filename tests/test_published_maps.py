@@ -247,9 +247,10 @@ def test_places_without_maps_are_refused(tmp_path):
 
 
 def test_the_extent_must_be_said(tree, tmp_path):
-    for extent in (None, "half"):
-        with pytest.raises(LabelMapError, match=r"full or center_square.*generator script crops.*not documented"):
-            open_label_maps(tree, extent=extent, num_classes=1000)
+    with pytest.raises(LabelMapError, match=r"not a label-map store.*full or center_square.*generator script crops.*not documented"):
+        open_label_maps(tree, extent=None, num_classes=1000)
+    with pytest.raises(LabelMapError, match=r"extent is 'half'; must be one of \('full', 'center_square'\)"):
+        open_label_maps(tree, extent="half", num_classes=1000)
     with pytest.raises(LabelMapError, match="k must be at most num_classes = 2"):
         open_label_maps(tree, extent="full", num_classes=2)
     with pytest.raises(LabelMapError, match="none of 32 maps.*up to 2049 classes, here are 2050"):
@@ -258,6 +259,10 @@ def test_the_extent_must_be_said(tree, tmp_path):
     write_store(tmp_path, ["a.jpg"], [pack(np.zeros((1, 1, 1), int), np.zeros((1, 1, 1)), spec)], spec)
     for extent in (None, "center_square"):
         assert isinstance(open_label_maps(tmp_path, extent=extent, num_classes=9), LabelMapStore)
+    (tmp_path / "manifest.json").rename(tmp_path / "old")
+    with pytest.raises(LabelMapError, match="manifest.json is missing"):
+        open_label_maps(tmp_path, extent="full", num_classes=2)
+    (tmp_path / "old").rename(tmp_path / "manifest.json")
     with pytest.raises(LabelMapError, match="'full' was given, the store says.*'center_square'"):
         open_label_maps(tmp_path, extent="full", num_classes=2)
 

@@ -25,8 +25,9 @@ from tl_fast.tar_files import Tar
 SAMPLED = 32  # maps that are read to find the shape
 MAX_BYTES = 64 << 20  # of one .pt file; the published ones have 7 KB
 NEEDS_EXTENT = (
-    "say what the published label maps cover, extent (--extent) full or center_square: the files don't, the published generator script "
-    "crops the image's centre square, and whether the released maps were made that way is not documented"
+    "not a label-map store (no manifest.json). If it holds published label maps, say what they cover, extent (--extent) full or "
+    "center_square: the files don't, the published generator script crops the image's centre square, and whether the released maps were "
+    "made that way is not documented"
 )
 
 
@@ -187,7 +188,7 @@ class PublishedMaps:
     def __init__(self, path: Path | str, *, extent: str | None, num_classes: int) -> None:
         self.path = Path(path)
         if extent not in EXTENTS:
-            raise LabelMapError(f"{self.path}: {NEEDS_EXTENT}" if extent is None else f"{self.path}: extent {extent!r}: {NEEDS_EXTENT}")
+            raise LabelMapError(f"{self.path}: {f'extent is {extent!r}' if extent is not None else NEEDS_EXTENT}; must be one of {EXTENTS}")
         from tl_fast.pt_map import PtReader  # here: torch takes seconds to import, and a conversion with a store does without
 
         self._files, self._reader = _open_files(self.path), PtReader(num_classes)
@@ -266,7 +267,7 @@ def open_label_maps(path: Path | str, *, extent: str | None, num_classes: int) -
     data set, by which published maps are checked; a store has its own in `spec`. Raises LabelMapError.
     """
     path = Path(path)
-    if not (path / "manifest.json").is_file():
+    if not any((path / name).is_file() for name in ("manifest.json", "ids.jsonl")):  # either: a store, which may lack the other
         return PublishedMaps(path, extent=extent, num_classes=num_classes)
     store = LabelMapStore(path)
     if extent not in (None, store.spec.extent):
