@@ -1,17 +1,24 @@
 """Any image file → the JPEG bytes a beton stores: baseline, three components, YCbCr, 8 bit, which every decoder reads alike.
 
-Such files are copied untouched after a full check of their entropy-coded data; everything else is decoded by Pillow and encoded anew.
-EXIF orientation is ignored, as torchvision's image folder and tl_fast.annotate do: label maps and stored pixels have the same orientation.
+Files that are so already are copied less their metadata, after a full check of their entropy-coded data; other JPEGs become so without
+loss where coefficients allow it; everything else is decoded by Pillow and encoded anew. EXIF orientation is ignored and stripped, as
+torchvision's image folder and tl_fast.annotate ignore it: label maps and stored pixels have the same orientation in every decoder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import threading
+import zlib
 
 import numpy as np
 import simplejpeg
 from PIL import Image
+
+from tl_fast.kernels import jpeg as scans
+from tl_fast.kernels import jpeg_markers as marks
+from tl_fast.turbojpeg_transform import lossless_baseline
 
 Image.init()  # loads Pillow's plugins now, not in several worker threads at once
 
@@ -19,105 +26,217 @@ Image.init()  # loads Pillow's plugins now, not in several worker threads at onc
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 # Luma sampling factors that, with chroma 1×1, make 4:4:4, 4:2:2, 4:4:0, 4:2:0 and 4:1:1, the layouts TurboJPEG and nvJPEG know.
 LUMA_SAMPLING = {(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)}
-MAX_SIDE = 65_500  # libjpeg's limit
+TRANSFORMABLE = {marks.SOF0, marks.SOF1, marks.SOF2, marks.SOF9, marks.SOF10}
+REMEDY = "replace or remove the file"
 
-START_OF_SCAN, END_OF_IMAGE, APP0, APP14 = 0xDA, 0xD9, 0xE0, 0xEE
-FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers; the three others are tables
-NO_PAYLOAD = {0x01, *range(0xD0, 0xD8)}  # TEM and restart markers
+# What to say of a file on which libjpeg has nothing to say, being laxer (`tl_fast.kernels.jpeg.check_scan`), or need not be asked.
+TRUNCATED = {
+    marks.ENDS_IN_HEADER: "it ends before the image data",
+    marks.NO_END: "no end-of-image marker follows the image data",
+    marks.ENDS_IN_SCAN: "its image data ends before the last row",
+}
+DAMAGED = {
+    marks.BAD_CODE: "a Huffman code that does not exist, or coefficients beyond the 64th",
+    marks.BAD_RESTART: "restart markers out of order or not as many as its size needs",
+    marks.BAD_MARKER: "no marker where one must be",
+    marks.BAD_FRAME: "an unusable frame header",
+    marks.BAD_SCAN: "an unusable scan header",
+    marks.BAD_TABLE: "an unusable Huffman or quantisation table",
+}
 
-
-@dataclasses.dataclass(frozen=True)
-class JpegHeader:
-    """What the markers before the first scan say.
-
-    components: (id, horizontal, vertical sampling factor) each. adobe: APP14's colour transform, or None.
-    """
-
-    frame: int
-    precision: int
-    height: int
-    width: int
-    components: tuple[tuple[int, int, int], ...]
-    scan_components: int
-    jfif: bool
-    adobe: int | None
-
-    @property
-    def known_sampling(self) -> bool:
-        sampling = [component[1:] for component in self.components]
-        return len(sampling) == 1 or (sampling[0] in LUMA_SAMPLING and all(factors == (1, 1) for factors in sampling[1:3]))
-
-    @property
-    def plain(self) -> bool:
-        """True when all decoders agree on what it shows: baseline, one scan, 8 bit, three components that are YCbCr beyond doubt."""
-        ids = tuple(component[0] for component in self.components)
-        ycbcr = self.adobe in (None, 1) and (self.jfif or self.adobe == 1 or ids == (1, 2, 3))
-        return (
-            self.frame == 0xC0
-            and self.precision == 8
-            and len(ids) == 3
-            and self.scan_components == 3
-            and ycbcr
-            and self.known_sampling
-            and self.height > 0
-            and self.width > 0
-        )
+EOI = b"\xff\xd9"
+JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+ZERO_TABLES = b"".join(bytes([table, 1]) + bytes(16) for table in (0x01, 0x11))  # symbol 0 as the only code, of one bit
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Bytes to store, their size in pixels, and what was done: `copied`, `re-encoded` or `resized`."""
+    """The JPEG to store.
 
-    data: bytes
+    parts: its bytes in order, views of the source where they are copied; height, width: pixels; action: `copied` (the image data
+    untouched), `transcoded` (without loss), `re-encoded` or `resized`; stripped: bytes of metadata or behind the end left out (0 for
+    files other than JPEGs); rotated: an EXIF orientation other than upright was ignored; crc: CRC-32 (zlib's) of the parts.
+    """
+
+    parts: tuple[bytes | memoryview, ...]
     height: int
     width: int
     action: str
+    stripped: int
+    rotated: bool
+    crc: int
+
+    @property
+    def data(self) -> bytes:
+        """The parts as one."""
+        return self.parts[0] if len(self.parts) == 1 and isinstance(self.parts[0], bytes) else b"".join(self.parts)
 
 
-def parse_header(data: bytes) -> JpegHeader | None:
-    """The header of a JPEG; None when `data` does not start like one. Raises ValueError when the markers end before a scan begins."""
+class _Workspace(threading.local):
+    """What the compiled functions write to, one of each a thread, which keeps its last file's Huffman tables."""
+
+    def __init__(self) -> None:
+        self.record = np.zeros(marks.MARKERS, np.int64)
+        self.head = np.zeros(marks.HEAD_BYTES, np.uint8)
+        self.keys = np.zeros(2 * scans.SLOTS * scans.KEY, np.uint8)
+        self.lookup = np.zeros(scans.LOOKUP, np.int16)
+        self.layout = np.zeros(scans.BLOCKS, np.uint64)
+        self.accuracy = np.zeros((4, 64), np.int8)
+        self.stream = np.zeros(1 << 18, np.uint8)
+
+    def inspect(self, data: bytes, decode: bool) -> list[int]:
+        """`tl_fast.kernels.jpeg.inspect` -> its record."""
+        if self.stream.size < len(data) + scans.PADDING:
+            self.stream = np.zeros(2 * len(data) + scans.PADDING, np.uint8)
+        array = np.frombuffer(data, np.uint8)
+        scans.inspect(array, decode, self.record, self.head, self.stream, self.keys, self.lookup, self.layout, self.accuracy)
+        return self.record.tolist()
+
+    def check_grey(self, data: bytes, splice: bool) -> tuple[int, bytes]:
+        """Decode the inspected greyscale file's scan -> (status, the scan with chroma blocks when `splice`)."""
+        array, mcus = np.frombuffer(data, np.uint8), scans.mcu_count(self.record)
+        if mcus > 4 * len(data):  # each block takes two bits at least
+            return marks.ENDS_IN_SCAN, b""
+        places = np.empty(mcus, np.uint64) if splice else None
+        out = np.empty(2 * len(data) + mcus + 64, np.uint8) if splice else None
+        status, used = scans.check_scan(array, self.record, self.stream, self.keys, self.lookup, self.layout, places, out)
+        return status, out[:used].tobytes() if splice and status == marks.OK else b""
+
+
+_workspace = _Workspace()
+
+
+def prepare(data: bytes, max_resolution: int | None = None, quality: int = 90, decode_check: bool = True) -> Prepared:
+    """The JPEG to store for an image file's bytes.
+
+    max_resolution: largest side in pixels (as ffcv's), larger images are shrunk to it with Pillow's antialiased Lanczos filter. quality:
+    1..100 of new encodes, which are 4:2:0. decode_check: decode what is copied to know that it is whole; without it only its markers
+    are read and its end is found. Safe in threads; a file that is copied needs the GIL for about 10 µs. Raises ValueError with the
+    reason on anything that is not a whole, undamaged image (any warning of libjpeg counts as damage), and
+    `tl_fast.turbojpeg_transform.TurboJpegMissing` where a file needs libturbojpeg and it is missing.
+    """
+    limit = max_resolution or marks.MAX_SIDE
     if data[:3] != b"\xff\xd8\xff":
-        return None
-    position, frame, jfif, adobe = 2, None, False, None
-    while True:
-        position = data.find(b"\xff", position)
-        if position < 0:
-            raise ValueError("truncated JPEG: it ends before the image data")
-        while data[position : position + 1] == b"\xff":  # fill bytes
-            position += 1
-        marker = data[position] if position < len(data) else END_OF_IMAGE
-        position += 1
-        if marker in NO_PAYLOAD or marker == 0:
-            continue
-        length = int.from_bytes(data[position : position + 2], "big")
-        if marker == END_OF_IMAGE or length < 2 or position + length > len(data):
-            raise ValueError("truncated JPEG: it ends before the image data")
-        payload = data[position + 2 : position + length]
-        if marker in FRAMES:
-            frame = marker, payload
-        elif marker == APP0 and length >= 16 and payload[:5] == b"JFIF\0":
-            jfif = True
-        elif marker == APP14 and length >= 14 and payload[:5] == b"Adobe":
-            adobe = payload[11]
-        elif marker == START_OF_SCAN:
-            break
-        position += length
-    if frame is None or not payload or len(frame[1]) < 6 or len(frame[1]) < 6 + 3 * frame[1][5]:
-        raise ValueError("damaged JPEG: no usable frame header before the image data")
-    kind, head = frame
-    components = tuple((head[i], head[i + 1] >> 4, head[i + 1] & 15) for i in range(6, 6 + 3 * head[5], 3))
-    return JpegHeader(
-        kind, head[0], int.from_bytes(head[1:3], "big"), int.from_bytes(head[3:5], "big"), components, payload[0], jfif, adobe
+        return _encode(data, limit, quality)
+    data = bytes(data)  # no copy of bytes
+    record = _workspace.inspect(data, decode_check)
+    height, width, status = record[marks.HEIGHT], record[marks.WIDTH], record[marks.STATUS]
+    fits = max(height, width) <= limit
+    if status == marks.OK and record[marks.SINGLE]:
+        if fits and record[marks.COLOUR] == marks.YCBCR and record[marks.SURE] and _known_sampling(record):
+            return _copy(data, record)
+        if record[marks.COLOUR] == marks.GREY and (fits or decode_check):
+            status, scan = _workspace.check_grey(data, splice=fits)
+            if fits and status == marks.OK:
+                return _grey(data, record, scan, _left_out(data, record), record[marks.ORIENTATION] > 1)
+    if status != marks.OK or (decode_check and not record[marks.SINGLE]):
+        _refuse_damaged(data, record, status)
+    if fits and _transformable(record):
+        prepared = _transcode(data, record)
+        if prepared is not None:
+            return prepared
+    return _encode(data, limit, quality, record)
+
+
+def _copy(data: bytes, record: list[int]) -> Prepared:
+    if record[marks.EXACT]:
+        parts: tuple[bytes | memoryview, ...] = (data,)
+    else:
+        parts = _workspace.head[: record[marks.HEAD]].tobytes(), memoryview(data)[record[marks.SCAN] : record[marks.END]]
+    left_out = len(data) - sum(len(part) for part in parts)
+    return _prepared(parts, record, "copied", left_out, record[marks.ORIENTATION] > 1)
+
+
+def _prepared(parts: tuple[bytes | memoryview, ...], record: list[int], action: str, stripped: int, rotated: bool) -> Prepared:
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return Prepared(parts, record[marks.HEIGHT], record[marks.WIDTH], action, stripped, rotated, crc)
+
+
+def _left_out(data: bytes, record: list[int]) -> int:
+    return record[marks.METADATA] + (len(data) - record[marks.END] if record[marks.END] else 0)
+
+
+def _components(record: list[int]) -> list[list[int]]:
+    """id, horizontal and vertical sampling factor, quantisation table, Huffman tables of each."""
+    return [record[start : start + 5] for start in range(marks.COMPONENT, marks.COMPONENT + 5 * record[marks.COMPONENTS], 5)]
+
+
+def _known_sampling(record: list[int]) -> bool:
+    sampling = [(across, down) for _, across, down, _, _ in _components(record)]
+    return len(sampling) == 1 or (sampling[0] in LUMA_SAMPLING and all(factors == (1, 1) for factors in sampling[1:3]))
+
+
+def _transformable(record: list[int]) -> bool:
+    """True for what a baseline file can show alike: 8 bit, grey or YCbCr of known sampling, all coefficients exact."""
+    return (
+        record[marks.FRAME] in TRANSFORMABLE
+        and record[marks.PRECISION] == 8
+        and record[marks.COLOUR] in (marks.GREY, marks.YCBCR)
+        and _known_sampling(record)
+        and bool(record[marks.SINGLE] or record[marks.COMPLETE])
     )
 
 
-def check_entropy(data: bytes, header: JpegHeader) -> None:
-    """Decode all entropy-coded data, at 1/8 size to save time. Raises ValueError in libjpeg's words on any error or warning."""
-    colorspace = {1: "GRAY", 4: "CMYK"}.get(len(header.components), "RGB")
+def _refuse_damaged(data: bytes, record: list[int], status: int) -> None:
+    """Raise ValueError unless libjpeg decodes all of `data` without a warning, or where our own check is the stricter one."""
+    where = f"at byte {record[marks.WHERE]} of {len(data)}"
+    if status in TRUNCATED:
+        raise ValueError(f"truncated JPEG: {TRUNCATED[status]} ({where}); {REMEDY}")
+    if record[marks.PRECISION] not in (0, 8):
+        raise ValueError(f"a JPEG of {record[marks.PRECISION]} bits a sample; convert the file to 8 bit")
+    pixels = record[marks.HEIGHT] * record[marks.WIDTH]
+    if pixels > 512 * len(data) and record[marks.FRAME] <= marks.SOF2:  # a Huffman code, so at least one bit, for each 8 × 8 pixels
+        raise ValueError(f"truncated JPEG: {len(data)} bytes cannot hold {record[marks.WIDTH]} × {record[marks.HEIGHT]} pixels; {REMEDY}")
+    if status in (marks.BAD_FRAME, marks.BAD_SCAN) or _known_sampling(record):  # TurboJPEG's interface knows no other sampling
+        check_entropy(data, record[marks.COMPONENTS])
+    if status in DAMAGED:
+        raise ValueError(f"damaged JPEG: {DAMAGED[status]} ({where}); {REMEDY}")
+
+
+def check_entropy(data: bytes, components: int) -> None:
+    """Have libjpeg decode all of a JPEG, at 1/8 size to save time. Raises ValueError in its words on any error or warning."""
+    colorspace = {1: "GRAY", 4: "CMYK"}.get(components, "RGB")
     try:
         simplejpeg.decode_jpeg(data, colorspace, fastdct=True, fastupsample=True, min_height=1, min_width=1, min_factor=8)
     except ValueError as error:
-        raise ValueError(f"damaged JPEG: {error}; replace or remove the file") from error
+        raise ValueError(f"damaged JPEG: {error}; {REMEDY}") from error
+
+
+def _transcode(data: bytes, record: list[int]) -> Prepared | None:
+    """The same coefficients as a baseline file; None where they need quantisation steps that baseline does not have."""
+    stripped, rotated = _left_out(data, record), record[marks.ORIENTATION] > 1
+    baseline = lossless_baseline(data)
+    record = _workspace.inspect(baseline, True)
+    if record[marks.STATUS] != marks.OK or not record[marks.SINGLE] or not record[marks.SURE]:
+        return None
+    if record[marks.COLOUR] == marks.GREY:
+        status, scan = _workspace.check_grey(baseline, splice=True)
+        return _grey(baseline, record, scan, stripped, rotated) if status == marks.OK else None
+    return _prepared((baseline,), record, "transcoded", stripped, rotated)
+
+
+def _grey(data: bytes, record: list[int], scan: bytes, stripped: int, rotated: bool) -> Prepared:
+    """A greyscale file as three components without subsampling, of which Cb and Cr are 128 everywhere, so that R = G = B = Y exactly."""
+    _, _, _, quantisation, huffman = _components(record)[0]
+    steps = record[marks.QUANTISATION + quantisation]
+    head = [b"\xff\xd8", JFIF, _segment(marks.DQT, b"\0" + data[steps : steps + 64])]
+    size = record[marks.HEIGHT].to_bytes(2, "big") + record[marks.WIDTH].to_bytes(2, "big")
+    head.append(_segment(marks.SOF0, b"\x08" + size + b"\3\1\x11\0\2\x11\0\3\x11\0"))
+    tables = b""
+    for kind, table in enumerate((huffman >> 4, huffman & 15)):
+        start = record[marks.HUFFMAN + 4 * kind + table]
+        tables += bytes([16 * kind]) + data[start : start + 16 + sum(data[start : start + 16])]
+    head.append(_segment(marks.DHT, tables + ZERO_TABLES))
+    if record[marks.RESTART]:
+        head.append(_segment(marks.DRI, record[marks.RESTART].to_bytes(2, "big")))
+    head.append(_segment(marks.SOS, b"\3\1\0\2\x11\3\x11\0\x3f\0"))
+    return _prepared((b"".join(head), scan, EOI), record, "transcoded", stripped, rotated)
+
+
+def _segment(marker: int, payload: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -132,21 +251,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def prepare(data: bytes, max_resolution: int | None = None, quality: int = 90) -> Prepared:
-    """The JPEG to store for an image file's bytes.
-
-    max_resolution: largest side in pixels (as ffcv's), larger images are shrunk to it with Pillow's antialiased Lanczos filter. quality:
-    1..100 of new encodes, which are 4:2:0. Raises ValueError with the reason on anything that is not a whole, undamaged image.
-    """
-    header = parse_header(data)
-    limit = max_resolution or MAX_SIDE
-    if header is not None and header.known_sampling and header.precision == 8:
-        check_entropy(data, header)
-        if header.plain and max(header.height, header.width) <= limit:
-            return Prepared(data, header.height, header.width, "copied")
+def _encode(data: bytes, limit: int, quality: int, record: list[int] | None = None) -> Prepared:
+    """Decode with Pillow, shrink to `limit` where needed, encode. record: of a JPEG."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             image = to_rgb(opened)
+            exif = opened.info.get("exif", b"")
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"not an image that can be read ({len(data)} bytes; readable formats: {', '.join(FORMATS)})") from error
     except (
@@ -156,10 +266,15 @@ def prepare(data: bytes, max_resolution: int | None = None, quality: int = 90) -
         IndexError,
         Image.DecompressionBombError,
     ) as error:  # what Pillow's plugins raise on damaged files
-        raise ValueError(f"damaged image: {error}; replace or remove the file") from error
+        raise ValueError(f"damaged image: {error}; {REMEDY}") from error
     longest, action = max(image.size), "re-encoded"
     if longest > limit:
         image = image.resize([max(1, (side * limit + longest // 2) // longest) for side in image.size], Image.Resampling.LANCZOS)
         action = "resized"
     encoded = simplejpeg.encode_jpeg(np.asarray(image), quality=quality, colorspace="RGB", colorsubsampling="420")
-    return Prepared(encoded, image.height, image.width, action)
+    if record is None:
+        exif = exif if exif.startswith(b"Exif\0\0") else b"Exif\0\0" + exif
+        stripped, orientation = 0, marks.exif_orientation(np.frombuffer(exif, np.uint8), 0, len(exif))
+    else:
+        stripped, orientation = _left_out(data, record), record[marks.ORIENTATION]
+    return Prepared((encoded,), image.height, image.width, action, stripped, orientation > 1, zlib.crc32(encoded))
