@@ -28,7 +28,7 @@ test: $(READY)
 
 bench: $(READY)
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo 'make bench: there is no benchmarks/*.py to run' >&2; exit 1; }
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PY) "$$file" $(ARGS); done
+	@set -e; for file in $$(grep -l __main__ benchmarks/*.py); do echo "== $$file"; $(PY) "$$file" $(ARGS); done
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis

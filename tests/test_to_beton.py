@@ -209,7 +209,7 @@ def test_unusable_inputs(to_beton: ModuleType, photos: Path, photo_ids: list[str
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "a").mkdir(parents=True)
     cases = [
-        (str(tmp_path / "nowhere"), None, "no such folder"),
+        (str(tmp_path / "nowhere"), None, "no such file or folder"),
         (str(tmp_path / "empty"), None, "no class folders"),
         (str(tmp_path / "hollow"), None, "hollow/a: no images"),
         (images, tmp_path / "empty", "not a label-map store"),
