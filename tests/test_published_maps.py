@@ -219,6 +219,9 @@ def test_a_bad_map_is_named_with_its_reason(tmp_path):
                 maps.record(j)
         else:
             np.testing.assert_array_equal(maps.record(j)["classes"], values_of(number)[1])
+    (tmp_path / "n00000001/01.pt").write_bytes(b"more" * 2000)
+    with pytest.raises(LabelMapError, match="01.pt: has another size than"):
+        maps.record(maps.names.index("n00000001/01.pt"))
     gone = maps.names.index("n00000000/00.pt")
     (tmp_path / "n00000000/00.pt").unlink()
     with pytest.raises(LabelMapError, match="00.pt.*No such file"):
