@@ -192,11 +192,12 @@ def print_plan(console: Console, out: Path, conversion: Conversion, expected: Es
         ("label maps", "none" if maps is None else f"{len(conversion) - len(conversion.without_map):,} found, {len(conversion.without_map):,} missing"),
         *((f"of {expected.tried} tried, {action}", f"{count:,}") for action, count in expected.actions.items() if count),
         (f"of {expected.tried} tried, bad", f"{len(expected.problems):,}"),
-        *(("", problem) for problem in expected.problems[:5]),
         ("file", f"about {expected.size / 1e9:,.3g} GB; {free_space(out) / 1e9:,.3g} GB are free"),
         ("time", f"about {expected.seconds / 60:,.1f} minutes on one core, when the disk keeps up"),
     ]
     print_table(console, f"{out}: would be written", rows)
+    for problem in expected.problems[:5]:
+        console.print(problem, soft_wrap=True, highlight=False, markup=False)
 
 
 def print_summary(console: Console, out: Path, source: Source, summary: WriteSummary, has_maps: bool) -> None:

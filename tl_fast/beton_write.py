@@ -115,22 +115,13 @@ def ordered_map(workers: int, function: Callable, items: Iterable, ahead: int = 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def TRANSITION(prepare, data, max_resolution, quality, decode_check):
-    import inspect
-    from types import SimpleNamespace
-    if "decode_check" in inspect.signature(prepare).parameters:
-        return prepare(data, max_resolution, quality, decode_check)
-    old = prepare(data, max_resolution, quality)
-    return SimpleNamespace(parts=(old.data,), height=old.height, width=old.width, action=old.action, stripped=0, rotated=False, crc=zlib.crc32(old.data))
-
-
 def encode(sample: Sample, spec: MapSpec | None, max_resolution: int | None, quality: int, decode_check: bool) -> Encoded | Exception:
     """Read, check and encode one sample; the exception, not raised, when the sample is bad. Raises what is no fault of the sample."""
     from tl_fast.jpeg import prepare  # here, since reading a beton needs no image library
 
     try:
         sample.source_id.encode("utf-8")  # file names may be any bytes
-        image = TRANSITION(prepare, sample.image(), max_resolution, quality, decode_check)
+        image = prepare(sample.image(), max_resolution, quality, decode_check)
         crc, data, score_min, score_step = image.crc, b"", 0.0, 0.0
         if sample.label < 0:
             raise ValueError("has no label")
