@@ -131,8 +131,8 @@ class Base:
         with BetonReader(path) as reader:
             self.content = content_of(reader)
         self.spots, self.regions = places(self.data)
-        self.names = list(self.spots)
-        self.tables = [name for name in self.names if not name.startswith(("row", "alloc"))]
+        self.rows = [name for name in self.spots if name.startswith(("row", "alloc"))]
+        self.tables = [name for name in self.spots if name not in self.rows]
 
 
 def places(data: bytes | bytearray) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
@@ -312,7 +312,8 @@ IDS = [
     ["", "null", 1, ""], ["", "", 0, ""], ["{", '"a": 1', 1, "}"], ['"', "a", 6, '"'], ["[", "1,", 5, "1]"], ["[", '"a",', 5, '"a"]'],
     ["[", '"a",', 0, '"a"]'], ["[", '"a",', 119, '"a"]'], ["[", '"a",', 5, "null]"], ["[", '"a",', 5, '["a"]]'], ["[", '"a",', 5, '"b",]'],
     ["[", '"\\ud800",', 5, '"a"]'], ["[", '"\\ud83d\\ude00",', 5, '"a"]'], ["[", '"\xff",', 5, '"a"]'], ["[", '"a\n",', 5, '"a"]'],
-    ["[", '"a\\"b\\\\",', 5, '"c"]'], ["[", '"', 11, "]"], ["[", '"\\', 11, "]"], ["[", '"a"', 6, "]"], ["\xef\xbb\xbf[", '"a",', 5, '"b"]'],
+    ["[", '"a\\"b\\\\",', 5, '"c"]'], ["[", '"', 11, "]"], ["[", '"\\', 11, "]"], ["[", '"a"', 6, "]"],
+    ["\xef\xbb\xbf[", '"a",', 5, '"b"]'],
     ["[\0", '"\0a\0"\0,\0', 5, '"\0b\0"\0]\0'], ["", "[", 100_000, ""], ["[", "[],", 60_000, "[]]"], ["[", '"",', 60_000, '""]'],
     ["[", '"ab",', 40_000, '"c"]'], ["[", '"a",', 4, '"' + "b" * 150_000 + '\xf0\x9f\x98\x80","c"]'], [" [ ", '"a" , ', 5, '"b" ] '],
 ]  # fmt: skip
@@ -326,7 +327,7 @@ def draw(seed: int, case: int, bases: dict[str, Base]) -> tuple[Base, list[Opera
     base = bases[names[rng.choice(len(names), p=weights / weights.sum())]]
     operations: list[Operation] = []
     for _ in range(1 + int(rng.integers(0, 2) * rng.integers(0, 4))):
-        operations += [raw, number, number, table, text][rng.choice(5, p=[0.34, 0.3, 0.1, 0.16, 0.1])](rng, base)
+        operations += [raw, number, row_number, table, text][rng.choice(5, p=[0.3, 0.2, 0.2, 0.18, 0.12])](rng, base)
     operations.sort(key=lambda operation: operation[0] != "json")  # these lay the file out anew, and need its tables for that
     if sealed := int(rng.choice(3, p=[0.4, 0.35, 0.25])):
         operations.append(["seal", ["tables", "samples"][sealed - 1]])
@@ -335,7 +336,7 @@ def draw(seed: int, case: int, bases: dict[str, Base]) -> tuple[Base, list[Opera
 
 def place(rng: np.random.Generator, base: Base) -> int:
     """An offset: every part of the file is as likely as the next, however large."""
-    start, size = list(base.regions.values())[rng.integers(len(base.regions))]
+    start, size = base.regions["data"] if rng.integers(5) == 0 else list(base.regions.values())[rng.integers(len(base.regions))]
     return start + int(rng.integers(max(size, 1)))
 
 
@@ -367,13 +368,21 @@ def hostile(rng: np.random.Generator, base: Base) -> int:
     marks += [int(header["num_samples"]), int(header["alloc_table_ptr"]), data[0], sum(data), metadata[0], sum(metadata), (1 << 64) // 24]
     marks += [(1 << 64) // 48, (1 << 63) // 48, (1 << 32) // 1041, 0x7F800000, 0xFFC00000, 0x7F7FFFFF, 0xBF800000]
     if rng.integers(8) == 0:
-        return int(rng.integers(0, 1 << int(rng.integers(1, 65)), dtype=np.uint64, endpoint=False)) if rng.integers(2) else int(rng.integers(300))
+        bits = int(rng.integers(1, 65))
+        return int(rng.integers(0, 1 << bits, dtype=np.uint64)) if rng.integers(2) else int(rng.integers(300))
     return (marks[rng.integers(len(marks))] + int(rng.integers(-2, 3))) % (1 << 64)
 
 
 def number(rng: np.random.Generator, base: Base) -> list[Operation]:
-    """A number of the tables set to a hostile value, to another number's value, or moved a little."""
-    names = base.names if rng.integers(3) else base.tables
+    return change(rng, base, base.tables)
+
+
+def row_number(rng: np.random.Generator, base: Base) -> list[Operation]:
+    return change(rng, base, base.rows)
+
+
+def change(rng: np.random.Generator, base: Base, names: list[str]) -> list[Operation]:
+    """One of the numbers set to a hostile value, to another number's value, or moved a little."""
     name = names[rng.integers(len(names))]
     kind = rng.integers(6)
     if kind == 0:
@@ -485,7 +494,8 @@ def read(path: Path) -> tuple[str, str, BetonReader | None]:
     first = ""
     steps = [lambda: reader.source_ids, lambda: [reader.jpeg(i) for i in range(len(reader))]]
     if reader.spec is not None:
-        steps += [lambda start=start: reader.label_maps(np.arange(start, min(start + 8, len(reader)))) for start in range(0, len(reader), 8)]
+        batches = [np.arange(start, min(start + 8, len(reader))) for start in range(0, len(reader), 8)]
+        steps += [lambda batch=batch: reader.label_maps(batch) for batch in batches]
     if reader.has_crc:
         steps += [lambda i=i: (reader.crc(i), reader.check(i)) for i in range(len(reader))]
     for step in steps:
@@ -585,9 +595,11 @@ def run(seed: int, cases: range, workers: int, prelude: str = "", failures: int 
         first = bounds.start
         scratch = folder / f"case{first}.tmp"
         while first < bounds.stop and len(report.failures) < failures:
-            code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; import fuzz_beton\n{prelude}\n"
+            code = f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            code += f"import fuzz_beton\n{prelude}\n"
             code += f"fuzz_beton.worker(Path({str(folder)!r}), {seed}, {first}, {bounds.stop}, Path({str(scratch)!r}))"
-            process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
             ready, *lines = process.stdout.splitlines() or [""]
             if ready != "ready":
                 raise RuntimeError(f"the undamaged files could not be read:\n{process.stderr}")

@@ -6,7 +6,6 @@ holds label maps, a CRC-32 for every sample and every table, class names, source
 
 from __future__ import annotations
 
-import functools
 import os
 import zlib
 from collections.abc import Callable
@@ -74,12 +73,10 @@ class BetonReader(BetonTables):
         """Bytes of every sample's label map, int64 `[n]`; None without label maps."""
         return None if self.spec is None else self._map_size
 
-    @functools.cached_property
-    def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each sample's JPEG, and label map, begins in the file and how long it is: int64 `[parts, n]` each."""
-        if self.spec is None:
-            return self._jpeg_ptr[None], self._jpeg_size[None]
-        return np.stack([self._jpeg_ptr, self._map_ptr]), np.stack([self._jpeg_size, self._map_size])
+    def _places(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where samples first to last − 1 have their JPEG, and label map, in the file, and how long it is: int64 `[parts, samples]` each."""
+        parts = [(self._jpeg_ptr, self._jpeg_size)] + ([(self._map_ptr, self._map_size)] if self.spec is not None else [])
+        return np.stack([starts[first:last] for starts, _ in parts]), np.stack([sizes[first:last] for _, sizes in parts])
 
     def jpeg(self, i: int) -> np.ndarray:
         """The JPEG file of sample i: uint8 `[size]`, a read-only view of the mapped file."""
@@ -156,7 +153,7 @@ class BetonReader(BetonTables):
         """What `verify` finds in the samples from `first` on, whose parts lie in `block` at `starts` (`_read_block`)."""
         found: dict[int, BetonError] = {}  # one a sample
         count, data = starts.shape[1], block.data
-        sizes = self._places[1][:, first : first + count]
+        sizes = self._places(first, first + count)[1]
         crcs = self._column("crc")[first : first + count].tolist() if self.has_crc else [None] * count
         for i, crc, places in zip(range(first, first + count), crcs, np.stack([starts, starts + sizes]).T.tolist(), strict=True):
             parts = [data[start:end] for start, end in places]
@@ -223,21 +220,21 @@ class BetonReader(BetonTables):
 def _layout_problems(reader: BetonReader) -> list[str]:
     """What our reader does not mind, but ffcv or the next reader may, and what no writer of ours does."""
     problems = []
-    ptr, size, sample_id = reader._read_allocations()
-    first, last = ptr // reader.page_size, (ptr + size - 1) // reader.page_size
-    low, high = np.full(len(reader), np.iinfo(np.int64).max), np.zeros(len(reader), np.int64)
-    np.minimum.at(low, sample_id, first)
-    np.maximum.at(high, sample_id, last)
-    if len(crossing := np.flatnonzero(low < high)):
+    starts, sizes = reader._places(0, len(reader))
+    ends = starts + sizes
+    if len(crossing := np.flatnonzero(starts.min(axis=0) // reader.page_size != (ends.max(axis=0) - 1) // reader.page_size)):
         problems.append(
             f"page_size: the data of {len(crossing)} samples, {reader._name(crossing[0])} first, lie in several pages of "
             f"{reader.page_size} bytes: stock ffcv would read them wrong; convert again"
         )
-    if len(unused := np.flatnonzero(~np.isin(ptr, reader._pointers()))):
-        problems.append(
-            f"allocation table: {len(unused)} entries with {size[unused].sum()} bytes, at {ptr[unused[0]]} first, are no sample's data; "
-            "convert again"
-        )
+    if reader._allocations > starts.size:  # every sample's parts have an entry of their own, or the file had not been opened
+        ptr, size, _ = reader._read_allocations()
+        if len(unused := np.flatnonzero(~np.isin(ptr, reader._pointers()))):
+            problems.append(
+                f"allocation table: {len(unused)} entries with {size[unused].sum()} bytes, at {ptr[unused[0]]} first, are no sample's "
+                "data; convert again"
+            )
+    del starts, sizes, ends
     if len(names := set(reader.source_ids)) < len(reader):
         seen: set[str] = set()
         again = next(i for i, name in enumerate(reader.source_ids) if name in seen or seen.add(name))
@@ -252,7 +249,7 @@ def _read_block(reader: BetonReader, handle: int, first: int, last: int) -> tupl
     """The bytes of samples first to last − 1, read with as few calls as they allow: uint8, and where in them each JPEG and each label map
     begins, int64 `[parts, samples]`. Raises OSError, also where the file is shorter than it was."""
 
-    starts, sizes = reader._places[0][:, first:last], reader._places[1][:, first:last]
+    starts, sizes = reader._places(first, last)
     low, high, total = int(starts.min()), int((starts + sizes).max()), int(sizes.sum())
     if high - low <= total + total // 4:  # one after the other, as our writer puts them
         pieces, places = [(low, high - low)], starts - low

@@ -7,7 +7,6 @@ Whatever the bytes are, the outcome is a BetonError that names file and field, o
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import mmap
 import os
@@ -45,9 +44,7 @@ DAMAGED = "the file is damaged: convert again or copy it anew"
 # limited: 4 MiB (65,535 class names of 60 bytes each) and a 32nd of the file. Ids are not parsed but for their strings.
 MAX_INFO = 4 << 20
 MAX_GAP = 1 << 20  # bytes looked at between tables and data where no CRC covers the tables
-_STRING = rb'"([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"'
-STRING = re.compile(_STRING)
-STRING_LIST = re.compile(rb"\s*\[\s*(?:" + _STRING + rb"\s*(?:,\s*(?!\])|(?=\])))*+\]\s*")
+STRING_LIST = re.compile(rb'\s*\[\s*(?:"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"\s*(?:,\s*(?!\])|(?=\])))*+\]\s*')
 
 
 def _is_strings(value: Any) -> bool:
@@ -114,10 +111,8 @@ class BetonTables:
             elif name == "crc" or (field["arguments"].any() and kind not in WITH_ARGUMENTS):
                 index = field["arguments"][: INDEX.itemsize].view(INDEX)[0]
                 if name != "crc" or kind != INT or index["magic"] != INDEX_MAGIC:  # taken for a stock file, it would be read without CRCs
-                    raise self._error(
-                        f"field {name}",
-                        f"type {kind} with {bytes(index['magic'])!r}; a crc field of type {INT} with {INDEX_MAGIC!r} was expected; {DAMAGED}",
-                    )
+                    expected = f"a crc field of type {INT} with {INDEX_MAGIC!r} was expected; {DAMAGED}"
+                    raise self._error(f"field {name}", f"type {kind} with {bytes(index['magic'])!r}; {expected}")
                 self._index = index
             self._fields[name] = column
             types.append(LABEL_MAP if kind == CUSTOM else STOCK_TYPES[kind])
@@ -217,6 +212,7 @@ class BetonTables:
         for name in ("info", "ids") if self._index is not None else ():
             start, length = self._place(name)
             refuse(order[(ptr < start + length) & (ptr + size > start)], f"overlaps {name}, bytes {start} to {start + length}")
+        self._allocations = len(ptr)
         return ptr, size, table["sample_id"][order].astype(np.int64)
 
     def _read_samples(self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
@@ -291,17 +287,18 @@ class BetonTables:
             return [str(i) for i in range(self.num_samples)]
         data = self._region(*self._place("ids"), "ids_ptr")
         self._check_crc("ids", data)
-        if STRING_LIST.fullmatch(data.data) is None:
+        raw = data.tobytes()
+        if STRING_LIST.fullmatch(raw) is None:  # so nothing is made of other JSON, which may be much larger than its text
             raise self._error("ids", f"not a JSON list of strings; {DAMAGED}")
-        found = [match[1] for match in itertools.islice(STRING.finditer(data.data), self.num_samples + 1)]
-        if len(found) != self.num_samples:
-            raise self._error(
-                "ids", f"{'more' if len(found) > self.num_samples else len(found)} ids for {self.num_samples} samples; {DAMAGED}"
-            )
+        count = (raw.count(b'"') - raw.replace(b"\\\\", b"").count(b'\\"')) // 2
+        if count != self.num_samples:
+            raise self._error("ids", f"{count} ids for {self.num_samples} samples; {DAMAGED}")
         try:
-            ids = [text.decode() if b"\\" not in text else json.loads(b'"%b"' % text) for text in found]
-            if b"\\u" in data.tobytes():
-                "".join(ids).encode()  # finds halves of surrogate pairs, which no one could print
+            text = raw.decode()
+            del raw
+            ids = json.loads(text)
+            for name in ids if "\\u" in text else ():
+                name.encode()  # finds halves of surrogate pairs, which no one could print
         except ValueError as error:
             raise self._error("ids", f"not readable as UTF-8 text ({error}); {DAMAGED}") from error
         return ids
