@@ -524,9 +524,9 @@ def compare(reader: BetonReader, right: Content, outcome: str) -> None:
         try:
             reader.check(i)
             found = sample_of(reader, i)
-        except BetonError:
+        except BetonError as error:
             if outcome == "sound":
-                raise
+                raise Violation(f"verify calls a file sound of which a check says: {error}") from error
             continue
         if found != sample:
             raise Violation(f"sample {i} is read wrong, and its check finds nothing")
@@ -570,6 +570,7 @@ class Report:
 def worker(folder: Path, seed: int, first: int, last: int, scratch: Path) -> None:
     """Runs cases first to last - 1; one JSON line to stdout each, at once, so that a crash loses none."""
     warnings.simplefilter("error")  # numpy's overflows
+    faulthandler.enable()
     bases = {path.stem: Base(path) for path in sorted(folder.glob("*.beton"))}
     for base in bases.values():
         run_case(base, [], scratch)  # loads what is loaded once
