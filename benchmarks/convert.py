@@ -28,7 +28,7 @@ from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import DatasetWriter
 from rows import ROOT, measure, write_rows
 from tl_fast.beton import BetonReader
-from tl_fast.beton_write import write_beton
+from tl_fast.beton_write import reuse_memory, write_beton
 from tl_fast.conversion import Conversion
 from tl_fast.labelmap import LabelMapStore, MapSpec, pack, write_store
 from tl_fast.labelmap import encode as encode_map
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "convert.jsonl")
     arguments = parser.parse_args()
+    reuse_memory()  # as converters/to_beton.py does
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         lay_out(arguments.images, work / "images", arguments.samples)

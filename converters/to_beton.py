@@ -29,7 +29,7 @@ from rich.table import Table
 
 from tl_fast.beton import BetonError, BetonReader, WriteSummary, verify, write_beton
 from tl_fast.beton_layout import HEADER, VERSION
-from tl_fast.beton_write import PAGE_SIZE
+from tl_fast.beton_write import PAGE_SIZE, reuse_memory
 from tl_fast.conversion import Conversion, Estimate, Shard, annotator_record, check_space, estimate, free_space, open_maps
 from tl_fast.labelmap import EXTENTS, LabelMapError
 from tl_fast.partial_file import partial_paths
@@ -312,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--workers must be at least 1, got {arguments['workers']}")
     try:
         if command == "convert":
+            reuse_memory()
             shard = arguments.pop("shard")
             arguments["decode_check"] = not arguments.pop("no_decode_check")
             arguments["space_check"] = not arguments.pop("no_space_check")

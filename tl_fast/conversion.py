@@ -65,6 +65,7 @@ class Conversion:
 
     def __init__(self, source: Source, maps: LabelMapStore | PublishedMaps | None, places: np.ndarray) -> None:
         self.source, self.maps, self.places = source, maps, places
+        self._stamps = source.stamps, None if maps is None else maps.stamps  # made when asked for
         self.map_places: np.ndarray | None = None
         if maps is not None:
             self.map_places = maps.locate([source.ids[i] for i in places.tolist()], source.class_names, source.labels[places])
@@ -77,10 +78,10 @@ class Conversion:
 
     def __getitem__(self, at: int) -> Sample:
         i, label_map = int(self.places[at]), None
-        stamp = self.source.stamps[i].tobytes()
+        stamp = self._stamps[0][i].tobytes()
         if self.map_places is not None and (j := int(self.map_places[at])) >= 0:
             label_map = functools.partial(self.maps.record, j)
-            stamp += self.maps.stamps[j].tobytes()
+            stamp += self._stamps[1][j].tobytes()
         source = self.source
         return Sample(source.ids[i], int(source.labels[i]), functools.partial(source.read, i), label_map, source.origin(i), stamp.hex())
 
