@@ -222,14 +222,20 @@ def test_verify_survives_a_file_that_is_shortened(bases, tmp_path: Path) -> None
     path.write_bytes(bases["many"].data)
     with BetonReader(path) as reader:
         places = np.stack(reader._places(0, len(reader)))
-    cut = int(places[0, 0, 100])
-    problems = []
-    with pytest.MonkeyPatch.context() as patch:
-        right = beton._layout_problems
-        patch.setattr(beton, "_layout_problems", lambda reader: (right(reader), os.truncate(path, cut))[0])
-        problems = verify(path)
-    assert [int(problem.split("sample ")[1].split()[0]) for problem in problems] == list(range(100, 120))
-    assert all(f"{path}: image: sample" in problem and "shortened" in problem for problem in problems)
+    right = beton._read_block
+
+    for first_gone, cut in ((100, int(places[0, 0, 100])), (0, 0)):
+
+        def read_cut(*arguments, cut=cut):
+            os.truncate(path, cut)
+            return right(*arguments)
+
+        path.write_bytes(bases["many"].data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(beton, "_read_block", read_cut)
+            problems = verify(path)
+        assert [int(problem.split("sample ")[1].split()[0]) for problem in problems] == list(range(first_gone, 120))
+        assert all(f"{path}: image: sample" in problem and "shortened" in problem for problem in problems)
 
 
 def test_verify_reports_each_bad_sample_once(bases, tmp_path: Path) -> None:

@@ -292,6 +292,7 @@ def verify(path: Path | str, decode: bool = False, workers: int = 1, progress: C
 
     with BetonReader(path) as reader, open(path, "rb") as file:
         problems = _layout_problems(reader)
+        reader._metadata = reader._metadata.copy()  # from here on nothing is read through the mapping
         for chunk, found in enumerate(ordered_map(workers, problems_of, range(0, len(reader), VERIFY_CHUNK)), 1):
             problems += found
             if progress is not None:
