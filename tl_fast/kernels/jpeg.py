@@ -250,7 +250,7 @@ def decode_blocks(stream, size, blocks, keys, lookup, layout, marks):
         before, spent_before, k_before = window, spent, k
         for _ in range(3):
             before, spent_before, k_before = window, spent, k
-            step = np.int64(lookup[base ^ (window >> INDEX_SHIFT)])
+            step = np.int64(lookup[base + (window >> INDEX_SHIFT)])
             end = U(step >> 15)  # all ones or zero
             window <<= U(step) & U63
             spent += U(step)
@@ -271,28 +271,20 @@ def decode_blocks(stream, size, blocks, keys, lookup, layout, marks):
         # Not in the table, or it leads beyond the block, which may have ended within the entry: take a single symbol.
         bits -= spent_before & U63
         at, window, bits = refill(stream, at, before, bits)
-        k, table = k_before, (block & U_WORD) >> U(INDEX_BITS)
-        used, advance, end = single_step(window, keys, np.int64((table if k else table - U1) * U(KEY)), k == U0)
-        k += advance
-        if used == U0 or k > U64:
+        k, table = k_before, np.int64((block & U_WORD) >> U(INDEX_BITS))
+        length, symbol = read_symbol(window, keys, (table - (k == U0)) * KEY)
+        step = entry(length, symbol, k == U0)
+        used = U(step) & U63
+        k += U(step) >> U6 & U511
+        if k > U64:
             return np.int64(at * U8 - bits), np.int64(count)
         window, bits, base = window << used, bits - used, block & U_WORD
-        if end or k == U64:
+        if step < 0 or k == U64:
             if marks is not None:
                 marks[count] = at * U8 - bits
             base, block = (block ^ block >> U16) & U_WORD, layout[block >> U32]
             count, k = count + U1, U0
     return np.int64(at * U8 - bits), np.int64(count)
-
-
-@njit
-def single_step(window, keys, key, is_dc):
-    """One symbol without the look-up table -> (bits or 0 for none, advance, whether the block ends)."""
-    length, symbol = read_symbol(window, keys, key)
-    step = entry(length, symbol, is_dc)
-    if step == UNKNOWN:
-        return U0, U0, False
-    return U(step) & U63, U(step) >> U6 & U511, step < 0
 
 
 # --- scans -----------------------------------------------------------------------------------------------------------------
