@@ -189,8 +189,10 @@ def _refuse_damaged(data: bytes, record: list[int], status: int) -> None:
     pixels = record[marks.HEIGHT] * record[marks.WIDTH]
     if pixels > 512 * len(data) and record[marks.FRAME] <= marks.SOF2:  # a Huffman code, so at least one bit, for each 8 × 8 pixels
         raise ValueError(f"truncated JPEG: {len(data)} bytes cannot hold {record[marks.WIDTH]} × {record[marks.HEIGHT]} pixels; {REMEDY}")
-    if status in (marks.BAD_FRAME, marks.BAD_SCAN) or _known_sampling(record):  # TurboJPEG's interface knows no other sampling
+    if status == marks.BAD_FRAME or not record[marks.FRAME] or _known_sampling(record):  # TurboJPEG's interface knows no other sampling
         check_entropy(data, record[marks.COMPONENTS])
+        if status == marks.BAD_RESTART:
+            return  # one too many, behind the last row; of all others libjpeg warns
     if status in DAMAGED:
         raise ValueError(f"damaged JPEG: {DAMAGED[status]} ({where}); {REMEDY}")
 

@@ -57,7 +57,7 @@ def _library() -> ctypes.CDLL:
         ]
     except (OSError, AttributeError) as error:
         raise TurboJpegMissing(
-            f"progressive, arithmetic and multi-scan JPEGs are made baseline without loss by libturbojpeg, which cannot be loaded ({error}); "
+            f"progressive, arithmetic and multi-scan JPEGs become baseline ones by libturbojpeg, which cannot be loaded ({error}); "
             "install it (apt-get install libturbojpeg0, on Ubuntu libturbojpeg; conda install -c conda-forge libjpeg-turbo)"
         ) from error
     return library
@@ -76,9 +76,7 @@ def lossless_baseline(data: bytes) -> bytes:
     output, size = ctypes.c_void_p(), ctypes.c_ulong()
     transform = _Transform(operation=NO_OPERATION, options=COPY_NO_MARKERS)
     try:
-        failed = library.tjTransform(
-            handle, data, len(data), 1, ctypes.byref(output), ctypes.byref(size), ctypes.byref(transform), 0
-        )
+        failed = library.tjTransform(handle, data, len(data), 1, ctypes.byref(output), ctypes.byref(size), ctypes.byref(transform), 0)
         if failed:
             raise ValueError(f"damaged JPEG: {library.tjGetErrorStr2(handle).decode(errors='replace')}; replace or remove the file")
         return ctypes.string_at(output, size.value)

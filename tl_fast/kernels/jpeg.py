@@ -11,36 +11,9 @@ import numpy as np
 
 from tl_fast.jit import njit
 from tl_fast.kernels.jpeg_markers import (
-    BAD_CODE,
-    BAD_RESTART,
-    BAD_TABLE,
-    COLOUR,
-    COMPONENT,
-    COMPONENTS,
-    END,
-    ENDS_IN_SCAN,
-    EOI,
-    GREY,
-    HUFFMAN,
-    NO_END,
-    ODD,
-    OK,
-    RESTART,
-    RST0,
-    RST7,
-    SCAN,
-    SINGLE,
-    STATUS,
-    WHERE,
-    compare_head,
-    find_end,
-    first_ff,
-    little,
-    mcu_count,
-    read_markers,
-    skip_fill,
-    walk_scans,
-)
+    BAD_CODE, BAD_RESTART, BAD_TABLE, COLOUR, COMPONENT, COMPONENTS, END, ENDS_IN_SCAN, EOI, GREY, HUFFMAN, NO_END, ODD, OK, RESTART,
+    RST0, SCAN, SINGLE, STATUS, WHERE, compare_head, find_end, first_ff, little, mcu_count, read_markers, skip_fill, walk_scans,
+)  # fmt: skip
 
 U = np.uint64
 
@@ -295,9 +268,9 @@ def check_scan(data, record, stream, keys, lookup, layout, marks, grey):
     """Decode a single scan to its EOI -> (status, bytes written to `grey`).
 
     OK is stricter than libjpeg, which is silent on: codes that do not exist (in its fast loop), runs beyond the 63rd coefficient, up to
-    seven bytes too many before a marker, a restart marker behind the last MCU, other segments between the data and EOI. The first
-    two are BAD_CODE; the others ODD, to be looked at by libjpeg. grey: uint8, where the scan of a greyscale file goes with its chroma
-    spliced in (`splice_grey`), and marks: uint64 [MCUs] for it; None for both otherwise.
+    seven bytes too many before a marker, a restart marker behind the last MCU, other segments between the data and EOI, 0xFF before
+    a stuffed one. The first two are BAD_CODE; the others ODD, to be looked at by libjpeg. grey: uint8, where the scan of a greyscale
+    file goes with its chroma spliced in (`splice_grey`), and marks: uint64 [MCUs] for it; None for both otherwise.
     """
     blocks, status = prepare_tables(data, record, keys, lookup, layout)
     if status != OK:
@@ -310,31 +283,32 @@ def check_scan(data, record, stream, keys, lookup, layout, marks, grey):
         wanted = min(interval, left) * blocks
         used, decoded = decode_blocks(stream, size, wanted, keys, lookup, layout, marks)
         record[WHERE] = min(at + (used >> 3), end)
+        at, code = skip_fill(data, end)
+        if code == 0:  # 0xFF 0xFF 0x00, which libjpeg takes for a stuffed 0xFF and T.81 does not know
+            return ODD, 0
         if used > 8 * size:
             return ENDS_IN_SCAN, 0
         if decoded < wanted:
             return BAD_CODE, 0
-        odd |= 8 * size - used > 7
+        odd |= 8 * size - used > 7 or at - end > 1
         if grey is not None:
             written = splice_grey(stream, marks, wanted, grey, written)
         left -= min(interval, left)
         record[WHERE] = end
-        at, code = skip_fill(data, end)
         if code < 0:
             return NO_END, 0
-        odd |= at - end > 1
         at += 1
         if left == 0:
             break
         if code != RST0 + (restarts & 7):
-            return ODD if code == 0 else ENDS_IN_SCAN if code == EOI else BAD_RESTART, 0
+            return ENDS_IN_SCAN if code == EOI else BAD_RESTART, 0
         if grey is not None:
             grey[written], grey[written + 1] = 0xFF, code
             written += 2
         restarts += 1
     record[END] = at
     if code != EOI or odd:
-        return ODD if code == EOI or not RST0 <= code <= RST7 or record[RESTART] else BAD_RESTART, 0
+        return ODD, 0
     return OK, written
 
 
