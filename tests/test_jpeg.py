@@ -327,10 +327,12 @@ def test_unreadable_jpegs_say_why(scene: Image.Image) -> None:
     for kind in (b"\xff\xc3", b"\xff\xcb"):
         with pytest.raises(ValueError, match="damaged"):
             jpeg.prepare(data[:frame] + kind + data[frame + 2 :])
-    huge = encode(scene.resize((64, 64)), progressive=True)
-    frame = huge.index(b"\xff\xc2")
-    with pytest.raises(ValueError, match="cannot hold 65000 × 65000 pixels"):
-        jpeg.prepare(huge[: frame + 5] + b"\xfd\xe8\xfd\xe8" + huge[frame + 9 :])
+    for options in ({}, {"progressive": True}):
+        huge = encode(scene.resize((64, 64)), **options)
+        frame = huge.index(b"\xff\xc2" if options else b"\xff\xc0")
+        for decode_check in (True, False):
+            with pytest.raises(ValueError, match="65000 × 65000 pixels from" if options else "ends before the last row"):
+                jpeg.prepare(huge[: frame + 5] + b"\xfd\xe8\xfd\xe8" + huge[frame + 9 :], decode_check=decode_check)
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------------
@@ -440,7 +442,7 @@ def test_verdicts_equal_libjpegs_or_are_stricter(scene: Image.Image, seed: int) 
             continue
         if accepted:
             outcomes["whole"] += 1
-            if record[marks.COLOUR] == marks.YCBCR and record[marks.SURE] and jpeg._known_sampling(record):
+            if record[marks.COLOUR] == marks.YCBCR and record[marks.SURE] and record[marks.KNOWN_SAMPLING]:
                 assert (simplejpeg.decode_jpeg(jpeg.prepare(data).data) == reference).all(), (seed, case)
         else:
             outcomes["stricter"] += 1

@@ -24,8 +24,6 @@ Image.init()  # loads Pillow's plugins now, not in several worker threads at onc
 
 # What an image folder may hold. Others (EPS, PDF ...) are parsers one does not want to run over a million files of unknown origin.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-# Luma sampling factors that, with chroma 1×1, make 4:4:4, 4:2:2, 4:4:0, 4:2:0 and 4:1:1, the layouts TurboJPEG and nvJPEG know.
-LUMA_SAMPLING = {(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)}
 TRANSFORMABLE = {marks.SOF0, marks.SOF1, marks.SOF2, marks.SOF9, marks.SOF10}
 REMEDY = "replace or remove the file"
 
@@ -123,15 +121,16 @@ def prepare(data: bytes, max_resolution: int | None = None, quality: int = 90, d
     height, width, status = record[marks.HEIGHT], record[marks.WIDTH], record[marks.STATUS]
     fits = max(height, width) <= limit
     if status == marks.OK and record[marks.SINGLE]:
-        if fits and record[marks.COLOUR] == marks.YCBCR and record[marks.SURE] and _known_sampling(record):
+        if fits and record[marks.COLOUR] == marks.YCBCR and record[marks.SURE] and record[marks.KNOWN_SAMPLING]:
             return _copy(data, record)
         if record[marks.COLOUR] == marks.GREY and (fits or decode_check):
             status, scan = _workspace.check_grey(data, splice=fits)
             if fits and status == marks.OK:
                 return _grey(data, record, scan, _left_out(data, record), record[marks.ORIENTATION] > 1)
-    if status != marks.OK or (decode_check and not record[marks.SINGLE]):
-        _refuse_damaged(data, record, status)
-    if fits and _transformable(record):
+    transform = fits and _transformable(record)
+    if status != marks.OK or not record[marks.SINGLE]:
+        _refuse_damaged(data, record, status, decode=status != marks.OK or (decode_check and not transform))
+    if transform:  # which decodes, with the same verdict
         prepared = _transcode(data, record)
         if prepared is not None:
             return prepared
@@ -158,38 +157,30 @@ def _left_out(data: bytes, record: list[int]) -> int:
     return record[marks.METADATA] + (len(data) - record[marks.END] if record[marks.END] else 0)
 
 
-def _components(record: list[int]) -> list[list[int]]:
-    """id, horizontal and vertical sampling factor, quantisation table, Huffman tables of each."""
-    return [record[start : start + 5] for start in range(marks.COMPONENT, marks.COMPONENT + 5 * record[marks.COMPONENTS], 5)]
-
-
-def _known_sampling(record: list[int]) -> bool:
-    sampling = [(across, down) for _, across, down, _, _ in _components(record)]
-    return len(sampling) == 1 or (sampling[0] in LUMA_SAMPLING and all(factors == (1, 1) for factors in sampling[1:3]))
-
-
 def _transformable(record: list[int]) -> bool:
     """True for what a baseline file can show alike: 8 bit, grey or YCbCr of known sampling, all coefficients exact."""
-    return (
+    return bool(
         record[marks.FRAME] in TRANSFORMABLE
         and record[marks.PRECISION] == 8
         and record[marks.COLOUR] in (marks.GREY, marks.YCBCR)
-        and _known_sampling(record)
-        and bool(record[marks.SINGLE] or record[marks.COMPLETE])
+        and record[marks.KNOWN_SAMPLING]
+        and (record[marks.SINGLE] or record[marks.COMPLETE])
     )
 
 
-def _refuse_damaged(data: bytes, record: list[int], status: int) -> None:
-    """Raise ValueError unless libjpeg decodes all of `data` without a warning, or where our own check is the stricter one."""
+def _refuse_damaged(data: bytes, record: list[int], status: int, decode: bool) -> None:
+    """Raise ValueError for damage that the markers show and, when `decode`, unless libjpeg decodes all without a warning."""
     where = f"at byte {record[marks.WHERE]} of {len(data)}"
     if status in TRUNCATED:
         raise ValueError(f"truncated JPEG: {TRUNCATED[status]} ({where}); {REMEDY}")
     if record[marks.PRECISION] not in (0, 8):
         raise ValueError(f"a JPEG of {record[marks.PRECISION]} bits a sample; convert the file to 8 bit")
-    pixels = record[marks.HEIGHT] * record[marks.WIDTH]
-    if pixels > 512 * len(data) and record[marks.FRAME] <= marks.SOF2:  # a Huffman code, so at least one bit, for each 8 × 8 pixels
-        raise ValueError(f"truncated JPEG: {len(data)} bytes cannot hold {record[marks.WIDTH]} × {record[marks.HEIGHT]} pixels; {REMEDY}")
-    if status == marks.BAD_FRAME or not record[marks.FRAME] or _known_sampling(record):  # TurboJPEG's interface knows no other sampling
+    pixels, limit = record[marks.HEIGHT] * record[marks.WIDTH], 2 * (Image.MAX_IMAGE_PIXELS or marks.MAX_SIDE**2)
+    if record[marks.FRAME] <= marks.SOF2:  # Huffman codes, so at least one bit for each 8 × 8 pixels
+        limit = min(limit, 512 * len(data))
+    if pixels > limit:
+        raise ValueError(f"damaged JPEG: {record[marks.WIDTH]} × {record[marks.HEIGHT]} pixels from {len(data)} bytes; {REMEDY}")
+    if decode and record[marks.KNOWN_SAMPLING]:  # TurboJPEG's interface knows no other; set when the header is whole
         check_entropy(data, record[marks.COMPONENTS])
         if status == marks.BAD_RESTART:
             return  # one too many, behind the last row; of all others libjpeg warns
@@ -221,7 +212,7 @@ def _transcode(data: bytes, record: list[int]) -> Prepared | None:
 
 def _grey(data: bytes, record: list[int], scan: bytes, stripped: int, rotated: bool) -> Prepared:
     """A greyscale file as three components without subsampling, of which Cb and Cr are 128 everywhere, so that R = G = B = Y exactly."""
-    _, _, _, quantisation, huffman = _components(record)[0]
+    _, _, _, quantisation, huffman = record[marks.COMPONENT : marks.COMPONENT + 5]
     steps = record[marks.QUANTISATION + quantisation]
     head = [b"\xff\xd8", JFIF, _segment(marks.DQT, b"\0" + data[steps : steps + 64])]
     size = record[marks.HEIGHT].to_bytes(2, "big") + record[marks.WIDTH].to_bytes(2, "big")
@@ -261,13 +252,9 @@ def _encode(data: bytes, limit: int, quality: int, record: list[int] | None = No
             exif = opened.info.get("exif", b"")
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"not an image that can be read ({len(data)} bytes; readable formats: {', '.join(FORMATS)})") from error
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        Image.DecompressionBombError,
-    ) as error:  # what Pillow's plugins raise on damaged files
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, EOFError, IndexError, TypeError ... on damaged files
         raise ValueError(f"damaged image: {error}; {REMEDY}") from error
     longest, action = max(image.size), "re-encoded"
     if longest > limit:

@@ -12,7 +12,7 @@ import numpy as np
 from tl_fast.jit import njit
 from tl_fast.kernels.jpeg_markers import (
     BAD_CODE, BAD_RESTART, BAD_TABLE, COLOUR, COMPONENT, COMPONENTS, END, ENDS_IN_SCAN, EOI, GREY, HUFFMAN, NO_END, ODD, OK, RESTART,
-    RST0, SCAN, SINGLE, STATUS, WHERE, compare_head, find_end, first_ff, little, mcu_count, read_markers, skip_fill, walk_scans,
+    RST0, SCAN, SINGLE, STATUS, WHERE, compare_head, fill, find_end, first_ff, little, mcu_count, read_markers, skip_fill, walk_scans,
 )  # fmt: skip
 
 U = np.uint64
@@ -82,7 +82,7 @@ def unstuff(data, at, stream):
             stream[count] = data[at]
             count += 1
         at = len(data)
-    stream[count : count + PADDING] = 0
+    fill(stream, count, count + PADDING, 0)
     return count, at
 
 
@@ -122,8 +122,8 @@ def entry(length, symbol, is_dc):
 def build(keys, key, is_dc, lookup, base):
     """The table at lookup[base:] for the codes at keys[key:]; False where they are no Huffman code in libjpeg's eyes."""
     single, lengths = 2 * SLOTS * TABLE, (2 * SLOTS + 1) * TABLE
-    lookup[single : single + TABLE] = UNKNOWN
-    lookup[lengths : lengths + TABLE] = 99
+    fill(lookup, single, single + TABLE, UNKNOWN)
+    fill(lookup, lengths, lengths + TABLE, 99)
     code, index = 0, key + 16
     for length in range(1, 17):
         for _ in range(keys[key + length - 1]):
@@ -175,7 +175,7 @@ def prepare_tables(data, record, keys, lookup, layout):
                 key = (2 * slot + kind) * KEY
                 if _take_key(data, record[HUFFMAN + 4 * kind + table], keys, key):
                     if not build(keys, key, kind == 0, lookup, (2 * slot + kind) * TABLE):
-                        keys[key : key + 16] = 0  # not to be taken for a known one by the next file
+                        fill(keys, key, key + 16, 0)  # not to be taken for a known one by the next file
                         return 0, BAD_TABLE
         for _ in range(record[c + 1] * record[c + 2] if record[COMPONENTS] > 1 else 1):
             layout[blocks] = (2 * slot + 1) * TABLE
@@ -198,7 +198,7 @@ def _take_key(data, at, keys, key):
         same &= keys[key + i] == data[at + i]
     if same and size > 16:
         return False
-    keys[key + 16 : key + KEY] = 0
+    fill(keys, key + 16, key + KEY, 0)
     for i in range(size):
         keys[key + i] = data[at + i]
     return True

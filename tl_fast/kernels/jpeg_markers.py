@@ -14,7 +14,7 @@ OK, NOT_JPEG, ENDS_IN_HEADER, NO_END, ENDS_IN_SCAN, BAD_CODE, BAD_RESTART, BAD_M
 
 # Fields of the record.
 STATUS, WHERE, FRAME, PRECISION, HEIGHT, WIDTH, COMPONENTS, COLOUR, SURE, ORIENTATION, RESTART, SINGLE = range(12)
-SCAN, END, HEAD, EXACT, METADATA, COMPLETE, JFIF, ADOBE, SCAN_COMPONENTS = range(12, 21)
+SCAN, END, HEAD, EXACT, METADATA, COMPLETE, JFIF, ADOBE, SCAN_COMPONENTS, KNOWN_SAMPLING = range(12, 22)
 COMPONENT = 24  # five each: id, horizontal and vertical sampling factor, quantisation table, 16 * DC + AC Huffman table
 QUANTISATION = 44  # where the 64 bytes of table 0..3 begin; 0: none, -1: 16-bit values
 HUFFMAN = 48  # where the 16 counts of DC table 0..3 and AC table 0..3 begin; 0: none
@@ -33,6 +33,13 @@ ONES, HIGHS, BYTE_NUMBERS = np.uint64(0x0101010101010101), np.uint64(0x808080808
 
 
 @njit
+def fill(array, start, stop, value):
+    """As a slice assignment, which takes numba a second to compile."""
+    for i in range(start, stop):
+        array[i] = value
+
+
+@njit
 def little(data, at):
     """Eight bytes from `at` on (uint64), the first one lowest; LLVM makes it one load."""
     low = np.uint64(data[at]) | np.uint64(data[at + np.uint64(1)]) << np.uint64(8) | np.uint64(data[at + np.uint64(2)]) << np.uint64(16)
@@ -42,10 +49,15 @@ def little(data, at):
 
 
 @njit
+def find_ff(word):
+    """The high bits of bytes that are 0xFF; false ones lie above the first true one only, so zero means none."""
+    return (~word - ONES) & word & HIGHS
+
+
+@njit
 def first_ff(word):
     """Which byte of a `little` word is the first 0xFF: 0..7; 8 for none."""
-    inverse = ~word
-    found = (inverse - ONES) & word & HIGHS  # bytes of `inverse` that are zero; false ones lie above the first true one only
+    found = find_ff(word)
     if found == np.uint64(0):
         return np.uint64(8)
     return ((found & (~found + np.uint64(1))) >> np.uint64(7)) * BYTE_NUMBERS >> np.uint64(56)
@@ -56,6 +68,8 @@ def next_marker(data, at):
     """Where the next 0xFF stands that is followed by something other than a stuffed zero; len(data) where there is none."""
     last = len(data) - 1  # a 0xFF there has nothing behind it
     while at < last:
+        while at + 32 <= last and _none_of_32(data, np.uint64(at)):
+            at += 32
         if at + 8 <= last:
             at += np.int64(first_ff(little(data, np.uint64(at))))
             if at + 8 <= last and data[at] != 0xFF:
@@ -67,6 +81,13 @@ def next_marker(data, at):
         else:
             return at
     return len(data)
+
+
+@njit
+def _none_of_32(data, at):
+    """No 0xFF among 32 bytes; twice as fast as eight at a time."""
+    near = find_ff(little(data, at)) | find_ff(little(data, at + np.uint64(8)))
+    return near | find_ff(little(data, at + np.uint64(16))) | find_ff(little(data, at + np.uint64(24))) == np.uint64(0)
 
 
 @njit
@@ -134,7 +155,7 @@ def read_markers(data, record, head):
     needs, JFIF (without thumbnail) and Adobe, in the file's order; SOF1 becomes SOF0 where only the name differs. record[SINGLE]: one
     Huffman-coded scan of all components, for which `tl_fast.kernels.jpeg` decides; ODD then stands for nothing but is left to libjpeg.
     """
-    record[:] = 0
+    fill(record, 0, len(record), 0)
     record[ADOBE] = -1
     size = len(data)
     if size < 4 or data[0] != 0xFF or data[1] != SOI or data[2] != 0xFF:
@@ -210,6 +231,7 @@ def read_markers(data, record, head):
             break
     record[SCAN], record[HEAD], record[WHERE] = at, used, 0
     odd |= _colour(record)
+    record[KNOWN_SAMPLING] = _known_sampling(record)
     record[SINGLE] = not odd and record[FRAME] <= SOF1 and _is_single(data, at, record)
     return OK
 
@@ -307,6 +329,18 @@ def _colour(record):
 
 
 @njit
+def _known_sampling(record):
+    """One component, or 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1 (chroma 1 x 1): the layouts that TurboJPEG and nvJPEG know."""
+    if record[COMPONENTS] == 1:
+        return True
+    for i in range(1, min(record[COMPONENTS], 3)):
+        if record[COMPONENT + 5 * i + 1] != 1 or record[COMPONENT + 5 * i + 2] != 1:
+            return False
+    across, down = record[COMPONENT + 1], record[COMPONENT + 2]
+    return (across <= 2 and down <= 2) or (across == 4 and down == 1)
+
+
+@njit
 def _is_single(data, scan, record):
     """Whether the one scan holds everything and all tables are there, in the form that baseline decoders know."""
     if record[PRECISION] != 8 or record[SCAN_COMPONENTS] != record[COMPONENTS]:
@@ -347,7 +381,11 @@ def find_end(data, record):
     record[END] = at
     if code != EOI or odd:
         return ODD
-    interval = record[RESTART]
+    blocks, interval = 0, record[RESTART]
+    for i in range(record[COMPONENTS]):
+        blocks += record[COMPONENT + 5 * i + 1] * record[COMPONENT + 5 * i + 2] if record[COMPONENTS] > 1 else 1
+    if mcu_count(record) * blocks > 4 * (at - record[SCAN]):  # each block takes two bits at least
+        return ENDS_IN_SCAN
     return OK if restarts == ((mcu_count(record) - 1) // interval if interval else 0) else BAD_RESTART
 
 
@@ -368,7 +406,8 @@ def walk_scans(data, record, accuracy):
     accuracy: int8 [4, 64], the lowest bit known of each component's coefficients (-1: none). record[COMPLETE] says that all are exact:
     libjpeg smooths the others of a progressive file, without a warning.
     """
-    accuracy[:] = -1
+    for c in range(4):
+        fill(accuracy[c], 0, 64, -1)
     at = record[SCAN]
     while True:
         first, last, low = np.int64(data[at - 3]), np.int64(data[at - 2]), np.int64(data[at - 1]) & 15
