@@ -18,7 +18,7 @@ from tl_fast.kernels.jpeg_markers import (
 U = np.uint64
 
 # An entry of a look-up table, int16. Bits 0..5: bits to consume, 6..14: coefficients to advance by, 15 (the sign): the block ends.
-INDEX_BITS = 11  # 10: 11 % slower; 12: 3 % faster, but its tables take 1.7 times as long to build
+INDEX_BITS = 11  # 10: 6 % slower; 12: 3 % faster, but its tables take 1.7 times as long to build
 TABLE = 1 << INDEX_BITS
 LONGEST = 18  # bits an entry may consume, so that three fit in one refill of 56 bits
 UNKNOWN = 500 << 6  # no such code, or too long a one: the advance leads out of the block, so the loop stops at it
@@ -211,7 +211,7 @@ def _take_key(data, at, keys, key):
 def decode_blocks(stream, size, blocks, keys, lookup, layout, marks):
     """Decode `blocks` blocks (of whole MCUs) from stream[:size] -> (bits consumed, blocks decoded); fewer where the data is bad.
 
-    marks: uint64 [blocks], where the bit behind each block is put, or None (which is compiled apart: 12 % faster).
+    marks: uint64 [blocks], where the bit behind each block is put, or None (which is compiled apart: 10 % faster).
     """
     total, limit = U(blocks), U(size + 8)
     at, window, bits = U0, U0, U0
