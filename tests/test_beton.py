@@ -180,6 +180,27 @@ def test_stock_ffcv_loader_reads_image_label_and_map(written: Path, jpegs: list[
         assert difference.max() <= 10 and difference.mean() < 2
 
 
+AFTER_THE_READER = """
+import sys
+import numpy as np
+from ffcv.loader import Loader, OrderOption
+from tl_fast.beton import BetonReader
+from tl_fast.ffcv_field import LabelMapField
+reader = BetonReader(sys.argv[1])
+expected = reader.label_maps(np.arange(len(reader)))[0]
+loader = Loader(sys.argv[1], batch_size=64, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False, custom_fields={"label_map": LabelMapField})
+print((np.concatenate([batch[2].numpy()[:, 1] for batch in loader]) == expected).all())
+"""
+
+
+def test_stock_ffcv_loader_beside_the_reader(written: Path, tmp_path: Path) -> None:
+    """In one process, with nothing compiled before: numba once inferred types for ever where both used one compiled function."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", AFTER_THE_READER, str(written)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment, timeout=150)
+    assert result.stdout.strip() == "True", result.stderr
+
+
 def test_layout_is_ffcvs() -> None:
     types = pytest.importorskip("ffcv.types")
     from ffcv.fields import IntField, RGBImageField
@@ -439,6 +460,12 @@ def test_an_error_names_the_first_bad_sample_and_leaves_nothing(jpegs: list[byte
     assert folder_content(tmp_path) == [] and len(read) < 40 + beton_write.CHUNK * (2 * workers + 1)
 
 
+def large_jpeg() -> bytes:
+    """More than a page of 2 MiB."""
+    noise = np.random.default_rng(0).integers(0, 256, (1100, 1100, 3), dtype=np.uint8)
+    return jpeg_of(Image.fromarray(noise), quality=98, subsampling=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -452,7 +479,7 @@ def test_an_error_names_the_first_bad_sample_and_leaves_nothing(jpegs: list[byte
         ),
         (lambda s: Sample(s.source_id, s.label, s.image, lambda: np.array((np.nan, 1, 0, 0), SPEC.dtype)[()]), "finite"),
         (lambda s: Sample(s.source_id, s.label, lambda: Path("/no/such/file").read_bytes(), s.label_map), "No such file"),
-        (lambda s: Sample(s.source_id, s.label, lambda: s.image() + os.urandom(PAGE), s.label_map), "--page-size 4194304"),
+        (lambda s: Sample(s.source_id, s.label, large_jpeg, s.label_map), "--page-size 4194304"),
     ],
 )
 def test_bad_samples_are_refused_by_name(jpegs: list[bytes], maps: list[np.void], tmp_path: Path, change, message: str) -> None:

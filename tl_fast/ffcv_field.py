@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numba
 import numpy as np
 from ffcv.fields.base import ARG_TYPE, Field
 from ffcv.pipeline.allocation_query import AllocationQuery
@@ -16,8 +17,12 @@ from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 
 from tl_fast.beton_layout import LABEL_MAP, spec_from_arguments, spec_to_arguments
-from tl_fast.kernels.maps import expand
+from tl_fast.kernels import maps
 from tl_fast.labelmap import LEVELS, MapSpec, encode, encoded_sizes
+
+# A copy of its own: where the reader has compiled the shared one for other types in the same process, numba's type inference of
+# ffcv's pipeline, in which `sizes` is a tuple of literals, does not come to an end.
+expand = numba.njit(nogil=True)(maps.expand.py_func)
 
 
 class LabelMapDecoder(Operation):
