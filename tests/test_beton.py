@@ -189,7 +189,7 @@ from tl_fast.ffcv_field import LabelMapField
 reader = BetonReader(sys.argv[1])
 expected = reader.label_maps(np.arange(len(reader)))[0]
 loader = Loader(sys.argv[1], batch_size=64, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False, custom_fields={"label_map": LabelMapField})
-print((np.concatenate([batch[2].numpy()[:, 1] for batch in loader]) == expected).all())
+print((np.concatenate([batch[2].numpy()[:, 1].copy() for batch in loader]) == expected).all())
 """
 
 
