@@ -7,6 +7,7 @@ import io
 import random
 import subprocess
 import sys
+import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import simplejpeg
 from PIL import Image
 
 from tl_fast import jpeg, turbojpeg_transform
+from tl_fast.kernels import jpeg as scans
 from tl_fast.kernels import jpeg_markers as marks
 
 # `rotated` of orientation 6, as cameras write it: big-endian, one entry.
@@ -508,6 +510,25 @@ def test_threads_do_not_share_working_memory(scene: Image.Image) -> None:
     expected = [jpeg.prepare(data) for data in files]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(jpeg.prepare, files * 20)) == expected * 20
+
+
+def test_the_gil_is_free_while_decoding() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (2500, 2500, 3), dtype=np.uint8)
+    data, ticks = encode(Image.fromarray(noise), quality=97), 0
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(scans.check_scan, *_scan_arguments(data))  # some 50 ms in one call
+        while not call.done():
+            time.sleep(0.001)
+            ticks += 1
+    assert call.result()[0] == marks.OK and ticks > 10
+
+
+def _scan_arguments(data: bytes) -> tuple:
+    work = jpeg._Workspace()
+    assert work.inspect(data, True)[marks.STATUS] == marks.OK  # also compiles what is to be called
+    arguments = (np.frombuffer(data, np.uint8), work.record, work.stream, work.keys, work.lookup, work.layout, None, None)
+    scans.check_scan(*arguments)
+    return arguments
 
 
 def test_tables_left_by_a_refused_file_are_not_taken_for_the_next(scene: Image.Image) -> None:
