@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +25,11 @@ from tl_fast.beton_layout import (
     metadata_dtype,
     spec_to_arguments,
 )
+from tl_fast.block_writer import BlockWriter, write_all
 from tl_fast.labelmap import MapSpec
-from tl_fast.partial_file import write_all
 
 if TYPE_CHECKING:
     from tl_fast.jpeg import Prepared
-
-PIECES = 1024  # POSIX's IOV_MAX
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,10 +44,10 @@ class Encoded:
 
 
 class BetonFile:
-    """Appends samples to the open file `handle`, then closes it with tables and header. reserved: samples to come."""
+    """Appends samples to the file of `blocks`, then closes it with tables and header. reserved: samples to come."""
 
-    def __init__(self, handle: int, reserved: int, page_size: int, spec: MapSpec | None) -> None:
-        self.handle, self.page_size, self.spec = handle, page_size, spec
+    def __init__(self, blocks: BlockWriter, reserved: int, page_size: int, spec: MapSpec | None) -> None:
+        self.blocks, self.page_size, self.spec = blocks, page_size, spec
         kinds = [("image", RGB_IMAGE, IMAGE), ("label", INT, STOCK_TYPES[INT])]
         kinds += [("label_map", CUSTOM, LABEL_MAP)] if spec is not None else []
         kinds += [("crc", INT, STOCK_TYPES[INT])]
@@ -61,16 +58,15 @@ class BetonFile:
         self.metadata = np.zeros(reserved, metadata_dtype([dtype for _, _, dtype in kinds]))
         self.allocations = np.zeros(reserved * (1 if spec is None else 2), ALLOCATION)
         self.offset, self.samples, self.allocated = HEADER.itemsize + self.fields.nbytes + self.metadata.nbytes, 0, 0
-        self._begin()
-
-    def _begin(self) -> None:
-        """Start to collect: nothing of the file before `offset` is touched any more."""
-        self._start, self._pieces, self._rows, self._allocations = self.offset, [], [], []
+        self._rows: list[tuple] = []
+        self._allocations: list[tuple[int, int, int]] = []
+        blocks.begin(self.offset)
 
     def add(self, sample: Encoded, label: int) -> None:
         """Append one sample, all of it in one page: ffcv's process cache maps whole pages and nothing across them.
 
-        Data begins on even addresses, as label maps are uint16. It is written by the next `flush`. Raises ValueError when it is too large.
+        Data begins on even addresses, as label maps are uint16. It is in the file after the next `flush`. Raises ValueError when it is too
+        large.
         """
         jpeg_size, map_size = sum(map(len, sample.image.parts)), len(sample.label_map)
         odd = jpeg_size % 2
@@ -82,43 +78,41 @@ class BetonFile:
             )
         start = self.offset + self.offset % 2
         if self.page_size - start % self.page_size < size:
-            self.flush()
-            start = self.offset = self._start = -(-start // self.page_size) * self.page_size  # the file keeps a hole of zeros there
-        elif start > self.offset:
-            self._pieces.append(b"\0")
-        self._pieces += sample.image.parts
+            start += -start % self.page_size
+        if start > self.offset:
+            self.blocks.write(bytes(start - self.offset))
+        for part in sample.image.parts:
+            self.blocks.write(part)
         number = self.samples + len(self._rows)
         row = (0, sample.image.width, sample.image.height, start), label, sample.crc
         self._allocations.append((number, start, jpeg_size))
         if self.spec is not None:
             at = start + jpeg_size + odd
-            self._pieces += (b"\0", sample.label_map) if odd else (sample.label_map,)
+            self.blocks.write(b"\0" * odd + sample.label_map)
             self._allocations.append((number, at, map_size))
             row = *row[:2], (at, sample.score_min, sample.score_step), row[2]
         self._rows.append(row)
         self.offset = start + size
 
-    def flush(self) -> None:
-        """Write what was added."""
-        offset = self._start
-        for first in range(0, len(self._pieces), PIECES):
-            pieces = self._pieces[first : first + PIECES]
-            size = sum(map(len, pieces))
-            if os.pwritev(self.handle, pieces, offset) != size:  # a disk that fills up: the second attempt says why
-                write_all(self.handle, b"".join(pieces), offset)
-            offset += size
+    def list_rows(self) -> None:
+        """Put what was added into the tables; a few samples at a time, as one by one takes longer."""
         rows, allocations = len(self._rows), len(self._allocations)
         self.metadata[self.samples : self.samples + rows] = self._rows
         self.allocations[self.allocated : self.allocated + allocations] = self._allocations
         self.samples, self.allocated = self.samples + rows, self.allocated + allocations
-        self._begin()
+        self._rows, self._allocations = [], []
+
+    def flush(self) -> None:
+        """What was added is in the file and the tables now. Raises OSError."""
+        self.blocks.flush()
+        self.list_rows()
 
     def restore(self, offset: int, metadata: bytes, allocations: bytes) -> None:
         """Go on behind the samples with these rows, whose data ends at `offset`."""
         rows, table = np.frombuffer(metadata, self.metadata.dtype), np.frombuffer(allocations, ALLOCATION)
         self.metadata[: len(rows)], self.allocations[: len(table)] = rows, table
         self.offset, self.samples, self.allocated = offset, len(rows), len(table)
-        self._begin()
+        self.blocks.begin(offset)
 
     def close(self, info: dict[str, Any], ids: list[str]) -> None:
         """Write what follows the data, then what precedes it; until the header is there nothing takes the file for a beton."""
@@ -128,7 +122,7 @@ class BetonFile:
         starts, end = [], self.offset
         for part in (*texts, allocations):  # ffcv reads the allocation table to the end of the file, so it must be last
             starts.append(end + -end % 8)
-            write_all(self.handle, part, starts[-1])
+            write_all(self.blocks.handle, part, starts[-1])
             end = starts[-1] + len(part)
         crcs = [zlib.crc32(part) for part in (*texts, metadata, allocations)]
         header = np.array([(VERSION, len(self.fields), self.page_size, self.samples, starts[2])], HEADER).tobytes()
@@ -138,4 +132,4 @@ class BetonFile:
             self.fields["arguments"][-1, : INDEX.itemsize] = index.view(np.uint8)
             return header + self.fields.tobytes()
 
-        write_all(self.handle, head(zlib.crc32(head(0))) + metadata, 0)  # the CRC is taken with its own place at zero
+        write_all(self.blocks.handle, head(zlib.crc32(head(0))) + metadata, 0)  # the CRC is taken with its own place at zero

@@ -29,6 +29,7 @@ import numpy as np
 import tl_fast
 from tl_fast.beton_file import BetonFile, Encoded
 from tl_fast.beton_layout import MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
+from tl_fast.block_writer import BlockWriter
 from tl_fast.labelmap import MapSpec, write_atomic
 from tl_fast.labelmap import encode as encode_map
 from tl_fast.partial_file import PartialFile
@@ -252,6 +253,7 @@ class Writer:
 
     def commit(self) -> None:
         """Make what was done durable, in the background."""
+        self.file.flush()
         samples, allocated, rejects = self._committed
         lines = "".join(json.dumps(reject) + "\n" for reject in self.rejects[rejects:])
         parts = (
@@ -273,7 +275,6 @@ class Writer:
         """The run ends early: commit what was done, unless it is too little to keep. True when another run can go on from it."""
         with contextlib.suppress(OSError):  # a full disk: then the earlier commits have to do
             if always or self.partial.resumable:
-                self.file.flush()
                 self.commit()
         return self.partial.resumable
 
@@ -363,8 +364,8 @@ def write_beton(
         return [(sample, encode(sample, spec, max_resolution, quality, decode_check)) for sample in chunk]
 
     try:
-        with PartialFile(path, settings, resume) as partial:
-            file = BetonFile(partial.handle, len(samples), page_size, spec)
+        with PartialFile(path, settings, resume) as partial, BlockWriter(partial.handle, partial.partial) as blocks:
+            file = BetonFile(blocks, len(samples), page_size, spec)
             writer, source = Writer(partial, file, class_names), iter(samples)
             writer.restore(source)
             resumed = writer.taken
@@ -376,7 +377,7 @@ def write_beton(
                             if problem is not None and on_error == "stop":
                                 raise BetonError(f"{sample.name}: {reason(problem)}") from problem
                             writer.took(sample, problem)
-                        file.flush()
+                        file.list_rows()
                         writer.commit_at_times()
                         if progress is not None:
                             progress(writer.taken, len(writer.rejects), file.offset)

@@ -22,17 +22,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from tl_fast.beton_layout import BetonError
+from tl_fast.block_writer import write_all
 
 MAGIC = b"tlf_jrn1"
 RECORD = struct.Struct("<8sIQI")
-
-
-def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
-    """`os.pwrite` until everything is written: a disk that fills up takes a part of it first."""
-    rest = memoryview(data).cast("B")
-    while rest:
-        written = os.pwrite(handle, rest, offset)
-        rest, offset = rest[written:], offset + written
 
 
 class PartialFile:
