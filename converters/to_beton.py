@@ -26,6 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tl_fast.beton import BetonError, BetonReader, WriteSummary, verify, write_beton
 from tl_fast.beton_layout import HEADER, VERSION
@@ -98,11 +99,12 @@ def convert(
                 f"{len(conversion)}; annotate them, or leave them out with --on-error quarantine"
             )
         if resume and out.exists() and not partial_paths(out)[0].exists() and finished(out, conversion, record):
-            console.print(f"{out}: is already there, whole and of these images; nothing to do", highlight=False)
+            console.print(f"{out}: is already there, whole and of these images; nothing to do", highlight=False, markup=False)
             return None
-        expected = estimate(
-            conversion, max_resolution=max_resolution, quality=quality, decode_check=decode_check, tries=256 if dry_run else 32
-        )
+        with console.status("trying some samples (the first run on a machine compiles for half a minute)"):
+            expected = estimate(
+                conversion, max_resolution=max_resolution, quality=quality, decode_check=decode_check, tries=256 if dry_run else 32
+            )
         if dry_run:
             print_plan(console, out, conversion, expected)
             return None
@@ -176,9 +178,9 @@ def run(console: Console, total: int, write: Callable[[Callable[[int, int, int],
 
 
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=Text(title), show_header=False, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # class names and paths are no markup
     console.print(table)
 
 

@@ -352,6 +352,20 @@ def test_info_and_verify_take_several_files(to_beton: ModuleType, folder: ImageF
     assert "a.beton: 1 damaged" in said and "b.beton: sound" in said
 
 
+def test_names_are_no_markup(to_beton: ModuleType, folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Rich would swallow [red], and take [/a] for the end of a style that was never begun."""
+    for name in ("[red]", "b"):
+        (tmp_path / "[images]" / name).mkdir(parents=True)
+        shutil.copy(Path(folder.root) / folder.ids[0], tmp_path / "[images]" / name / "[blue].jpg")
+    (tmp_path / "names.txt").write_text("[/a]\n[red]\nb\n")
+    out, names = tmp_path / "[bold].beton", ("--class-names", tmp_path / "names.txt")
+    assert run(to_beton, tmp_path / "[images]", out, *names, "--dry-run") == 0 and run(to_beton, tmp_path / "[images]", out, *names) == 0
+    assert run(to_beton, "info", out) == 0
+    said = capsys.readouterr().out
+    assert "3: [/a], [red], b" in said and "[red]/[blue].jpg" in said
+    assert run(to_beton, "verify", out) == 0
+
+
 def test_pixels_are_those_of_the_source(to_beton: ModuleType, originals: ImageFolder, tmp_path: Path) -> None:
     """133 original ImageNet files, greys and 2,400 px ones among them: Pillow shows the same pixels before and after, bit for bit."""
     out = tmp_path / "out.beton"

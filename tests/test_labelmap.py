@@ -502,3 +502,22 @@ def test_quantisation_hardly_changes_the_token_targets_of_real_maps(photos):
     unchanged = (true[:, 1:].argmax(2) == stored[:, 1:].argmax(2)).mean()
     print(f"mean KL {divergence:.2e}, top class unchanged {unchanged:.2%}")
     assert count == 44 and divergence <= 1e-3 and unchanged >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: [1], "not an object"),
+        (lambda manifest: {key: value for key, value in manifest.items() if key != "spec"}, "spec missing"),
+        (lambda manifest: {**manifest, "complete": "yes"}, "complete missing or of a wrong type"),
+        (lambda manifest: {**manifest, "class_names": ["a"]}, "class_names are not 4 strings"),
+        (lambda manifest: {**manifest, "spec": {**manifest["spec"], "k": 0}}, "manifest.json: .*k must be"),
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, change, message):
+    spec = MapSpec(2, 1, 1, 4)
+    write_store(tmp_path, ["a.jpg"], [pack(np.array([[[0]], [[1]]]), np.zeros(spec.shape), spec)], spec, list("abcd"))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(change(manifest)))
+    with pytest.raises(LabelMapError, match=f"{tmp_path}.*{message}"):
+        LabelMapStore(tmp_path)

@@ -24,6 +24,7 @@ INT, RGB_IMAGE, CUSTOM = 1, 2, 255
 STOCK_TYPES = {0: np.dtype("<f8"), INT: np.dtype("<i8"), RGB_IMAGE: IMAGE, 3: BYTES, 4: np.dtype("<u8"), 5: BYTES, 6: np.dtype("<u8")}
 WITH_ARGUMENTS = (4, 6, CUSTOM)  # arrays and tensors keep their shape there; the others' argument bytes are zeros
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 1 << 21, 1 << 31  # ffcv's limits, powers of two
+MAX_INFO = 4 << 20  # bytes: 65,535 class names of 60 bytes each
 
 # Arguments of the `label_map` field: what ffcv's loader hands to our field class.
 SPEC_MAGIC, SPEC_ARGUMENTS = (

@@ -28,6 +28,7 @@ from tl_fast.beton_layout import (
     INDEX_MAGIC,
     INT,
     LABEL_MAP,
+    MAX_INFO,
     MAX_PAGE_SIZE,
     MIN_PAGE_SIZE,
     STOCK_TYPES,
@@ -41,8 +42,7 @@ from tl_fast.labelmap import LEVELS, LabelMapError, encoded_sizes
 
 DAMAGED = "the file is damaged: convert again or copy it anew"
 # Reading must not take more memory than the file has bytes. What Python makes of JSON takes up to 30 times the text's size, so info is
-# limited: 4 MiB (65,535 class names of 60 bytes each) and a 32nd of the file. Ids are not parsed but for their strings.
-MAX_INFO = 4 << 20
+# limited: MAX_INFO and a 32nd of the file. Ids are not parsed but for their strings.
 MAX_GAP = 1 << 20  # bytes looked at between tables and data where no CRC covers the tables
 STRING_LIST = re.compile(rb'\s*\[\s*(?:"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"\s*(?:,\s*(?!\])|(?=\])))*+\]\s*')
 

@@ -28,7 +28,7 @@ import numpy as np
 
 import tl_fast
 from tl_fast.beton_file import BetonFile, Encoded
-from tl_fast.beton_layout import MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
+from tl_fast.beton_layout import MAX_INFO, MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
 from tl_fast.block_writer import BlockWriter
 from tl_fast.labelmap import MapSpec, write_atomic
 from tl_fast.labelmap import encode as encode_map
@@ -353,6 +353,11 @@ def write_beton(
         "page_size": page_size,
         "versions": library_versions(),
     }
+    info = {"annotator": annotator, "class_names": list(class_names), "tl_fast": tl_fast.__version__}
+    if conversion is not None:
+        info["conversion"] = conversion
+    if (size := len(json.dumps(info, ensure_ascii=False).encode("utf-8"))) > MAX_INFO:
+        raise BetonError(f"{path}: class names and the annotator's record have {size} bytes, at most {MAX_INFO} are read; shorten them")
     rejects_path = path.with_name(path.name + ".rejects.jsonl")
 
     def tasks(source: Iterable[Sample]) -> Iterator[tuple[Sample, ...]]:
@@ -392,7 +397,6 @@ def write_beton(
                     )
                 if not writer.ids:
                     raise BetonError(f"{path}: all {len(samples)} samples are bad, the first: {writer.rejects[0]['reason']}")
-                info = {"annotator": annotator, "class_names": list(class_names), "tl_fast": tl_fast.__version__}
                 if conversion is not None:
                     info["conversion"] = {**conversion, "rejected": len(writer.rejects)}
                 file.close(info, writer.ids)

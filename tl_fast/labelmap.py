@@ -310,11 +310,12 @@ class LabelMapStore:
                                 "(make one with python -m tl_fast.annotate)") from error
         except (ValueError, RecursionError) as error:
             raise LabelMapError(f"{self.path}: manifest.json or ids.jsonl is damaged ({error})") from error
+        if not isinstance(self.manifest, dict):
+            raise LabelMapError(f"{self.path}: manifest.json is damaged (not an object)")
         if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
             raise LabelMapError(f"{self.path}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}, "
                                 f"this code reads {FORMAT!r} version {VERSION}")
-        self.spec = MapSpec.from_dict(self.manifest["spec"])
-        self.class_names: list[str] | None = self.manifest["class_names"]
+        self.spec, self.class_names = self._read_manifest()
         if not all(type(sample_id) is str for sample_id in self.ids):
             raise LabelMapError(f"{self.path}: ids.jsonl is damaged (not every line is a string)")
         if not len(set(self.ids)) == len(self.ids) == len(lines) == self.manifest["num_samples"]:
@@ -322,6 +323,20 @@ class LabelMapStore:
                                 f"the manifest says {self.manifest['num_samples']}")
         self._offsets: dict[int, int] = {}  # of the records in each part that has been checked
         self._open: dict[int, _Part] = {}
+
+    def _read_manifest(self) -> tuple[MapSpec, list[str] | None]:
+        """spec and class_names, checked; raises LabelMapError naming the file."""
+        wanted = {"spec": dict, "class_names": (list, type(None)), "num_samples": int, "complete": bool}
+        if wrong := [name for name, kind in wanted.items() if name not in self.manifest or not isinstance(self.manifest[name], kind)]:
+            raise LabelMapError(f"{self.path}: manifest.json is damaged ({', '.join(wrong)} missing or of a wrong type)")
+        try:
+            spec = MapSpec.from_dict(self.manifest["spec"])
+        except LabelMapError as error:
+            raise LabelMapError(f"{self.path}: manifest.json: {error}") from error
+        names: list[str] | None = self.manifest["class_names"]
+        if names is not None and (len(names) != spec.num_classes or not all(isinstance(name, str) for name in names)):
+            raise LabelMapError(f"{self.path}: manifest.json: class_names are not {spec.num_classes} strings")
+        return spec, names
 
     def __len__(self) -> int:
         return len(self.ids)
