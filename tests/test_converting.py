@@ -357,8 +357,8 @@ def test_names_are_no_markup(to_beton: ModuleType, folder: ImageFolder, tmp_path
     for name in ("[red]", "b"):
         (tmp_path / "[images]" / name).mkdir(parents=True)
         shutil.copy(Path(folder.root) / folder.ids[0], tmp_path / "[images]" / name / "[blue].jpg")
-    (tmp_path / "names.txt").write_text("[/a]\n[red]\nb\n")
-    out, names = tmp_path / "[bold].beton", ("--class-names", tmp_path / "names.txt")
+    (tmp_path / "names.json").write_text(json.dumps(["[/a]", "[red]", "b"]))
+    out, names = tmp_path / "[bold].beton", ("--class-names", tmp_path / "names.json")
     assert run(to_beton, tmp_path / "[images]", out, *names, "--dry-run") == 0 and run(to_beton, tmp_path / "[images]", out, *names) == 0
     assert run(to_beton, "info", out) == 0
     said = capsys.readouterr().out
