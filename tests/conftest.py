@@ -1,8 +1,11 @@
 """Shared fixtures: the bundled golden answers and photos, and the optional shared data sets."""
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,6 +32,16 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data folder at {folder}; set TLFAST_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def to_beton() -> ModuleType:
+    """converters/to_beton.py as a module: its `main` is the command."""
+    spec = importlib.util.spec_from_file_location("to_beton", ROOT / "converters" / "to_beton.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["to_beton"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import re
@@ -32,15 +31,6 @@ from tl_fast.sources import Source
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "converters" / "to_beton.py"
 SHAPE = (5, 6, 6)
-
-
-@pytest.fixture(scope="module")
-def to_beton() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("to_beton", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["to_beton"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

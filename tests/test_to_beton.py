@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 import subprocess
@@ -19,15 +18,6 @@ from tl_fast.labelmap import MapSpec, pack, unpack, write_store
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "converters" / "to_beton.py"
-
-
-@pytest.fixture(scope="module")
-def to_beton() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("to_beton", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["to_beton"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def scene(width: int = 97, height: int = 61) -> Image.Image:
