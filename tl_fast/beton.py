@@ -107,12 +107,14 @@ class BetonReader(BetonTables):
         classes = np.empty((len(indices), *self.spec.shape), np.uint16)
         scores = np.empty(classes.shape, np.float32)
         metadata = self._column("label_map")[indices]
+        data = data.view()
+        data.flags.writeable = False  # it and the copies below: one compiled version, whatever the batch
         row, wrong = maps.read_maps(
             data,
             starts,
             self._map_size[indices],
-            metadata["score_min"],
-            metadata["score_step"],
+            metadata["score_min"].copy(),
+            metadata["score_step"].copy(),
             LEVELS,
             self.spec.num_classes,
             encoded_sizes(self.spec),

@@ -130,8 +130,7 @@ def encode(record: np.ndarray, num_classes: int, sizes: tuple[int, int, int], ou
     return size
 
 
-@njit
-def expand(data: np.ndarray, num_classes: int, sizes: tuple[int, int, int], classes: np.ndarray) -> int:
+def _expand(data: np.ndarray, num_classes: int, sizes: tuple[int, int, int], classes: np.ndarray) -> int:
     """The classes of one map in either layout; its scores are the last cells bytes of `data` in both. Returns 0 or what is wrong.
 
     data: uint8 [size]; sizes: `labelmap.encoded_sizes`; classes: uint16 [cells], written. Nothing is read or written out of bounds,
@@ -176,6 +175,12 @@ def expand(data: np.ndarray, num_classes: int, sizes: tuple[int, int, int], clas
     return BAD_INDEX if greatest >= n else 0
 
 
+expand = njit(_expand)
+# For `read_maps` alone, which always has the same types: where a function called from compiled code had been compiled for other types too,
+# numba 0.68 inferred types for ever.
+_expand_inside = njit(_expand)
+
+
 @njit
 def read_maps(
     file: np.ndarray,
@@ -198,7 +203,7 @@ def read_maps(
     cells = classes.shape[1]
     for row in range(len(starts)):
         end = starts[row] + lengths[row]
-        wrong = expand(file[starts[row] : end], num_classes, sizes, classes[row])
+        wrong = _expand_inside(file[starts[row] : end], num_classes, sizes, classes[row])
         if wrong:
             return row, wrong
         levels, low, step = file[end - cells : end], score_min[row], score_step[row]
