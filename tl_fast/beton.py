@@ -295,6 +295,8 @@ def verify(path: Path | str, decode: bool = False, workers: int = 1, progress: C
     with BetonReader(path) as reader, open(path, "rb") as file:
         problems = _layout_problems(reader)
         reader._metadata = reader._metadata.copy()  # from here on nothing is read through the mapping
+        if reader.spec is not None:  # compile before threads do (see `tl_fast.jpeg.compile_kernels`)
+            reader._expand(np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64))
         for chunk, found in enumerate(ordered_map(workers, problems_of, range(0, len(reader), VERIFY_CHUNK)), 1):
             problems += found
             if progress is not None:

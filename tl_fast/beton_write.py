@@ -169,6 +169,15 @@ def reason(problem: Exception) -> str:
     return " ".join(text.split())
 
 
+def compile_kernels(spec: MapSpec | None) -> None:
+    """`tl_fast.jpeg.compile_kernels`, and those for label maps."""
+    from tl_fast.jpeg import compile_kernels
+
+    compile_kernels()
+    if spec is not None:
+        encode_map(np.zeros((), spec.dtype)[()], spec)
+
+
 class Writer:
     """One run of `write_beton`: what has been taken from the source, what became of it, and how to go on from there after a kill."""
 
@@ -368,6 +377,7 @@ def write_beton(
     def run(chunk: Sequence[Sample]) -> list[tuple[Sample, Encoded | Exception]]:
         return [(sample, encode(sample, spec, max_resolution, quality, decode_check)) for sample in chunk]
 
+    compile_kernels(spec)
     try:
         with PartialFile(path, settings, resume) as partial, BlockWriter(partial.handle, partial.partial) as blocks:
             file = BetonFile(blocks, len(samples), page_size, spec)

@@ -8,6 +8,7 @@ torchvision's image folder and tl_fast.annotate ignore it: label maps and stored
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import threading
 import zlib
@@ -102,6 +103,19 @@ class _Workspace(threading.local):
 
 
 _workspace = _Workspace()
+
+
+@functools.cache
+def compile_kernels() -> None:
+    """Compile, or load, everything that `prepare` calls. To be called before threads do: numba's tables of a function's compiled versions get
+    damaged where two threads call it for the first time at once (KeyError ever after)."""
+    colour, grey = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 1), np.uint8)
+    small = simplejpeg.encode_jpeg(grey, colorspace="GRAY", colorsubsampling="Gray")
+    prepare(simplejpeg.encode_jpeg(colour, colorspace="RGB"))
+    prepare(small)
+    prepare(small, max_resolution=8)
+    Image.fromarray(colour).save(png := io.BytesIO(), "PNG")
+    prepare(png.getvalue())
 
 
 def prepare(data: bytes, max_resolution: int | None = None, quality: int = 90, decode_check: bool = True) -> Prepared:

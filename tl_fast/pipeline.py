@@ -10,7 +10,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,6 +240,7 @@ class Loader:
         # One thread drives DALI (which decodes on its own threads); the kernels of the batch before run meanwhile.
         self._decoder = ThreadPoolExecutor(1, "tl_fast-decode")
         self._workers = ThreadPoolExecutor(self.threads, "tl_fast-kernel")
+        self._compiled = False
 
     @property
     def num_classes(self) -> int:
@@ -324,7 +325,7 @@ class Loader:
                 cpu.resample(np.asarray(regions[b]), tuple(boxes_in_region[b]), bool(flips[b]), out[b])
 
         parts = [range(t, len(ids), self.threads) for t in range(min(self.threads, len(ids)))]
-        kernels = [self._workers.submit(resample, part) for part in parts]
+        kernels = self._share(resample, parts)
         targets = None
         if self.token_labels:
             targets = torch.empty((len(ids), 1 + self.grid**2, self.num_classes), dtype=torch.float32)
@@ -340,9 +341,17 @@ class Loader:
                 )
 
             bounds = np.linspace(0, len(ids), len(parts) + 1).astype(int)
-            kernels += [self._workers.submit(token_targets, slice(a, b)) for a, b in itertools.pairwise(bounds)]
+            kernels += self._share(token_targets, [slice(a, b) for a, b in itertools.pairwise(bounds)])
+        self._compiled = True
         labels = torch.from_numpy(self.samples.labels[ids])
         return Batch(images, labels, targets, torch.from_numpy(np.ascontiguousarray(ids))), kernels
+
+    def _share(self, kernel: Callable, parts: Sequence) -> list[Future]:
+        """`kernel(part)` on the worker threads; the first time one alone, for numba does not bear two threads that compile one function."""
+        futures = [self._workers.submit(kernel, parts[0])]
+        if not self._compiled:
+            wait(futures)
+        return futures + [self._workers.submit(kernel, part) for part in parts[1:]]
 
     def _regions(self, boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What to decode for each box: the box and the pixels that the filter reads beyond it -> starts, stops int64 [B, 2]."""
