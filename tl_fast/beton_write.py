@@ -264,11 +264,10 @@ class Writer:
         """Make what was done durable, in the background."""
         self.file.flush()
         samples, allocated, rejects = self._committed
-        lines = "".join(json.dumps(reject) + "\n" for reject in self.rejects[rejects:])
         parts = (
             self.file.metadata[samples : self.file.samples].tobytes(),
             self.file.allocations[allocated : self.file.allocated].tobytes(),
-            lines.encode("ascii"),
+            reject_lines(self.rejects[rejects:]),
         )
         head = {"taken": self.taken, "digest": self.digest.hexdigest(), "counts": self.counts, "parts": list(map(len, parts))}
         self.partial.commit(self.file.offset, head, b"".join(parts))
@@ -286,6 +285,11 @@ class Writer:
             if always or self.partial.resumable:
                 self.commit()
         return self.partial.resumable
+
+
+def reject_lines(rejects: list[dict[str, str]]) -> bytes:
+    """One JSON object a line: id, origin, reason."""
+    return "".join(json.dumps(reject) + "\n" for reject in rejects).encode("ascii")
 
 
 def library_versions() -> dict[str, str]:
@@ -351,11 +355,11 @@ def write_beton(
         if not path.is_file():
             raise BetonError(f"{path} is no regular file; choose another name")
     settings = {
+        **(conversion or {}),  # not as one value: a resumed run says which of them differs
         "samples": len(samples),
         "class_names": list(class_names),
         "label maps": None if spec is None else spec.to_dict(),
         "annotator": annotator,
-        "conversion": conversion,
         "max_resolution": max_resolution,
         "quality": quality,
         "decode_check": decode_check,
@@ -442,9 +446,8 @@ def write_beton(
 
 
 def write_rejects(path: Path, rejects: list[dict[str, str]]) -> None:
-    """One JSON object a line: id, origin, reason. No file when there are none, also none of an earlier run."""
+    """`reject_lines` in a file of their own. No file when there are none, also none of an earlier run."""
     if rejects:
-        text = "".join(json.dumps(reject) + "\n" for reject in rejects)
-        write_atomic(path, lambda file: file.write(text.encode("ascii")))
+        write_atomic(path, lambda file: file.write(reject_lines(rejects)))
     else:
         path.unlink(missing_ok=True)
