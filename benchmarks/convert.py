@@ -1,6 +1,6 @@
 """How fast does a folder of JPEGs become a beton: ours with and without decoding every image, stock FFCV's writer, and `cp` of the folder?
 
-    python benchmarks/convert.py [--images FOLDER] [--samples 1536] [--rounds 5] [--workers 2]
+    python benchmarks/convert.py [--images FOLDER] [--samples 6144] [--rounds 5] [--workers 2]
 
 All read the same files, which lie in the page cache; ours also packs label maps (top 5 of 1,000 classes in 18x18 cells), and has its file on
 the disk when it ends, as `cp -r; sync` has and the others have not. Rounds are interleaved, after one that is not counted. Then the published label maps, one .pt an image: torch.load alone beside the whole import.
@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -30,7 +29,7 @@ from ffcv.writer import DatasetWriter
 from rows import ROOT, measure, write_rows
 from tl_fast.beton import BetonReader
 from tl_fast.beton_write import reuse_memory, write_beton
-from tl_fast.conversion import Conversion, Shard
+from tl_fast.conversion import Conversion
 from tl_fast.labelmap import LabelMapStore, MapSpec, pack, write_store
 from tl_fast.labelmap import encode as encode_map
 from tl_fast.published_maps import open_label_maps
@@ -91,26 +90,10 @@ def contenders(folder: Path, work: Path, workers: int) -> dict[str, Callable[[in
             listed = open_source(folder)  # listing the folder is part of the work
             conversion = Conversion(listed, maps, listed.order(None))
             out = work / f"ours {decode_check} {number}.beton"
-            write_beton(out, conversion, class_names=names, spec=maps.spec, workers=workers, decode_check=decode_check)
+            write_beton(out, conversion, class_names=names, spec=maps.spec, workers=workers, processes=True, decode_check=decode_check)
             return len(conversion)
 
         return run
-
-    def shard(number: int, i: int) -> None:
-        listed = open_source(folder)
-        conversion = Conversion(listed, maps, Shard(i, workers).cut(listed.order(None)))
-        out = Shard(i, workers).path(work / f"shards {number}.beton")
-        write_beton(out, conversion, class_names=names, spec=maps.spec, workers=1, decode_check=False)
-
-    def sharded(number: int) -> int:
-        processes = [multiprocessing.get_context("fork").Process(target=shard, args=(number, i)) for i in range(workers)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-            if process.exitcode:
-                raise SystemExit(f"convert.py: a shard's process ended with {process.exitcode}")
-        return len(source.ids)
 
     def stock(number: int) -> int:
         writer = DatasetWriter(str(work / f"stock {number}.beton"), {"image": RGBImageField(write_mode="jpg"), "label": IntField()}, num_workers=workers)
@@ -131,7 +114,6 @@ def contenders(folder: Path, work: Path, workers: int) -> dict[str, Callable[[in
     return {
         "tl_fast: every image decoded": ours(True),
         "tl_fast: structure checked": ours(False),
-        "tl_fast: structure checked, a process a core": sharded,
         "stock FFCV writer": stock,
         "cp -r": copy(False),
         "cp -r; sync": copy(True),
@@ -162,7 +144,7 @@ def importers(folder: Path, count: int) -> dict[str, Callable[[int], int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)")
-    parser.add_argument("--samples", type=int, default=1536, help="files in the folder; the images are repeated to fill it")
+    parser.add_argument("--samples", type=int, default=6144, help="files in the folder; the images are repeated to fill it")
     parser.add_argument("--rounds", type=int, default=5, help="counted conversions by each contender")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "convert.jsonl")

@@ -122,6 +122,7 @@ def convert(
                 annotator=annotator_record(maps),
                 conversion=record,
                 workers=workers,
+                processes=True,
                 max_resolution=max_resolution,
                 quality=quality,
                 decode_check=decode_check,

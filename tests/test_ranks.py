@@ -28,6 +28,8 @@ def work(rank: int, folder: str) -> None:
         }
     assert torch.distributed.is_initialized(), "a group that join did not make is not its to destroy"
     torch.save(result, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # gloo's threads would abort a process that exits around them
 
 
 def test_two_processes_share_what_they_should(tmp_path):

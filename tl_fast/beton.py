@@ -7,7 +7,6 @@ holds label maps, a CRC-32 for every sample and every table, class names, source
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
@@ -16,6 +15,7 @@ import numpy as np
 
 from tl_fast.beton_layout import BetonError
 from tl_fast.beton_tables import DAMAGED, BetonTables
+from tl_fast.crc import crc32
 from tl_fast.beton_write import Sample, WriteSummary, ordered_map, write_beton
 from tl_fast.labelmap import LEVELS, encoded_sizes
 
@@ -142,9 +142,9 @@ class BetonReader(BetonTables):
 
     def check(self, i: int) -> None:
         """Raises BetonError when sample i's bytes are not those that were written."""
-        stored, found = self.crc(i), zlib.crc32(self.jpeg(i))
+        stored, found = self.crc(i), crc32(self.jpeg(i))
         if self.spec is not None:
-            found = zlib.crc32(self._map_bytes(i), found)
+            found = crc32(self._map_bytes(i), found)
         if found != stored:
             raise self._crc_error(i, found)
 
@@ -162,7 +162,7 @@ class BetonReader(BetonTables):
             if crc is not None:
                 value = 0
                 for part in parts:
-                    value = zlib.crc32(part, value)
+                    value = crc32(part, value)
                 if value != crc:
                     found[i] = self._crc_error(i, value)
                     continue

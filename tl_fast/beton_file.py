@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from tl_fast.beton_layout import (
     spec_to_arguments,
 )
 from tl_fast.block_writer import BlockWriter, write_all
+from tl_fast.crc import crc32
 from tl_fast.labelmap import MapSpec
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class Encoded:
     score_min: float
     score_step: float
     crc: int
+
+    def __reduce__(self):
+        """In a third of the time that a frozen dataclass takes."""
+        return Encoded, (self.image, self.label_map, self.score_min, self.score_step, self.crc)
 
 
 class BetonFile:
@@ -124,7 +128,7 @@ class BetonFile:
             starts.append(end + -end % 8)
             write_all(self.blocks.handle, part, starts[-1])
             end = starts[-1] + len(part)
-        crcs = [zlib.crc32(part) for part in (*texts, metadata, allocations)]
+        crcs = [crc32(part) for part in (*texts, metadata, allocations)]
         header = np.array([(VERSION, len(self.fields), self.page_size, self.samples, starts[2])], HEADER).tobytes()
 
         def head(head_crc: int) -> bytes:
@@ -132,4 +136,4 @@ class BetonFile:
             self.fields["arguments"][-1, : INDEX.itemsize] = index.view(np.uint8)
             return header + self.fields.tobytes()
 
-        write_all(self.blocks.handle, head(zlib.crc32(head(0))) + metadata, 0)  # the CRC is taken with its own place at zero
+        write_all(self.blocks.handle, head(crc32(head(0))) + metadata, 0)  # the CRC is taken with its own place at zero

@@ -12,7 +12,6 @@ import mmap
 import os
 import re
 import stat
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from tl_fast.beton_layout import (
     metadata_dtype,
     spec_from_arguments,
 )
+from tl_fast.crc import crc32
 from tl_fast.labelmap import LEVELS, LabelMapError, encoded_sizes
 
 DAMAGED = "the file is damaged: convert again or copy it anew"
@@ -161,7 +161,7 @@ class BetonTables:
             raise self._error("info", f"tl_fast is not a string, or conversion not an object; {DAMAGED}")
 
     def _check_crc(self, name: str, data: np.ndarray) -> None:
-        if (found := zlib.crc32(data)) != self._index[f"{name}_crc"]:
+        if (found := crc32(data)) != self._index[f"{name}_crc"]:
             raise self._error(
                 f"{name}_crc",
                 f"CRC-32 is {found:08x}, the file says {int(self._index[f'{name}_crc']):08x}; {DAMAGED}",

@@ -1,7 +1,7 @@
-"""Writing a .beton: in one pass, on threads, to a temporary file that takes the final name only when it is whole.
+"""Writing a .beton: in one pass, on threads or processes, to a temporary file that takes the final name only when it is whole.
 
 ffcv's writer loop is not used: it hangs when a worker dies, leaves torn files that look whole, and its output depends on the workers'
-timing. Here worker threads read and encode, and one thread lays out and writes in the samples' order, so the bytes are the same for any
+timing. Here workers read and encode, and one thread lays out and writes in the samples' order, so the bytes are the same for any
 number of workers.
 """
 
@@ -11,13 +11,13 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import gc
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +30,8 @@ import tl_fast
 from tl_fast.beton_file import BetonFile, Encoded
 from tl_fast.beton_layout import MAX_INFO, MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
 from tl_fast.block_writer import BlockWriter
+from tl_fast.crc import crc32
+from tl_fast.forked import Forked, ProcessDied
 from tl_fast.labelmap import MapSpec, write_atomic
 from tl_fast.labelmap import encode as encode_map
 from tl_fast.partial_file import PartialFile
@@ -100,7 +102,7 @@ class TooManyRejects(BetonError):
 
 
 def reuse_memory() -> None:
-    """Let malloc keep what is freed (glibc; elsewhere nothing happens).
+    """Let malloc keep what is freed (glibc; elsewhere nothing happens), and the garbage collector pass over what is there by now.
 
     By default every buffer of more than 128 KB is mapped anew, and a page fault for each of its pages takes longer than reading it: 117 µs
     for a 128-KB file, 31 with this. It holds for the whole process, so programs call it, not `write_beton`.
@@ -109,6 +111,7 @@ def reuse_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    gc.freeze()  # it took 25 µs a sample to look at all modules again and again
 
 
 def ordered_map(workers: int, function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
@@ -146,7 +149,7 @@ def encode(sample: Sample, spec: MapSpec | None, max_resolution: int | None, qua
                 raise ValueError("has no label map")
             record = sample.label_map()
             data, score_min, score_step = encode_map(record, spec), float(record["score_min"]), float(record["score_step"])
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
     except UnicodeEncodeError:
         return ValueError("its name is not UTF-8; rename it")
     except TurboJpegMissing as error:
@@ -306,6 +309,7 @@ def write_beton(
     annotator: dict[str, Any] | None = None,
     conversion: dict[str, Any] | None = None,
     workers: int | None = None,
+    processes: bool = False,
     max_resolution: int | None = None,
     quality: int = 90,
     decode_check: bool = True,
@@ -320,7 +324,8 @@ def write_beton(
 
     class_names: name of every label; with `spec` as many as the label maps' classes, for token targets and labels are of one kind.
     annotator, conversion: JSON-able records of how the label maps were made and of what was converted, kept in the file. workers: threads,
-    by default one per CPU core this process may use. max_resolution, quality, decode_check: see `tl_fast.jpeg.prepare`. page_size: bytes, a
+    by default one per CPU core this process may use. processes: forked processes instead, which do not wait for each other's GIL; `samples`
+    must then be a sequence, and the bytes of its images and label maps are asked for in those processes. max_resolution, quality, decode_check: see `tl_fast.jpeg.prepare`. page_size: bytes, a
     power of two; no sample may be larger.
     on_error: `stop` at the first bad sample, or `quarantine`: leave it out and list it, a JSON object a line, in `PATH.rejects.jsonl`.
     max_rejects: how many may be left out. resume: go on from what an unfinished run left (`tl_fast.partial_file`), if it left something.
@@ -373,25 +378,37 @@ def write_beton(
         raise BetonError(f"{path}: class names and the annotator's record have {size} bytes, at most {MAX_INFO} are read; shorten them")
     rejects_path = path.with_name(path.name + ".rejects.jsonl")
 
-    def tasks(source: Iterable[Sample]) -> Iterator[tuple[Sample, ...]]:
+    begun: deque[tuple[Sample, ...]] = deque()
+
+    def tasks(source: Iterable[Sample], start: int) -> Iterator[Sequence]:
         source = iter(source)
         while chunk := tuple(itertools.islice(source, CHUNK)):
-            yield chunk
+            begun.append(chunk)
+            yield range(start, start + len(chunk)) if processes else chunk
+            start += len(chunk)
 
-    def run(chunk: Sequence[Sample]) -> list[tuple[Sample, Encoded | Exception]]:
-        return [(sample, encode(sample, spec, max_resolution, quality, decode_check)) for sample in chunk]
+    def run(chunk: Iterable[Sample]) -> list[Encoded | Exception]:
+        return [encode(sample, spec, max_resolution, quality, decode_check) for sample in chunk]
+
+    def run_places(places: range) -> list[Encoded | Exception]:
+        results = run(samples[place] for place in places)
+        return [ValueError(reason(result)) if isinstance(result, Exception) else result for result in results]
 
     compile_kernels(spec)
     try:
-        with PartialFile(path, settings, resume) as partial, BlockWriter(partial.handle, partial.partial) as blocks:
+        with contextlib.ExitStack() as stack:
+            forked = stack.enter_context(Forked(workers, run_places)) if processes else None  # before anything has threads and locks
+            partial = stack.enter_context(PartialFile(path, settings, resume))
+            blocks = stack.enter_context(BlockWriter(partial.handle, partial.partial))
             file = BetonFile(blocks, len(samples), page_size, spec)
             writer, source = Writer(partial, file, class_names), iter(samples)
             writer.restore(source)
             resumed = writer.taken
             try:
-                with contextlib.closing(ordered_map(workers, run, tasks(writer.checked(source)), ahead=2)) as results:
+                chunks = tasks(writer.checked(source), resumed)
+                with contextlib.closing(forked.map(chunks) if forked else ordered_map(workers, run, chunks, ahead=2)) as results:
                     for chunk in results:
-                        for sample, result in chunk:
+                        for sample, result in zip(begun.popleft(), chunk, strict=True):
                             problem = writer.add(sample, result)
                             if problem is not None and on_error == "stop":
                                 raise BetonError(f"{sample.name}: {reason(problem)}") from problem
@@ -422,8 +439,10 @@ def write_beton(
                 if writer.keep(always=isinstance(error, TooManyRejects)):
                     error.add_note(f"The first {writer.taken:,} samples are done; the same command with --resume goes on from there.")
                 raise
-    except OSError as error:
-        failure = BetonError(f"{path}: cannot be written ({error}); free some space or choose another folder")
+    except (OSError, ProcessDied) as error:
+        what = "cannot be written" if isinstance(error, OSError) else "unfinished"
+        remedy = "free some space or choose another folder" if isinstance(error, OSError) else "run with fewer --workers"
+        failure = BetonError(f"{path}: {what} ({error}); {remedy}")
         for note in getattr(error, "__notes__", ()):
             failure.add_note(note)
         raise failure from error

@@ -15,7 +15,6 @@ import os
 import pickle
 import shutil
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from tl_fast.crc import crc32
 from tl_fast.models import resize_pos_embed
 
 FORMAT = "tl_fast checkpoint 1"
@@ -237,7 +237,7 @@ def _crc32(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
+            crc = crc32(block, crc)
     return crc
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import pickle
 import threading
-import zlib
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
+from tl_fast.crc import crc32
 from tl_fast.kernels import jpeg as scans
 from tl_fast.kernels import jpeg_markers as marks
 from tl_fast.turbojpeg_transform import lossless_baseline
@@ -64,6 +65,12 @@ class Prepared:
     stripped: int
     rotated: bool
     crc: int
+
+    def __reduce_ex__(self, protocol: int):
+        """Its bytes out of band where the protocol can (`tl_fast.forked`)."""
+        wrap = pickle.PickleBuffer if protocol >= 5 else bytes
+        parts = tuple(wrap(part) for part in self.parts)
+        return Prepared, (parts, self.height, self.width, self.action, self.stripped, self.rotated, self.crc)
 
     @property
     def data(self) -> bytes:
@@ -163,7 +170,7 @@ def _copy(data: bytes, record: list[int]) -> Prepared:
 def _prepared(parts: tuple[bytes | memoryview, ...], record: list[int], action: str, stripped: int, rotated: bool) -> Prepared:
     crc = 0
     for part in parts:
-        crc = zlib.crc32(part, crc)
+        crc = crc32(part, crc)
     return Prepared(parts, record[marks.HEIGHT], record[marks.WIDTH], action, stripped, rotated, crc)
 
 
@@ -280,4 +287,4 @@ def _encode(data: bytes, limit: int, quality: int, record: list[int] | None = No
         stripped, orientation = 0, marks.exif_orientation(np.frombuffer(exif, np.uint8), 0, len(exif))
     else:
         stripped, orientation = _left_out(data, record), record[marks.ORIENTATION]
-    return Prepared((encoded,), image.height, image.width, action, stripped, orientation > 1, zlib.crc32(encoded))
+    return Prepared((encoded,), image.height, image.width, action, stripped, orientation > 1, crc32(encoded))

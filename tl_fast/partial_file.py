@@ -16,13 +16,13 @@ import fcntl
 import json
 import os
 import struct
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 from tl_fast.beton_layout import BetonError
 from tl_fast.block_writer import write_all
+from tl_fast.crc import crc32
 
 MAGIC = b"tlf_jrn1"
 RECORD = struct.Struct("<8sIQI")
@@ -82,7 +82,7 @@ class PartialFile:
             if magic != MAGIC or end > limit:
                 break
             text = os.pread(self._journal, head_size + data_size, self._journal_size + RECORD.size)
-            if zlib.crc32(text) != crc:
+            if crc32(text) != crc:
                 break
             head = json.loads(text[:head_size])
             if records and head["size"] > size:
@@ -103,7 +103,7 @@ class PartialFile:
 
     def _append(self, head: dict[str, Any], data: bytes) -> None:
         text = json.dumps(head).encode("ascii")
-        crc = zlib.crc32(data, zlib.crc32(text))
+        crc = crc32(data, crc32(text))
         record = b"".join((RECORD.pack(MAGIC, len(text), len(data), crc), text, data))
         try:
             write_all(self._journal, record, self._journal_size)
