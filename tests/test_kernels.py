@@ -143,12 +143,17 @@ def test_token_targets_refuse_what_does_not_fit(change, message):
         cpu.token_targets(**(arguments | change))
 
 
+def margin(extent: float, size: int) -> int:
+    """Pixels beyond a box that the bilinear filter reads, and one."""
+    return int(np.ceil(max(extent / size, 1) / 2)) + 1
+
+
 def resampled(image: Image.Image, box, flip, size):
     """`cpu.resample` of the decoded region alone, as the loader calls it. box: (top, left, height, width)."""
     pixels = np.array(image)
     top, left, height, width = box
-    y0, x0 = max(int(top) - int(cpu.margin(height, size[0])), 0), max(int(left) - int(cpu.margin(width, size[1])), 0)
-    y1, x1 = int(np.ceil(top + height)) + int(cpu.margin(height, size[0])), int(np.ceil(left + width)) + int(cpu.margin(width, size[1]))
+    y0, x0 = max(int(top) - margin(height, size[0]), 0), max(int(left) - margin(width, size[1]), 0)
+    y1, x1 = int(np.ceil(top + height)) + margin(height, size[0]), int(np.ceil(left + width)) + margin(width, size[1])
     region = np.ascontiguousarray(pixels[y0:y1, x0:x1])
     out = np.empty((3, *size), np.uint8)
     cpu.resample(region, (top - y0, left - x0, height, width), flip, out)
@@ -200,7 +205,7 @@ def test_kernels_are_kept_on_disk_under_their_sources_content(tmp_path):
         "from tl_fast.kernels import cpu\n"
         "assert numba.config.CACHE_DIR == before\n"
         "cpu.resample(np.zeros((4, 4, 3), np.uint8), (0, 0, 4, 4), False, np.empty((3, 2, 2), np.uint8))\n"
-        "print(sum(cpu._resample.stats.cache_hits.values()), sum(cpu._resample.stats.cache_misses.values()))"
+        "print(sum(cpu.warp.resample.stats.cache_hits.values()), sum(cpu.warp.resample.stats.cache_misses.values()))"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     runs = [subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True) for _ in range(2)]

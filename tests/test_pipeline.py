@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tests import reference
-from tl_fast import plan
+from tl_fast import pipeline, plan, rand_augment, scalar
 from tl_fast.beton import BetonReader
 from tl_fast.beton_layout import BetonError
 from tl_fast.beton_write import Sample, write_beton
@@ -129,14 +129,66 @@ def test_the_alignment_test_notices_wrong_geometry(tmp_path, monkeypatch):
     """Boxes fed as (left, top, ...), as the published code does, or flips left out: most tokens name the wrong cell."""
     spec = MapSpec(k=1, height=ROWS, width=COLUMNS, num_classes=ROWS * COLUMNS)
     path = write(tmp_path / "coordinates.beton", [jpeg(coordinate_image())] * 8, [cell_record(spec)] * 8, spec)
-    right = cpu.token_targets
-    swapped = lambda c, s, crops, flips, *rest: right(c, s, np.ascontiguousarray(crops[:, [1, 0, 3, 2]]), flips, *rest)  # noqa: E731
-    unflipped = lambda c, s, crops, flips, *rest: right(c, s, crops, np.zeros_like(flips), *rest)  # noqa: E731
+    right = pipeline.map_affines
+    swapped = lambda *arguments: right(*arguments[:-1], "published")  # noqa: E731
+    unflipped = lambda plans, *rest: right(mirrored(plans), *rest)  # noqa: E731
     for wrong in (swapped, unflipped):
-        monkeypatch.setattr(cpu, "token_targets", wrong)
+        monkeypatch.setattr(pipeline, "map_affines", wrong)
         with Loader(path, 8, image_size=SIZE, grid=GRID, augment=BOTH, smoothing=0.0) as loader:
             off = misplacement(next(iter(loader)), lambda y: y * ROWS, lambda x: x * COLUMNS)
         assert (off > 0.12).mean() > 0.5
+
+
+def mirrored(plans: np.ndarray) -> np.ndarray:
+    """The plans with left and right of the output exchanged."""
+    plans = plans.copy()
+    plans["affine"][:, 2] += plans["affine"][:, 0]
+    plans["affine"][:, 5] += plans["affine"][:, 3]
+    plans["affine"][:, [0, 3]] *= -1
+    return plans
+
+
+GEOMETRY = [("Rotate", 25), ("Rotate", -11), ("ShearX", 0.27), ("ShearY", -0.27), ("TranslateX", 0.4), ("TranslateY", -0.31)]
+
+
+@pytest.mark.parametrize("operations", [*([op] for op in GEOMETRY), GEOMETRY[:3], GEOMETRY[3:]], ids=str)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_geometric_operations_move_labels_with_the_pixels(tmp_path, monkeypatch, operations, interpolation):
+    """On a 4:3 image: tokens of pixels name the cell under them; tokens of fill know nothing."""
+    spec = MapSpec(k=1, height=ROWS, width=COLUMNS, num_classes=ROWS * COLUMNS)
+    path = write(tmp_path / "coordinates.beton", [jpeg(coordinate_image())] * 16, [cell_record(spec)] * 16, spec)
+    drawn = plan.draw
+
+    def draw(*arguments):
+        plans = drawn(*arguments)
+        for record in plans:
+            affine = tuple(record["affine"].astype(float))
+            for name, value in operations:
+                affine = scalar.compose(*affine, rand_augment.OPS.index(name), value)
+            record["affine"] = affine
+        return plans
+
+    monkeypatch.setattr(pipeline.plan, "draw", draw)
+    seen = filled = 0
+    augment = plan.Augment(interpolation=interpolation, fill=(0, 0, 255))
+    with Loader(path, 16, image_size=SIZE, grid=GRID, augment=augment, seed=1, smoothing=0.0) as loader:
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                off = misplacement(batch, lambda y: y * ROWS, lambda x: x * COLUMNS)
+                blue = batch.images[:, 2].float()
+                is_image = torch.nn.functional.avg_pool2d((blue < 140).float()[:, None], SIZE // GRID).flatten(1).numpy()
+                whole = is_image == 1
+                assert off[whole].max() <= 0.15, off[whole].max()
+                seen += whole.sum()
+                nothing = batch.targets[:, 1:].amax(2).numpy() < 1.001 / spec.num_classes
+                assert not nothing[whole].any()
+                # RoIAlign goes on for a cell beyond the map's edge, so the first tokens outside still name it.
+                filled += nothing.sum()
+                assert (is_image[nothing] == 0).all()
+    assert seen > 1500
+    if len(operations) > 1:
+        assert filled > 10
 
 
 def test_center_square_maps_are_aligned_too(tmp_path):
@@ -303,8 +355,10 @@ def test_evaluation_is_resize_and_centre_crop(photo_beton, photo_files):
         # Short side to floor(96 / 0.875) = 109 pixels, then the centre 96: in source pixels a square of 96 / 109 of the short side.
         side = min(image.size) * 96 / 109
         left, top = (image.width - side) / 2, (image.height - side) / 2
-        theirs = image.resize((96, 96), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-        assert np.abs(seen[sample][0].numpy().astype(int) - np.asarray(theirs).transpose(2, 0, 1)).max() <= 1, file
+        theirs = image.resize((96, 96), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        off = np.abs(seen[sample][0].numpy().astype(int) - np.asarray(theirs).transpose(2, 0, 1))
+        # Pillow clips between its two passes, which shows beside the strongest edges.
+        assert off.max() <= 8 and np.percentile(off, 99) <= 1 and off.mean() < 0.25, file
 
 
 def test_centre_boxes_never_leave_the_image():
@@ -383,7 +437,7 @@ def test_an_error_in_a_kernel_or_the_reader_surfaces(photo_beton, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("broken kernel")
 
-    for owner, name in ((cpu, "resample"), (cpu, "token_targets"), (BetonReader, "label_maps"), (BetonReader, "jpeg")):
+    for owner, name in ((cpu, "augment"), (cpu, "warped_targets"), (BetonReader, "label_maps"), (BetonReader, "jpeg")):
         with monkeypatch.context() as patch, Loader(photo_beton, 4, image_size=32, grid=2) as loader:
             patch.setattr(owner, name, fail)
             start = time.monotonic()

@@ -65,6 +65,14 @@ class TrainConfig:
     """Aspect ratio width/height of a random crop, (low, high)."""
     flip: float = 0.5
     """Probability of a horizontal mirror."""
+    interpolation: Literal["bilinear", "bicubic", "random"] = "random"
+    """Filter of the resize; random: either, an image. Source: published code."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's notation, its geometry applied to labels too; null: none. Paper: this one, L with rand-n3-m9-mstd0.5-inc1."""
+    color_jitter: float = 0.0
+    """Without auto_augment: brightness, contrast and saturation vary by this share, 0..1."""
+    erase: float = 0.25
+    """Probability of random erasing with noise. Source: published code."""
     geometry: Literal["correct", "published"] = "correct"
     """Where label maps are cropped; published: mirrored across the diagonal, as the published code does, to reproduce its runs."""
 
@@ -142,7 +150,7 @@ class TrainConfig:
             raise ValueError(f"std must be > 0, got {self.std}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
-        self.augment  # noqa: B018  validates scale, ratio and flip
+        self.augment  # noqa: B018  validates scale, ratio, flip, auto_augment ...
         if self.img_size % PATCH:
             raise ValueError(f"img_size must be divisible by {PATCH} (the patch), got {self.img_size}")
         if self.batch_size % self.accumulate:
@@ -163,7 +171,9 @@ class TrainConfig:
     @property
     def augment(self) -> Augment:
         """The ranges of the plan's random decisions. Raises ValueError naming the one that is wrong."""
-        return Augment(scale=self.scale, ratio=self.ratio, flip=self.flip)
+        return Augment(scale=self.scale, ratio=self.ratio, flip=self.flip, interpolation=self.interpolation,
+                       auto_augment=self.auto_augment or "", color_jitter=self.color_jitter, erase=self.erase,
+                       fill=tuple(min(255, round(255 * value)) for value in self.mean))
 
     @property
     def peak_lr(self) -> float:
@@ -194,7 +204,7 @@ class TrainConfig:
 
 
 _TUPLES = ("mean", "std", "scale", "ratio", "betas")
-_RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; plan.Augment checks scale, ratio and flip
+_RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; plan.Augment checks its own
     ("img_size", PATCH, 4096),
     ("num_classes", 1, 65_535),  # label maps hold uint16 classes
     ("cls_weight", 0, 1e6),

@@ -30,7 +30,7 @@ def njit(function: Callable) -> Callable:
 @functools.cache
 def _cache_folder() -> str | None:
     package = Path(__file__).resolve().parent
-    sources = [package / "jit.py", package / "plan.py", package / "scalar.py", *sorted((package / "kernels").glob("*.py"))]
+    sources = [package / "jit.py", package / "plan.py", package / "rand_augment.py", package / "scalar.py", *sorted((package / "kernels").glob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     try:
         base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

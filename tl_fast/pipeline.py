@@ -20,14 +20,15 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from tl_fast import plan
+from tl_fast import plan, scalar
 from tl_fast.beton import BetonReader
-from tl_fast.kernels import cpu
+from tl_fast.kernels import cpu, warp
 from tl_fast.labelmap import EXTENTS
 from tl_fast.ranks import cores_of_this_rank
 
 
 GEOMETRIES = ("correct", "published")
+EVAL_INTERPOLATION = scalar.BICUBIC  # the published evaluation's
 
 
 class DecodeError(RuntimeError):
@@ -40,12 +41,16 @@ class Batch:
 
     images: uint8 [B, 3, H, W], RGB, not normalised; labels: int64 [B]; targets: float32 [B, 1+N, C], class-token target first, tokens row by
     row, or None (no label maps, or evaluation); sample_ids: int64 [B], position in the concatenation of the betons.
+    With random erasing, which is left to the training device (`tl_fast.erase`): erase: int32 [B, 4] = (top, left, height, width) in pixels, height 0
+    for none; noise: int64 [B], seeds of what to fill the boxes with. None without.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     targets: torch.Tensor | None
     sample_ids: torch.Tensor
+    erase: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
 
 
 class Samples:
@@ -151,6 +156,23 @@ def crop_fractions(boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray, e
         raise ValueError(f"label map extent must be one of {EXTENTS}, got {extent!r}")
     start = (size - covered) / 2
     return np.concatenate([(boxes[:, :2] - start) / covered, boxes[:, 2:] / covered], axis=1).astype(np.float32)
+
+
+def map_affines(plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, extent: str, geometry: str) -> np.ndarray:
+    """The plans' affines, from output coordinates to fractions of the label map's extent -> float32 [B, 6] as `cpu.warped_targets` takes them.
+
+    geometry "published" hands the crop's (top, left, height, width) to RoIAlign as (x1, y1, ...), so its labels are mirrored across the diagonal.
+    """
+    boxes = np.stack([plans[name] for name in ("top", "left", "height", "width")], axis=1).astype(np.float64)
+    crops = crop_fractions(boxes, heights, widths, extent).astype(np.float64)
+    if geometry == "published":
+        crops = crops[:, [1, 0, 3, 2]]
+    affines = plans["affine"].astype(np.float64)
+    affines[:, [2, 5]] -= boxes[:, [1, 0]]
+    affines /= boxes[:, [3, 3, 3, 2, 2, 2]]  # to coordinates of the crop
+    affines *= crops[:, [3, 3, 3, 2, 2, 2]]
+    affines[:, [2, 5]] += crops[:, [1, 0]]
+    return affines.astype(np.float32)
 
 
 @pipeline_def
@@ -307,44 +329,42 @@ class Loader:
         heights, widths = self.samples.heights[ids], self.samples.widths[ids]
         if self.train:
             plans = plan.draw(self.seed, epoch, ids, heights, widths, self.augment)
-            boxes = np.stack([plans[name] for name in ("top", "left", "height", "width")], axis=1).astype(np.float64)
-            flips = plans["flip"]
         else:
-            boxes = center_boxes(heights, widths, self.image_size, self.crop_pct)
-            flips = np.zeros(len(ids), np.bool_)
-        starts, stops = self._regions(boxes, heights, widths)
+            plans = plan.of_boxes(center_boxes(heights, widths, self.image_size, self.crop_pct), EVAL_INTERPOLATION)
+        starts, stops = warp.needed(plans, heights, widths, self.image_size)
         regions = self._decode(ids, starts, stops - starts)
-        boxes_in_region = boxes - np.pad(starts, ((0, 0), (0, 2)))
         images = torch.empty((len(ids), 3, self.image_size, self.image_size), dtype=torch.uint8)
-        out = images.numpy()
+        out, fill = images.numpy(), np.array(self.augment.fill, np.uint8)
 
-        def resample(part: range) -> None:
+        def augment(part: range) -> None:
             for b in part:
                 if self.check:
                     self.samples.check(ids[b])
-                cpu.resample(np.asarray(regions[b]), tuple(boxes_in_region[b]), bool(flips[b]), out[b])
+                cpu.augment(np.asarray(regions[b]), *starts[b], heights[b], widths[b], plans[b], fill, out[b])
 
         parts = [range(t, len(ids), self.threads) for t in range(min(self.threads, len(ids)))]
-        kernels = self._share(resample, parts)
+        kernels = self._share(augment, parts)
         targets = None
         if self.token_labels:
             targets = torch.empty((len(ids), 1 + self.grid**2, self.num_classes), dtype=torch.float32)
-            crops = crop_fractions(boxes, heights, widths, self.samples.spec.extent)
-            if self.geometry == "published":  # it hands (top, left, height, width) to RoIAlign as (x1, y1, ...)
-                crops = np.ascontiguousarray(crops[:, [1, 0, 3, 2]])
+            affines = map_affines(plans, heights, widths, self.samples.spec.extent, self.geometry)
             classes, scores = self.samples.label_maps(ids)
             target_out = targets.numpy()
 
             def token_targets(part: slice) -> None:
-                cpu.token_targets(
-                    classes[part], scores[part], crops[part], flips[part], self.num_classes, self.grid, self.smoothing, target_out[part]
+                cpu.warped_targets(
+                    classes[part], scores[part], affines[part], self.num_classes, self.grid, self.smoothing, target_out[part]
                 )
 
             bounds = np.linspace(0, len(ids), len(parts) + 1).astype(int)
             kernels += self._share(token_targets, [slice(a, b) for a, b in itertools.pairwise(bounds)])
         self._compiled = True
         labels = torch.from_numpy(self.samples.labels[ids])
-        return Batch(images, labels, targets, torch.from_numpy(np.ascontiguousarray(ids))), kernels
+        batch = Batch(images, labels, targets, torch.from_numpy(np.ascontiguousarray(ids)))
+        if self.train and self.augment.erase > 0:
+            batch.erase = torch.from_numpy(plan.erase_boxes(plans, self.image_size))
+            batch.noise = torch.from_numpy(plans["noise"].view(np.int64).copy())
+        return batch, kernels
 
     def _share(self, kernel: Callable, parts: Sequence) -> list[Future]:
         """`kernel(part)` on the worker threads; the first time one alone, for numba does not bear two threads that compile one function."""
@@ -352,14 +372,6 @@ class Loader:
         if not self._compiled:
             wait(futures)
         return futures + [self._workers.submit(kernel, part) for part in parts[1:]]
-
-    def _regions(self, boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What to decode for each box: the box and the pixels that the filter reads beyond it -> starts, stops int64 [B, 2]."""
-        margins = cpu.margin(boxes[:, 2:], self.image_size)
-        size = np.stack([heights, widths], axis=1)
-        starts = np.maximum(np.floor(boxes[:, :2]).astype(np.int64) - margins, 0)
-        stops = np.minimum(np.ceil(boxes[:, :2] + boxes[:, 2:]).astype(np.int64) + margins, size)
-        return starts, stops
 
     def _decode(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray):
         """DALI tensor list of the regions' pixels, uint8 [h, w, 3] each."""

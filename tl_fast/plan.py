@@ -10,34 +10,84 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tl_fast import scalar
 from tl_fast.jit import compile_scalar, njit
+from tl_fast.rand_augment import MAX_LAYERS, RandAugment
 
 _scalar = compile_scalar(njit)
 
-PLAN = np.dtype([("top", "<i4"), ("left", "<i4"), ("height", "<i4"), ("width", "<i4"), ("flip", "?")])
-"""One record a sample: the crop in pixels of the stored image, and whether the crop is then mirrored left-right."""
+PLAN = np.dtype(
+    [
+        ("top", "<i4"),
+        ("left", "<i4"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("flip", "?"),
+        ("interpolation", "u1"),
+        ("affine", "<f4", 6),
+        ("ops", "i1", MAX_LAYERS),
+        ("arguments", "<f4", MAX_LAYERS),
+        ("erase", "<f4", 4),
+        ("noise", "<u8"),
+    ],
+    align=True,
+)
+"""One record a sample.
+
+top, left, height, width: the crop in pixels of the stored image; flip: whether it is then mirrored left-right; interpolation: 0 bilinear,
+1 bicubic; affine: (xu, xv, x0, yu, yv, y0), crop, flip and the geometric operations in one: from output coordinates u (along x), v (along y) in 0..1
+to source pixels x = xu u + xv v + x0, y = yu u + yv v + y0; ops: codes of the drawn operations (`tl_fast.rand_augment.OPS`) in their order, -1 for
+none, and their arguments; erase: the box to fill with noise (`tl_fast.scalar.erase_box`), height 0 for none; noise: its seed.
+"""
+
+INTERPOLATIONS = ("bilinear", "bicubic", "random")
+ERASE_AREA = 0.02, 1 / 3  # of the output; timm's
+ERASE_RATIO = 0.3, 1 / 0.3  # height / width; timm's
+JITTERED = np.array([scalar.BRIGHTNESS, scalar.CONTRAST, scalar.COLOR], np.int8)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Ranges of the random decisions. Defaults: LV-ViT (arXiv 2104.10858), which takes them from timm.
+    """Ranges of the random decisions. The defaults are crop and flip alone; LV-ViT's recipe (arXiv 2104.10858) adds the rest.
 
     scale: (low, high) share of the image's area that a crop takes, 0 < low <= high <= 1.
     ratio: (low, high) aspect ratio width / height of a crop, 0 < low <= high.
     flip: probability of a horizontal mirror, 0..1.
+    interpolation: "bilinear", "bicubic", or "random": either, an image.
+    auto_augment: RandAugment as timm writes it ("rand-m9-mstd0.5-inc1"), or "" for none.
+    color_jitter: brightness, contrast and saturation get factors from 1 - this to 1 + this, in random order, 0..1; only without auto_augment, as timm's.
+    erase: probability of random erasing, 0..1.
+    fill: RGB where the output shows what is outside the image, 0..255; ImageNet's mean by default, as timm's.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    interpolation: str = "bilinear"
+    auto_augment: str = ""
+    color_jitter: float = 0.0
+    erase: float = 0.0
+    fill: tuple[int, int, int] = (124, 116, 104)
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"augment.scale must satisfy 0 < low <= high <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
             raise ValueError(f"augment.ratio must satisfy 0 < low <= high, got {self.ratio}")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"augment.flip is a probability in [0, 1], got {self.flip}")
+        for name in ("flip", "erase", "color_jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"augment.interpolation must be one of {INTERPOLATIONS}, got {self.interpolation!r}")
+        if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
+            raise ValueError(f"augment.fill must be three numbers in 0..255, got {self.fill}")
+        if self.rand_augment is not None and self.color_jitter:
+            raise ValueError(f"augment.color_jitter {self.color_jitter} and auto_augment {self.auto_augment!r}: choose one of them")
+
+    @property
+    def rand_augment(self) -> RandAugment | None:
+        """`auto_augment`, parsed. Raises ValueError."""
+        return RandAugment.parse(self.auto_augment) if self.auto_augment else None
 
 
 def draw(seed: int, epoch: int, sample_ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, augment: Augment) -> np.ndarray:
@@ -52,10 +102,35 @@ def draw(seed: int, epoch: int, sample_ids: np.ndarray, heights: np.ndarray, wid
         raise ValueError(f"sample_ids, heights and widths must be [B], got {ids.shape}, {heights.shape}, {widths.shape}")
     if ids.size and (ids.min() < 0 or heights.min() < 1 or widths.min() < 1):
         raise ValueError("sample ids must be >= 0 and image sizes >= 1 pixel")
-    plans = np.empty(ids.shape, PLAN)
-    low, high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
-    _draw(_seed(seed), _epoch(epoch), ids, heights, widths, augment.scale[0], augment.scale[1], low, high, augment.flip, plans)
+    plans = np.zeros(ids.shape, PLAN)
+    policy = augment.rand_augment or RandAugment(probability=0.0)
+    ranges = (*augment.scale, math.log(augment.ratio[0]), math.log(augment.ratio[1]))
+    layers = (policy.layers if augment.auto_augment else 0, policy.probability, float(policy.magnitude), float(policy.std),
+              float(policy.ceiling), policy.increasing)
+    erasing = (augment.erase, *ERASE_AREA, math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1]))
+    _draw(_seed(seed), _epoch(epoch), ids, heights, widths, ranges, augment.flip, INTERPOLATIONS.index(augment.interpolation), layers,
+          augment.color_jitter, erasing, plans)
     return plans
+
+
+def of_boxes(boxes: np.ndarray, interpolation: int = scalar.BILINEAR) -> np.ndarray:
+    """Plans that show `boxes` float [B, 4] = (top, left, height, width) in source pixels and do nothing else -> PLAN records [B]."""
+    boxes = np.asarray(boxes, np.float64)
+    plans = np.zeros(len(boxes), PLAN)
+    plans["ops"] = scalar.NO_OP
+    plans["interpolation"] = interpolation
+    for name, column, whole in zip(("top", "left", "height", "width"), boxes.T, (np.floor, np.floor, np.ceil, np.ceil), strict=True):
+        plans[name] = whole(column)
+    plans["affine"][:, 0], plans["affine"][:, 2] = boxes[:, 3], boxes[:, 1]
+    plans["affine"][:, 4], plans["affine"][:, 5] = boxes[:, 2], boxes[:, 0]
+    return plans
+
+
+def erase_boxes(plans: np.ndarray, size: int) -> np.ndarray:
+    """Where to erase in outputs of `size` x `size` pixels -> int32 [B, 4] = (top, left, height, width), height 0 for nowhere."""
+    boxes = np.empty((len(plans), 4), np.int32)
+    _erase_boxes(plans["erase"], size, boxes)
+    return boxes
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
@@ -94,17 +169,65 @@ def _epoch(epoch: int) -> np.uint64:
 
 
 @njit
-def _draw(seed, epoch, ids, heights, widths, scale_low, scale_high, log_ratio_low, log_ratio_high, flip, plans):
+def _draw(seed, epoch, ids, heights, widths, ranges, flip, interpolation, layers, jitter, erasing, plans):
+    count, probability, magnitude, std, ceiling, increasing = layers
     for b in range(ids.size):
-        sample = np.uint64(ids[b])
-        top, left, height, width = _random_resized_crop(
-            seed, epoch, sample, heights[b], widths[b], scale_low, scale_high, log_ratio_low, log_ratio_high
-        )
-        plans[b].top = top
-        plans[b].left = left
-        plans[b].height = height
-        plans[b].width = width
-        plans[b].flip = _unit(_draw4(seed, epoch, sample, _DRAW_FLIP)[0]) < flip
+        sample, record = np.uint64(ids[b]), plans[b]
+        top, left, height, width = _random_resized_crop(seed, epoch, sample, heights[b], widths[b], ranges[0], ranges[1], ranges[2], ranges[3])
+        record.top = top
+        record.left = left
+        record.height = height
+        record.width = width
+        flipped = _unit(_draw4(seed, epoch, sample, _DRAW_FLIP)[0]) < flip
+        record.flip = flipped
+        if interpolation == 2:
+            record.interpolation = np.uint8(_below(_draw4(seed, epoch, sample, _DRAW_INTERPOLATION)[0], 2))
+        else:
+            record.interpolation = np.uint8(interpolation)
+        for n in range(record.ops.size):
+            record.ops[n] = _NO_OP
+        # The affine of crop and flip, in unit coordinates of the crop first.
+        a, b_, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+        if flipped:
+            a, c = -1.0, 1.0
+        for n in range(count):
+            op, argument = _rand_augment_layer(seed, epoch, sample, n, probability, magnitude, std, ceiling, increasing)
+            record.ops[n] = op
+            record.arguments[n] = argument
+            a, b_, c, d, e, f = _compose(a, b_, c, d, e, f, op, argument)
+        if jitter > 0.0:
+            _draw_jitter(seed, epoch, sample, jitter, record)
+        x, y = float(left), float(top)
+        w, h = float(width), float(height)
+        record.affine[0], record.affine[1], record.affine[2] = a * w, b_ * w, c * w + x
+        record.affine[3], record.affine[4], record.affine[5] = d * h, e * h, f * h + y
+        box = _erase_fractions(seed, epoch, sample, erasing[0], erasing[1], erasing[2], erasing[3], erasing[4])
+        for n in range(4):
+            record.erase[n] = box[n]
+        words = _draw4(seed, epoch, sample, _DRAW_NOISE)
+        record.noise = words[0] << np.uint64(32) | words[1]
+
+
+@njit
+def _draw_jitter(seed, epoch, sample, jitter, record):
+    """torchvision's ColorJitter: each factor uniform, in one of the six orders."""
+    r0, r1, r2, r3 = _draw4(seed, epoch, sample, _DRAW_JITTER)
+    factors = (_unit(r0), _unit(r1), _unit(r2))
+    order = _below(r3, 6)
+    first, second = order // 2, 1 + order % 2
+    second = (first + second) % 3
+    third = 3 - first - second
+    for n, which in enumerate((first, second, third)):
+        record.ops[n] = _JITTERED[which]
+        record.arguments[n] = 1.0 - jitter + 2.0 * jitter * factors[which]
+
+
+@njit
+def _erase_boxes(shares, size, boxes):
+    for b in range(len(boxes)):
+        top, height = _erase_box(shares[b, 2], shares[b, 0], size)
+        left, width = _erase_box(shares[b, 3], shares[b, 1], size)
+        boxes[b, 0], boxes[b, 1], boxes[b, 2], boxes[b, 3] = top, left, height, width
 
 
 @njit
@@ -114,5 +237,8 @@ def _order_keys(seed, epoch, keys):
         keys[i] = (words[0] << np.uint64(32)) | words[1]
 
 
-_random_resized_crop, _draw4, _unit = _scalar.random_resized_crop, _scalar.draw4, _scalar.unit
-_DRAW_FLIP, _DRAW_ORDER = _scalar.DRAW_FLIP, _scalar.DRAW_ORDER
+_random_resized_crop, _draw4, _unit, _below = _scalar.random_resized_crop, _scalar.draw4, _scalar.unit, _scalar.below
+_rand_augment_layer, _compose = _scalar.rand_augment_layer, _scalar.compose
+_erase_fractions, _erase_box = _scalar.erase_fractions, _scalar.erase_box
+_DRAW_FLIP, _DRAW_ORDER, _DRAW_INTERPOLATION = _scalar.DRAW_FLIP, _scalar.DRAW_ORDER, _scalar.DRAW_INTERPOLATION
+_DRAW_NOISE, _DRAW_JITTER, _NO_OP, _JITTERED = _scalar.DRAW_NOISE, _scalar.DRAW_JITTER, _scalar.NO_OP, JITTERED

@@ -20,10 +20,25 @@ _PHILOX_W1 = np.uint64(0xBB67AE85)
 # The last counter word says what a draw is for, so that no two uses share random numbers.
 DRAW_FLIP = np.uint64(0)
 DRAW_CROP = np.uint64(1)  # tries 0..9 use words 1..10
+DRAW_INTERPOLATION = np.uint64(16)
+DRAW_NOISE = np.uint64(17)
+DRAW_JITTER = np.uint64(20)  # and 21
+DRAW_LAYER = np.uint64(32)  # RandAugment's layer n uses words 32 + 2 n and the one after it
+DRAW_ERASE = np.uint64(64)  # whether; tries 0..9 use words 65..74
 DRAW_ORDER = np.uint64(1 << 16)
 DRAW_MIX_BOX = np.uint64(1 << 17)
 
 CROP_TRIES = 10
+ERASE_TRIES = 10
+
+BILINEAR, BICUBIC = 0, 1
+
+# RandAugment's operations, in timm's order.
+NO_OP = -1
+AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS = range(11)
+SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(11, 15)
+OP_COUNT = 15
+LEVELS = 10.0  # a level of 10 is an operation's full strength
 
 
 def philox4x32(c0, c1, c2, c3, k0, k1):
@@ -87,28 +102,177 @@ def random_resized_crop(seed, epoch, sample_id, height, width, scale_low, scale_
     return (np.int64(height) - h) // 2, (np.int64(width) - w) // 2, h, w
 
 
-def filter_support(box_extent, out_size):
-    """Half-width in source pixels of the antialiased bilinear (triangle) filter, Pillow's `BILINEAR`: max(scale, 1)."""
-    return max(float(box_extent) / float(out_size), 1.0)
+def normal(word0, word1):
+    """Two 32-bit words -> a float64 of the standard normal distribution (Box and Muller)."""
+    return math.sqrt(-2.0 * math.log(unit(word0))) * math.cos(2.0 * math.pi * unit(word1))
 
 
-def filter_range(i, box_start, box_extent, out_size, in_size):
+def level_argument(op, level, increasing, negate):
+    """timm's argument of an operation at `level` (0 to 10, or more): degrees, bits kept, threshold, addend, factor, shear or share of the side.
+
+    negate: take the mirrored direction, where there is one. Operations without an argument get 0.
+    """
+    if op == ROTATE:
+        value = level / LEVELS * 30.0
+    elif op == POSTERIZE:
+        bits = float(int(level / LEVELS * 4.0))
+        return 4.0 - bits if increasing else bits
+    elif op == SOLARIZE:
+        threshold = float(min(256, int(level / LEVELS * 256.0)))
+        return 256.0 - threshold if increasing else threshold
+    elif op == SOLARIZE_ADD:
+        return float(min(128, int(level / LEVELS * 110.0)))
+    elif COLOR <= op <= SHARPNESS:
+        if not increasing:
+            return level / LEVELS * 1.8 + 0.1
+        value = level / LEVELS * 0.9
+        return max(0.1, 1.0 - value if negate else 1.0 + value)
+    elif op == SHEAR_X or op == SHEAR_Y:
+        value = level / LEVELS * 0.3
+    elif op == TRANSLATE_X or op == TRANSLATE_Y:
+        value = level / LEVELS * 0.45
+    else:
+        return 0.0
+    return -value if negate else value
+
+
+def rand_augment_layer(seed, epoch, sample_id, layer, probability, magnitude, std, ceiling, increasing):
+    """One layer of timm's RandAugment -> (op, argument); NO_OP where the layer is left out. std: inf for a uniform level."""
+    draw = DRAW_LAYER + np.uint64(2) * np.uint64(layer)
+    r0, r1, r2, r3 = draw4(seed, epoch, sample_id, draw)
+    sign = draw4(seed, epoch, sample_id, draw + np.uint64(1))[0]
+    op = below(r0, OP_COUNT)
+    if unit(r1) >= probability:
+        return np.int64(NO_OP), 0.0
+    level = magnitude
+    if math.isinf(std):
+        level = magnitude * unit(r2)
+    elif std > 0.0:
+        level = magnitude + std * normal(r2, r3)
+    level = max(0.0, min(level, ceiling))
+    return op, level_argument(op, level, increasing, unit(sign) > 0.5)
+
+
+def geometric_step(op, argument):
+    """A geometric operation as Pillow applies it: output -> input coordinates of the unit square, (a, b, c, d, e, f) for x' = a x + b y + c,
+    y' = d x + e y + f; the identity for all other operations. Rotation is about the centre, shear about the top left corner."""
+    if op == ROTATE:
+        cosine, sine = math.cos(math.radians(argument)), -math.sin(math.radians(argument))
+        return cosine, sine, 0.5 - 0.5 * cosine - 0.5 * sine, -sine, cosine, 0.5 + 0.5 * sine - 0.5 * cosine
+    if op == SHEAR_X:
+        return 1.0, argument, 0.0, 0.0, 1.0, 0.0
+    if op == SHEAR_Y:
+        return 1.0, 0.0, 0.0, argument, 1.0, 0.0
+    if op == TRANSLATE_X:
+        return 1.0, 0.0, argument, 0.0, 1.0, 0.0
+    if op == TRANSLATE_Y:
+        return 1.0, 0.0, 0.0, 0.0, 1.0, argument
+    return 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+
+
+def compose(a, b, c, d, e, f, op, argument):
+    """The affine a..f after `geometric_step(op, argument)`: (x, y) -> affine(step(x, y))."""
+    g, h, i, j, k, m = geometric_step(op, argument)
+    return a * g + b * j, a * h + b * k, a * i + b * m + c, d * g + e * j, d * h + e * k, d * i + e * m + f
+
+
+def erase_fractions(seed, epoch, sample_id, probability, area_low, area_high, log_ratio_low, log_ratio_high):
+    """timm's random erasing (arXiv 1708.04896) -> (top, left, height, width) in 0..1, height 0 for none.
+
+    height and width are shares of the output's sides, top and left of the room that the box leaves (`erase_box`).
+    """
+    if unit(draw4(seed, epoch, sample_id, DRAW_ERASE)[0]) < probability:
+        for attempt in range(ERASE_TRIES):
+            r0, r1, r2, r3 = draw4(seed, epoch, sample_id, DRAW_ERASE + np.uint64(1 + attempt))
+            area = area_low + (area_high - area_low) * unit(r0)
+            ratio = math.exp(log_ratio_low + (log_ratio_high - log_ratio_low) * unit(r1))
+            height, width = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if height < 1.0 and width < 1.0:
+                return unit(r2), unit(r3), height, width
+    return 0.0, 0.0, 0.0, 0.0
+
+
+def erase_box(share, room, size):
+    """One side of an erased box in pixels of an output of `size`: (first, length) for its `share` of the side, at `room` of what is left."""
+    length = int(math.floor(share * size + 0.5))
+    length = min(length, size - 1) if share > 0.0 else 0
+    return int(math.floor(room * (size - length + 1))), length
+
+
+def filter_support(box_extent, out_size, interpolation):
+    """Half-width in source pixels of Pillow's antialiased filters: 1 (bilinear) or 2 (bicubic) times max(scale, 1)."""
+    return max(float(box_extent) / float(out_size), 1.0) * (2.0 if interpolation == BICUBIC else 1.0)
+
+
+def filter_range(i, box_start, box_extent, out_size, in_size, interpolation):
     """Source pixels [first, last) that output pixel `i` reads when `box_start .. box_start + box_extent` maps to `out_size` pixels.
 
     Pillow's rule (`precompute_coeffs`): the window is clipped to the image, not to the box.
     """
-    support = filter_support(box_extent, out_size)
+    support = filter_support(box_extent, out_size, interpolation)
     centre = box_start + (i + 0.5) * (box_extent / out_size)
     first = max(int(centre - support + 0.5), 0)
     last = min(int(centre + support + 0.5), in_size)
     return first, last
 
 
-def filter_weight(x, i, box_start, box_extent, out_size):
-    """Unnormalised triangle weight of source pixel `x` for output pixel `i` (arguments as in `filter_range`)."""
-    centre = box_start + (i + 0.5) * (box_extent / out_size)
-    distance = abs((x - centre + 0.5) / filter_support(box_extent, out_size))
+def kernel(distance, interpolation):
+    """Weight at `distance` >= 0 in output pixels: a triangle, or Keys' cubic with a = -0.5, as Pillow's resize has them."""
+    if interpolation == BICUBIC:
+        if distance < 1.0:
+            return (1.5 * distance - 2.5) * distance * distance + 1.0
+        if distance < 2.0:
+            return (((distance - 5.0) * distance + 8.0) * distance - 4.0) * -0.5
+        return 0.0
     return max(1.0 - distance, 0.0)
+
+
+def cubic_weights(d):
+    """Weights of the four pixels around a point `d` (0..1) behind the second of them: Keys' cubic with a = -1, as Pillow's transform has it."""
+    square, cube = d * d, d * d * d
+    return 2.0 * square - cube - d, 1.0 - 2.0 * square + cube, d + square - cube, cube - square
+
+
+def filter_weight(x, i, box_start, box_extent, out_size, interpolation):
+    """Unnormalised weight of source pixel `x` for output pixel `i` (arguments as in `filter_range`)."""
+    scale = max(float(box_extent) / float(out_size), 1.0)
+    centre = box_start + (i + 0.5) * (box_extent / out_size)
+    return kernel(abs((x - centre + 0.5) / scale), interpolation)
+
+
+def luma(red, green, blue):
+    """Pillow's 8-bit grey of three int64 channels (ITU-R 601-2)."""
+    return (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
+
+
+def blend(degenerate, value, factor):
+    """Pillow's Image.blend of two int64 grey values, float32 `factor`: truncated to 0..255, int32."""
+    mixed = np.float32(degenerate) + factor * np.float32(value - degenerate)
+    return np.int32(min(max(mixed, np.float32(0.0)), np.float32(255.0)))
+
+
+def curve(op, argument, value):
+    """The grey value (int64, 0..255) that a pointwise operation makes of `value`; of others, `value`."""
+    if op == INVERT:
+        return 255 - value
+    if op == POSTERIZE:
+        bits = np.int64(argument)
+        return value if bits >= 8 else value >> (8 - bits) << (8 - bits)
+    if op == SOLARIZE:
+        return value if value < argument else 255 - value
+    if op == SOLARIZE_ADD:
+        return min(255, value + np.int64(argument)) if value < 128 else value
+    if op == BRIGHTNESS:
+        return blend(np.int64(0), value, np.float32(argument))
+    return value
+
+
+def stretch(value, low, high):
+    """Pillow's autocontrast: `low` to 0, `high` to 255; nothing where there is but one value."""
+    if high <= low:
+        return value
+    scale = 255.0 / (high - low)
+    return min(max(np.int64(value * scale - low * scale), 0), 255)
 
 
 def roi_samples(extent, bins):

@@ -31,6 +31,7 @@ from timm.utils import ModelEmaV3
 import tl_fast
 from tl_fast import checkpoint
 from tl_fast.config import TrainConfig, parse_config, save_config
+from tl_fast.erase import erase
 from tl_fast.evaluate import Normalise, accuracy, autocast, build_model, check_labels
 from tl_fast.loss import TokenLabelLoss, soft_cross_entropy
 from tl_fast.meter import Meter
@@ -120,8 +121,11 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
                         truth = smoothed_one_hot(labels, config) if config.ground_truth or not config.token_label else None
                         targets = batch.targets.to(device, non_blocking=True) if config.token_label else truth
                         with network.no_sync() if ranks.world_size > 1 and micro < config.accumulate else contextlib.nullcontext():
+                            inputs = normalise(images)
+                            if batch.erase is not None:
+                                inputs = erase(inputs, *(part.to(device, non_blocking=True) for part in (batch.erase, batch.noise)))
                             with autocast(device, config.dtype):
-                                cls_logits, token_logits = network(normalise(images), box)
+                                cls_logits, token_logits = network(inputs, box)
                             loss = criterion(cls_logits, token_logits, targets, box, truth if config.ground_truth else None)
                             (loss / config.accumulate).backward()
                         meter.add_loss(loss.detach())

@@ -1,15 +1,18 @@
-"""CPU loops of the decode pipeline: antialiased resample and token targets, compiled by numba from `tl_fast.scalar`.
+"""CPU loops of the decode pipeline: images (with `warp` and `colour`) and token targets, compiled by numba from `tl_fast.scalar`.
 
 Every loop releases the GIL and writes one sample (or a range of samples), so callers split a batch over their own threads.
 """
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from tl_fast import scalar
 from tl_fast.jit import compile_scalar, njit
+from tl_fast.kernels import colour, warp
 
 _scalar = compile_scalar(njit)
-_filter_range, _filter_weight, _filter_support = _scalar.filter_range, _scalar.filter_weight, _scalar.filter_support
 _roi_samples, _roi_point, _roi_tap, _smooth = _scalar.roi_samples, _scalar.roi_point, _scalar.roi_tap, _scalar.smooth
 
 
@@ -18,19 +21,31 @@ def resample(region: np.ndarray, box: tuple[float, float, float, float], flip: b
 
     region: uint8 [h, w, 3], decoded pixels of an image or of a part of it; box: (top, left, height, width) in pixels of `region`;
     out: uint8 [3, H, W]. The result is Pillow's `resize(..., BILINEAR, box=...)` within one level: the filter reads beyond the box where
-    `region` has pixels, so a region should reach `margin()` pixels beyond its box unless the image ends there.
+    `region` has pixels, so a region should reach 1 + max(scale, 1) / 2 pixels beyond its box unless the image ends there.
     """
     if region.ndim != 3 or region.shape[2] != 3 or region.dtype != np.uint8 or out.ndim != 3 or out.dtype != np.uint8:
         raise ValueError(f"region must be uint8 [h, w, 3] and out uint8 [3, H, W], got {region.dtype} {region.shape}, {out.dtype} {out.shape}")
     top, left, height, width = (float(v) for v in box)
     if height <= 0 or width <= 0 or top < 0 or left < 0 or top + height > region.shape[0] + 1e-6 or left + width > region.shape[1] + 1e-6:
         raise ValueError(f"box {box} does not lie inside the decoded region of {region.shape[0]} x {region.shape[1]} pixels")
-    _resample(region, top, left, height, width, flip, out)
+    rows, columns = region.shape[:2]
+    warp.resample(region, 0, 0, rows, columns, (top, left, height, width), flip, scalar.BILINEAR, np.zeros(3, np.uint8), out)
 
 
-def margin(extent: np.ndarray, out_size: int) -> np.ndarray:
-    """Pixels (int64) beyond boxes of `extent` pixels that `resample` to `out_size` pixels can read on each side."""
-    return np.ceil(np.maximum(np.asarray(extent) / out_size, 1.0) / 2).astype(np.int64) + 1
+def augment(region: np.ndarray, origin_y: int, origin_x: int, height: int, width: int, plan: np.void, fill: np.ndarray, out: np.ndarray) -> None:
+    """One sample as its plan says, geometry first, then colours: what `tl_fast.plan.PLAN`'s record describes, but for the erasing.
+
+    region: uint8 [h, w, 3], decoded pixels of an image of `height` x `width` pixels from (origin_y, origin_x) on, at least those of
+    `tl_fast.kernels.warp.needed`; fill: uint8 [3], RGB of what lies outside the image; out: uint8 [3, H, W], written.
+    """
+    crop = float(plan["top"]), float(plan["left"]), float(plan["height"]), float(plan["width"])
+    _augment(region, origin_y, origin_x, height, width, crop, plan["affine"], int(plan["interpolation"]), plan["ops"], plan["arguments"], fill, out)
+
+
+@njit
+def _augment(region, origin_y, origin_x, height, width, crop, affine, interpolation, ops, arguments, fill, out):
+    warp.show(region, origin_y, origin_x, height, width, crop, affine, interpolation, fill, out)
+    colour.apply(out, ops, arguments)
 
 
 def token_targets(
@@ -52,92 +67,61 @@ def token_targets(
     all C classes, then p * (1 - s + s / C) + s / C. The class token (1 x 1) comes first, tokens follow row by row.
     Raises ValueError for shapes that do not fit or a class >= C.
     """
-    b, k, rows, columns = _check_targets(classes, scores, crops, flips, num_classes, grid, smoothing)
+    crops, flips = np.asarray(crops, np.float32), np.asarray(flips, np.bool_)
+    if crops.shape != (len(classes), 4) or flips.shape != (len(classes),):
+        raise ValueError(f"crops must be [{len(classes)}, 4] and flips [{len(classes)}], got {crops.shape} and {flips.shape}")
+    if not np.isfinite(crops).all() or (crops[:, 2:] <= 0).any():
+        raise ValueError("crops must be finite with height and width > 0 (fractions of the label map)")
+    return warped_targets(classes, scores, affines_of_crops(crops, flips), num_classes, grid, smoothing, out)
+
+
+def affines_of_crops(crops: np.ndarray, flips: np.ndarray) -> np.ndarray:
+    """Crops [B, 4] = (top, left, height, width), mirrored where `flips` [B] -> float32 [B, 6] as `warped_targets` takes them."""
+    top, left, height, width = np.asarray(crops, np.float32).T
+    nothing = np.zeros_like(top)
+    return np.stack([np.where(flips, -width, width), nothing, np.where(flips, left + width, left), nothing, height, top], axis=1)
+
+
+def warped_targets(
+    classes: np.ndarray,
+    scores: np.ndarray,
+    affines: np.ndarray,
+    num_classes: int,
+    grid: int,
+    smoothing: float,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """`token_targets` of maps seen through affines: RoIAlign whose sampling points, laid out in the output, are mapped to the label map.
+
+    affines: float32 [B, 6] = (xu, xv, x0, yu, yv, y0): output coordinates u (along x), v (along y) in 0..1 -> fractions of the label map's extent,
+    x = xu u + xv v + x0, y = yu u + yv v + y0. Bins have ceil(cells that a bin covers) sampling points along u and v; points outside the map
+    count as 0, so that a token there knows nothing: its target is uniform. Raises ValueError as `token_targets`.
+    """
+    b = _check_targets(classes, scores, num_classes, grid, smoothing)
+    affines = np.ascontiguousarray(affines, np.float32)
+    if affines.shape != (b, 6) or not np.isfinite(affines).all():
+        raise ValueError(f"affines must be finite [{b}, 6], got {affines.shape}")
     shape = (b, 1 + grid * grid, num_classes)
     if out is None:
         out = np.empty(shape, np.float32)
     elif out.shape != shape or out.dtype != np.float32:
         raise ValueError(f"out must be float32 {shape}, got {out.dtype} {out.shape}")
-    crops = np.ascontiguousarray(crops, np.float32)
-    _token_targets(classes, scores, crops, np.asarray(flips, np.bool_), num_classes, grid, np.float32(smoothing), out)
+    _token_targets(classes, scores, affines, num_classes, grid, np.float32(smoothing), out)
     return out
 
 
-def _check_targets(classes, scores, crops, flips, num_classes, grid, smoothing):
+def _check_targets(classes, scores, num_classes, grid, smoothing):
     if classes.ndim != 4 or classes.dtype != np.uint16 or scores.shape != classes.shape or scores.dtype != np.float32:
         raise ValueError(
             f"classes must be uint16 and scores float32, both [B, k, H, W]; got {classes.dtype} {classes.shape}, {scores.dtype} {scores.shape}"
         )
-    b = classes.shape[0]
-    if np.shape(crops) != (b, 4) or np.shape(flips) != (b,):
-        raise ValueError(f"crops must be [{b}, 4] and flips [{b}], got {np.shape(crops)} and {np.shape(flips)}")
     if not np.isfinite(scores).all():  # and NaN marks, inside, the classes not met yet
         raise ValueError("label map scores must be finite")
-    if not np.isfinite(crops).all() or (np.asarray(crops)[:, 2:] <= 0).any():
-        raise ValueError("crops must be finite with height and width > 0 (fractions of the label map)")
     if grid < 1 or num_classes < 1 or not 0 <= smoothing < 1:
         raise ValueError(f"grid and num_classes must be >= 1 and smoothing in [0, 1), got {grid}, {num_classes}, {smoothing}")
     if classes.size and int(classes.max()) >= num_classes:
         raise ValueError(f"label map holds class {int(classes.max())}, but num_classes is {num_classes}")
-    return classes.shape
-
-
-@njit
-def _filter_table(box_start, box_extent, out_size, in_size):
-    """First source pixel, number of taps and normalised weights of each output pixel along one axis."""
-    taps_max = int(np.ceil(_filter_support(box_extent, out_size))) * 2 + 1
-    first = np.empty(out_size, np.int32)
-    count = np.empty(out_size, np.int32)
-    weights = np.zeros((out_size, taps_max), np.float32)
-    for i in range(out_size):
-        start, stop = _filter_range(i, box_start, box_extent, out_size, in_size)
-        first[i] = start
-        count[i] = stop - start
-        total = 0.0
-        for x in range(start, stop):
-            total += _filter_weight(x, i, box_start, box_extent, out_size)
-        for x in range(start, stop):
-            weights[i, x - start] = np.float32(_filter_weight(x, i, box_start, box_extent, out_size) / total)
-    return first, count, weights
-
-
-@njit
-def _resample(region, top, left, height, width, flip, out):
-    rows, columns = out.shape[1], out.shape[2]
-    y_first, y_count, y_weights = _filter_table(top, height, rows, region.shape[0])
-    x_first, x_count, x_weights = _filter_table(left, width, columns, region.shape[1])
-    # Columns outside [begin, end) are never read by the horizontal pass, so the vertical pass leaves them out.
-    begin = 3 * x_first[0]
-    end = 3 * (x_first[columns - 1] + x_count[columns - 1])
-    pixels = region.reshape(region.shape[0], region.shape[1] * 3)
-    line = np.empty(region.shape[1] * 3, np.float32)
-    for y in range(rows):
-        # Vertical first: it runs along contiguous bytes and leaves `rows` lines for the horizontal gather.
-        weight = y_weights[y, 0]
-        source = pixels[y_first[y]]
-        for x in range(begin, end):
-            line[x] = weight * np.float32(source[x])
-        for t in range(1, y_count[y]):
-            weight = y_weights[y, t]
-            source = pixels[y_first[y] + t]
-            for x in range(begin, end):
-                line[x] += weight * np.float32(source[x])
-        for x in range(columns):
-            red = np.float32(0.5)
-            green = np.float32(0.5)
-            blue = np.float32(0.5)
-            at = 3 * x_first[x]
-            for t in range(x_count[x]):
-                weight = x_weights[x, t]
-                red += weight * line[at]
-                green += weight * line[at + 1]
-                blue += weight * line[at + 2]
-                at += 3
-            column = columns - 1 - x if flip else x
-            # Weights are >= 0 and sum to 1, so the sums stay inside 0.5 .. 255.5 but for rounding.
-            out[0, y, column] = np.uint8(min(red, np.float32(255.0)))
-            out[1, y, column] = np.uint8(min(green, np.float32(255.0)))
-            out[2, y, column] = np.uint8(min(blue, np.float32(255.0)))
+    return len(classes)
 
 
 @njit
@@ -207,21 +191,78 @@ def _softmax_row(total, listed, n, num_classes, smoothing, out):
 
 
 @njit
-def _token_targets(classes, scores, crops, flips, num_classes, grid, smoothing, out):
+def _align_warped(classes, scores, affine, u, v, size, samples_x, samples_y, total, listed):
+    """`_align` of the bin that begins at output coordinates (u, v) and is `size` wide and high; affine: to cells, not to fractions."""
+    rows, columns = classes.shape[1], classes.shape[2]
+    share = 1.0 / (samples_x * samples_y)
+    n = 0
+    for sy in range(samples_y):
+        at_v = v + (sy + 0.5) * size / samples_y
+        for sx in range(samples_x):
+            at_u = u + (sx + 0.5) * size / samples_x
+            column, x_low, x_high = _roi_tap(affine[0] * at_u + affine[1] * at_v + affine[2], columns)
+            row, y_low, y_high = _roi_tap(affine[3] * at_u + affine[4] * at_v + affine[5], rows)
+            for corner in range(4):
+                weight = np.float32((y_high if corner & 2 else y_low) * (x_high if corner & 1 else x_low) * share)
+                if weight > 0.0:
+                    y, x = row + (corner >> 1), column + (corner & 1)
+                    for t in range(classes.shape[0]):
+                        c = classes[t, y, x]
+                        if total[c] != total[c]:
+                            total[c] = np.float32(0.0)
+                            listed[n] = c
+                            n += 1
+                        total[c] += weight * scores[t, y, x]
+    return n
+
+
+@njit
+def _warped_sample(classes, scores, affine, num_classes, grid, smoothing, total, listed, out):
+    rows, columns = classes.shape[1], classes.shape[2]
+    cells = np.empty(6, np.float64)
+    for n in range(3):
+        cells[n], cells[3 + n] = affine[n] * np.float64(columns), affine[3 + n] * np.float64(rows)
+    cells[2] -= 0.5
+    cells[5] -= 0.5
+    extents = np.empty(2, np.float64)
+    for n in range(2):  # a side of less than a cell is widened to one, about its middle
+        extent = math.sqrt(cells[n] * cells[n] + cells[3 + n] * cells[3 + n])
+        extents[n] = max(extent, 1.0)
+        if 0.0 < extent < 1.0:
+            for axis in (0, 3):
+                wider = cells[axis + n] / extent
+                cells[axis + 2] -= 0.5 * (wider - cells[axis + n])
+                cells[axis + n] = wider
+    for level in range(2):
+        bins = grid if level else 1
+        samples_x, samples_y = _roi_samples(extents[0], bins), _roi_samples(extents[1], bins)
+        for i in range(bins):
+            for j in range(bins):
+                n = _align_warped(classes, scores, cells, j / bins, i / bins, 1.0 / bins, samples_x, samples_y, total, listed)
+                _softmax_row(total, listed, n, num_classes, smoothing, out[level + i * bins + j])
+
+
+@njit
+def _token_targets(classes, scores, affines, num_classes, grid, smoothing, out):
     rows, columns = classes.shape[2], classes.shape[3]
     total = np.full(num_classes, np.float32(np.nan), np.float32)
     listed = np.empty(num_classes, np.int32)
     for b in range(classes.shape[0]):
-        top = crops[b, 0] * np.float32(rows) - np.float32(0.5)
-        left = crops[b, 1] * np.float32(columns) - np.float32(0.5)
-        height = max(crops[b, 2] * np.float32(rows), np.float32(1.0))
-        width = max(crops[b, 3] * np.float32(columns), np.float32(1.0))
+        affine = affines[b]
+        if affine[1] != 0.0 or affine[3] != 0.0:
+            _warped_sample(classes[b], scores[b], affine, num_classes, grid, smoothing, total, listed, out[b])
+            continue
+        flip = affine[0] < 0.0
+        top = affine[5] * np.float32(rows) - np.float32(0.5)
+        left = (affine[2] + min(affine[0], np.float32(0.0))) * np.float32(columns) - np.float32(0.5)
+        height = max(affine[4] * np.float32(rows), np.float32(1.0))
+        width = max(abs(affine[0]) * np.float32(columns), np.float32(1.0))
         for level in range(2):
             bins = grid if level else 1
             y_first, y_count, y_weights = _roi_table(top, height, bins, rows)
             x_first, x_count, x_weights = _roi_table(left, width, bins, columns)
             for i in range(bins):
                 for j in range(bins):
-                    column = bins - 1 - j if flips[b] else j
+                    column = bins - 1 - j if flip else j
                     n = _align(classes[b], scores[b], y_first, y_count, y_weights, x_first, x_count, x_weights, i, column, total, listed)
                     _softmax_row(total, listed, n, num_classes, smoothing, out[b, level + i * bins + j])
