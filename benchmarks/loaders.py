@@ -1,9 +1,13 @@
-"""How many images/s do loaders deliver from the same bytes: ours with and without token targets, stock FFCV, Pillow + DataLoader?
+"""How many images/s do loaders deliver from the same JPEGs: ours with and without token targets, stock FFCV, DALI, timm, published style?
 
-    python benchmarks/loaders.py [--images FOLDER] [--samples 1024] [--rounds 5] [--threads 2]
+    python benchmarks/loaders.py [--images FOLDER] [--samples 1024] [--rounds 5] [--threads 2] [--only WORDS] [--table]
 
-Random resized crop to 224 px and flip, batch 64. All contenders read the same JPEG bytes; their rounds are interleaved, after one round
-that is not counted. Prints median and spread and appends one row a contender to benchmarks/results/loaders.jsonl.
+"crop + flip" is a random resized crop to 224 px and a flip, bilinear; "full recipe" is LV-ViT-S's: RandAugment, random interpolation and
+erasing with probability 0.25, which is left to the training device, as normalisation is; ours draws its boxes. All deliver uint8 batches
+of 64 with the same number of threads or worker processes, from one set of bytes in the page cache; label maps are of 1,000 classes.
+Rounds are interleaved, after one that is not counted; a round of a loader with worker processes is half the samples. Appends one row a
+contender to benchmarks/results/loaders.jsonl and draws the newest rows of each data set as loaders.png beside it. --table prints those
+rows as README has them, and measures nothing.
 """
 from __future__ import annotations
 
@@ -11,70 +15,159 @@ import argparse
 import itertools
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-import tl_fast.compat  # noqa: F401  before torchvision
+import tl_fast.compat  # noqa: F401  before timm and torchvision
+from bars import draw
 from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
 from ffcv.loader import Loader as FfcvLoader, OrderOption
 from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
-from rows import ROOT, measure, write_rows
+from published_style import PublishedStyle, check_roi_align, roi_align_name
+from rows import ROOT, measure, newest_runs, write_rows
+from timm.data import create_transform
+from tl_fast.beton import BetonReader
 from tl_fast.beton_write import Sample, write_beton
 from tl_fast.ffcv_field import LabelMapField
 from tl_fast.labelmap import MapSpec, pack
 from tl_fast.pipeline import Loader
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from tl_fast.plan import Augment
 
-SIZE, BATCH, CLASSES = 224, 64, 1000
+SIZE, GRID, BATCH, CLASSES = 224, 14, 64, 1000
+SPEC = MapSpec(k=5, height=18, width=18, num_classes=CLASSES)
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+FULL = {"interpolation": "random", "auto_augment": RAND_AUGMENT}
+RESULTS = ROOT / "benchmarks" / "results" / "loaders.jsonl"
+
+OURS, OURS_FULL = "tl_fast: crop + flip, token targets", "tl_fast: full recipe, token targets"
+FFCV, DALI = "stock FFCV: crop + flip, no label maps", "DALI: crop + flip, no label maps"
+PUBLISHED, PUBLISHED_FULL = "published style: crop + flip, token targets", "published style: full recipe, token targets"
+PUBLISHED_MAPS, PUBLISHED_FULL_MAPS = "published style: crop + flip, maps only", "published style: full recipe, maps only"
+BARS = [(OURS, FFCV), (OURS, DALI), (OURS_FULL, OURS), (OURS_FULL, PUBLISHED_FULL), (OURS_FULL, PUBLISHED_FULL_MAPS)]
+
+Epoch = Callable[[int], int]
 
 
-def build(folder: Path, images: Path, samples: int) -> tuple[Path, list[Path]]:
-    """A beton of `samples` images (the folder's, repeated) with random top-5 label maps of 1,000 classes, 18 x 18 cells; and the files."""
-    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+def find_images(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not found:
-        raise SystemExit(f"loaders.py: no .jpg or .jpeg below {images}; name another folder with --images")
-    files = list(itertools.islice(itertools.cycle(found), samples))
-    spec = MapSpec(k=5, height=18, width=18, num_classes=CLASSES)
+        raise SystemExit(f"no .jpg or .jpeg below {folder}; name another folder with --images")
+    return found
+
+
+def random_maps(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Classes uint16 and scores float32 [k, H, W]. Neighbouring cells share classes, as in real maps: ten classes an image."""
     rng = np.random.default_rng(0)
     maps = []
-    for _ in range(16):
-        # Neighbouring cells share classes, as real maps do: ten classes an image.
-        classes = np.argsort(rng.random((10, 18, 18)), axis=0)[:5] + rng.integers(0, CLASSES - 10)
-        maps.append(pack(classes.astype(np.uint16), rng.uniform(0, 12, classes.shape).astype(np.float32), spec))
-    out = folder / "bench.beton"
-    inputs = [
-        Sample(f"{i}", i % 10, file.read_bytes, lambda i=i: maps[i % len(maps)], origin=str(file)) for i, file in enumerate(files)
-    ]
-    write_beton(out, inputs, class_names=[str(c) for c in range(CLASSES)], spec=spec)
-    return out, files
+    for _ in range(count):
+        classes = np.argsort(rng.random((10, SPEC.height, SPEC.width)), axis=0)[: SPEC.k] + rng.integers(0, CLASSES - 10)
+        maps.append((classes.astype(np.uint16), rng.uniform(0, 12, classes.shape).astype(np.float32)))
+    return maps
 
 
-class PillowSet(torch.utils.data.Dataset):
-    """The plain torch data set: Pillow decode, torchvision's random resized crop, flip."""
+def build(out: Path, files: list[Path]) -> None:
+    """A beton of the files in this order, with `random_maps`."""
+    records = [pack(*values, SPEC) for values in random_maps(16)]
+    samples = [Sample(f"{i}", i % 10, file.read_bytes, lambda i=i: records[i % 16], origin=str(file)) for i, file in enumerate(files)]
+    write_beton(out, samples, class_names=[str(c) for c in range(CLASSES)], spec=SPEC)
 
-    def __init__(self, files: list[Path]):
-        self.files, self.crop = files, RandomResizedCrop(SIZE, interpolation=InterpolationMode.BILINEAR)
+
+def save_maps(folder: Path, count: int) -> list[Path]:
+    """The same maps in the published format, one .pt file a sample: float16 [2, k, H, W], scores and classes."""
+    folder.mkdir()
+    paths = [folder / f"{i}.pt" for i in range(count)]
+    for path, (classes, scores) in zip(paths, itertools.cycle(random_maps(16)), strict=False):
+        torch.save(torch.from_numpy(np.stack([scores, classes.astype(np.float32)])).half(), path)
+    return paths
+
+
+class TimmStyle(torch.utils.data.Dataset):
+    """Pillow decode and timm's training transform, uint8 [3, S, S]; no label maps."""
+
+    def __init__(self, files: list[Path], **settings: object):
+        # use_prefetcher: normalisation and erasing are left to the device, as in all contenders.
+        self.files, self.transform = files, create_transform(SIZE, is_training=True, use_prefetcher=True, **settings)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> torch.Tensor:
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         with Image.open(self.files[i]) as file:
-            image = self.crop(file.convert("RGB"))
-        pixels = np.asarray(image)
-        return torch.from_numpy(np.ascontiguousarray((pixels[:, ::-1] if torch.rand(()) < 0.5 else pixels).transpose(2, 0, 1)))
+            return self.transform(file.convert("RGB")), i % 10
 
 
-def contenders(beton: Path, files: list[Path], threads: int) -> dict[str, Callable[[int], int]]:
-    """Name -> a function of the epoch that runs one epoch and returns how many images it delivered."""
-    ours = Loader(beton, BATCH, image_size=SIZE, threads=threads)
-    images_only = Loader(beton, BATCH, image_size=SIZE, threads=threads, token_labels=False)
-    ffcv = FfcvLoader(
+def forked(folder: Path, files: list[Path], threads: int, chosen: Callable[[str], bool]) -> dict[str, Epoch]:
+    """Contenders in a torch DataLoader. Their worker processes start here, before other contenders have threads, which a fork breaks."""
+    files = [files[i] for i in np.random.default_rng(0).permutation(len(files))[: max(len(files) // 2, BATCH)]]
+    maps = save_maps(folder / "maps", len(files))
+
+    def published(**settings: object) -> PublishedStyle:
+        return PublishedStyle(files, maps, SIZE, GRID, CLASSES, **settings)
+
+    data = {
+        "timm + DataLoader: crop + flip, no label maps": TimmStyle(files, interpolation="bilinear", color_jitter=None),
+        "timm + DataLoader: full recipe, no label maps": TimmStyle(files, **FULL),
+        PUBLISHED: published(),
+        PUBLISHED_FULL: published(**FULL),
+        PUBLISHED_MAPS: published(targets=False),
+        PUBLISHED_FULL_MAPS: published(targets=False, **FULL),
+    }
+    epochs = {}
+    for name, dataset in data.items():
+        if chosen(name):
+            # Workers set torch to one thread themselves.
+            loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, num_workers=threads, drop_last=True, persistent_workers=True)
+            next(iter(loader))
+            epochs[name] = lambda _, loader=loader: sum(len(batch[0]) for batch in loader)
+    return epochs
+
+
+@pipeline_def(enable_conditionals=False)
+def dali_graph(source: Iterable):
+    """What DALI's own examples do: a random crop decoded alone, resized and mirrored. No labels."""
+    jpegs = fn.external_source(source=source, dtype=types.UINT8, ndim=1)
+    images = fn.decoders.image_random_crop(
+        jpegs, device="cpu", output_type=types.RGB, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+    )
+    images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_LINEAR)
+    return fn.flip(images, horizontal=fn.random.coin_flip(probability=0.5))
+
+
+def dali(beton: Path, threads: int) -> Epoch:
+    reader, rng = BetonReader(beton), np.random.default_rng(0)
+    steps = len(reader) // BATCH
+
+    def batches() -> Iterable[list[np.ndarray]]:
+        while True:
+            order = rng.permutation(len(reader))
+            for step in range(steps):
+                yield [reader.jpeg(i) for i in order[step * BATCH : (step + 1) * BATCH]]
+
+    graph = dali_graph(source=batches(), batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2, exec_dynamic=True)
+    graph.build()
+
+    def epoch(_: int) -> int:
+        # As `graph.run()` in a loop, but nothing is under way when the epoch ends, so that no contender pays for another's prefetching.
+        count = 0
+        for step in range(-2, steps):
+            if step + 2 < steps:
+                graph.schedule_run()
+            if step >= 0:
+                count += len(torch.from_dlpack(graph.share_outputs()[0].as_tensor()))
+                graph.release_outputs()
+        return count
+
+    return epoch
+
+
+def ffcv(beton: Path, threads: int) -> Epoch:
+    loader = FfcvLoader(
         str(beton),
         batch_size=BATCH,
         num_workers=threads,
@@ -89,21 +182,55 @@ def contenders(beton: Path, files: list[Path], threads: int) -> dict[str, Callab
         },
         custom_fields={"label_map": LabelMapField},
     )
-    pillow = torch.utils.data.DataLoader(PillowSet(files), BATCH, shuffle=True, num_workers=threads, drop_last=True, persistent_workers=True)
+    return lambda _: sum(len(batch[0]) for batch in loader)
 
-    def run_ours(loader: Loader) -> Callable[[int], int]:
-        def epoch(number: int) -> int:
-            loader.set_epoch(number)
-            return sum(len(batch.images) for batch in loader)
 
-        return epoch
+def ours(beton: Path, threads: int, **settings: object) -> Epoch:
+    loader = Loader(beton, BATCH, image_size=SIZE, grid=GRID, threads=threads, **settings)
 
-    return {
-        "tl_fast: images + token targets": run_ours(ours),
-        "tl_fast: images": run_ours(images_only),
-        "stock FFCV: images": lambda _: sum(len(batch[0]) for batch in ffcv),
-        "Pillow + DataLoader: images": lambda _: sum(len(batch) for batch in pillow),
+    def epoch(number: int) -> int:
+        loader.set_epoch(number)
+        return sum(len(batch.images) for batch in loader)
+
+    return epoch
+
+
+def contenders(folder: Path, files: list[Path], threads: int, chosen: Callable[[str], bool]) -> dict[str, Epoch]:
+    """Name -> a function of the epoch's number that runs one epoch and returns how many images it delivered."""
+    in_workers = forked(folder, files, threads, chosen)
+    beton = folder / "bench.beton"
+    build(beton, files)
+    builders = {
+        OURS: lambda: ours(beton, threads),
+        "tl_fast: crop + flip, no label maps": lambda: ours(beton, threads, token_labels=False),
+        OURS_FULL: lambda: ours(beton, threads, augment=Augment(erase=0.25, **FULL)),
+        FFCV: lambda: ffcv(beton, threads),
+        DALI: lambda: dali(beton, threads),
     }
+    return {name: builder() for name, builder in builders.items() if chosen(name)} | in_workers
+
+
+def describe(row: dict) -> str:
+    return f"{row['images']}: {row['mean_bytes'] / 1000:.0f} KB a file"
+
+
+def table(runs: dict[str, list[dict]]) -> str:
+    """The newest run of every data set as a markdown table: median and range of images/s."""
+    columns = {describe(rows[0]): {row["contender"]: row for row in rows} for rows in runs.values()}
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    lines = ["| images/s | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for name in names:
+        found = [column.get(name) for column in columns.values()]
+        cells = [f"{row['median']:,.0f} ({row['min']:,.0f}–{row['max']:,.0f})" if row else "" for row in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, list[dict]], path: Path) -> None:
+    row = next(iter(runs.values()))[0]
+    setting = f"{row['device']}, {row['threads']} threads, {row['image_size']} px, batch {row['batch']}"
+    footer = f"{setting}; bars are medians, whiskers the slowest and fastest of {row['rounds']} rounds"
+    draw({describe(rows[0]): rows for rows in runs.values()}, path, title="Images/s of loaders on the same JPEGs", footer=footer)
 
 
 def main() -> None:
@@ -112,20 +239,37 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1024, help="size of the data set; the images are repeated to fill it")
     parser.add_argument("--rounds", type=int, default=5, help="counted epochs of each contender")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "loaders.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", help="run the contenders whose name holds these words, and store nothing")
+    parser.add_argument("--table", action="store_true", help="print README's table from the stored rows, measure nothing")
     arguments = parser.parse_args()
+    picture = arguments.results.with_suffix(".png")
+    if arguments.table:
+        print(table(newest_runs(arguments.results)))
+        return
+    torch.set_num_threads(1)
+    check_roi_align()
+    files = list(itertools.islice(itertools.cycle(find_images(arguments.images)), arguments.samples))
     with tempfile.TemporaryDirectory() as folder:
-        beton, files = build(Path(folder), arguments.images, arguments.samples)
-        rates = measure(contenders(beton, files, arguments.threads), arguments.rounds)
-    write_rows(
-        arguments.results, "loaders", rates, "images/s", ("torch", "numba", "nvidia-dali-cuda130", "ffcv", "Pillow"),
+        run = contenders(Path(folder), files, arguments.threads, lambda name: arguments.only is None or arguments.only in name)
+        rates = measure(run, arguments.rounds)
+    rows = write_rows(
+        Path(os.devnull) if arguments.only else arguments.results,
+        "loaders", rates, "images/s", ("torch", "timm", "numba", "nvidia-dali-cuda130", "ffcv", "Pillow"),
         images=arguments.images.name,
         samples=arguments.samples,
         mean_bytes=round(sum(file.stat().st_size for file in files) / len(files)),
         image_size=SIZE,
         batch=BATCH,
         threads=arguments.threads,
+        roi_align=roi_align_name(),
     )
+    medians = {row["contender"]: row["median"] for row in rows}
+    for a, b in BARS:
+        if a in medians and b in medians:
+            print(f"{medians[a] / medians[b]:6.2f} times: {a} / {b}")
+    if not arguments.only:
+        plot(newest_runs(arguments.results), picture)
 
 
 if __name__ == "__main__":

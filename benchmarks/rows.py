@@ -33,9 +33,22 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def write_rows(results: Path, benchmark: str, rates: dict[str, list[float]], unit: str, packages: Sequence[str], **facts: object) -> list[dict]:
+def newest_runs(results: Path) -> dict[str, list[dict]]:
+    """The rows of the last run on every data set, by the name of its folder of images. FileNotFoundError when nothing was measured yet."""
+    runs: dict[str, list[dict]] = {}
+    for row in map(json.loads, results.read_text().splitlines()):
+        before = runs.get(row["images"], [])
+        same = before and before[0].get("run") == row.get("run") and row.get("run") is not None
+        runs[row["images"]] = [*before, row] if same else [row]
+    return runs
+
+
+def write_rows(
+    results: Path, benchmark: str, rates: dict[str, list[float]], unit: str, packages: Sequence[str], **facts: object
+) -> list[dict]:
     """Append one row a contender to `results` and print it. facts: what was measured on."""
     results.parent.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now().astimezone()
     rows = [
         {
             "benchmark": benchmark,
@@ -49,12 +62,13 @@ def write_rows(results: Path, benchmark: str, rates: dict[str, list[float]], uni
             "device": f"{os.cpu_count()} x {platform.machine()} CPU",
             "versions": {package: importlib.metadata.version(package) for package in packages},
             "commit": commit(),
-            "date": datetime.date.today().isoformat(),
+            "date": now.date().isoformat(),
+            "run": now.isoformat(timespec="seconds"),
         }
         for name, values in rates.items()
     ]
     with results.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     for row in rows:
-        print(f"{row['contender']:44} {row['median']:9,.0f} {unit}   ({row['min']:,.0f} to {row['max']:,.0f}, {row['rounds']} rounds)")
+        print(f"{row['contender']:60} {row['median']:9,.0f} {unit}   ({row['min']:,.0f} to {row['max']:,.0f}, {row['rounds']} rounds)")
     return rows
