@@ -196,7 +196,7 @@ def erase_box(share, room, size):
     """One side of an erased box in pixels of an output of `size`: (first, length) for its `share` of the side, at `room` of what is left."""
     length = int(math.floor(share * size + 0.5))
     length = min(length, size - 1) if share > 0.0 else 0
-    return int(math.floor(room * (size - length + 1))), length
+    return min(int(math.floor(room * (size - length + 1))), size - length), length  # kept as float32, a room below 1 may have become 1
 
 
 def filter_support(box_extent, out_size, interpolation):
