@@ -505,3 +505,22 @@ def test_epochs_and_steps_outside_their_range_are_refused(photo_beton):
                 loader.set_epoch(epoch, step)
         with pytest.raises(ValueError, match="sample ids"):
             loader.batch(np.array([24]))
+
+
+def test_batches_stay_whole_as_long_as_they_are_held(photo_beton):
+    """Memory of batches is written again once nobody refers to it, and not before: also a view keeps it."""
+    with Loader(photo_beton, 4, image_size=32, grid=2) as loader:
+        held = []
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                view = batch.images[1:, 0], batch.targets[-1]
+                held.append((view, tuple(part.clone() for part in view)))
+                del batch
+        assert all(torch.equal(part, copy) for view, copies in held for part, copy in zip(view, copies, strict=True))
+        arrays = len(loader._buffers._arrays)
+        held.clear()
+        del view
+        for batch in loader:
+            pass
+        assert len(loader._buffers._arrays) == arrays  # those of the first epochs were enough

@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -189,6 +190,22 @@ def _decode_graph(device: str):
     )
 
 
+class _Buffers:
+    """Memory of batches that nobody holds any more, to be written again: new memory costs a page fault every 4 KB, for token targets of 1,000
+    classes several times what computing them takes."""
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """An array with any content; it is in use as long as it, or a tensor made from it, is referred to."""
+        for array in self._arrays:
+            if array.shape == shape and array.dtype == dtype and sys.getrefcount(array) == 3:  # the list's, the loop's and the argument's
+                return array
+        self._arrays.append(np.empty(shape, dtype))
+        return self._arrays[-1]
+
+
 def _finished(produced: Future) -> Batch:
     """Wait for a batch of `Loader._produce` and for the kernels that fill it; raises what failed there."""
     batch, kernels = produced.result()
@@ -258,6 +275,7 @@ class Loader:
                 f"{len(self.samples)} samples do not fill one global batch of {batch_size} x {world_size} ranks; lower the batch size"
             )
         self._epoch, self._start_step = 0, 0
+        self._buffers = _Buffers()
         self._graph = None
         # One thread drives DALI (which decodes on its own threads); the kernels of the batch before run meanwhile.
         self._decoder = ThreadPoolExecutor(1, "tl_fast-decode")
@@ -333,8 +351,8 @@ class Loader:
             plans = plan.of_boxes(center_boxes(heights, widths, self.image_size, self.crop_pct), EVAL_INTERPOLATION)
         starts, stops = warp.needed(plans, heights, widths, self.image_size)
         regions = self._decode(ids, starts, stops - starts)
-        images = torch.empty((len(ids), 3, self.image_size, self.image_size), dtype=torch.uint8)
-        out, fill = images.numpy(), np.array(self.augment.fill, np.uint8)
+        out = self._buffers.take((len(ids), 3, self.image_size, self.image_size), np.uint8)
+        images, fill = torch.from_numpy(out), np.array(self.augment.fill, np.uint8)
 
         def augment(part: range) -> None:
             for b in part:
@@ -346,10 +364,10 @@ class Loader:
         kernels = self._share(augment, parts)
         targets = None
         if self.token_labels:
-            targets = torch.empty((len(ids), 1 + self.grid**2, self.num_classes), dtype=torch.float32)
+            target_out = self._buffers.take((len(ids), 1 + self.grid**2, self.num_classes), np.float32)
+            targets = torch.from_numpy(target_out)
             affines = map_affines(plans, heights, widths, self.samples.spec.extent, self.geometry)
             classes, scores = self.samples.label_maps(ids)
-            target_out = targets.numpy()
 
             def token_targets(part: slice) -> None:
                 cpu.warped_targets(
