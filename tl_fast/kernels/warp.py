@@ -111,6 +111,11 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
     begin, end = x_first[x_low], x_first[x_high - 1] + x_count[x_high - 1]
     for x in range(x_low, x_high):  # cubic windows are cut at the image's edges alone, so they only grow; to be sure all the same
         begin, end = min(begin, x_first[x]), max(end, x_first[x] + x_count[x])
+    for y in range(rows):
+        if y_count[y] and (y_first[y] < 0 or y_first[y] + y_count[y] > region.shape[0]):
+            raise ValueError("the decoded region lacks rows that the box needs")
+    if begin < 0 or end > region.shape[1]:
+        raise ValueError("the decoded region lacks columns that the box needs")
     pixels = region.reshape(region.shape[0], region.shape[1] * 3)
     width_read = end - begin
     lines = np.zeros((ROWS, 3 * width_read), np.float32)
