@@ -52,8 +52,9 @@ def test_strings_mean_what_they_mean_to_timm(text):
     "text, part",
     [("augmix-m5", "augmix-m5"), ("original", "original"), ("RAND-m9", "RAND-m9"), ("rand-m", "'m'"), ("rand-m9.5", "m9.5"),
      ("rand-x3", "x3"), ("rand--m9", "''"), ("rand-m9-", "''"), ("rand-n0", "n0"), (f"rand-n{MAX_LAYERS + 1}", f"n{MAX_LAYERS + 1}"),
-     ("rand-p1.5", "p1.5"), ("rand-pnan", "pnan"), ("rand-mstdnan", "mstdnan"), ("rand-mstd", "'mstd'"), ("rand-mmax0", "mmax0"), ("rand-mmax101", "mmax101"),
-     ("rand-incyes", "incyes"), ("rand-tweights", "tweights"), ("rand-w0", "w0"), ("rand-m9-m-1", "'m'"), ("rand m9", "rand m9")],
+     ("rand-p1.5", "p1.5"), ("rand-pnan", "pnan"), ("rand-mstdnan", "mstdnan"), ("rand-mstd", "'mstd'"), ("rand-mmax0", "mmax0"),
+     ("rand-mmax101", "mmax101"), ("rand-incyes", "incyes"), ("rand-tweights", "tweights"), ("rand-w0", "w0"), ("rand-m9-m-1", "'m'"),
+     ("rand m9", "rand m9")],
 )  # fmt: skip
 def test_bad_strings_are_refused_and_their_part_named(text, part):
     for parse in (RandAugment.parse, lambda text: plan.Augment(auto_augment=text)):

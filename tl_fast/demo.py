@@ -20,6 +20,7 @@ from tl_fast.beton import BetonReader
 from tl_fast.runlog import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "runs" / "demo"
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -40,24 +41,22 @@ def sparkline(values: list[float]) -> str:
     return "".join(BARS[round((value - low) / (high - low or 1) * (len(BARS) - 1))] for value in values)
 
 
-def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list[str] | None = None) -> dict:
-    """Annotate, pack, train, evaluate and draw the photos into `folder` -> figures, also in its `report.json`. Replaces an earlier demo's files.
+def annotate_and_pack(folder: Path) -> dict[str, float]:
+    """Annotate the bundled photos and pack them into `folder`: `label_maps/`, `train.beton`, `val.beton` -> wall time in seconds by stage.
 
-    `options` are passed on to train.py.
+    Replaces an earlier demo's; SystemExit where the folder holds something else.
     """
     photos = ROOT / "tests" / "photos"
     if not photos.is_dir():
         raise SystemExit(f"demo: the bundled photos are missing at {photos}; run it from a clone of the repository")
-    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / ".tl_fast-demo"  # without it what lies in the folder is not ours to replace
     if not marker.exists() and any(folder.iterdir()):
         raise SystemExit(f"demo: {folder} is not empty and not an earlier demo's folder; give another one with --out")
     marker.touch()
-    maps, train, val, run_dir, picture = (folder / name for name in ("label_maps", "train.beton", "val.beton", "train", "picture.png"))
-    for old in (maps, run_dir):
-        shutil.rmtree(old, ignore_errors=True)
-    for old in (train, val, picture):
+    maps, train, val = (folder / name for name in ("label_maps", "train.beton", "val.beton"))
+    shutil.rmtree(maps, ignore_errors=True)
+    for old in (train, val):
         old.unlink(missing_ok=True)
     seconds = {}
     seconds["annotate"] = run(
@@ -65,6 +64,19 @@ def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list
     )
     seconds["pack"] = run("converters/to_beton.py", photos / "train", train, "--label-maps", maps)
     seconds["pack"] += run("converters/to_beton.py", photos / "val", val)
+    return seconds
+
+
+def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list[str] | None = None) -> dict:
+    """Annotate, pack, train, evaluate and draw the photos into `folder` -> figures, also in its `report.json`. Replaces an earlier demo's files.
+
+    `options` are passed on to train.py.
+    """
+    folder = folder.resolve()
+    train, val, run_dir, picture = (folder / name for name in ("train.beton", "val.beton", "train", "picture.png"))
+    seconds = annotate_and_pack(folder)
+    shutil.rmtree(run_dir, ignore_errors=True)
+    picture.unlink(missing_ok=True)
     seconds["train"] = run(
         "tl_fast/train.py", "--config", "recipes/demo_photos.yaml", "--train_data", train, "--val_data", val, "--output_dir", run_dir,
         "--seed", str(seed), "--token_label", str(token_label).lower(), *(options or []),
@@ -125,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tl_fast.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--no-token-label", dest="token_label", action="store_false", help="the control: train on image labels alone")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", help="folder for all results (default: runs/demo)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for all results (default: runs/demo)")
     arguments, options = parser.parse_known_args()
     figures = demo(arguments.out, token_label=arguments.token_label, seed=arguments.seed, options=options)
     print(f"\nreport: {arguments.out / 'report.md'}\nloss: {figures['loss'][0]:.3f} -> {figures['loss'][-1]:.3f}  {sparkline(figures['loss'])}")

@@ -20,6 +20,7 @@ from PIL import Image
 from tl_fast.crc import crc32
 from tl_fast.kernels import jpeg as scans
 from tl_fast.kernels import jpeg_markers as marks
+from tl_fast.kernels import jpeg_restarts as restarts
 from tl_fast.turbojpeg_transform import lossless_baseline
 
 Image.init()  # loads Pillow's plugins now, not in several worker threads at once
@@ -46,6 +47,7 @@ DAMAGED = {
 
 EOI = b"\xff\xd9"
 JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+SOS_BYTES = 14  # of the scan header of three components
 ZERO_TABLES = b"".join(bytes([table, 1]) + bytes(16) for table in (0x01, 0x11))  # symbol 0 as the only code, of one bit
 
 
@@ -55,7 +57,8 @@ class Prepared:
 
     parts: its bytes in order, views of the source where they are copied; height, width: pixels; action: `copied` (the image data
     untouched), `transcoded` (without loss), `re-encoded` or `resized`; stripped: bytes of metadata or behind the end left out (0 for
-    files other than JPEGs); rotated: an EXIF orientation other than upright was ignored; crc: CRC-32 (zlib's) of the parts.
+    files other than JPEGs); rotated: an EXIF orientation other than upright was ignored; crc: CRC-32 (zlib's) of the parts; row_index: its
+    restart markers let regions be cut out of it (`tl_fast.kernels.jpeg_restarts.splice`), asked for and so made or found.
     """
 
     parts: tuple[bytes | memoryview, ...]
@@ -65,12 +68,13 @@ class Prepared:
     stripped: int
     rotated: bool
     crc: int
+    row_index: bool = False
 
     def __reduce_ex__(self, protocol: int):
         """Its bytes out of band where the protocol can (`tl_fast.forked`)."""
         wrap = pickle.PickleBuffer if protocol >= 5 else bytes
         parts = tuple(wrap(part) for part in self.parts)
-        return Prepared, (parts, self.height, self.width, self.action, self.stripped, self.rotated, self.crc)
+        return Prepared, (parts, self.height, self.width, self.action, self.stripped, self.rotated, self.crc, self.row_index)
 
     @property
     def data(self) -> bytes:
@@ -89,6 +93,8 @@ class _Workspace(threading.local):
         self.layout = np.zeros(scans.BLOCKS, np.uint64)
         self.accuracy = np.zeros((4, 64), np.int8)
         self.stream = np.zeros(1 << 18, np.uint8)
+        self.places = np.zeros(0, np.uint64)
+        self.out = np.zeros(0, np.uint8)
 
     def inspect(self, data: bytes, decode: bool) -> list[int]:
         """`tl_fast.kernels.jpeg.inspect` -> its record."""
@@ -108,6 +114,32 @@ class _Workspace(threading.local):
         status, used = scans.check_scan(array, self.record, self.stream, self.keys, self.lookup, self.layout, places, out)
         return status, out[:used].tobytes() if splice and status == marks.OK else b""
 
+    def insert_restarts(self, data: bytes) -> tuple[int, bytes]:
+        """(`interval`, the scan of `data` to its end with a restart marker every `interval` MCUs); no bytes where none can be inserted.
+
+        The interval is 0 where `data` is not to be cut into segments; without new bytes it is the file's own.
+        """
+        array, record = np.frombuffer(data, np.uint8), self.record
+        if restarts.read_markers(array, record, self.head) != marks.OK:
+            return 0, b""
+        if record[marks.RESTART]:
+            return int(record[marks.RESTART]) if restarts.segments(record)[0] else 0, b""
+        across, down = record[marks.COMPONENT + 1].item(), record[marks.COMPONENT + 2].item()
+        mcus, row = restarts.mcu_count(record), -(-record[marks.WIDTH].item() // (8 * across))
+        interval, blocks = restarts.restart_interval(row, 8 * across), mcus * (across * down + 2)
+        record[marks.RESTART] = interval
+        if not restarts.segments(record)[0] or blocks > 4 * len(data):  # each block takes two bits at least
+            return 0, b""
+        size = 2 * len(data) + mcus // interval * restarts.GROWTH
+        if self.stream.size < len(data) + scans.PADDING:
+            self.stream = np.zeros(2 * len(data) + scans.PADDING, np.uint8)
+        if self.places.size < blocks:
+            self.places = np.zeros(2 * blocks, np.uint64)
+        if self.out.size < size:
+            self.out = np.zeros(2 * size, np.uint8)
+        used = restarts.insert_restarts(array, record, interval, self.stream, self.keys, self.lookup, self.layout, self.places, self.out)
+        return (interval, self.out[:used].tobytes()) if used > 0 else (0, b"")
+
 
 _workspace = _Workspace()
 
@@ -118,6 +150,8 @@ def compile_kernels() -> None:
     damaged where two threads call it for the first time at once (KeyError ever after)."""
     colour, grey = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 1), np.uint8)
     small = simplejpeg.encode_jpeg(grey, colorspace="GRAY", colorsubsampling="Gray")
+    cut = prepare(simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8), colorspace="RGB"), row_index=True)
+    restarts.splice(np.frombuffer(cut.data, np.uint8), np.array([0, 0]), np.array([1, 1]))
     prepare(simplejpeg.encode_jpeg(colour, colorspace="RGB"))
     prepare(small)
     prepare(small, max_resolution=8)
@@ -125,15 +159,33 @@ def compile_kernels() -> None:
     prepare(png.getvalue())
 
 
-def prepare(data: bytes, max_resolution: int | None = None, quality: int = 90, decode_check: bool = True) -> Prepared:
+def prepare(
+    data: bytes, max_resolution: int | None = None, quality: int = 90, decode_check: bool = True, row_index: bool = False
+) -> Prepared:
     """The JPEG to store for an image file's bytes.
 
     max_resolution: largest side in pixels (as ffcv's), larger images are shrunk to it with Pillow's antialiased Lanczos filter. quality:
     1..100 of new encodes, which are 4:2:0. decode_check: decode what is copied to know that it is whole; without it only its markers
-    are read and its end is found. Safe in threads; a file that is copied needs the GIL for about 10 µs. Raises ValueError with the
+    are read and its end is found. row_index: with restart markers, so that regions can be cut out of it, where that is possible: the same
+    pixels. Safe in threads; a file that is copied needs the GIL for about 10 µs. Raises ValueError with the
     reason on anything that is not a whole, undamaged image (any warning of libjpeg counts as damage), and
     `tl_fast.turbojpeg_transform.TurboJpegMissing` where a file needs libturbojpeg and it is missing.
     """
+    prepared = _prepare(data, max_resolution, quality, decode_check)
+    return _with_restarts(prepared) if row_index else prepared
+
+
+def _with_restarts(prepared: Prepared) -> Prepared:
+    data = prepared.data
+    interval, scan = _workspace.insert_restarts(data)
+    if not scan:
+        return dataclasses.replace(prepared, row_index=interval > 0)
+    start = int(_workspace.record[marks.SCAN])
+    head = data[: start - SOS_BYTES] + _segment(marks.DRI, interval.to_bytes(2, "big")) + data[start - SOS_BYTES : start]
+    return dataclasses.replace(prepared, parts=(head, scan), crc=crc32(scan, crc32(head)), row_index=True)
+
+
+def _prepare(data: bytes, max_resolution: int | None, quality: int, decode_check: bool) -> Prepared:
     limit = max_resolution or marks.MAX_SIDE
     if data[:3] != b"\xff\xd8\xff":
         return _encode(data, limit, quality)

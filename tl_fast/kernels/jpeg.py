@@ -318,15 +318,37 @@ def splice_grey(stream, marks, blocks, out, at):
 
     The zeros are two chroma blocks, each "no difference" and "end of block" in tables that have one code of one bit.
     """
-    held, fill, position = U0, U0, U0  # bits not yet written, how many (at most 31 between blocks' pieces), bit of `stream` to read next
+    held, fill, position = U0, U0, U0
     for i in range(blocks):
-        while position < marks[i]:
-            n = min(U(32), marks[i] - position)
-            held = held << n | (big(stream, position >> U3) << (position & U(7))) >> (U64 - n)
-            fill, position = fill + n, position + n
-            held, fill, at = _flush(held, fill, out, at)
-        held, fill = held << U(4), fill + U(4)
-        held, fill, at = _flush(held, fill, out, at)
+        held, fill, at = copy_bits(stream, position, marks[i], held, fill, out, at)
+        position = marks[i]
+        held, fill, at = _flush(held << U(4), fill + U(4), out, at)
+    return pad(held, fill, out, at)
+
+
+@njit
+def copy_bits(stream, position, stop, held, fill, out, at):
+    """Write bits [position, stop) of `stream` -> (held, fill, where the next byte goes).
+
+    held: the lowest `fill` bits are those not yet written, at most 31 between calls.
+    """
+    while position < stop:
+        n = min(U(32), stop - position)
+        held = held << n | (big(stream, position >> U3) << (position & U(7))) >> (U64 - n)
+        position += n
+        held, fill, at = _flush(held, fill + n, out, at)
+    return held, fill, at
+
+
+@njit
+def put_bits(bits, n, held, fill, out, at):
+    """Write the lowest n <= 32 bits -> as `copy_bits`."""
+    return _flush(held << n | bits, fill + n, out, at)
+
+
+@njit
+def pad(held, fill, out, at):
+    """Write what is held, filled up to a byte -> where the next one goes."""
     spare = (U8 - fill % U8) % U8
     held, fill = (held << spare) | ((U1 << spare) - U1), fill + spare  # T.81 F.1.2.3: ones
     while fill:
