@@ -1,4 +1,4 @@
-"""The sheet of samples: its colours against cells and tokens found another way, its crop against Pillow, its size, its errors."""
+"""The sheets of samples: colours against cells and tokens found another way, crops against Pillow and the loader, sizes, errors."""
 from __future__ import annotations
 
 import io
@@ -13,14 +13,21 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from tests import reference
 
+from tl_fast import demo, plan
 from tl_fast.beton import BetonReader
 from tl_fast.beton_write import Sample, write_beton
+from tl_fast.config import parse_config
+from tl_fast.crop_sheet import find_data, find_recipe, inside_image, operations, show_recipe
 from tl_fast.labelmap import MapSpec, pack
 from tl_fast.pipeline import Loader
-from tl_fast.show import NO_CLASS, OTHER, PALETTE, best_of_map, best_of_targets, main, show
+from tl_fast.rand_augment import OPS
+from tl_fast.sheet import NO_CLASS, OTHER, PALETTE, best_of_map, best_of_targets
+from tl_fast.show import main, show
 
 # The sheet's measures in pixels and its opacity, written down again: the tests say where things must be.
 MARGIN, GAP, LINE, PANEL, WIDEST, OPACITY = 14, 12, 20, 224, 336, 0.55
+COLUMNS, BETWEEN, PAPER = 4, 4, (238, 238, 238)  # of the sheet of crops
+SIDE = 2 * PANEL + BETWEEN
 CLASSES = 16
 NAMES = [f"class-{c:02d}" for c in range(CLASSES)]
 GRID = 7
@@ -34,16 +41,16 @@ def blobs(rng: np.random.Generator, spec: MapSpec) -> np.void:
     return pack(classes, np.maximum(np.take_along_axis(logits, classes, axis=0), 0.1).astype(np.float32), spec)
 
 
-def write(path: Path, photos: Path, spec: MapSpec | None) -> Path:
+def write(path: Path, photos: Path, spec: MapSpec | None, every: int = 9, names: list[str] = NAMES, suffix: str = "") -> Path:
     rng = np.random.default_rng(5)
-    files = sorted((photos / "train").glob("*/*.jpg"))[::9]
+    files = sorted((photos / "train").glob("*/*.jpg"))[::every]
     sizes = [Image.open(file).size for file in files]
     assert {w > h for w, h in sizes} == {True, False}, "landscape and portrait photos are needed"
     samples = []
     for i, file in enumerate(files):
         label_map = None if spec is None else (lambda record=blobs(rng, spec): record)
-        samples.append(Sample(f"{file.parent.name}/{file.name}", i % CLASSES, file.read_bytes, label_map))
-    write_beton(path, samples, class_names=NAMES, spec=spec, annotator=None if spec is None else {"model": "blobs"}, workers=1)
+        samples.append(Sample(f"{file.parent.name}/{file.stem}{suffix}.jpg", i % len(names), file.read_bytes, label_map))
+    write_beton(path, samples, class_names=names, spec=spec, annotator=None if spec is None else {"model": "blobs"}, workers=1)
     return path
 
 
@@ -60,6 +67,13 @@ def square(tmp_path_factory, photos) -> Path:
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory, photos) -> Path:
     return write(tmp_path_factory.mktemp("show") / "bare.beton", photos, None)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, photos) -> Path:
+    """More samples than a sheet of crops, and a hue for every class."""
+    classes = len(PALETTE)
+    return write(tmp_path_factory.mktemp("show") / "many.beton", photos, MapSpec(4, 5, 6, classes), every=3, names=NAMES[:classes])
 
 
 def drawn_size(height: int, width: int) -> tuple[int, int]:
@@ -285,3 +299,197 @@ def test_colours_are_distinct():
     lab[:, 1:] = (lab[:, 1:] + 128) % 256  # a and b are stored as signed bytes
     nearest = min(np.linalg.norm(a - b) for a, b in combinations(lab, 2))
     assert nearest > 30  # CIE76; 2.3 is just noticeable
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def test_recipes_by_name(tmp_path):
+    for path in RECIPES.glob("*.yaml"):
+        for name in (path.stem, path.name, str(path)):
+            assert find_recipe(name) == path
+    for size in "tsml":
+        assert find_recipe(f"lvvit_{size}") == RECIPES / f"lvvit_{size}_224.yaml"
+    own = tmp_path / "own.yaml"
+    own.write_text("train_data: x.beton\n")
+    assert find_recipe(str(own)) == own
+    for name in ("lvvit_x", "", "lvvit_s_", "lvvit_", str(tmp_path / "none.yaml")):
+        with pytest.raises(ValueError, match="there is no recipe .*known are demo_photos, lvvit_l_224, lvvit_m_224, lvvit_s_224, lvvit_t_224"):
+            find_recipe(name)
+    for name in ("vit_224", "vit_384"):
+        (tmp_path / f"{name}.yaml").touch()
+    assert find_recipe("vit_384", tmp_path) == tmp_path / "vit_384.yaml"
+    with pytest.raises(ValueError, match="'vit' may be any of vit_224, vit_384"):
+        find_recipe("vit", tmp_path)
+
+
+def test_data_of_a_recipe(full, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def annotate_and_pack(folder: Path) -> None:  # the real one takes minutes; test_demo runs it
+        made.append(folder)
+        folder.mkdir()
+        (folder / "train.beton").touch()
+
+    monkeypatch.setattr(demo, "annotate_and_pack", annotate_and_pack)
+    recipe = str(RECIPES / "lvvit_s_224.yaml")
+    assert find_data(parse_config(["--config", recipe, "--train_data", str(full)])) == [full]
+    config = parse_config(["--config", recipe])
+    for expected in ("annotating and packing the bundled photos", "showing the demo's photos"):
+        assert find_data(config, tmp_path / "demo") == [tmp_path / "demo" / "train.beton"]
+        said = capsys.readouterr().out
+        assert "imagenet_train.beton, is not here" in said and expected in said
+    assert made == [tmp_path / "demo"]
+    (tmp_path / "imagenet_train.beton").touch()
+    assert find_data(config, tmp_path / "demo") == [Path("imagenet_train.beton")]
+
+
+def tiles(picture: Path, count: int, lines: int = 4) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(crop, tokens over it) of every tile of a sheet of crops, by where they must be, counted from the sheet's end."""
+    sheet = np.asarray(Image.open(picture).convert("RGB")).astype(float)
+    rows = -(-count // COLUMNS)
+    assert sheet.shape[1] == 2 * MARGIN + COLUMNS * SIDE + (COLUMNS - 1) * GAP
+    found = []
+    for n in range(count):
+        top = sheet.shape[0] - MARGIN - (rows - n // COLUMNS) * (PANEL + lines * LINE + GAP) + GAP
+        left = MARGIN + n % COLUMNS * (SIDE + GAP)
+        crop, tokens = (sheet[top : top + PANEL, x : x + PANEL] for x in (left, left + PANEL + BETWEEN))
+        assert (sheet[top - 1, left : left + SIDE] == PAPER).all()
+        found.append((crop, tokens))
+    return found
+
+
+@pytest.fixture(scope="module")
+def lvvit_s(many, tmp_path_factory) -> Path:
+    return show_recipe("lvvit_s", many, tmp_path_factory.mktemp("crops") / "lvvit_s.png")
+
+
+def the_recipes_loader(beton: Path) -> Loader:
+    """What the paper's recipe says, written down again."""
+    augment = plan.Augment(interpolation="random", auto_augment="rand-m9-mstd0.5-inc1", erase=0.25)
+    return Loader(beton, 1, augment=augment, smoothing=0.1, threads=1)
+
+
+def test_crops_are_the_loaders_with_the_recipes_augmentation(many, lvvit_s):
+    mean = 255 * np.array((0.485, 0.456, 0.406))
+    erased, drawn = 0, set()
+    with the_recipes_loader(many) as loader:
+        chosen = np.linspace(0, len(loader.samples) - 1, 24).round().astype(int)
+        for sample, (crop, _) in zip(chosen, tiles(lvvit_s, 24), strict=True):
+            batch = loader.batch(np.array([sample]))
+            drawn |= set(loader.draw(np.array([sample]))[0]["ops"].tolist())
+            expected = batch.images[0].permute(1, 2, 0).numpy().astype(float)
+            top, left, height, width = batch.erase[0].tolist()
+            kept = np.ones((PANEL, PANEL), bool)
+            kept[top : top + height, left : left + width] = False
+            assert (crop[kept] == expected[kept]).all(), f"sample {sample}"
+            if height:  # noise of the data set's mean and deviation, of which 3 % are cut off
+                erased += 1
+                np.testing.assert_allclose(crop[~kept].mean(axis=0), mean, atol=6)
+                np.testing.assert_allclose(crop[~kept].std(axis=0), 255 * np.array((0.229, 0.224, 0.225)), atol=6)
+    assert 1 <= erased <= 14 and len(drawn) > 6
+
+
+def test_fill_has_no_colour_and_the_image_has(many, lvvit_s):
+    """Tokens a map's half cell and more beyond the image know nothing; those well inside it know a class; what is filled is dark."""
+    outside = inside = filled = 0
+    with the_recipes_loader(many) as loader:
+        chosen = np.linspace(0, len(loader.samples) - 1, 24).round().astype(int)
+        for sample, (crop, tokens) in zip(chosen, tiles(lvvit_s, 24), strict=True):
+            drawn = loader.draw(np.array([sample]))[0]
+            height, width = loader.samples.heights[sample], loader.samples.widths[sample]
+            linear = drawn["affine"].astype(float).reshape(2, 3)
+            for i, j in np.ndindex(14, 14):
+                # Fractions of the image at the token's corners: an affine has its extremes there.
+                corners = np.array([[(j + a) / 14, (i + b) / 14, 1] for a in (0, 1) for b in (0, 1)]) @ linear.T / (width, height)
+                middle = (slice(16 * i + 2, 16 * i + 14), slice(16 * j + 2, 16 * j + 14))  # without the lines between tokens
+                token, below = tokens[middle], crop[middle]
+                if ((corners < -0.51 / np.array((6, 5))) | (corners > 1 + 0.51 / np.array((6, 5)))).all(axis=0).any():
+                    assert np.ptp(token, axis=2).max() == 0, f"sample {sample}, token {i}, {j}"
+                    np.testing.assert_allclose(token[..., 0], 0.35 * below @ (0.299, 0.587, 0.114), atol=1.5)
+                    outside += 1
+                elif (corners > 0).all() and (corners < 1).all():
+                    assert np.ptp(token, axis=2).min() > 5, f"sample {sample}, token {i}, {j}"
+                    inside += 1
+    assert outside > 30 and inside > 2000
+
+
+def test_what_is_beyond_the_image_is_what_is_filled(many):
+    fill = (255, 0, 255)
+    augment = plan.Augment(auto_augment="rand-m9-n1-p1.0-inc1", fill=fill)
+    filled = 0
+    with Loader(many, 1, augment=augment, threads=1, token_labels=False) as loader:
+        for sample in range(len(loader.samples)):
+            drawn = loader.draw(np.array([sample]))[0]
+            if not OPS[drawn["ops"][0]].startswith(("Rotate", "Shear", "Translate")):
+                continue
+            image = loader.batch(np.array([sample])).images[0].numpy()
+            height, width = int(loader.samples.heights[sample]), int(loader.samples.widths[sample])
+            beyond = ~inside_image(drawn["affine"], height, width, PANEL)
+            # A pixel may be filled or not where its centre is as good as on the image's edge.
+            differ = (image == np.array(fill)[:, None, None]).all(axis=0) != beyond
+            assert differ.sum() <= 2, f"sample {sample}: {differ.sum()} pixels"
+            filled += bool(beyond.any())
+    assert filled >= 3
+
+
+def test_same_seed_same_picture(many, tmp_path):
+    def picture(**changed) -> bytes:
+        return show_recipe("lvvit_s", many, tmp_path / "again.png", samples=4, **changed).read_bytes()
+
+    pictures = [picture(), picture(epoch=1), picture(seed=1)]
+    assert picture(seed=0) == pictures[0] and picture(epoch=1) == pictures[1] and len(set(pictures)) == 3
+
+
+def test_operations_in_words():
+    record = plan.of_boxes(np.array([[0, 0, 4, 4]]))[0]
+    assert operations(record) == []
+    drawn = [("Rotate", -21.34), ("Color", 1.537), ("Equalize", 0), ("Posterize", 3), ("Solarize", 17), ("TranslateX", -0.449)]
+    record["ops"][:6] = [OPS.index(name) for name, _ in drawn]
+    record["arguments"][:6] = [argument for _, argument in drawn]
+    assert operations(record) == ["Rotate -21.3°", "Color 1.54", "Equalize", "Posterize 3 bit", "Solarize 17", "TranslateX -0.45"]
+
+
+def test_captions_stay_below_their_tiles(photos, tmp_path):
+    """With the most operations, long names of images and of classes."""
+    names = [f"{name}, which is a class of a name that nobody would want to read in full" for name in NAMES]
+    beton = write(tmp_path / "long.beton", photos, MapSpec(4, 5, 6, CLASSES), names=names, suffix="-of-a-name-that-is-long" * 6)
+    recipe = tmp_path / "strong.yaml"
+    recipe.write_text("train_data: long.beton\nauto_augment: rand-m9-n8-p1.0-mstd0.5-inc1\nsmoothing: 0.1\n")
+    picture = np.asarray(Image.open(show_recipe(str(recipe), beton, tmp_path / "strong.png", samples=8)).convert("RGB"))
+    first = picture.shape[0] - MARGIN - PANEL  # the last row has its captions below
+    below = np.ones(picture.shape[:2], bool)
+    for column in range(COLUMNS):
+        left = MARGIN + column * (SIDE + GAP)
+        below[:, left - 1 : left + SIDE + 1] = False  # letters may reach a pixel further than their widths
+        text = picture[first:, left : left + SIDE]
+        assert (text != PAPER).any()
+    below[:first] = False
+    assert (picture[below] == PAPER).all() and (picture[-MARGIN:] == PAPER).all()
+
+
+def test_crops_of_files_without_label_maps(bare, tmp_path):
+    picture = Image.open(show_recipe("lvvit_s", bare, tmp_path / "bare.png", samples=5))
+    assert picture.width == 2 * MARGIN + COLUMNS * PANEL + (COLUMNS - 1) * GAP
+
+
+def test_command_line_of_a_recipe(full, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main([str(full), "--recipe", "lvvit_s", "--ids", "3,1", "--epoch", "2"])
+    assert capsys.readouterr().out == "runs/show/lvvit_s.png\n"
+    same = show_recipe("lvvit_s", full, tmp_path / "same.png", ids=[3, 1], epoch=2)
+    assert Path("runs/show/lvvit_s.png").read_bytes() == same.read_bytes()
+    main([str(full), "--recipe", "lvvit_s", "--ids", "3", "--image-size", "64", "--out", "small.png"])
+    assert Image.open("small.png").width == Image.open(same).width
+    bad = {
+        "--recipe lvvit_q": "there is no recipe 'lvvit_q'; known are demo_photos,",
+        "--recipe lvvit_s --ids 99": "sample 99 is not in",
+        "--recipe lvvit_s --image-size 100": "img_size must be divisible by 16",
+        "--recipe lvvit_s --out x.txt": "use .png",
+        "": "FILE.beton and --out are needed, or --recipe",
+    }
+    for arguments, message in bad.items():
+        with pytest.raises(SystemExit) as stop:
+            main([str(full), *arguments.split()])
+        assert stop.value.code == 2 and message in capsys.readouterr().err

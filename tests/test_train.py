@@ -19,6 +19,7 @@ from tl_fast import checkpoint, evaluate
 from tl_fast import train as training
 from tl_fast.beton import BetonReader, Sample, write_beton
 from tl_fast.config import TrainConfig
+from tl_fast.erase import erase
 from tl_fast.labelmap import MapSpec, pack
 from tl_fast.meter import NonFiniteError
 from tl_fast.pipeline import Loader
@@ -90,7 +91,8 @@ def flags(config: TrainConfig, path: Path) -> list[str]:
 
 
 def test_a_run_learns_and_leaves_its_record(tiny, betons):
-    config = tiny(val_data=str(betons / "val.beton"), epochs=6, keep=2, drop_path=0.0, scale=(0.5, 1.0), lr=4e-3, mix_token=False)
+    easy = dict(drop_path=0.0, scale=(0.5, 1.0), mix_token=False, auto_augment=None, erase=0.0)  # 30 steps are few
+    config = tiny(val_data=str(betons / "val.beton"), epochs=6, keep=2, lr=4e-3, **easy)
     summary = training.train(config)
     rows = read_rows(Path(summary["metrics"]))
     steps, validations = [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "val"]
@@ -359,3 +361,23 @@ def test_plain_python_runs_the_script(tiny, tmp_path):
     assert "images/s, data wait" in run.stdout
     meta = json.loads((checkpoint.latest(tmp_path / "run" / "checkpoints") / "meta.json").read_text())
     assert meta["global_step"] == 2 and meta["config"]["max_steps"] == 2
+
+
+def test_erasing_reaches_the_network(tiny, monkeypatch):
+    """The boxes that the loader draws are filled with noise before the network sees the images, and only those."""
+    seen = []
+
+    def record(images, boxes, seeds):
+        before = images.clone()
+        after = erase(images, boxes, seeds)
+        seen.append((before, after, boxes))
+        return after
+
+    monkeypatch.setattr(training, "erase", record)
+    training.train(tiny(max_steps=2, epochs=1, erase=1.0))
+    assert len(seen) == 2
+    for before, after, boxes in seen:
+        for old, new, (top, left, height, width) in zip(before, after, boxes.tolist(), strict=True):
+            assert height > 0 and width > 0
+            changed = (old != new).any(0)
+            assert changed[top : top + height, left : left + width].all() and changed.sum() == height * width
