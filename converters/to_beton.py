@@ -56,6 +56,7 @@ def convert(
     quality: int = 90,
     max_resolution: int | None = None,
     decode_check: bool = True,
+    row_index: bool = False,
     page_size: int = PAGE_SIZE,
     on_error: str = "stop",
     max_rejects: int | None = None,
@@ -92,6 +93,7 @@ def convert(
             "shard": None if shard is None else f"{shard.index}/{shard.count}",
             "quality": quality,
             "max_resolution": max_resolution,
+            **({"row_index": True} if row_index else {}),  # betons of before have no such entry
         }
         if on_error == "stop" and len(without := conversion.without_map):
             raise BetonError(
@@ -103,7 +105,12 @@ def convert(
             return None
         with console.status("trying some samples (the first run on a machine compiles for half a minute)"):
             expected = estimate(
-                conversion, max_resolution=max_resolution, quality=quality, decode_check=decode_check, tries=256 if dry_run else 32
+                conversion,
+                max_resolution=max_resolution,
+                quality=quality,
+                decode_check=decode_check,
+                row_index=row_index,
+                tries=256 if dry_run else 32,
             )
         if dry_run:
             print_plan(console, out, conversion, expected)
@@ -126,6 +133,7 @@ def convert(
                 max_resolution=max_resolution,
                 quality=quality,
                 decode_check=decode_check,
+                row_index=row_index,
                 page_size=page_size,
                 on_error=on_error,
                 max_rejects=max_rejects,
@@ -134,7 +142,7 @@ def convert(
                 progress=progress,
             ),
         )
-        print_summary(console, out, source, summary, has_maps=maps is not None)
+        print_summary(console, out, source, summary, has_maps=maps is not None, row_index=row_index)
         return summary
     finally:
         source.close()
@@ -203,7 +211,7 @@ def print_plan(console: Console, out: Path, conversion: Conversion, expected: Es
         console.print(problem, soft_wrap=True, highlight=False, markup=False)
 
 
-def print_summary(console: Console, out: Path, source: Source, summary: WriteSummary, has_maps: bool) -> None:
+def print_summary(console: Console, out: Path, source: Source, summary: WriteSummary, has_maps: bool, row_index: bool) -> None:
     seconds, done = summary.seconds, summary.samples + summary.rejected - summary.resumed
     rows = [
         ("samples", f"{summary.samples:,} in {len(source.class_names):,} classes"),
@@ -213,6 +221,7 @@ def print_summary(console: Console, out: Path, source: Source, summary: WriteSum
         ("shrunk", f"{summary.resized:,}"),
         ("stripped of metadata", f"{summary.stripped:,}"),
         ("EXIF orientation ignored", f"{summary.rotated:,}"),
+        *([("with a row index", f"{summary.row_indexed:,}, {summary.samples - summary.row_indexed:,} left as they are")] if row_index else []),
         ("rejected", f"{summary.rejected:,}" + (f", see {out}.rejects.jsonl" if summary.rejected else "")),
         ("files ignored (no image by name)", f"{source.ignored:,}"),
         ("images", f"{summary.image_bytes / 1e6:,.1f} MB"),
@@ -291,6 +300,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     group.add_argument("--quality", type=int, default=90, metavar="Q", help="of images that must be encoded anew, 1 to 100 (default 90)")
     group.add_argument("--max-resolution", type=int, metavar="PX", help="shrink images whose longest side is above this")
     group.add_argument("--no-decode-check", action="store_true", help="look at the structure of JPEGs only, do not decode them")
+    group.add_argument("--row-index", action="store_true", help="restart markers in JPEGs, so that a crop is decoded without what surrounds it")
     group = parser.add_argument_group("bad samples")
     group.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="quarantine: leave out, list in OUT.rejects.jsonl")
     group.add_argument("--max-rejects", type=int, metavar="N", help="with quarantine: fail when more are left out (default: no limit)")

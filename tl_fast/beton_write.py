@@ -78,7 +78,7 @@ class WriteSummary:
     """What `write_beton` did.
 
     Images `copied`, `transcoded` without loss, `reencoded`, `resized` (and encoded); of those, `stripped` of metadata and `rotated` (with
-    an EXIF orientation, which is ignored). `rejected`: samples left out. `resumed`: samples taken from an earlier run. Sizes in bytes,
+    an EXIF orientation, which is ignored) and `row_indexed` (regions can be cut out of them; 0 when not asked for). `rejected`: samples left out. `resumed`: samples taken from an earlier run. Sizes in bytes,
     wall time in seconds.
     """
 
@@ -89,6 +89,7 @@ class WriteSummary:
     resized: int
     stripped: int
     rotated: int
+    row_indexed: int
     rejected: int
     resumed: int
     image_bytes: int
@@ -133,14 +134,16 @@ def ordered_map(workers: int, function: Callable, items: Iterable, ahead: int = 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def encode(sample: Sample, spec: MapSpec | None, max_resolution: int | None, quality: int, decode_check: bool) -> Encoded | Exception:
+def encode(
+    sample: Sample, spec: MapSpec | None, max_resolution: int | None, quality: int, decode_check: bool, row_index: bool = False
+) -> Encoded | Exception:
     """Read, check and encode one sample; the exception, not raised, when the sample is bad. Raises what is no fault of the sample."""
     from tl_fast.jpeg import prepare  # here, since reading a beton needs no image library
     from tl_fast.turbojpeg_transform import TurboJpegMissing
 
     try:
         sample.source_id.encode("utf-8")  # file names may be any bytes
-        image = prepare(sample.image(), max_resolution, quality, decode_check)
+        image = prepare(sample.image(), max_resolution, quality, decode_check, row_index)
         crc, data, score_min, score_step = image.crc, b"", 0.0, 0.0
         if sample.label < 0:
             raise ValueError("has no label")
@@ -163,7 +166,7 @@ def encode(sample: Sample, spec: MapSpec | None, max_resolution: int | None, qua
     return Encoded(image, data, score_min, score_step, crc)
 
 
-COUNTS = ("copied", "transcoded", "re-encoded", "resized", "stripped", "rotated", "image_bytes", "label_map_bytes")
+COUNTS = ("copied", "transcoded", "re-encoded", "resized", "stripped", "rotated", "row_indexed", "image_bytes", "label_map_bytes")
 
 
 def reason(problem: Exception) -> str:
@@ -252,6 +255,7 @@ class Writer:
         counts[image.action] += 1
         counts["stripped"] += image.stripped > 0
         counts["rotated"] += image.rotated
+        counts["row_indexed"] += image.row_index
         counts["image_bytes"] += sum(map(len, image.parts))
         counts["label_map_bytes"] += len(result.label_map)
         return None
@@ -313,6 +317,7 @@ def write_beton(
     max_resolution: int | None = None,
     quality: int = 90,
     decode_check: bool = True,
+    row_index: bool = False,
     page_size: int = PAGE_SIZE,
     on_error: Literal["stop", "quarantine"] = "stop",
     max_rejects: int | None = None,
@@ -325,7 +330,7 @@ def write_beton(
     class_names: name of every label; with `spec` as many as the label maps' classes, for token targets and labels are of one kind.
     annotator, conversion: JSON-able records of how the label maps were made and of what was converted, kept in the file. workers: threads,
     by default one per CPU core this process may use. processes: forked processes instead, which do not wait for each other's GIL; `samples`
-    must then be a sequence, and the bytes of its images and label maps are asked for in those processes. max_resolution, quality, decode_check: see `tl_fast.jpeg.prepare`. page_size: bytes, a
+    must then be a sequence, and the bytes of its images and label maps are asked for in those processes. max_resolution, quality, decode_check, row_index: see `tl_fast.jpeg.prepare`. page_size: bytes, a
     power of two; no sample may be larger.
     on_error: `stop` at the first bad sample, or `quarantine`: leave it out and list it, a JSON object a line, in `PATH.rejects.jsonl`.
     max_rejects: how many may be left out. resume: go on from what an unfinished run left (`tl_fast.partial_file`), if it left something.
@@ -368,6 +373,7 @@ def write_beton(
         "max_resolution": max_resolution,
         "quality": quality,
         "decode_check": decode_check,
+        "row_index": row_index,
         "page_size": page_size,
         "versions": library_versions(),
     }
@@ -388,7 +394,7 @@ def write_beton(
             start += len(chunk)
 
     def run(chunk: Iterable[Sample]) -> list[Encoded | Exception]:
-        return [encode(sample, spec, max_resolution, quality, decode_check) for sample in chunk]
+        return [encode(sample, spec, max_resolution, quality, decode_check, row_index) for sample in chunk]
 
     def run_places(places: range) -> list[Encoded | Exception]:
         results = run(samples[place] for place in places)
@@ -455,6 +461,7 @@ def write_beton(
         resized=counts["resized"],
         stripped=counts["stripped"],
         rotated=counts["rotated"],
+        row_indexed=counts["row_indexed"],
         rejected=len(writer.rejects),
         resumed=resumed,
         image_bytes=counts["image_bytes"],

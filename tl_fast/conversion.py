@@ -137,7 +137,9 @@ class Estimate:
     seconds: float
 
 
-def estimate(conversion: Conversion, *, max_resolution: int | None, quality: int, decode_check: bool, tries: int = 32) -> Estimate:
+def estimate(
+    conversion: Conversion, *, max_resolution: int | None, quality: int, decode_check: bool, row_index: bool = False, tries: int = 32
+) -> Estimate:
     """Convert `tries` samples, evenly spread, to nowhere, and scale by the sizes of the inputs."""
     spec = None if conversion.maps is None else conversion.maps.spec
     tried = np.unique(np.linspace(0, len(conversion) - 1, tries).astype(int)).tolist()
@@ -145,7 +147,7 @@ def estimate(conversion: Conversion, *, max_resolution: int | None, quality: int
     problems, read, written, started = [], 0, 0, time.perf_counter()
     for at in tried:
         sample = conversion[at]
-        result = encode(sample, spec, max_resolution, quality, decode_check)
+        result = encode(sample, spec, max_resolution, quality, decode_check, row_index)
         if isinstance(result, Encoded):
             actions[result.image.action] += 1
             actions["stripped"] += result.image.stripped > 0

@@ -114,22 +114,22 @@ class _Workspace(threading.local):
         status, used = scans.check_scan(array, self.record, self.stream, self.keys, self.lookup, self.layout, places, out)
         return status, out[:used].tobytes() if splice and status == marks.OK else b""
 
-    def insert_restarts(self, data: bytes) -> tuple[int, bytes]:
-        """(`interval`, the scan of `data` to its end with a restart marker every `interval` MCUs); no bytes where none can be inserted.
+    def insert_restarts(self, data: bytes) -> tuple[int, int, bytes]:
+        """(status, interval, the scan of `data` to its end with a restart marker every `interval` MCUs), the scan only where status > 0.
 
-        The interval is 0 where `data` is not to be cut into segments; without new bytes it is the file's own.
+        Status `restarts.MISSING`: a DC table lacks a code. 0: nothing to insert; the interval is then the file's own where that is fit.
         """
         array, record = np.frombuffer(data, np.uint8), self.record
         if restarts.read_markers(array, record, self.head) != marks.OK:
-            return 0, b""
+            return 0, 0, b""
         if record[marks.RESTART]:
-            return int(record[marks.RESTART]) if restarts.segments(record)[0] else 0, b""
+            return 0, int(record[marks.RESTART]) if restarts.segments(record)[0] else 0, b""
         across, down = record[marks.COMPONENT + 1].item(), record[marks.COMPONENT + 2].item()
         mcus, row = restarts.mcu_count(record), -(-record[marks.WIDTH].item() // (8 * across))
         interval, blocks = restarts.restart_interval(row, 8 * across), mcus * (across * down + 2)
         record[marks.RESTART] = interval
         if not restarts.segments(record)[0] or blocks > 4 * len(data):  # each block takes two bits at least
-            return 0, b""
+            return 0, 0, b""
         size = 2 * len(data) + mcus // interval * restarts.GROWTH
         if self.stream.size < len(data) + scans.PADDING:
             self.stream = np.zeros(2 * len(data) + scans.PADDING, np.uint8)
@@ -138,7 +138,7 @@ class _Workspace(threading.local):
         if self.out.size < size:
             self.out = np.zeros(2 * size, np.uint8)
         used = restarts.insert_restarts(array, record, interval, self.stream, self.keys, self.lookup, self.layout, self.places, self.out)
-        return (interval, self.out[:used].tobytes()) if used > 0 else (0, b"")
+        return used, interval, self.out[: max(used, 0)].tobytes()
 
 
 _workspace = _Workspace()
@@ -177,12 +177,40 @@ def prepare(
 
 def _with_restarts(prepared: Prepared) -> Prepared:
     data = prepared.data
-    interval, scan = _workspace.insert_restarts(data)
-    if not scan:
-        return dataclasses.replace(prepared, row_index=interval > 0)
+    status, interval, scan = _workspace.insert_restarts(data)
+    if status == restarts.MISSING:
+        data = _with_all_categories(data, _workspace.record.tolist())
+        status, interval, scan = _workspace.insert_restarts(data)
+    if status <= 0:
+        return dataclasses.replace(prepared, row_index=interval > 0 and status == 0)
     start = int(_workspace.record[marks.SCAN])
     head = data[: start - SOS_BYTES] + _segment(marks.DRI, interval.to_bytes(2, "big")) + data[start - SOS_BYTES : start]
     return dataclasses.replace(prepared, parts=(head, scan), crc=crc32(scan, crc32(head)), row_index=True)
+
+
+def _with_all_categories(data: bytes, record: list[int]) -> bytes:
+    """`data`, what `_prepare` makes, with codes for the DC categories that its optimised tables lack; all others stay as they are.
+
+    Longer codes follow the longest one: none may be of ones only (T.81 B.2.4.2), so one of each greater length is free.
+    """
+    tables = {record[marks.HUFFMAN + (record[marks.COMPONENT + 5 * i + 4] >> 4)] for i in range(3)}
+    at, parts = 2, [data[:2]]
+    while at < record[marks.SCAN]:
+        stop = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        body, place = b"", at + 4
+        while data[at + 1] == marks.DHT and place < stop:
+            counts = bytearray(data[place + 1 : place + 17])
+            symbols = data[place + 17 : place + 17 + sum(counts)]
+            end = place + 17 + len(symbols)
+            if place + 1 in tables:
+                longest = max(length for length in range(1, 17) if counts[length - 1])
+                for length, symbol in enumerate((n for n in range(12) if n not in data[place + 17 : end]), longest + 1):
+                    if length <= 16:
+                        counts[length - 1], symbols = 1, symbols + bytes([symbol])
+            body, place = body + data[place : place + 1] + counts + symbols, end
+        parts.append(_segment(marks.DHT, body) if body else data[at:stop])
+        at = stop
+    return b"".join(parts) + data[at:]
 
 
 def _prepare(data: bytes, max_resolution: int | None, quality: int, decode_check: bool) -> Prepared:

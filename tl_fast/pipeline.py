@@ -24,6 +24,7 @@ from PIL import Image
 from tl_fast import plan, scalar
 from tl_fast.beton import BetonReader
 from tl_fast.kernels import cpu, warp
+from tl_fast.kernels.jpeg_restarts import splice
 from tl_fast.labelmap import EXTENTS
 from tl_fast.ranks import cores_of_this_rank
 
@@ -280,6 +281,7 @@ class Loader:
         # One thread drives DALI (which decodes on its own threads); the kernels of the batch before run meanwhile.
         self._decoder = ThreadPoolExecutor(1, "tl_fast-decode")
         self._workers = ThreadPoolExecutor(self.threads, "tl_fast-kernel")
+        self._splicers = ThreadPoolExecutor(self.threads, "tl_fast-splice")  # not the workers, where DALI would wait for the kernels before
         self._compiled = False
 
     @property
@@ -399,7 +401,8 @@ class Loader:
                 "cpu", batch_size=self.batch_size, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
             )
             self._graph.build()
-        jpegs = [self.samples.jpeg(i) for i in ids]
+        jpegs, origins = self._splice(ids, starts, starts + shapes)
+        starts = starts - origins
         try:
             (regions,) = self._graph.run(jpegs=jpegs, starts=starts.astype(np.int32), shapes=shapes.astype(np.int32))
         except RuntimeError as error:
@@ -412,6 +415,17 @@ class Loader:
                 "check the beton with `converters/to_beton.py verify FILE --decode` and convert again"
             ) from error
         return regions
+
+    def _splice(self, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """JPEGs that show the regions, smaller ones where the beton has a row index, and which pixel is their first, int64 [B, 2]."""
+
+        def spliced(part: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
+            return [splice(self.samples.jpeg(ids[b]), starts[b], stops[b]) for b in part]
+
+        parts = np.array_split(np.arange(len(ids)), min(self.threads, len(ids)))
+        results = self._splicers.map(spliced, parts) if self._compiled else map(spliced, parts)  # compiled in one thread, see `_share`
+        jpegs, origins = zip(*itertools.chain.from_iterable(results), strict=True)
+        return list(jpegs), np.array(origins, np.int64)
 
     def _damaged(self, ids: np.ndarray, message: str) -> int | None:
         """The sample that made DALI fail: from its message where that says it, else by trying each."""
@@ -429,6 +443,7 @@ class Loader:
         """Stop the threads and close the files. The loader cannot be used afterwards."""
         self._decoder.shutdown(wait=True, cancel_futures=True)
         self._workers.shutdown(wait=True, cancel_futures=True)
+        self._splicers.shutdown(wait=True, cancel_futures=True)
         self._graph = None
         self.samples.close()
 
