@@ -263,7 +263,9 @@ def features(plans) -> dict[str, np.ndarray]:
     def quarters(values):
         return np.searchsorted(np.quantile(values, [0.25, 0.5, 0.75]), values)
 
-    geometric = np.where(np.isin(plans["ops"], [3, 11, 12, 13, 14]), np.sign(plans["arguments"]), 0)
+    # -2 to 2: direction of a geometric operation and whether its level is above the mean; 0 for other operations.
+    full = np.select([plans["ops"] == 3, np.isin(plans["ops"], [11, 12]), np.isin(plans["ops"], [13, 14])], [30, 0.3, 0.45], np.inf)
+    strength = (np.sign(plans["arguments"] / full) * (1 + (np.abs(plans["arguments"]) / full > 0.9))).astype(int)
     return {
         "crop area": quarters(plans["height"] * plans["width"]),
         "crop ratio": quarters(plans["width"] / plans["height"]),
@@ -271,7 +273,8 @@ def features(plans) -> dict[str, np.ndarray]:
         "interpolation": plans["interpolation"].astype(int),
         "first op": plans["ops"][:, 0] + 1,
         "second op": plans["ops"][:, 1] + 1,
-        "direction": (geometric.sum(1) + 2).astype(int),
+        "first strength": strength[:, 0] + 2,
+        "second strength": strength[:, 1] + 2,
         "erase": (plans["erase"][:, 2] > 0).astype(int),
         "noise": (plans["noise"] & np.uint64(3)).astype(int),
         "noise high": (plans["noise"] >> np.uint64(62)).astype(int),
@@ -286,13 +289,13 @@ def independent(left: np.ndarray, right: np.ndarray) -> float:
 
 def test_draws_of_different_purposes_epochs_samples_and_seeds_are_independent():
     base = features(draw())
-    # Some crops do not fit and are drawn anew, so area and ratio are not independent; nor is an operation of its direction.
-    tied = {("crop area", "crop ratio"), ("first op", "direction"), ("second op", "direction")}
+    # Some crops do not fit and are drawn anew, so area and ratio are not independent; nor is an operation of its strength.
+    tied = {("crop area", "crop ratio"), ("first op", "first strength"), ("second op", "second strength")}
     pairs = [(a, b) for a, b in itertools.combinations(base, 2) if (a, b) not in tied]
-    assert len(pairs) == 42
+    assert len(pairs) == 52
     for a, b in pairs:
         assert independent(base[a], base[b]) > 1e-4, (a, b)
-    assert independent(base["first op"], base["direction"]) < 1e-9  # it can fail
+    assert independent(base["first op"], base["first strength"]) < 1e-9  # it can fail
     shifted = plan.draw(3, 5, np.arange(1, N + 1), np.full(N, 375), np.full(N, 500), RECIPE)
     for other in (draw(epoch=6), draw(seed=4), draw(seed=3 + 2**32), shifted):
         for name, values in features(other).items():
