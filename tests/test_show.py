@@ -314,7 +314,7 @@ def test_recipes_by_name(tmp_path):
     own.write_text("train_data: x.beton\n")
     assert find_recipe(str(own)) == own
     for name in ("lvvit_x", "", "lvvit_s_", "lvvit_", str(tmp_path / "none.yaml")):
-        with pytest.raises(ValueError, match="there is no recipe .*known are demo_photos, lvvit_l_224, lvvit_m_224, lvvit_s_224, lvvit_t_224"):
+        with pytest.raises(ValueError, match="there is no recipe .*known are demo_photos, lvvit_l_224, lvvit_m_224, lvvit_s_224, lvvit"):
             find_recipe(name)
     for name in ("vit_224", "vit_384"):
         (tmp_path / f"{name}.yaml").touch()

@@ -1,8 +1,8 @@
 """The sheet of a recipe's augmented crops: `python -m tl_fast.show --recipe lvvit_s`.
 
-A tile is one sample as the model gets it, RandAugment and random erasing included, beside the same crop in grey under its token targets. All
-comes from `pipeline.Loader` with the recipe's settings; only MixToken, which mixes two such crops inside the model, is not shown. Beyond the
-image the grey is darker, and without a class's colour but for a border: RoIAlign extends a label map by half a cell.
+A tile is one sample as the model gets it, RandAugment and random erasing included, beside the same crop in grey under its token targets.
+All comes from `pipeline.Loader` with the recipe's settings; only MixToken, which mixes two such crops inside the model, is not shown. Beyond
+the image the grey is darker, and without a class's colour but for a border: RoIAlign extends a label map by half a cell.
 """
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def show_recipe(
 ) -> Path:
     """Write the sheet of augmented crops of a recipe (`find_recipe`) and return its path, `out` or runs/show/NAME.png.
 
-    beton: by default what `find_data` finds. samples, first, ids, epoch: as for `show.show`; the others replace what the recipe says. Raises
-    ValueError for settings, recipes or sample ids that do not fit, FileNotFoundError without the file, DecodeError for a damaged JPEG; a recipe
-    that is wrong itself ends the program with train.py's message.
+    beton: by default what `find_data` finds. samples, first, ids, epoch: as for `show.show`; the others replace what the recipe says.
+    Raises ValueError for settings, recipes or sample ids that do not fit, FileNotFoundError without the file, DecodeError for a damaged
+    JPEG; a recipe that is wrong itself ends the program with train.py's message.
     """
     path = find_recipe(recipe)
     out = Path(out) if out is not None else Path("runs", "show", f"{Path(recipe).stem}.png")
@@ -116,7 +116,7 @@ def find_data(config: TrainConfig, folder: Path = demo.FOLDER) -> list[Path]:
     if beton.is_file():
         print(f"{missing}: showing the demo's photos, {beton}", flush=True)
     else:
-        print(f"{missing}, nor is the demo's: annotating and packing the bundled photos into {folder}, which takes two minutes once", flush=True)
+        print(f"{missing}, nor is the demo's: annotating and packing the bundled photos into {folder} (once; a minute or two)", flush=True)
         demo.annotate_and_pack(folder)
     return [beton]
 

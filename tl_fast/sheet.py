@@ -41,7 +41,7 @@ class Cells:
 
 
 def choose(count: int, samples: int, first: int | None, ids: Sequence[int] | None, name: str) -> np.ndarray:
-    """Which samples to show of a file of `count`, int64 [n]: `ids`, or `samples` of them from `first` on, or `samples` spread over the file.
+    """Which samples to show of a file of `count`, int64 [n]: `ids`, or `samples` of them from `first` on, or spread over the file.
 
     ValueError names an id that is not in the file.
     """
@@ -210,7 +210,7 @@ def swatch(draw: ImageDraw.ImageDraw, x: float, y: float, colour: np.ndarray) ->
 
 
 class Top:
-    """The first lines of a sheet and the legend of its colours, in `room` pixels between the margins; `height` pixels high, margin included."""
+    """The first lines of a sheet and the legend of its colours, `room` pixels wide between the margins; `height`: with the margin above."""
 
     def __init__(self, header: Sequence[str], colours: dict[int, np.ndarray], names: Sequence[str], room: int):
         self._lines, self._legend = wrap(header, room), _legend(colours, names, room)

@@ -1,8 +1,9 @@
 """Draw a sheet of samples to look at: `python -m tl_fast.show FILE.beton --out picture.png`, or a recipe's crops: `... --recipe lvvit_s`.
 
-The second is `tl_fast.crop_sheet`'s. Of the first, one row a sample: the original with its crop box, the crop as the loader hands it to training, the label map over the original and the token
-targets over the crop. Image and labels come from `pipeline.Loader` itself, so what looks aligned here is aligned in training. Cells and
-tokens are coloured by their best class, over a grey image and the more opaque the higher that class's probability.
+The second is `tl_fast.crop_sheet`'s. Of the first, one row a sample: the original with its crop box, the crop as the loader hands it to
+training, the label map over the original and the token targets over the crop. Image and labels come from `pipeline.Loader` itself, so what
+looks aligned here is aligned in training. Cells and tokens are coloured by their best class, over a grey image and the more opaque the higher
+that class's probability.
 """
 from __future__ import annotations
 
@@ -175,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("beton", metavar="FILE.beton", nargs="?",
                         help="the file to look into; with --recipe by default its train_data, or else the bundled photos")
-    parser.add_argument("--recipe", metavar="NAME", help="such as lvvit_s, of recipes/, or a YAML file: show crops with all of its augmentation")
+    parser.add_argument("--recipe", metavar="NAME",
+                        help="such as lvvit_s, of recipes/, or a YAML file: show crops with all of its augmentation")
     parser.add_argument("--out", metavar="picture.png", help="where to write the picture (with --recipe by default runs/show/NAME.png)")
     parser.add_argument("--samples", type=int, help="how many, spread evenly over the file (default 8, with --recipe 24)")
     which = parser.add_mutually_exclusive_group()
