@@ -300,7 +300,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     group.add_argument("--quality", type=int, default=90, metavar="Q", help="of images that must be encoded anew, 1 to 100 (default 90)")
     group.add_argument("--max-resolution", type=int, metavar="PX", help="shrink images whose longest side is above this")
     group.add_argument("--no-decode-check", action="store_true", help="look at the structure of JPEGs only, do not decode them")
-    group.add_argument("--row-index", action="store_true", help="restart markers in JPEGs, so that a crop is decoded without what surrounds it")
+    group.add_argument("--row-index", action="store_true", help="restart markers, so that crops are decoded without what is around them")
     group = parser.add_argument_group("bad samples")
     group.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="quarantine: leave out, list in OUT.rejects.jsonl")
     group.add_argument("--max-rejects", type=int, metavar="N", help="with quarantine: fail when more are left out (default: no limit)")

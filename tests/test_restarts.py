@@ -1,4 +1,4 @@
-"""Restart markers put into JPEGs and regions cut out by them: pixels against Pillow and DALI, the converter and the loader with `--row-index`."""
+"""Restart markers put into JPEGs and regions cut out by them: pixels against Pillow and DALI, converter and loader with `--row-index`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ def scene(files: list[bytes]) -> Image.Image:
     return Image.open(io.BytesIO(files[30])).convert("RGB")
 
 
-@pytest.mark.parametrize(("mcus", "pixels", "expected"), [(32, 16, 4), (24, 16, 6), (63, 8, 9), (31, 16, 31), (62, 16, 2), (1, 16, 1), (2, 16, 2)])
+INTERVALS = [(32, 16, 4), (24, 16, 6), (63, 8, 9), (31, 16, 31), (62, 16, 2), (1, 16, 1), (2, 16, 2)]
+
+
+@pytest.mark.parametrize(("mcus", "pixels", "expected"), INTERVALS)
 def test_intervals(mcus: int, pixels: int, expected: int) -> None:
     assert restart_interval(mcus, pixels) == expected
 
@@ -122,13 +125,15 @@ def test_grey_ones(scene: Image.Image) -> None:
     check_regions([data] * 8, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize(("options", "fit"), [({"restart_marker_blocks": 5}, 4), ({"restart_marker_blocks": 6}, 0), ({"restart_marker_rows": 2}, 2)])
-def test_restarts_of_its_own(scene: Image.Image, options: dict, fit: int) -> None:
+@pytest.mark.parametrize(
+    ("options", "fit"), [({"restart_marker_blocks": 5}, True), ({"restart_marker_blocks": 6}, False), ({"restart_marker_rows": 2}, True)]
+)
+def test_restarts_of_its_own(scene: Image.Image, options: dict, fit: bool) -> None:
     data = encode(scene.resize((320, 240)), subsampling=2, **options)
     prepared = jpeg.prepare(data, row_index=True)
-    assert prepared.parts[0] is data and prepared.row_index == bool(fit)
+    assert prepared.parts[0] is data and prepared.row_index == fit
     short, origin = splice(as_array(data), (200, 10), (220, 60))
-    assert (len(short) < len(data)) == bool(fit) and (origin[0] > 0) == bool(fit)
+    assert (len(short) < len(data)) == fit and (origin[0] > 0) == fit
     check_regions([data] * 8, np.random.default_rng(0))
 
 

@@ -11,7 +11,9 @@ import math
 import numpy as np
 
 from tl_fast.jit import njit
-from tl_fast.kernels.jpeg import KEY, TABLE, U, U0, U_WORD, big, copy_bits, decode_blocks, pad, prepare_tables, put_bits, read_symbol, unstuff
+from tl_fast.kernels.jpeg import (
+    KEY, TABLE, U, U0, U_WORD, big, copy_bits, decode_blocks, pad, prepare_tables, put_bits, read_symbol, unstuff,
+)  # fmt: skip
 from tl_fast.kernels.jpeg_markers import (
     COMPONENT, COMPONENTS, EOI, HEAD, HEAD_BYTES, HEIGHT, KNOWN_SAMPLING, MARKERS, OK, RESTART, RST0, SCAN, SINGLE, SOF0, WIDTH,
     mcu_count, next_marker, read_markers, two,
@@ -130,8 +132,8 @@ def segments(record):
 def cut(data, top, left, bottom, right, record, head, out):
     """The segments of `data` that cover rows top to bottom and columns left to right, as a JPEG in `out` -> (bytes, row, column).
 
-    Row and column: the source's pixel that is its first one. No bytes where there is nothing to be cut: no segments, or damaged ones, all of
-    them needed, or a region outside the image. data, out: uint8 [n]; record, head: as `read_markers`.
+    Row and column: the source's pixel that is its first one. No bytes where there is nothing to be cut: no segments, or damaged ones, all
+    of them needed, or a region outside the image. data, out: uint8 [n]; record, head: as `read_markers`.
     """
     if read_markers(data, record, head) != OK:
         return 0, 0, 0
@@ -186,8 +188,8 @@ def _copy(data, start, stop, out, at):
 def splice(jpeg: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """A smaller JPEG that shows pixels `start` to `stop` (row, column; exclusive) of `jpeg` bit for bit as every decoder shows them there.
 
-    jpeg: uint8 [n], as `BetonReader.jpeg` gives it: not writeable, which is another type to numba. Returns the JPEG, uint8 [m], and which
-    pixel of the source is its (0, 0); the source itself and (0, 0) where it is not cut into a grid of segments, is damaged or is needed whole.
+    jpeg: uint8 [n], as `BetonReader.jpeg` gives it: not writeable, which is another type to numba. Returns the JPEG, uint8 [m], and
+    which pixel of the source is its (0, 0); the source itself and (0, 0) where it has no grid of segments, is damaged or is needed whole.
     Without the GIL.
     """
     out = np.empty(jpeg.size, np.uint8)
