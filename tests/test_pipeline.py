@@ -183,9 +183,9 @@ def test_geometric_operations_move_labels_with_the_pixels(tmp_path, monkeypatch,
                 seen += whole.sum()
                 nothing = batch.targets[:, 1:].amax(2).numpy() < 1.001 / spec.num_classes
                 assert not nothing[whole].any()
-                # RoIAlign goes on for a cell beyond the map's edge, so the first tokens outside still name it.
+                # The sampling points decide: a token has at least one, in its middle.
                 filled += nothing.sum()
-                assert (is_image[nothing] == 0).all()
+                assert nothing[is_image == 0].all() and is_image[nothing].max(initial=0) < 0.6
     assert seen > 1500
     if len(operations) > 1:
         assert filled > 10

@@ -299,7 +299,7 @@ def softmax(logits: np.ndarray, smoothing: float) -> np.ndarray:
     return p * (1 - smoothing + smoothing / logits.shape[1]) + smoothing / logits.shape[1]
 
 
-def slow_targets(classes, scores, affine, num_classes, grid, smoothing) -> np.ndarray:
+def slow_targets(classes, scores, affine, num_classes, grid, smoothing, cut) -> np.ndarray:
     """One map's targets [1 + grid * grid, C]: RoIAlign's points of each bin of the output, mapped to the map, averaged."""
     rows, columns = classes.shape[1:]
     dense = reference.dense_map(classes, scores, num_classes)
@@ -318,7 +318,8 @@ def slow_targets(classes, scores, affine, num_classes, grid, smoothing) -> np.nd
             total = np.zeros(num_classes)
             for sy, sx in np.ndindex(counts[1], counts[0]):
                 x, y = start + sides[0] * (j + (sx + 0.5) / counts[0]) / bins + sides[1] * (i + (sy + 0.5) / counts[1]) / bins
-                total += reference._interpolate(dense, y, x)
+                if not cut or (-0.5 <= y <= rows - 0.5 and -0.5 <= x <= columns - 0.5):
+                    total += reference._interpolate(dense, y, x)
             logits.append(total / (counts[0] * counts[1]))
     return softmax(np.array(logits), smoothing)
 
@@ -334,7 +335,8 @@ def map_affine(rng, strength=1.0, thin=False) -> np.ndarray:
 @pytest.mark.parametrize(
     "rows, columns, grid, thin", [(18, 18, 5, False), (7, 11, 3, False), (4, 3, 4, False), (1, 1, 2, False), (9, 14, 2, True)]
 )
-def test_warped_targets_are_roi_align_by_its_definition(rows, columns, grid, thin):
+@pytest.mark.parametrize("cut", [False, True])
+def test_warped_targets_are_roi_align_by_its_definition(rows, columns, grid, thin, cut):
     rng = np.random.default_rng(rows)
     off, nothing = [], 0
     for _ in range(8):
@@ -342,9 +344,9 @@ def test_warped_targets_are_roi_align_by_its_definition(rows, columns, grid, thi
         affines = np.stack([map_affine(rng, thin=thin), map_affine(rng, 2.5, thin)])
         if not affines[:, [1, 3]].any(axis=1).all():
             continue
-        targets = cpu.warped_targets(classes, scores, affines, 7, grid, 0.1)
+        targets = cpu.warped_targets(classes, scores, affines, 7, grid, 0.1, cut=cut)
         for b in range(2):
-            expected = slow_targets(classes[b], scores[b], affines[b], 7, grid, 0.1)
+            expected = slow_targets(classes[b], scores[b], affines[b], 7, grid, 0.1, cut)
             off.append(np.abs(targets[b] - expected).max(axis=1))
             nothing += (np.ptp(expected, axis=1) == 0).sum()
     off = np.concatenate(off)
@@ -392,7 +394,7 @@ def test_affines_along_the_axes_give_the_golden_targets(golden, case):
         affines.append([-width, 0, left + width, 0, height, top] if flip else [width, 0, left, 0, height, top])
     targets = cpu.warped_targets(
         data["index"].astype(np.uint16), data["scores"].astype(np.float32), np.array(affines, np.float32),
-        int(data["num_classes"]), int(data["grid"]), float(data["smoothing"]),
+        int(data["num_classes"]), int(data["grid"]), float(data["smoothing"]), cut=False,
     )  # fmt: skip
     np.testing.assert_allclose(targets, data["target"], rtol=0, atol=1e-5)
 

@@ -2,7 +2,7 @@
 
 A tile is one sample as the model gets it, RandAugment and random erasing included, beside the same crop in grey under its token targets.
 All comes from `pipeline.Loader` with the recipe's settings; only MixToken, which mixes two such crops inside the model, is not shown. Beyond
-the image the grey is darker, and without a class's colour but for a border: RoIAlign extends a label map by half a cell.
+the image the grey is darker, and tokens whose sampling points are there have no class's colour.
 """
 from __future__ import annotations
 

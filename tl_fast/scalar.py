@@ -300,6 +300,11 @@ def roi_tap(point, cells):
     return low, 1.0 - (point - low), point - low
 
 
+def roi_outside(point, cells):
+    """True for a sampling point beyond the map's edge, where RoIAlign goes on with the border cell for half a cell more."""
+    return point < -0.5 or point > cells - 0.5
+
+
 def smooth(p, smoothing, num_classes):
     """Label smoothing of the published code: p * (1 - s + s / C) + s / C."""
     off = smoothing / num_classes

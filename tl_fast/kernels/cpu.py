@@ -14,6 +14,7 @@ from tl_fast.kernels import colour, warp
 
 _scalar = compile_scalar(njit)
 _roi_samples, _roi_point, _roi_tap, _smooth = _scalar.roi_samples, _scalar.roi_point, _scalar.roi_tap, _scalar.smooth
+_roi_outside = _scalar.roi_outside
 
 
 def resample(region: np.ndarray, box: tuple[float, float, float, float], flip: bool, out: np.ndarray) -> None:
@@ -72,7 +73,7 @@ def token_targets(
         raise ValueError(f"crops must be [{len(classes)}, 4] and flips [{len(classes)}], got {crops.shape} and {flips.shape}")
     if not np.isfinite(crops).all() or (crops[:, 2:] <= 0).any():
         raise ValueError("crops must be finite with height and width > 0 (fractions of the label map)")
-    return warped_targets(classes, scores, affines_of_crops(crops, flips), num_classes, grid, smoothing, out)
+    return warped_targets(classes, scores, affines_of_crops(crops, flips), num_classes, grid, smoothing, out, cut=False)
 
 
 def affines_of_crops(crops: np.ndarray, flips: np.ndarray) -> np.ndarray:
@@ -90,12 +91,14 @@ def warped_targets(
     grid: int,
     smoothing: float,
     out: np.ndarray | None = None,
+    cut: bool = True,
 ) -> np.ndarray:
     """`token_targets` of maps seen through affines: RoIAlign whose sampling points, laid out in the output, are mapped to the label map.
 
     affines: float32 [B, 6] = (xu, xv, x0, yu, yv, y0): output coordinates u (along x), v (along y) in 0..1 -> fractions of the label map's extent,
     x = xu u + xv v + x0, y = yu u + yv v + y0. Bins have ceil(cells that a bin covers) sampling points along u and v; points outside the map
-    count as 0, so that a token there knows nothing: its target is uniform. Raises ValueError as `token_targets`.
+    count as 0, so that a token there knows nothing: its target is uniform. cut: at the map's edge; else half a cell beyond it, as RoIAlign.
+    Raises ValueError as `token_targets`.
     """
     b = _check_targets(classes, scores, num_classes, grid, smoothing)
     affines = np.ascontiguousarray(affines, np.float32)
@@ -106,7 +109,7 @@ def warped_targets(
         out = np.empty(shape, np.float32)
     elif out.shape != shape or out.dtype != np.float32:
         raise ValueError(f"out must be float32 {shape}, got {out.dtype} {out.shape}")
-    _token_targets(classes, scores, affines, num_classes, grid, np.float32(smoothing), out)
+    _token_targets(classes, scores, affines, num_classes, grid, np.float32(smoothing), cut, out)
     return out
 
 
@@ -125,7 +128,7 @@ def _check_targets(classes, scores, num_classes, grid, smoothing):
 
 
 @njit
-def _roi_table(start, extent, bins, cells):
+def _roi_table(start, extent, bins, cells, cut):
     """RoIAlign along one axis as a sparse matrix: first cell, number of cells and weights of each bin."""
     samples = _roi_samples(extent, bins)
     first = np.empty(bins, np.int32)
@@ -135,15 +138,17 @@ def _roi_table(start, extent, bins, cells):
         lowest = cells
         highest = -1
         for s in range(samples):
-            low, w_low, w_high = _roi_tap(_roi_point(i, s, start, extent, bins, samples), cells)
-            if w_low + w_high > 0.0:
+            point = _roi_point(i, s, start, extent, bins, samples)
+            low, w_low, w_high = _roi_tap(point, cells)
+            if w_low + w_high > 0.0 and not (cut and _roi_outside(point, cells)):
                 lowest = min(lowest, low)
                 highest = max(highest, low + 1 if w_high > 0.0 else low)
         first[i] = lowest
         count[i] = max(highest - lowest + 1, 0)
         for s in range(samples):
-            low, w_low, w_high = _roi_tap(_roi_point(i, s, start, extent, bins, samples), cells)
-            if w_low + w_high > 0.0:
+            point = _roi_point(i, s, start, extent, bins, samples)
+            low, w_low, w_high = _roi_tap(point, cells)
+            if w_low + w_high > 0.0 and not (cut and _roi_outside(point, cells)):
                 weights[i, low - lowest] += np.float32(w_low / samples)
                 if w_high > 0.0:
                     weights[i, low + 1 - lowest] += np.float32(w_high / samples)
@@ -191,7 +196,7 @@ def _softmax_row(total, listed, n, num_classes, smoothing, out):
 
 
 @njit
-def _align_warped(classes, scores, affine, u, v, size, samples_x, samples_y, total, listed):
+def _align_warped(classes, scores, affine, u, v, size, samples_x, samples_y, cut, total, listed):
     """`_align` of the bin that begins at output coordinates (u, v) and is `size` wide and high; affine: to cells, not to fractions."""
     rows, columns = classes.shape[1], classes.shape[2]
     share = 1.0 / (samples_x * samples_y)
@@ -200,24 +205,27 @@ def _align_warped(classes, scores, affine, u, v, size, samples_x, samples_y, tot
         at_v = v + (sy + 0.5) * size / samples_y
         for sx in range(samples_x):
             at_u = u + (sx + 0.5) * size / samples_x
-            column, x_low, x_high = _roi_tap(affine[0] * at_u + affine[1] * at_v + affine[2], columns)
-            row, y_low, y_high = _roi_tap(affine[3] * at_u + affine[4] * at_v + affine[5], rows)
+            x, y = affine[0] * at_u + affine[1] * at_v + affine[2], affine[3] * at_u + affine[4] * at_v + affine[5]
+            if cut and (_roi_outside(x, columns) or _roi_outside(y, rows)):
+                continue
+            column, x_low, x_high = _roi_tap(x, columns)
+            row, y_low, y_high = _roi_tap(y, rows)
             for corner in range(4):
                 weight = np.float32((y_high if corner & 2 else y_low) * (x_high if corner & 1 else x_low) * share)
                 if weight > 0.0:
-                    y, x = row + (corner >> 1), column + (corner & 1)
+                    at_row, at_column = row + (corner >> 1), column + (corner & 1)
                     for t in range(classes.shape[0]):
-                        c = classes[t, y, x]
+                        c = classes[t, at_row, at_column]
                         if total[c] != total[c]:
                             total[c] = np.float32(0.0)
                             listed[n] = c
                             n += 1
-                        total[c] += weight * scores[t, y, x]
+                        total[c] += weight * scores[t, at_row, at_column]
     return n
 
 
 @njit
-def _warped_sample(classes, scores, affine, num_classes, grid, smoothing, total, listed, out):
+def _warped_sample(classes, scores, affine, num_classes, grid, smoothing, cut, total, listed, out):
     rows, columns = classes.shape[1], classes.shape[2]
     cells = np.empty(6, np.float64)
     for n in range(3):
@@ -238,19 +246,19 @@ def _warped_sample(classes, scores, affine, num_classes, grid, smoothing, total,
         samples_x, samples_y = _roi_samples(extents[0], bins), _roi_samples(extents[1], bins)
         for i in range(bins):
             for j in range(bins):
-                n = _align_warped(classes, scores, cells, j / bins, i / bins, 1.0 / bins, samples_x, samples_y, total, listed)
+                n = _align_warped(classes, scores, cells, j / bins, i / bins, 1.0 / bins, samples_x, samples_y, cut, total, listed)
                 _softmax_row(total, listed, n, num_classes, smoothing, out[level + i * bins + j])
 
 
 @njit
-def _token_targets(classes, scores, affines, num_classes, grid, smoothing, out):
+def _token_targets(classes, scores, affines, num_classes, grid, smoothing, cut, out):
     rows, columns = classes.shape[2], classes.shape[3]
     total = np.full(num_classes, np.float32(np.nan), np.float32)
     listed = np.empty(num_classes, np.int32)
     for b in range(classes.shape[0]):
         affine = affines[b]
         if affine[1] != 0.0 or affine[3] != 0.0:
-            _warped_sample(classes[b], scores[b], affine, num_classes, grid, smoothing, total, listed, out[b])
+            _warped_sample(classes[b], scores[b], affine, num_classes, grid, smoothing, cut, total, listed, out[b])
             continue
         flip = affine[0] < 0.0
         top = affine[5] * np.float32(rows) - np.float32(0.5)
@@ -259,8 +267,8 @@ def _token_targets(classes, scores, affines, num_classes, grid, smoothing, out):
         width = max(abs(affine[0]) * np.float32(columns), np.float32(1.0))
         for level in range(2):
             bins = grid if level else 1
-            y_first, y_count, y_weights = _roi_table(top, height, bins, rows)
-            x_first, x_count, x_weights = _roi_table(left, width, bins, columns)
+            y_first, y_count, y_weights = _roi_table(top, height, bins, rows, cut)
+            x_first, x_count, x_weights = _roi_table(left, width, bins, columns, cut)
             for i in range(bins):
                 for j in range(bins):
                     column = bins - 1 - j if flip else j
