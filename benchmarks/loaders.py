@@ -5,7 +5,8 @@
 "crop + flip" is a random resized crop to 224 px and a flip, bilinear; "full recipe" is LV-ViT-S's: RandAugment, random interpolation and
 erasing with probability 0.25, which is left to the training device, as normalisation is; ours draws its boxes. All deliver uint8 batches
 of 64 with the same number of threads or worker processes, from one set of bytes in the page cache; label maps are of 1,000 classes.
-Rounds are interleaved, after one that is not counted; a round of a loader with worker processes is half the samples. Appends one row a
+Rounds are interleaved, after one that is not counted; a round of a loader with worker processes is half the samples. malloc keeps what is freed, for
+all of them, as in training. Appends one row a
 contender to benchmarks/results/loaders.jsonl and draws the newest rows of each data set as loaders.png beside it. --table prints those
 rows as README has them, and measures nothing.
 """
@@ -33,7 +34,7 @@ from published_style import PublishedStyle, check_roi_align, roi_align_name
 from rows import ROOT, measure, newest_runs, write_rows
 from timm.data import create_transform
 from tl_fast.beton import BetonReader
-from tl_fast.beton_write import Sample, write_beton
+from tl_fast.beton_write import Sample, reuse_memory, write_beton
 from tl_fast.ffcv_field import LabelMapField
 from tl_fast.labelmap import MapSpec, pack
 from tl_fast.pipeline import Loader
@@ -248,6 +249,7 @@ def main() -> None:
         print(table(newest_runs(arguments.results)))
         return
     torch.set_num_threads(1)
+    reuse_memory()  # for all contenders, as tl_fast/train.py does
     check_roi_align()
     files = list(itertools.islice(itertools.cycle(find_images(arguments.images)), arguments.samples))
     with tempfile.TemporaryDirectory() as folder:

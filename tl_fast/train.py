@@ -30,6 +30,7 @@ from timm.utils import ModelEmaV3
 
 import tl_fast
 from tl_fast import checkpoint
+from tl_fast.beton_write import reuse_memory
 from tl_fast.config import TrainConfig, parse_config, save_config
 from tl_fast.erase import erase
 from tl_fast.evaluate import Normalise, accuracy, autocast, build_model, check_labels
@@ -308,6 +309,7 @@ def _newest_and_best(folder: Path) -> tuple[str | None, str | None, float | None
 
 def main() -> None:
     """The command line; see config.parse_config."""
+    reuse_memory()  # the loader's threads take and give back hundreds of KB for every image
     train(parse_config())
 
 
