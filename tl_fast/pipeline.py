@@ -373,7 +373,8 @@ class Loader:
 
             def token_targets(part: slice) -> None:
                 cpu.warped_targets(
-                    classes[part], scores[part], affines[part], self.num_classes, self.grid, self.smoothing, target_out[part]
+                    classes[part], scores[part], affines[part], self.num_classes, self.grid, self.smoothing, target_out[part],
+                    cut=self.samples.spec.extent == "full",  # what is beyond a square map is image, of which its edge says most
                 )
 
             bounds = np.linspace(0, len(ids), len(parts) + 1).astype(int)

@@ -30,7 +30,8 @@ def resample(region: np.ndarray, box: tuple[float, float, float, float], flip: b
     if height <= 0 or width <= 0 or top < 0 or left < 0 or top + height > region.shape[0] + 1e-6 or left + width > region.shape[1] + 1e-6:
         raise ValueError(f"box {box} does not lie inside the decoded region of {region.shape[0]} x {region.shape[1]} pixels")
     rows, columns = region.shape[:2]
-    warp.resample(region, 0, 0, rows, columns, (top, left, height, width), flip, scalar.BILINEAR, np.zeros(3, np.uint8), out)
+    region, fill = _own_type(region), np.zeros(3, np.uint8)
+    warp.resample(region, 0, 0, rows, columns, (top, left, height, width), bool(flip), scalar.BILINEAR, fill, out)
 
 
 def augment(region: np.ndarray, origin_y: int, origin_x: int, height: int, width: int, plan: np.void, fill: np.ndarray, out: np.ndarray) -> None:
@@ -40,7 +41,13 @@ def augment(region: np.ndarray, origin_y: int, origin_x: int, height: int, width
     `tl_fast.kernels.warp.needed`; fill: uint8 [3], RGB of what lies outside the image; out: uint8 [3, H, W], written.
     """
     crop = float(plan["top"]), float(plan["left"]), float(plan["height"]), float(plan["width"])
-    _augment(region, origin_y, origin_x, height, width, crop, plan["affine"], int(plan["interpolation"]), plan["ops"], plan["arguments"], fill, out)
+    place = int(origin_y), int(origin_x), int(height), int(width)
+    _augment(_own_type(region), *place, crop, plan["affine"], int(plan["interpolation"]), plan["ops"], plan["arguments"], _own_type(fill), out)
+
+
+def _own_type(array: np.ndarray) -> np.ndarray:
+    """Contiguous and writable, for which alone the loops are compiled: a second set of types damages numba's tables of functions they share."""
+    return array if array.flags.c_contiguous and array.flags.writeable else array.copy()
 
 
 @njit
