@@ -434,7 +434,7 @@ def test_changed_bytes_are_found_by_their_crc(photo_beton, tmp_path):
 
 
 def test_an_error_in_a_kernel_or_the_reader_surfaces(photo_beton, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise ZeroDivisionError("broken kernel")
 
     for owner, name in ((cpu, "augment"), (cpu, "warped_targets"), (BetonReader, "label_maps"), (BetonReader, "jpeg")):
