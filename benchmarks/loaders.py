@@ -3,7 +3,8 @@
     python benchmarks/loaders.py [--images FOLDER] [--samples 1024] [--rounds 5] [--threads 2] [--only WORDS] [--table]
 
 "crop + flip" is a random resized crop to 224 px and a flip, bilinear; "full recipe" is LV-ViT-S's: RandAugment, random interpolation and
-erasing with probability 0.25, which is left to the training device, as normalisation is; ours draws its boxes. All deliver uint8 batches
+erasing with probability 0.25, which is left to the training device, as normalisation is; ours draws its boxes. "row index": from a beton
+converted with --row-index. All deliver uint8 batches
 of 64 with the same number of threads or worker processes, from one set of bytes in the page cache; label maps are of 1,000 classes.
 Rounds are interleaved, after one that is not counted; a round of a loader with worker processes is half the samples. malloc keeps what is freed, for
 all of them, as in training. Appends one row a
@@ -47,10 +48,15 @@ FULL = {"interpolation": "random", "auto_augment": RAND_AUGMENT}
 RESULTS = ROOT / "benchmarks" / "results" / "loaders.jsonl"
 
 OURS, OURS_FULL = "tl_fast: crop + flip, token targets", "tl_fast: full recipe, token targets"
+INDEXED, INDEXED_FULL = "tl_fast, row index: crop + flip, token targets", "tl_fast, row index: full recipe, token targets"
+DALI_DECODE = "DALI: decode of the crop, nothing else"
 FFCV, DALI = "stock FFCV: crop + flip, no label maps", "DALI: crop + flip, no label maps"
 PUBLISHED, PUBLISHED_FULL = "published style: crop + flip, token targets", "published style: full recipe, token targets"
 PUBLISHED_MAPS, PUBLISHED_FULL_MAPS = "published style: crop + flip, maps only", "published style: full recipe, maps only"
-BARS = [(OURS, FFCV), (OURS, DALI), (OURS_FULL, OURS), (OURS_FULL, PUBLISHED_FULL), (OURS_FULL, PUBLISHED_FULL_MAPS)]
+BARS = [
+    (OURS, FFCV), (INDEXED, FFCV), (OURS, DALI), (INDEXED, DALI), (DALI_DECODE, DALI), (OURS_FULL, OURS), (OURS_FULL, PUBLISHED_FULL),
+    (INDEXED_FULL, PUBLISHED_FULL), (OURS_FULL, PUBLISHED_FULL_MAPS),
+]  # fmt: skip
 
 Epoch = Callable[[int], int]
 
@@ -72,11 +78,11 @@ def random_maps(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return maps
 
 
-def build(out: Path, files: list[Path]) -> None:
+def build(out: Path, files: list[Path], row_index: bool = False) -> None:
     """A beton of the files in this order, with `random_maps`."""
     records = [pack(*values, SPEC) for values in random_maps(16)]
     samples = [Sample(f"{i}", i % 10, file.read_bytes, lambda i=i: records[i % 16], origin=str(file)) for i, file in enumerate(files)]
-    write_beton(out, samples, class_names=[str(c) for c in range(CLASSES)], spec=SPEC)
+    write_beton(out, samples, class_names=[str(c) for c in range(CLASSES)], spec=SPEC, row_index=row_index)
 
 
 def save_maps(folder: Path, count: int) -> list[Path]:
@@ -130,17 +136,19 @@ def forked(folder: Path, files: list[Path], threads: int, chosen: Callable[[str]
 
 
 @pipeline_def(enable_conditionals=False)
-def dali_graph(source: Iterable):
-    """What DALI's own examples do: a random crop decoded alone, resized and mirrored. No labels."""
+def dali_graph(source: Iterable, decode_only: bool):
+    """What DALI's own examples do: a random crop decoded alone, resized and mirrored. No labels. decode_only: what its decoder allows at best."""
     jpegs = fn.external_source(source=source, dtype=types.UINT8, ndim=1)
     images = fn.decoders.image_random_crop(
         jpegs, device="cpu", output_type=types.RGB, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
     )
+    if decode_only:
+        return images
     images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_LINEAR)
     return fn.flip(images, horizontal=fn.random.coin_flip(probability=0.5))
 
 
-def dali(beton: Path, threads: int) -> Epoch:
+def dali(beton: Path, threads: int, decode_only: bool = False) -> Epoch:
     reader, rng = BetonReader(beton), np.random.default_rng(0)
     steps = len(reader) // BATCH
 
@@ -150,7 +158,9 @@ def dali(beton: Path, threads: int) -> Epoch:
             for step in range(steps):
                 yield [reader.jpeg(i) for i in order[step * BATCH : (step + 1) * BATCH]]
 
-    graph = dali_graph(source=batches(), batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2, exec_dynamic=True)
+    graph = dali_graph(
+        source=batches(), decode_only=decode_only, batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2, exec_dynamic=True
+    )
     graph.build()
 
     def epoch(_: int) -> int:
@@ -160,7 +170,8 @@ def dali(beton: Path, threads: int) -> Epoch:
             if step + 2 < steps:
                 graph.schedule_run()
             if step >= 0:
-                count += len(torch.from_dlpack(graph.share_outputs()[0].as_tensor()))
+                (images,) = graph.share_outputs()
+                count += len(images) if decode_only else len(torch.from_dlpack(images.as_tensor()))
                 graph.release_outputs()
         return count
 
@@ -199,14 +210,18 @@ def ours(beton: Path, threads: int, **settings: object) -> Epoch:
 def contenders(folder: Path, files: list[Path], threads: int, chosen: Callable[[str], bool]) -> dict[str, Epoch]:
     """Name -> a function of the epoch's number that runs one epoch and returns how many images it delivered."""
     in_workers = forked(folder, files, threads, chosen)
-    beton = folder / "bench.beton"
+    beton, indexed = folder / "bench.beton", folder / "indexed.beton"
     build(beton, files)
+    build(indexed, files, row_index=True)
     builders = {
         OURS: lambda: ours(beton, threads),
         "tl_fast: crop + flip, no label maps": lambda: ours(beton, threads, token_labels=False),
         OURS_FULL: lambda: ours(beton, threads, augment=Augment(erase=0.25, **FULL)),
+        INDEXED: lambda: ours(indexed, threads),
+        INDEXED_FULL: lambda: ours(indexed, threads, augment=Augment(erase=0.25, **FULL)),
         FFCV: lambda: ffcv(beton, threads),
         DALI: lambda: dali(beton, threads),
+        DALI_DECODE: lambda: dali(beton, threads, decode_only=True),
     }
     return {name: builder() for name, builder in builders.items() if chosen(name)} | in_workers
 

@@ -135,6 +135,14 @@ def _check_targets(classes, scores, num_classes, grid, smoothing):
 
 
 @njit
+def _tap(point, cells, cut):
+    """Cell below `point` and the weights of it and the next; none beyond the map's edge where it is `cut` there."""
+    if cut and _roi_outside(point, cells):
+        return 0, 0.0, 0.0
+    return _roi_tap(point, cells)
+
+
+@njit
 def _roi_table(start, extent, bins, cells, cut):
     """RoIAlign along one axis as a sparse matrix: first cell, number of cells and weights of each bin."""
     samples = _roi_samples(extent, bins)
@@ -145,21 +153,33 @@ def _roi_table(start, extent, bins, cells, cut):
         lowest = cells
         highest = -1
         for s in range(samples):
-            point = _roi_point(i, s, start, extent, bins, samples)
-            low, w_low, w_high = _roi_tap(point, cells)
-            if w_low + w_high > 0.0 and not (cut and _roi_outside(point, cells)):
+            low, w_low, w_high = _tap(_roi_point(i, s, start, extent, bins, samples), cells, cut)
+            if w_low + w_high > 0.0:
                 lowest = min(lowest, low)
                 highest = max(highest, low + 1 if w_high > 0.0 else low)
         first[i] = lowest
         count[i] = max(highest - lowest + 1, 0)
         for s in range(samples):
-            point = _roi_point(i, s, start, extent, bins, samples)
-            low, w_low, w_high = _roi_tap(point, cells)
-            if w_low + w_high > 0.0 and not (cut and _roi_outside(point, cells)):
+            low, w_low, w_high = _tap(_roi_point(i, s, start, extent, bins, samples), cells, cut)
+            if w_low + w_high > 0.0:
                 weights[i, low - lowest] += np.float32(w_low / samples)
                 if w_high > 0.0:
                     weights[i, low + 1 - lowest] += np.float32(w_high / samples)
     return first, count, weights
+
+
+@njit
+def _add_cell(classes, scores, row, column, weight, total, listed, n):
+    """Add a cell's scores to the dense `total` [C]; classes met for the first time go to `listed`, which holds n. Returns how many it holds now."""
+    for t in range(classes.shape[0]):
+        c = classes[t, row, column]
+        # NaN marks a class not met yet in this bin (scores are finite), so no second array is needed.
+        if total[c] != total[c]:
+            total[c] = np.float32(0.0)
+            listed[n] = c
+            n += 1
+        total[c] += weight * scores[t, row, column]
+    return n
 
 
 @njit
@@ -168,17 +188,8 @@ def _align(classes, scores, y_first, y_count, y_weights, x_first, x_count, x_wei
     n = 0
     for y in range(y_count[i]):
         for x in range(x_count[j]):
-            weight = y_weights[i, y] * x_weights[j, x]
-            row = y_first[i] + y
-            column = x_first[j] + x
-            for t in range(classes.shape[0]):
-                c = classes[t, row, column]
-                # NaN marks a class not met yet in this bin (scores are finite), so no second array is needed.
-                if total[c] != total[c]:
-                    total[c] = np.float32(0.0)
-                    listed[n] = c
-                    n += 1
-                total[c] += weight * scores[t, row, column]
+            row, column = np.int64(y_first[i]) + y, np.int64(x_first[j]) + x
+            n = _add_cell(classes, scores, row, column, y_weights[i, y] * x_weights[j, x], total, listed, n)
     return n
 
 
@@ -213,21 +224,12 @@ def _align_warped(classes, scores, affine, u, v, size, samples_x, samples_y, cut
         for sx in range(samples_x):
             at_u = u + (sx + 0.5) * size / samples_x
             x, y = affine[0] * at_u + affine[1] * at_v + affine[2], affine[3] * at_u + affine[4] * at_v + affine[5]
-            if cut and (_roi_outside(x, columns) or _roi_outside(y, rows)):
-                continue
-            column, x_low, x_high = _roi_tap(x, columns)
-            row, y_low, y_high = _roi_tap(y, rows)
+            column, x_low, x_high = _tap(x, columns, cut)
+            row, y_low, y_high = _tap(y, rows, cut)
             for corner in range(4):
                 weight = np.float32((y_high if corner & 2 else y_low) * (x_high if corner & 1 else x_low) * share)
                 if weight > 0.0:
-                    at_row, at_column = row + (corner >> 1), column + (corner & 1)
-                    for t in range(classes.shape[0]):
-                        c = classes[t, at_row, at_column]
-                        if total[c] != total[c]:
-                            total[c] = np.float32(0.0)
-                            listed[n] = c
-                            n += 1
-                        total[c] += weight * scores[t, at_row, at_column]
+                    n = _add_cell(classes, scores, row + (corner >> 1), column + (corner & 1), weight, total, listed, n)
     return n
 
 
