@@ -4,7 +4,11 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,6 +19,7 @@ from tl_fast import checkpoint
 from tl_fast.checkpoint import CheckpointError
 from tl_fast.models import LVViT
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(img_size=64, embed_dim=16, depth=1, num_heads=2, stem_width=4, num_classes=5)
 
 
@@ -75,6 +80,29 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_an_older_one_used(tmp_path,
         checkpoint.latest(tmp_path)
 
 
+@pytest.mark.parametrize("change", [('"step_in_epoch": 0', '"step_in_epoch": 1'), ('"crc32":', '"crc33":'), ("}", "} ")])
+def test_meta_that_changed_is_refused_by_name(tmp_path, change):
+    """Still JSON of our format: without a check of its own it would resume somewhere else. Spacing alone is no change."""
+    path = write(tmp_path, 20)
+    text = (path / checkpoint.META).read_text()
+    assert change[0] in text
+    (path / checkpoint.META).write_text(text.replace(*change))
+    if change[0] == "}":
+        assert checkpoint.verify(path)["global_step"] == 20
+    else:
+        with pytest.raises(CheckpointError, match=r"step-0000000020/meta\.json does not have the CRC-32"):
+            checkpoint.verify(path)
+
+
+def test_a_damaged_older_checkpoint_does_not_stop_a_run(tmp_path):
+    """Pruning looks for the best checkpoint in all of them."""
+    old, good, new = (write(tmp_path, step, top1) for step, top1 in ((10, 90.0), (20, 50.0), (30, 40.0)))
+    (old / checkpoint.META).write_text("torn")
+    assert checkpoint.best(tmp_path) == good
+    checkpoint.prune(tmp_path, keep=1)
+    assert checkpoint.checkpoints(tmp_path) == [good, new]
+
+
 def test_foreign_folders_are_refused(tmp_path):
     (tmp_path / "step-1").mkdir()
     for text, named in (("not json", "not a checkpoint of tl_fast"), ('{"format": "other 3"}', "other 3"), ("[]", "format")):
@@ -99,6 +127,59 @@ def test_a_failed_save_leaves_the_previous_one(tmp_path, monkeypatch, victim):
     assert checkpoint.latest(tmp_path) == old and [p.name for p in tmp_path.iterdir()] == [old.name]
     assert {file.name: file.read_bytes() for file in old.iterdir()} == before
     assert checkpoint.latest(tmp_path) == old and write(tmp_path, 20) == checkpoint.latest(tmp_path)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[2], sys.argv[3]]
+from test_checkpoint import write
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))  # what `ulimit -f` sets; the write that crosses it fails
+write(Path(sys.argv[1]), 20, seed=1)
+"""
+
+
+@pytest.mark.parametrize("room", [0.5, 1.5])
+def test_a_disk_that_takes_no_more_leaves_the_previous_one(tmp_path, room):
+    """The kernel itself refuses to let a file grow: room for half the weights, or for the weights but not for the optimiser's state."""
+    old = write(tmp_path, 10)
+    before = {file.name: file.read_bytes() for file in old.iterdir()}
+    limit = int(room * len(before[checkpoint.MODEL]))
+    assert limit < max(map(len, before.values()))
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(ROOT), str(ROOT / "tests"), str(limit)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and "OSError" in run.stderr and "cannot write checkpoint" in run.stderr, run.stderr[-2000:]
+    assert "step-0000000020" in run.stderr and "--resume auto" in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [old.name] and checkpoint.latest(tmp_path) == old
+    assert {file.name: file.read_bytes() for file in old.iterdir()} == before
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_killed_while_replacing_a_step_one_of_the_two_is_there(tmp_path, monkeypatch, renames):
+    """Killed before the first and between the two renames; what the next start of the run finds."""
+    path, done, rename = write(tmp_path, 10, seed=1), [], os.rename
+
+    class Killed(BaseException):
+        pass
+
+    def dying(*names):
+        if len(done) == renames:
+            monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # the dead clear nothing up
+            monkeypatch.setattr(checkpoint.os, "rename", lambda *_: None)
+            raise Killed
+        done.append(rename(*names))
+
+    with monkeypatch.context():
+        monkeypatch.setattr(checkpoint.os, "rename", dying)
+        with pytest.raises(Killed):
+            write(tmp_path, 10, seed=2)
+        monkeypatch.undo()
+    assert path.exists() == (renames == 0) and len(list(tmp_path.iterdir())) == 2
+    checkpoint.recover(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name] and checkpoint.latest(tmp_path) == path
+    model, ema, optimizer = trained(3)
+    checkpoint.restore(path, model=model, ema=ema, optimizer=optimizer)
+    assert same(model, trained(1)[0])
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

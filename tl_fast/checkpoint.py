@@ -3,13 +3,15 @@
 A checkpoint is a folder `step-<global step>/` of
     model.safetensors, ema.safetensors   weights and buffers under the published names
     optimizer.pt                         the optimiser's state dict, readable with torch.load(weights_only=True)
-    meta.json                            progress, config, metrics, versions, and size and CRC-32 of each file above
+    meta.json                            progress, config, metrics, versions; size and CRC-32 of each file above, and its own CRC-32
 It is written under a temporary name, flushed to disk, then renamed. No generator state is stored: every random draw of a run is a function
 of (seed, step, rank), so progress alone resumes it exactly.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import pickle
@@ -26,9 +28,9 @@ from torch import Tensor, nn
 from tl_fast.crc import crc32
 from tl_fast.models import resize_pos_embed
 
-FORMAT = "tl_fast checkpoint 1"
+FORMAT = "tl_fast checkpoint 2"
 MODEL, EMA, OPTIMIZER, META = "model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
-_PREFIX, _TEMPORARY = "step-", ".tmp-"
+_PREFIX, _TEMPORARY, _REPLACED = "step-", ".tmp-", ".tmp-old-"
 
 
 class CheckpointError(ValueError):
@@ -38,32 +40,50 @@ class CheckpointError(ValueError):
 def save(folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> Path:
     """Write `folder/step-<meta["global_step"]>` atomically and return its path.
 
-    `meta` is JSON: at least `global_step`, `epoch`, `step_in_epoch` (where to continue), `config`, `metrics`. A failure (disk full, kill)
-    leaves earlier checkpoints as they were. An existing checkpoint of the same step is replaced.
+    `meta` is JSON: at least `global_step`, `epoch`, `step_in_epoch` (where to continue), `config`, `metrics`. An existing checkpoint of the
+    same step is replaced. A failure leaves earlier checkpoints as they were; raises OSError naming the folder when it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{_TEMPORARY}*"):  # of a killed writer; there is one writer per run
-        shutil.rmtree(leftover)
+    recover(folder)
     final = folder / f"{_PREFIX}{meta['global_step']:010d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}"
+    temporary, replaced = folder / f"{_TEMPORARY}{final.name}", folder / f"{_REPLACED}{final.name}"
     temporary.mkdir()
     try:
         safetensors.torch.save_file(_plain(model.state_dict()), temporary / MODEL)
         safetensors.torch.save_file(_plain(ema.state_dict()), temporary / EMA)
         torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
         files = {name: {"bytes": (temporary / name).stat().st_size, "crc32": _crc32(temporary / name)} for name in (MODEL, EMA, OPTIMIZER)}
-        (temporary / META).write_text(json.dumps({"format": FORMAT, **meta, "files": files}, indent=1))
+        content = json.loads(json.dumps({"format": FORMAT, **meta, "files": files}))  # as it will be read: tuples as lists
+        (temporary / META).write_text(json.dumps(content | {"crc32": _meta_crc32(content)}, indent=1))
         for path in (*temporary.iterdir(), temporary):
             _fsync(path)
         if final.exists():
-            os.rename(final, folder / f"{_TEMPORARY}old-{final.name}")
+            os.rename(final, replaced)
         os.rename(temporary, final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        if isinstance(error, (OSError, SafetensorError, RuntimeError)):  # safetensors and torch wrap the system's error in their own
+            raise OSError(getattr(error, "errno", None) or errno.EIO, f"cannot write checkpoint {final}: {error}. Earlier checkpoints are kept: "
+                          "when there is room to write, continue with --resume auto") from error
         raise
-    shutil.rmtree(folder / f"{_TEMPORARY}old-{final.name}", ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     _fsync(folder)
     return final
+
+
+def recover(folder: Path) -> None:
+    """Clear up after a writer that was killed: its half-written checkpoint goes, one that it was about to replace returns to its place.
+
+    Only for the process that writes to the folder, of which there is one a run.
+    """
+    for replaced in folder.glob(f"{_REPLACED}{_PREFIX}*"):
+        final = folder / replaced.name.removeprefix(_REPLACED)
+        if not final.exists():
+            os.rename(replaced, final)
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover)
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -81,13 +101,15 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """A checkpoint's meta.json. Raises CheckpointError for what is not a checkpoint of ours."""
+    """A checkpoint's meta.json. Raises CheckpointError for what is not a checkpoint of ours, or changed since it was written."""
     try:
         meta = json.loads((path / META).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of tl_fast (no readable {META}: {error})") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise CheckpointError(f"{path / META} is of format {meta.get('format') if isinstance(meta, dict) else meta!r}, expected {FORMAT!r}")
+    if meta.pop("crc32", None) != _meta_crc32(meta):
+        raise CheckpointError(f"{path / META} does not have the CRC-32 that was written: it is damaged or was edited")
     return meta
 
 
@@ -137,8 +159,11 @@ def score(meta: dict[str, Any]) -> float:
 
 
 def best(folder: Path) -> Path | None:
-    """The checkpoint with the highest validation top-1 (the later of equals), None when none was validated."""
-    scored = [(score(read_meta(path)), path) for path in checkpoints(folder) if (path / META).is_file()]
+    """The checkpoint with the highest validation top-1 (the later of equals), None when none was validated. Damaged ones do not count."""
+    scored = []
+    for path in checkpoints(folder):
+        with contextlib.suppress(CheckpointError):  # `latest` names it to whoever wants to use it; a run must not end for it
+            scored.append((score(read_meta(path)), path))
     top = max(scored, default=(-1.0, None))
     return top[1] if top[0] >= 0 else None
 
@@ -231,6 +256,11 @@ _HEADS = ("head.", "aux_head.")
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().contiguous().cpu() for key, value in state.items()}  # safetensors holds no strides (channels-last)
+
+
+def _meta_crc32(meta: dict[str, Any]) -> int:
+    """CRC-32 of the content, whatever its spacing."""
+    return crc32(json.dumps(meta, sort_keys=True).encode(), 0)
 
 
 def _crc32(path: Path) -> int:
