@@ -29,7 +29,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def _term(weight: float, logits: Tensor, target: Tensor) -> Tensor:
     if weight == 0:
         return 0 * logits.float().sum()  # a gradient of zero: DDP waits for one from every parameter
-    return weight * soft_cross_entropy(logits, target)
+    return soft_cross_entropy(logits, target)
 
 
 def _with_ground_truth(annotated: Tensor, ground_truth: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ class TokenLabelLoss(nn.Module):
         self.dense_weight = dense_weight
 
     def forward(self, cls_logits: Tensor, token_logits: Tensor, targets: Tensor, mix_box: MixBox | None = None,
-                ground_truth: Tensor | None = None) -> Tensor:
-        """The loss as a float32 scalar.
+                ground_truth: Tensor | None = None, with_terms: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss as a float32 scalar; with_terms: also its class and token terms [2], unweighted and detached (0 where the weight is 0).
 
         Args:
             cls_logits: [B,C], of MixToken's mixed images when `mix_box` is given.
@@ -89,5 +89,7 @@ class TokenLabelLoss(nn.Module):
             cls_target = _with_ground_truth(cls_target, ground_truth.float())
         if mix_box is not None:
             cls_target = _mix_flipped(cls_target, mix_box, tokens)
-        return (_term(self.cls_weight, cls_logits, cls_target)
-                + _term(self.dense_weight, token_logits, targets[:, 1:]))
+        of_class = _term(self.cls_weight, cls_logits, cls_target)
+        of_tokens = _term(self.dense_weight, token_logits, targets[:, 1:])
+        loss = self.cls_weight * of_class + self.dense_weight * of_tokens
+        return (loss, torch.stack((of_class, of_tokens)).detach()) if with_terms else loss
