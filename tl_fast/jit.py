@@ -41,16 +41,29 @@ def _cache_folder() -> str | None:
     return str(folder) if os.access(folder, os.W_OK) else None
 
 
-def compile_scalar(decorate: Callable) -> types.SimpleNamespace:
+def compile_scalar(decorate: Callable, real: type = float, **replaced: Callable) -> types.SimpleNamespace:
     """Compile every function of `tl_fast.scalar` with `decorate` (`njit`, or `numba.cuda.jit(device=True)`).
 
     Numba cannot call an undecorated function, so each copy gets a namespace of its own in which the names it calls are the compiled
-    ones. Functions must therefore be defined after those they call.
+    ones. Functions must therefore be defined after those they call. real: what the name `real` means in the copies, and the type of all floating
+    constants: np.float32 leaves no double precision in them. replaced: compiled functions that take the place of scalar's of that name.
     """
-    namespace = dict(vars(scalar))
+    namespace = {name: _constant(value, real) for name, value in vars(scalar).items()}
+    namespace["real"] = real
     for name, function in vars(scalar).items():
-        if isinstance(function, types.FunctionType) and function.__module__ == scalar.__name__:
-            copy = types.FunctionType(function.__code__, namespace, name, function.__defaults__)
+        if name in replaced:
+            namespace[name] = replaced[name]
+        elif isinstance(function, types.FunctionType) and function.__module__ == scalar.__name__:
+            code = function.__code__
+            if real is not float:
+                code = code.replace(co_consts=tuple(_constant(value, real) for value in code.co_consts))
+            copy = types.FunctionType(code, namespace, name, function.__defaults__)
             copy.__module__, copy.__qualname__, copy.__doc__ = function.__module__, function.__qualname__, function.__doc__
             namespace[name] = decorate(copy)
     return types.SimpleNamespace(**namespace)
+
+
+def _constant(value: object, real: type) -> object:
+    if isinstance(value, tuple):
+        return tuple(_constant(item, real) for item in value)
+    return real(value) if isinstance(value, float) else value

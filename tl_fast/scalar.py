@@ -2,13 +2,16 @@
 
 Plain functions of scalars: `numba.njit` compiles them for the CPU and `numba.cuda` as device functions (see
 `tl_fast.jit.compile_scalar`); called undecorated they are their own slow reference. Nothing here allocates, loops over pixels or
-knows a backend.
+knows a backend. What both backends use works in `real`, float64 on the CPU and float32 on the GPU, and casts integers to it before it mixes them with
+floats, which numba would take for a wish for float64.
 """
 from __future__ import annotations
 
 import math
 
 import numpy as np
+
+real = float  # np.float32, like every constant, in the copies for the GPU
 
 _MASK = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -32,6 +35,8 @@ CROP_TRIES = 10
 ERASE_TRIES = 10
 
 BILINEAR, BICUBIC = 0, 1
+
+ROI_SLACK = 1e-4  # of `roi_samples`, for bins of rotated crops, whose extent is a square root
 
 # RandAugment's operations, in timm's order.
 NO_OP = -1
@@ -201,7 +206,12 @@ def erase_box(share, room, size):
 
 def filter_support(box_extent, out_size, interpolation):
     """Half-width in source pixels of Pillow's antialiased filters: 1 (bilinear) or 2 (bicubic) times max(scale, 1)."""
-    return max(float(box_extent) / float(out_size), 1.0) * (2.0 if interpolation == BICUBIC else 1.0)
+    return max(real(box_extent) / real(out_size), 1.0) * (2.0 if interpolation == BICUBIC else 1.0)
+
+
+def filter_centre(i, box_start, box_extent, out_size):
+    """Middle of output pixel `i` in source pixels when `box_start .. box_start + box_extent` maps to `out_size` pixels."""
+    return box_start + (real(i) + 0.5) * (real(box_extent) / real(out_size))
 
 
 def filter_range(i, box_start, box_extent, out_size, in_size, interpolation):
@@ -210,7 +220,7 @@ def filter_range(i, box_start, box_extent, out_size, in_size, interpolation):
     Pillow's rule (`precompute_coeffs`): the window is clipped to the image, not to the box.
     """
     support = filter_support(box_extent, out_size, interpolation)
-    centre = box_start + (i + 0.5) * (box_extent / out_size)
+    centre = filter_centre(i, box_start, box_extent, out_size)
     first = max(int(centre - support + 0.5), 0)
     last = min(int(centre + support + 0.5), in_size)
     return first, last
@@ -235,9 +245,8 @@ def cubic_weights(d):
 
 def filter_weight(x, i, box_start, box_extent, out_size, interpolation):
     """Unnormalised weight of source pixel `x` for output pixel `i` (arguments as in `filter_range`)."""
-    scale = max(float(box_extent) / float(out_size), 1.0)
-    centre = box_start + (i + 0.5) * (box_extent / out_size)
-    return kernel(abs((x - centre + 0.5) / scale), interpolation)
+    scale = max(real(box_extent) / real(out_size), 1.0)
+    return kernel(abs((real(x) - filter_centre(i, box_start, box_extent, out_size) + 0.5) / scale), interpolation)
 
 
 def luma(red, green, blue):
@@ -245,9 +254,14 @@ def luma(red, green, blue):
     return (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
 
 
+def product(a, b):
+    """a * b in float32, rounded before anything is added; the GPU's copy keeps its compiler from fusing it with a sum (`compile_scalar`)."""
+    return a * b
+
+
 def blend(degenerate, value, factor):
-    """Pillow's Image.blend of two int64 grey values, float32 `factor`: truncated to 0..255, int32."""
-    mixed = np.float32(degenerate) + factor * np.float32(value - degenerate)
+    """Pillow's Image.blend of two integer grey values, float32 `factor`: truncated to 0..255, int32."""
+    mixed = np.float32(degenerate) + product(factor, np.float32(value - degenerate))
     return np.int32(min(max(mixed, np.float32(0.0)), np.float32(255.0)))
 
 
@@ -259,7 +273,7 @@ def curve(op, argument, value):
         bits = np.int64(argument)
         return value if bits >= 8 else value >> (8 - bits) << (8 - bits)
     if op == SOLARIZE:
-        return value if value < argument else 255 - value
+        return value if real(value) < argument else 255 - value
     if op == SOLARIZE_ADD:
         return min(255, value + np.int64(argument)) if value < 128 else value
     if op == BRIGHTNESS:
@@ -267,23 +281,58 @@ def curve(op, argument, value):
     return value
 
 
+def round53(n):
+    """A positive integer rounded to 53 significant bits, to the nearest, halves to even: what float64 arithmetic keeps of it."""
+    bits = 0
+    while n >> (53 + bits):
+        bits += 1
+    return (n + (1 << (bits - 1)) - 1 + (n >> bits & 1)) >> bits << bits if bits else n
+
+
 def stretch(value, low, high):
-    """Pillow's autocontrast: `low` to 0, `high` to 255; nothing where there is but one value."""
+    """Pillow's autocontrast: `low` to 0, `high` to 255; nothing where there is but one value. All int64, 0..255.
+
+    Pillow computes int(value * s - low * s) with s = 255.0 / (high - low), in double precision, whose rounding shows where the exact result is whole.
+    Here the same three roundings are done in integers, in units of 2**-shift, for the GPU shall do without double precision.
+    """
     if high <= low:
         return value
-    scale = 255.0 / (high - low)
-    return min(max(np.int64(value * scale - low * scale), 0), 255)
+    if value <= low:
+        return value - value
+    span = high - low
+    shift = 52
+    while span << (53 - shift) <= 255:
+        shift -= 1
+    scale = (255 << shift) // span
+    twice = 2 * ((255 << shift) - scale * span)
+    if twice > span or (twice == span and scale & 1):
+        scale += 1
+    return min(round53(round53(value * scale) - round53(low * scale)) >> shift, 255)
 
 
-def roi_samples(extent, bins):
-    """RoIAlign's adaptive number of sampling points per bin along one axis; `extent` in cells (at least 1), `bins` output bins."""
-    return int(math.ceil(extent / bins))
+def rounded_mean(total, count):
+    """The sum `total` of `count` grey values -> their mean, halves rounded up, in integers: what Pillow's double precision gives for any image."""
+    return (2 * total + count) // (2 * count)
+
+
+def smoothed(around, here):
+    """Pillow's SMOOTH filter of a pixel `here` whose eight neighbours sum to `around`: the mean with weights 1 and 5, rounded (never at a half)."""
+    return (2 * (around + 5 * here) + 13) // 26
+
+
+def roi_samples(extent, bins, slack):
+    """RoIAlign's adaptive number of sampling points per bin along one axis; `extent` in cells (at least 1), `bins` output bins.
+
+    The division is float32's on every backend, as torchvision's. slack: 0, or, where `extent` is computed in steps that backends round differently,
+    how far above a whole number it still counts as that number.
+    """
+    return max(int(math.ceil(np.float32(extent) / np.float32(bins) - np.float32(slack))), 1)
 
 
 def roi_point(i, s, start, extent, bins, samples):
     """Coordinate in cells of sampling point `s` of bin `i` along one axis (torchvision's `roi_align`)."""
-    size = extent / bins
-    return start + i * size + (s + 0.5) * size / samples
+    size = extent / real(bins)
+    return start + real(i) * size + (real(s) + 0.5) * size / real(samples)
 
 
 def roi_tap(point, cells):
@@ -291,21 +340,21 @@ def roi_tap(point, cells):
 
     torchvision's `roi_align`: zero beyond one cell outside, clamped to the border cells inside that.
     """
-    if point < -1.0 or point > cells:
+    if point < -1.0 or point > real(cells):
         return 0, 0.0, 0.0
     point = max(point, 0.0)
     low = int(point)
     if low >= cells - 1:
         return cells - 1, 1.0, 0.0
-    return low, 1.0 - (point - low), point - low
+    return low, 1.0 - (point - real(low)), point - real(low)
 
 
 def roi_outside(point, cells):
     """True for a sampling point beyond the map's edge, where RoIAlign goes on with the border cell for half a cell more."""
-    return point < -0.5 or point > cells - 0.5
+    return point < -0.5 or point > real(cells) - 0.5
 
 
 def smooth(p, smoothing, num_classes):
     """Label smoothing of the published code: p * (1 - s + s / C) + s / C."""
-    off = smoothing / num_classes
+    off = smoothing / real(num_classes)
     return p * (1.0 - smoothing + off) + off

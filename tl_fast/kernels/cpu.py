@@ -103,8 +103,9 @@ def warped_targets(
     """`token_targets` of maps seen through affines: RoIAlign whose sampling points, laid out in the output, are mapped to the label map.
 
     affines: float32 [B, 6] = (xu, xv, x0, yu, yv, y0): output coordinates u (along x), v (along y) in 0..1 -> fractions of the label map's extent,
-    x = xu u + xv v + x0, y = yu u + yv v + y0. Bins have ceil(cells that a bin covers) sampling points along u and v; points outside the map
-    count as 0, so that a token there knows nothing: its target is uniform. cut: at the map's edge; else half a cell beyond it, as RoIAlign.
+    x = xu u + xv v + x0, y = yu u + yv v + y0. Bins have ceil(cells that a bin covers) sampling points along u and v, of rotated maps
+    ceil(cells - 1e-4), so that rounding does not decide; points outside the map count as 0, so that a token there knows nothing: its target is
+    uniform. cut: at the map's edge; else half a cell beyond it, as RoIAlign.
     Raises ValueError as `token_targets`.
     """
     b = _check_targets(classes, scores, num_classes, grid, smoothing)
@@ -145,7 +146,7 @@ def _tap(point, cells, cut):
 @njit
 def _roi_table(start, extent, bins, cells, cut):
     """RoIAlign along one axis as a sparse matrix: first cell, number of cells and weights of each bin."""
-    samples = _roi_samples(extent, bins)
+    samples = _roi_samples(extent, bins, 0.0)
     first = np.empty(bins, np.int32)
     count = np.empty(bins, np.int32)
     weights = np.zeros((bins, cells), np.float32)
@@ -252,7 +253,7 @@ def _warped_sample(classes, scores, affine, num_classes, grid, smoothing, cut, t
                 cells[axis + n] = wider
     for level in range(2):
         bins = grid if level else 1
-        samples_x, samples_y = _roi_samples(extents[0], bins), _roi_samples(extents[1], bins)
+        samples_x, samples_y = _roi_samples(extents[0], bins, scalar.ROI_SLACK), _roi_samples(extents[1], bins, scalar.ROI_SLACK)
         for i in range(bins):
             for j in range(bins):
                 n = _align_warped(classes, scores, cells, j / bins, i / bins, 1.0 / bins, samples_x, samples_y, cut, total, listed)

@@ -1,0 +1,119 @@
+"""What the CUDA kernels share: device functions of `tl_fast.scalar` in float32, and the accesses to memory that numba has no words for.
+
+Importing it needs no GPU. Under numba's simulator (NUMBA_ENABLE_CUDASIM=1, set before numba is imported) the kernels are plain Python, and so are
+the twins of the intrinsics here. The simulator swaps the name `cuda` of a module while one of its functions runs, for all threads at once, so device
+functions that use `cuda` must live beside their kernels.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+from numba import cuda
+
+from tl_fast.jit import compile_scalar
+
+SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+ALIGNMENT = None if SIMULATED else 16  # bytes, of shared memory that is read 16 bytes at a time
+
+
+def device(function: Callable) -> Callable:
+    """A device function, always inlined."""
+    return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
+
+
+if SIMULATED:
+    scalar32 = compile_scalar(lambda function: function, np.float32)
+
+    def store16(array, index, a, b, c, d):
+        """Four float32 or uint32 as 16 bytes to `array` from element `index` on, which must be aligned to them."""
+        data = np.array([a, b, c, d]).astype(np.float32 if isinstance(a, np.float32) else np.uint32).view(array.dtype)
+        for n in range(data.size):
+            array[index + n] = data[n]
+
+    def load16(array, index):
+        """Four float32 from `index` on, which must be a multiple of 4."""
+        return array[index], array[index + 1], array[index + 2], array[index + 3]
+
+    def load_word(array, index):
+        """Four uint8 from `index` on, which must be a multiple of 4, as one uint32, the first in its low bits."""
+        return int(array[index]) | int(array[index + 1]) << 8 | int(array[index + 2]) << 16 | int(array[index + 3]) << 24
+
+    def store_word(array, index, word):
+        """`load_word`'s opposite."""
+        for n in range(4):
+            array[index + n] = np.uint8(int(word) >> 8 * n & 255)
+
+    def pack_bfloat16(low, high):
+        """Two float32, rounded to bfloat16 (to the nearest, halves to even), in one uint32."""
+        bits = np.array([low, high], np.float32).view(np.uint32).astype(np.uint64)
+        first, second = (bits + 0x7FFF + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
+        return np.uint32(first | second << np.uint64(16))
+
+else:
+    from llvmlite import ir
+    from numba.cuda import libdevice
+    from numba.cuda.extending import intrinsic
+    from numba.cuda.types import Array, UniTuple, float32, int64, uint32, void  # noqa: F401
+
+    @device
+    def _product(a, b):
+        return libdevice.fmul_rn(np.float32(a), np.float32(b))
+
+    scalar32 = compile_scalar(device, np.float32, product=_product)
+
+    def _address(context, builder, array_type, array, index, pointee):
+        data = context.make_array(array_type)(context, builder, array).data
+        return builder.bitcast(builder.gep(data, [index]), ir.PointerType(pointee))
+
+    @intrinsic
+    def store16(typingctx, array, index, a, b, c, d):
+        def codegen(context, builder, signature, args):
+            kind = ir.VectorType(context.get_value_type(signature.args[2]), 4)
+            vector = ir.Constant(kind, ir.Undefined)
+            for n, value in enumerate(args[2:]):
+                vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), n))
+            store = builder.store(vector, _address(context, builder, signature.args[0], args[0], args[1], kind))
+            store.align = 16
+            return context.get_dummy_value()
+
+        kind = float32 if a == float32 else uint32
+        return void(array, int64, kind, kind, kind, kind), codegen
+
+    @intrinsic
+    def load16(typingctx, array, index):
+        def codegen(context, builder, signature, args):
+            kind = ir.VectorType(ir.FloatType(), 4)
+            load = builder.load(_address(context, builder, signature.args[0], args[0], args[1], kind))
+            load.align = 16
+            values = [builder.extract_element(load, ir.Constant(ir.IntType(32), n)) for n in range(4)]
+            return context.make_tuple(builder, signature.return_type, values)
+
+        return UniTuple(float32, 4)(array, int64), codegen
+
+    @intrinsic
+    def load_word(typingctx, array, index):
+        def codegen(context, builder, signature, args):
+            load = builder.load(_address(context, builder, signature.args[0], args[0], args[1], ir.IntType(32)))
+            load.align = 4
+            return load
+
+        return uint32(array, int64), codegen
+
+    @intrinsic
+    def store_word(typingctx, array, index, word):
+        def codegen(context, builder, signature, args):
+            store = builder.store(args[2], _address(context, builder, signature.args[0], args[0], args[1], ir.IntType(32)))
+            store.align = 4
+            return context.get_dummy_value()
+
+        return void(array, int64, uint32), codegen
+
+    @intrinsic
+    def pack_bfloat16(typingctx, low, high):
+        def codegen(context, builder, signature, args):
+            kind = ir.FunctionType(ir.IntType(32), [ir.FloatType(), ir.FloatType()])
+            return builder.asm(kind, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", args, False)
+
+        return uint32(float32, float32), codegen
