@@ -52,6 +52,17 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
         ({"train_data": ""}, "train_data"),
         ({"token_label": False, "ground_truth": True}, "ground_truth"),
         ({"token_label": False, "cls_weight": 0.0}, "nothing to train on"),
+        ({"model_kwargs": {"depth": 2, "img_size": 96}}, "model_kwargs must not set img_size"),
+        ({"model_kwargs": {"drop_path_rate": 0.1}}, "model_kwargs must not set drop_path_rate: set drop_path itself"),
+        ({"sync_bn": True, "freeze_stem_bn": True}, "sync_bn.*freeze_stem_bn"),
+        ({"sync_bn": True, "device": "cpu"}, "sync_bn needs GPUs"),
+        ({"resume": "runs/x", "init_weights": "w.pth"}, "w.pth would be overwritten by resume runs/x"),
+        ({"auto_augment": "rand-m9", "color_jitter": 0.3}, "color_jitter.*auto_augment"),
+        ({"checkpoint_steps": 0}, r"checkpoint_steps.*\[1, "),
+        ({"checkpoint_minutes": -1.0}, "checkpoint_minutes"),
+        ({"max_skipped": -1}, "max_skipped"),
+        ({"bucket_mb": 0.0}, "bucket_mb"),
+        ({"timeout_minutes": 0.0}, "timeout_minutes"),
     ],
 )
 def test_values_out_of_range_are_named(bad, named):

@@ -25,7 +25,12 @@ def work(rank: int, folder: str) -> None:
             "count": int(norm.num_batches_tracked),
             "sum": ranks.sum(torch.tensor([rank + 1.0])).item(),
             "said": ranks.from_main(f"hello from {rank}"),
+            "gathered": ranks.gather({"rank": rank}),
+            "any": [ranks.any(torch.tensor(rank == 1)).item(), ranks.any(torch.tensor([False])).tolist()],
         }
+        votes, work = ranks.start_max((rank, 5 - rank))
+        work.wait()
+        result["votes"] = votes.tolist()
     assert torch.distributed.is_initialized(), "a group that join did not make is not its to destroy"
     torch.save(result, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
@@ -35,7 +40,8 @@ def work(rank: int, folder: str) -> None:
 def test_two_processes_share_what_they_should(tmp_path):
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    expected = {"mean": [2.0] * 3, "count": 5, "sum": 3.0, "said": "hello from 0"}
+    expected = {"mean": [2.0] * 3, "count": 5, "sum": 3.0, "said": "hello from 0",
+                "gathered": [{"rank": 0}, {"rank": 1}], "any": [1.0, [0.0]], "votes": [1, 5]}
     assert first == {"main": True, **expected} and second == {"main": False, **expected}
 
 
@@ -45,6 +51,7 @@ def test_a_world_of_one_needs_no_process_group(monkeypatch):
     with join("cpu") as ranks:
         assert (ranks.rank, ranks.world_size, ranks.main, ranks.device.type) == (0, 1, True, "cpu")
         assert not torch.distributed.is_initialized()
+        assert ranks.gather(3) == [3] and ranks.start_max((1, 2))[0].tolist() == [1, 2] and ranks.any(torch.tensor(True)) == 1
         assert ranks.from_main(3) == 3 and ranks.sum(torch.ones(2)).tolist() == [1, 1]
 
 

@@ -21,7 +21,7 @@ from tl_fast.beton import BetonReader, Sample, write_beton
 from tl_fast.config import TrainConfig
 from tl_fast.erase import erase
 from tl_fast.labelmap import MapSpec, pack
-from tl_fast.meter import NonFiniteError
+from tl_fast.nonfinite import NonFiniteError
 from tl_fast.pipeline import Loader
 from tl_fast.ranks import Ranks
 from tl_fast.runlog import read_rows

@@ -47,6 +47,9 @@ class TrainConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation of the normalisation on a 0..1 scale. Source: ImageNet, as published."""
 
+    sync_bn: bool = False
+    """Batch norm's statistics over all ranks in every step (GPUs only); false: local, brought together when weights are validated or saved."""
+
     token_label: bool = True
     """Train with token labels; false: cross-entropy on the image label alone, the control."""
     cls_weight: float = 1.0
@@ -115,6 +118,12 @@ class TrainConfig:
     """Autocast type; auto: bfloat16 on cuda, float32 on cpu. Weights stay float32."""
     compile: bool | None = None
     """torch.compile the model and loss; null: on cuda only."""
+    deterministic: bool = False
+    """Only operations with the same result every time, on GPUs at a price in speed. (On the CPU runs repeat bit for bit anyway.)"""
+    bucket_mb: float = 25.0
+    """Gradients that ranks exchange at a time, MiB. Source: torch's default."""
+    timeout_minutes: float = 10.0
+    """How long ranks wait for one that lives but does not answer. Above what compiling and writing a checkpoint take."""
     threads: int | None = None
     """Loader threads per rank; null: the loader's choice."""
     decode: Literal["auto", "cpu", "mixed"] = "auto"
@@ -124,12 +133,20 @@ class TrainConfig:
     """auto: continue output_dir's newest intact checkpoint, if any; a path: that checkpoint, or a run's newest; null: start afresh."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; the last epoch always has one."""
+    checkpoint_minutes: float | None = 15.0
+    """Minutes between further checkpoints within an epoch, by rank 0's clock: what a crash can cost; null: none."""
+    checkpoint_steps: int | None = None
+    """Optimiser steps between further checkpoints, counted over the run; null: none."""
     keep: int = 3
     """Checkpoints kept besides the best one."""
     eval_every: int = 1
     """Epochs between validations; the last epoch always has one."""
     crop_pct: float = 0.9
     """Validation's centre crop as a share of the resized image's side. Source: published code for 224 px."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop the run, or skip the step; either way its samples are put on record."""
+    max_skipped: int = 10
+    """Steps that non_finite skip may skip in one run, resumptions included; one more stops it."""
     log_every: int = 50
     """Steps between rows of metrics.jsonl."""
 
@@ -151,6 +168,15 @@ class TrainConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         self.augment  # noqa: B018  validates scale, ratio, flip, auto_augment ...
+        clash = sorted(set(self.model_kwargs) & set(_MODEL_FIELDS))
+        if clash:
+            raise ValueError(f"model_kwargs must not set {', '.join(clash)}: set {', '.join(_MODEL_FIELDS[name] for name in clash)} itself")
+        if self.sync_bn and self.freeze_stem_bn:
+            raise ValueError("sync_bn gathers statistics that freeze_stem_bn does not use: choose one of them")
+        if self.sync_bn and self.device == "cpu":
+            raise ValueError("sync_bn needs GPUs (torch's SyncBatchNorm has no CPU version): device is cpu")
+        if self.init_weights and self.resume not in (None, "auto"):
+            raise ValueError(f"init_weights {self.init_weights} would be overwritten by resume {self.resume}: choose one of them")
         if self.img_size % PATCH:
             raise ValueError(f"img_size must be divisible by {PATCH} (the patch), got {self.img_size}")
         if self.batch_size % self.accumulate:
@@ -203,6 +229,7 @@ class TrainConfig:
         return cls(**{k: tuple(v) if k in _TUPLES and v is not None else v for k, v in values.items()})
 
 
+_MODEL_FIELDS = {"img_size": "img_size", "num_classes": "num_classes", "drop_path_rate": "drop_path"}  # the constructor's name -> ours
 _TUPLES = ("mean", "std", "scale", "ratio", "betas")
 _RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; plan.Augment checks its own
     ("img_size", PATCH, 4096),
@@ -224,6 +251,11 @@ _RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; plan.Augment che
     ("clip_grad", 1e-12, math.inf),
     ("seed", 0, (1 << 63) - 1),
     ("threads", 1, 4096),
+    ("bucket_mb", 0.01, 1 << 20),
+    ("timeout_minutes", 0.05, 1 << 20),
+    ("checkpoint_minutes", 0, 1 << 20),
+    ("checkpoint_steps", 1, 1 << 40),
+    ("max_skipped", 0, 1 << 30),
     ("checkpoint_every", 1, 1 << 20),
     ("keep", 1, 1 << 20),
     ("eval_every", 1, 1 << 20),

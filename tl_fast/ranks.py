@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Any, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world_size`, and the device it computes on."""
+    """This process among all: `rank` of `world_size`, the device it computes on, and a gloo group for what has nothing to do with devices."""
 
     rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -30,23 +32,44 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def any(self, flag: torch.Tensor) -> torch.Tensor:
+        """1.0 on every rank where a flag (a tensor of 0 and 1, or bool) is set on one of them, else 0.0; on the device, without asking it."""
+        flag = flag.float()
+        if self.world_size > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag
+
+    def start_max(self, values: Sequence[int]) -> tuple[torch.Tensor, Any]:
+        """Start combining a few integers on the host: their maxima over ranks, valid after the second result's wait() (None: already)."""
+        box = torch.tensor(values, dtype=torch.int64)
+        return box, dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control, async_op=True) if self.world_size > 1 else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        found = [None] * self.world_size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
     def from_main(self, value):
         """Rank 0's picklable value, on every rank."""
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def average_buffers(self, *modules: nn.Module) -> None:
         """Replace the floating-point buffers (batch norm's running statistics) by their mean over ranks, in place."""
         if self.world_size == 1:
             return
-        for module in modules:
-            for buffer in module.buffers():
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.world_size
+        buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+        if not buffers:
+            return
+        flat = self.sum(torch.cat([buffer.flatten() for buffer in buffers])) / self.world_size  # one message for them all
+        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
 
 
 def cores_of_this_rank() -> int:
@@ -55,11 +78,13 @@ def cores_of_this_rank() -> int:
 
 
 @contextlib.contextmanager
-def join(device: str = "auto") -> Iterator[Ranks]:
+def join(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Ranks]:
     """This process's place in the job that torchrun's environment describes; without torchrun a world of one, and no process group.
 
     Args:
         device: "cpu", "cuda", or "auto" (cuda when there is one). Gloo connects ranks on the CPU, NCCL on GPUs.
+        timeout_minutes: how long a collective waits for a rank that lives but does not come. (One that dies ends it at once: its connections
+            close.) The slowest legitimate wait is for another rank's torch.compile, or for rank 0's checkpoint.
 
     Raises ValueError for "cuda" without a GPU, or with fewer GPUs than local ranks.
     """
@@ -73,12 +98,23 @@ def join(device: str = "auto") -> Iterator[Ranks]:
             raise ValueError(f"device cuda: local rank {local_rank} has no GPU, this host has {gpus}; lower --nproc_per_node or use "
                              "--device cpu")
         torch.cuda.set_device(local_rank)
-    ranks = Ranks(rank, world_size, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"))
-    if world_size == 1 or dist.is_initialized():  # the caller's group stays the caller's
-        yield ranks
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    if world_size == 1:
+        yield Ranks(rank, world_size, place)
         return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=ranks.device if device == "cuda" else None)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    ours = not dist.is_initialized()  # the caller's group stays the caller's
+    if ours:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout, device_id=place if device == "cuda" else None)
+    control = dist.new_group(backend="gloo", timeout=timeout)
     try:
-        yield ranks
-    finally:
+        yield Ranks(rank, world_size, place, control)
+    except BaseException:
+        # Another rank may be gone. Gloo's threads must end before the process does; NCCL's would wait for that rank.
+        if ours and device == "cpu":
+            dist.destroy_process_group()
+        raise
+    if ours:
         dist.destroy_process_group()
+    else:
+        dist.destroy_process_group(control)

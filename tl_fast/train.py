@@ -12,7 +12,9 @@ import contextlib
 import dataclasses
 import inspect
 import math
-import platform
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +22,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 import tl_fast.compat  # noqa: F401  before timm
-import timm
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
-import tl_fast
 from tl_fast import checkpoint
 from tl_fast.beton_write import reuse_memory
 from tl_fast.config import TrainConfig, parse_config, save_config
 from tl_fast.erase import erase
 from tl_fast.evaluate import Normalise, accuracy, autocast, build_model, check_labels
-from tl_fast.loss import TokenLabelLoss, soft_cross_entropy
+from tl_fast.loss import TokenLabelLoss
 from tl_fast.meter import Meter
+from tl_fast.nonfinite import NonFinite
 from tl_fast.pipeline import Loader
 from tl_fast.plan import mix_box
 from tl_fast.ranks import Ranks, join
+from tl_fast.resume import resume, versions, write_record
 from tl_fast.runlog import RunLog
+from tl_fast.stopping import Agreement, StopSignals
 
 # What torch before 2.13 calls broadcast_buffers, and later ones warn of.
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
 _BUFFER_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
-# A run continued with other values of these would be neither the old run nor a new one.
-FIXED_ON_RESUME = ("model", "model_kwargs", "img_size", "num_classes", "token_label", "batch_size", "seed", "steps_per_epoch")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -53,21 +55,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Returns a summary: `steps`, `epochs` (finished), `loss` (mean of the last window logged), `val_top1_ema`, `val_top1_raw` (percent, last
     validation; None without val_data), `best_top1` (of the kept checkpoints' better weights), `images_per_second` (over all ranks, without
-    validation), `data_wait` (share of that time), `checkpoint`, `best_checkpoint`, `metrics` (paths).
+    validation), `data_wait` (share of that time), `skipped` (steps), `stopped` (number of the signal that ended it early, after a checkpoint; 0:
+    none), `checkpoint`, `best_checkpoint`, `metrics` (paths).
 
     Raises ValueError for data or options that do not fit one another, FileNotFoundError for missing data, CheckpointError for a checkpoint
-    that cannot be resumed, NonFiniteError (see meter).
+    that cannot be resumed, NonFiniteError (see nonfinite), DecodeError naming a damaged sample, OSError when a checkpoint cannot be written.
     """
-    with join(config.device) as ranks, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if config.deterministic:
+            stack.enter_context(deterministic())
+        ranks = stack.enter_context(join(config.device, config.timeout_minutes))
         train_loader, val_loader = make_loaders(config, ranks)
         for loader in filter(None, (train_loader, val_loader)):
             stack.callback(loader.close)
         config = dataclasses.replace(config, num_classes=config.num_classes or train_loader.num_classes)
         check_data(config, train_loader, val_loader)
-        return _run(config, ranks, train_loader, val_loader)
+        # Innermost, so that a failing process takes signals as any other while the rest is torn down.
+        agreement = Agreement(ranks, stack.enter_context(StopSignals()), config.checkpoint_minutes)
+        return _run(config, ranks, train_loader, val_loader, agreement)
 
 
-def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Loader | None) -> dict[str, Any]:
+def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Loader | None, agreement: Agreement) -> dict[str, Any]:
     folder, device = Path(config.output_dir), ranks.device
     steps_per_epoch = len(train_loader) // config.accumulate
     end = min(config.total_epochs * steps_per_epoch, config.max_steps or math.inf)
@@ -78,6 +86,8 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     if not config.token_label:
         silence_token_head(model)
     model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    if config.sync_bn and ranks.world_size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     normalise = Normalise(config.mean, config.std).to(device)
     criterion = TokenLabelLoss(config.cls_weight, config.dense_weight if config.token_label else 0.0)
     # With these two, timm's warm-up is min(decay, (1 + t) / (10 + t)) at step t, when told step t + 2.
@@ -93,26 +103,58 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     if ranks.world_size > 1:
         # Batch norm's statistics stay local during an epoch; average_buffers brings them together at its end. DDP goes around the compiled
         # module: the other way round its own forward breaks the graph.
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True, **{_BUFFER_SYNC: False})
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True, static_graph=config.accumulate == 1,
+                                          bucket_cap_mb=config.bucket_mb, **{_BUFFER_SYNC: False})
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
+        write_record(folder, config, ranks, step)
 
-    meter = Meter(ranks, config.batch_size, config.accumulate)
+    guard = NonFinite(ranks, config.non_finite, config.max_skipped, folder, train_loader.samples.name, progress["skipped"])
+    meter = Meter(ranks, guard, config.batch_size, config.accumulate)
+    saved, validated = (step, progress["validated"]) if step else (0, False)
+
+    def save(validated: bool) -> None:
+        """Write the checkpoint of this moment, with the metrics if they are of these weights."""
+        ranks.average_buffers(model, ema.module)
+        if ranks.main:
+            position = {"global_step": step, "epoch": epoch, "step_in_epoch": step_in_epoch, "steps_per_epoch": steps_per_epoch,
+                        "last_validation": metrics, "validated": validated, "skipped": guard.skipped}
+            record = {"metrics": metrics if validated else {}, "config": config.to_dict(),
+                      "class_names": train_loader.samples.class_names, "versions": versions(ranks)}
+            checkpoint.save(folder / "checkpoints", model=model, ema=ema.module, optimizer=optimizer, meta=position | record)
+            checkpoint.prune(folder / "checkpoints", config.keep)
+        agreement.saved()
+
     with RunLog(folder, end, start_step=step, enabled=ranks.main) as log:
         for remark in remarks:
             log.message(remark)
         log.message(f"{config.model} at {config.img_size} px, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
                     f"{len(train_loader.samples)} samples, {steps_per_epoch} steps an epoch; {ranks.world_size} x {device.type}; "
                     f"from step {step} to {end}")
-        while step < end:
+        while True:
+            # Between epochs, or where a run starts or ends: weights that are due are validated, and saved.
+            whole = step_in_epoch == 0
+            if step and not agreement.now():
+                if val_loader is not None and not validated and (step == end or whole and epoch % config.eval_every == 0):
+                    found = validate(model, ema.module, val_loader, ranks, config, agreement)
+                    if not agreement.now():  # else the figures are of a part of the set
+                        metrics, validated, saved = found, True, -1
+                        log.row("val", step, epoch, metrics,
+                                f"val top-1 {metrics['val_top1_ema']:.1f} % (EMA), {metrics['val_top1_raw']:.1f} % (raw)")
+            if saved != step and (agreement.now() or step == end or whole and epoch % config.checkpoint_every == 0):
+                save(validated)
+                saved = step
+            if step >= end or agreement.now():
+                break
             train_loader.set_epoch(epoch, step_in_epoch * config.accumulate)
             set_train(model, config)
             meter.start()
             with contextlib.closing(iter(train_loader)) as batches:
-                while step_in_epoch < steps_per_epoch and step < end:
+                while step_in_epoch < steps_per_epoch and step < end and not agreement.stop:
                     seed_step(config.seed, step, ranks.rank)
                     schedule.step_update(step)
+                    guard.keep(model)
                     box = None
                     if config.mix_token:
                         box = torch.from_numpy(mix_box(config.seed, epoch, step_in_epoch, config.grid)).to(device, non_blocking=True)
@@ -127,50 +169,46 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
                                 inputs = erase(inputs, *(part.to(device, non_blocking=True) for part in (batch.erase, batch.noise)))
                             with autocast(device, config.dtype):
                                 cls_logits, token_logits = network(inputs, box)
-                            loss = criterion(cls_logits, token_logits, targets, box, truth if config.ground_truth else None)
+                            loss, terms = criterion(cls_logits, token_logits, targets, box, truth if config.ground_truth else None, with_terms=True)
                             (loss / config.accumulate).backward()
-                        meter.add_loss(loss.detach())
-                    if (step + 1) % config.log_every == 0 or step_in_epoch + 1 == steps_per_epoch or step + 1 == end:
-                        meter.set_parts(loss_parts(loss, token_logits, targets, config))
+                        meter.add_loss(loss.detach(), terms)
                     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-                    meter.add_step(step, epoch, optimizer.param_groups[0]["lr"], norm)
+                    bad = meter.add_step(step, epoch, optimizer.param_groups[0]["lr"], norm)
+                    if bad is not None:
+                        guard.restore(model, bad)
+                        optimizer.found_inf = bad  # what torch's GradScaler sets: the fused step then changes nothing
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     ema.update(model, step=step + 2)
-                    step, step_in_epoch = step + 1, step_in_epoch + 1
+                    step, step_in_epoch, validated = step + 1, step_in_epoch + 1, False
                     log.advance(step, epoch)
                     meter.report(log)
                     if step % config.log_every == 0:
                         meter.close(step)
+                    due = agreement.after_step() or config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
+                    if due and step_in_epoch < steps_per_epoch and step < end and not agreement.stop:
+                        with meter.paused():
+                            meter.check()
+                            save(validated=False)
+                            saved = step
             meter.close(step)
             meter.report(log)  # raises if a step was not finite, so poisoned weights get no further than here
-
             if step_in_epoch == steps_per_epoch:
                 epoch, step_in_epoch = epoch + 1, 0
             ranks.average_buffers(model, ema.module)
-            whole = step_in_epoch == 0
-            validated = val_loader is not None and (step == end or whole and epoch % config.eval_every == 0)
-            if validated:
-                metrics = validate(model, ema.module, val_loader, ranks, config)
-                log.row("val", step, epoch, metrics,
-                        f"val top-1 {metrics['val_top1_ema']:.1f} % (EMA), {metrics['val_top1_raw']:.1f} % (raw)")
-            if ranks.main and (step == end or whole and epoch % config.checkpoint_every == 0):
-                progress = {"global_step": step, "epoch": epoch, "step_in_epoch": step_in_epoch, "steps_per_epoch": steps_per_epoch,
-                            "last_validation": metrics}
-                record = {"metrics": metrics if validated else {}, "config": config.to_dict(),
-                          "class_names": train_loader.samples.class_names, "versions": versions(ranks)}
-                checkpoint.save(folder / "checkpoints", model=model, ema=ema.module, optimizer=optimizer, meta=progress | record)
-                checkpoint.prune(folder / "checkpoints", config.keep)
+        agreement.finish()
         speed, data_wait = meter.speed()
         newest, best, best_top1 = ranks.from_main(_newest_and_best(folder / "checkpoints") if ranks.main else None)
         summary = {
             "steps": step, "epochs": epoch, "loss": meter.row.get("loss"),
             "val_top1_ema": metrics.get("val_top1_ema"), "val_top1_raw": metrics.get("val_top1_raw"),
             "best_top1": best_top1,
-            "images_per_second": speed, "data_wait": data_wait,
+            "images_per_second": speed, "data_wait": data_wait, "skipped": guard.skipped, "stopped": agreement.stop,
             "checkpoint": newest, "best_checkpoint": best, "metrics": str(log.path),
         }
-        log.message(f"done: {summary}")
+        if agreement.stop:
+            log.message(f"{signal.Signals(agreement.stop).name}: stopped after step {step} of {end}; continue with --resume auto")
+        log.message(f"{'stopped' if agreement.stop else 'done'}: {summary}")
     return summary
 
 
@@ -243,62 +281,30 @@ def smoothed_one_hot(labels: Tensor, config: TrainConfig) -> Tensor:
     return F.one_hot(labels, config.num_classes) * (1 - config.smoothing) + config.smoothing / config.num_classes
 
 
-@torch.no_grad()
-def loss_parts(loss: Tensor, token_logits: Tensor, targets: Tensor, config: TrainConfig) -> Tensor:
-    """[2]: the unweighted class and token terms of `loss`; computed apart, for the log, as the loss itself returns only its sum."""
-    if not config.token_label:
-        return torch.stack((loss / config.cls_weight, torch.zeros_like(loss)))
-    of_tokens = soft_cross_entropy(token_logits, targets[:, 1:])
-    of_class = (loss - config.dense_weight * of_tokens) / config.cls_weight if config.cls_weight else torch.zeros_like(loss)
-    return torch.stack((of_class, of_tokens))
+def validate(model: nn.Module, ema: nn.Module, loader: Loader, ranks: Ranks, config: TrainConfig, agreement: Agreement) -> dict[str, float]:
+    """Accuracy of both sets of weights over all ranks: val_top1_raw, val_top5_raw, val_loss_raw, val_top1_ema, ... (percent, nats).
 
-
-def validate(model: nn.Module, ema: nn.Module, loader: Loader, ranks: Ranks, config: TrainConfig) -> dict[str, float]:
-    """Accuracy of both sets of weights over all ranks: val_top1_raw, val_top5_raw, val_loss_raw, val_top1_ema, ... (percent, nats)."""
+    Ends early, with figures of no meaning, when a signal arrives.
+    """
     result = {}
     for name, module in (("raw", model), ("ema", ema)):
-        values = accuracy(module, loader, ranks, config)
+        values = accuracy(module, agreement.until_stopped(loader), ranks, config)
         result |= {f"val_{key}_{name}": values[key] for key in ("top1", "top5", "loss")}
     return result
 
 
-def resume(config: TrainConfig, ranks: Ranks, steps_per_epoch: int, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load what `config.resume` asks for; where to continue: global_step, epoch, step_in_epoch, last_validation.
-
-    Raises CheckpointError for broken or foreign checkpoints, when one of FIXED_ON_RESUME differs from the checkpoint's config, and when
-    output_dir holds checkpoints that the run would not continue.
-    """
-    folder, path = Path(config.output_dir) / "checkpoints", None
-    if config.resume == "auto":
-        path = ranks.from_main(checkpoint.latest(folder) if ranks.main else None)
-    else:
-        path = checkpoint.find(Path(config.resume)) if config.resume else None
-        # A run that starts before them would be pruned against them, and a later --resume auto would take one of theirs.
-        stale = [other for other in checkpoint.checkpoints(folder)
-                 if path is None or path.parent.resolve() != folder.resolve() or other.name > path.name]
-        if stale:
-            raise checkpoint.CheckpointError(f"output_dir {config.output_dir} already holds {stale[-1]}: continue it with --resume auto, "
-                                             "remove its later checkpoints, or choose another output_dir")
-    if path is None:
-        return {"global_step": 0, "epoch": 0, "step_in_epoch": 0, "last_validation": {}}
-    meta = checkpoint.read_meta(path)
-    then, now = meta["config"] | {"steps_per_epoch": meta["steps_per_epoch"]}, config.to_dict() | {"steps_per_epoch": steps_per_epoch}
-    different = [f"{name} {then.get(name)!r} -> {now[name]!r}" for name in FIXED_ON_RESUME if then.get(name) != now[name]]
-    if different:
-        raise checkpoint.CheckpointError(f"{path} is of another run: {', '.join(different)}. Restore these, choose another output_dir, or "
-                                         "start from its weights with --init_weights")
-    settings = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
-    checkpoint.restore(path, model=model, ema=ema, optimizer=optimizer)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)  # what this run's config says, not what the checkpoint's optimiser had
-    return meta
-
-
-def versions(ranks: Ranks) -> dict[str, str]:
-    """What the run ran on."""
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine()
-    return {"tl_fast": tl_fast.__version__, "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
-            "numpy": np.__version__, "device": f"{ranks.world_size} x {name}"}
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside, torch uses operations with repeatable results only, and raises RuntimeError for one that has none."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[1:]
 
 
 def _newest_and_best(folder: Path) -> tuple[str | None, str | None, float | None]:
@@ -307,10 +313,13 @@ def _newest_and_best(folder: Path) -> tuple[str | None, str | None, float | None
     return str(newest[0]) if newest else None, str(best) if best else None, checkpoint.score(checkpoint.read_meta(best)) if best else None
 
 
+@record  # so that torchrun prints the traceback of the rank that failed first
 def main() -> None:
-    """The command line; see config.parse_config."""
+    """The command line; see config.parse_config. A run that a signal ended exits with 128 + its number, as other programs do: it is not done."""
     reuse_memory()  # the loader's threads take and give back hundreds of KB for every image
-    train(parse_config())
+    stopped = train(parse_config())["stopped"]
+    if stopped:
+        raise SystemExit(128 + stopped)
 
 
 if __name__ == "__main__":
