@@ -261,7 +261,7 @@ def product(a, b):
 
 def blend(degenerate, value, factor):
     """Pillow's Image.blend of two integer grey values, float32 `factor`: truncated to 0..255, int32."""
-    mixed = np.float32(degenerate) + product(factor, np.float32(value - degenerate))
+    mixed = np.float32(degenerate) + product(factor, np.float32(np.int32(value - degenerate)))
     return np.int32(min(max(mixed, np.float32(0.0)), np.float32(255.0)))
 
 

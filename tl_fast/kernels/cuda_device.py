@@ -36,14 +36,19 @@ if SIMULATED:
         """Four float32 from `index` on, which must be a multiple of 4."""
         return array[index], array[index + 1], array[index + 2], array[index + 3]
 
+    def peek(array, index):
+        """array[index] for an index that is known not to be negative, which numba would check."""
+        return array[index]
+
     def load_word(array, index):
         """Four uint8 from `index` on, which must be a multiple of 4, as one uint32, the first in its low bits."""
         return int(array[index]) | int(array[index + 1]) << 8 | int(array[index + 2]) << 16 | int(array[index + 3]) << 24
 
     def store_word(array, index, word):
-        """`load_word`'s opposite."""
-        for n in range(4):
-            array[index + n] = np.uint8(int(word) >> 8 * n & 255)
+        """32 bits as four uint8 or two uint16 to `array` from `index` on, a multiple of as many; the low bits first."""
+        data = np.array([int(word) & 0xFFFFFFFF], np.uint32).view(array.dtype)
+        for n in range(data.size):
+            array[index + n] = data[n]
 
     def pack_bfloat16(low, high):
         """Two float32, rounded to bfloat16 (to the nearest, halves to even), in one uint32."""
@@ -91,6 +96,14 @@ else:
             return context.make_tuple(builder, signature.return_type, values)
 
         return UniTuple(float32, 4)(array, int64), codegen
+
+    @intrinsic
+    def peek(typingctx, array, index):
+        def codegen(context, builder, signature, args):
+            data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            return context.unpack_value(builder, signature.return_type, builder.gep(data, [args[1]]))
+
+        return array.dtype(array, int64), codegen
 
     @intrinsic
     def load_word(typingctx, array, index):
