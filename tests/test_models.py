@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import tl_fast.compat  # noqa: F401  before timm
 import timm
-from tl_fast.models import LVViT, resize_pos_embed
+from tl_fast.models import Block, DropPath, LVViT, resize_pos_embed
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = json.loads((GOLDEN / "lvvit_state_dict_shapes.json").read_text())
@@ -204,6 +205,57 @@ def test_drop_path_grows_with_depth_and_is_off_in_eval():
         assert torch.equal(model.eval()(images), model(images))
         close(model(images), small(depth=3).eval()(images), 1e-6)  # the same seed without drop path
         assert not torch.equal(freeze_norms(model)(images)[0], model(images)[0])
+
+
+@pytest.mark.parametrize("batch", [2, 7, 64])
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
+def test_drop_path_drops_each_sample_with_its_rate_and_keeps_the_mean(batch, rate):
+    torch.manual_seed(0)
+    drop, kept_most, draws = DropPath(rate), math.ceil(batch * (1 - rate)), 4000
+    scale_of = torch.zeros(draws, batch)
+    for row in scale_of:
+        index, scales = drop.draw(batch, row.device)
+        assert scales.shape == (kept_most, 1, 1) and (index is None) == (kept_most == batch)
+        row[torch.arange(batch) if index is None else index] = scales.view(-1)
+    close(scale_of.unique(), torch.tensor([0, 1 / (1 - rate)]))
+    noise = (rate / (1 - rate) / draws) ** 0.5  # the mean scale's standard deviation, of one sample
+    assert (scale_of.mean(0) - 1).abs().max() < 4.5 * noise
+    assert ((scale_of == 0).float().mean(0) - rate).abs().max() < 4.5 * (rate * (1 - rate) / draws) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_skipping_the_dropped_equals_multiplying_them_by_zero(monkeypatch, dtype):
+    """The same draws applied to branches computed in full: values and gradients."""
+    torch.manual_seed(0)
+    block, drawn = Block(16, 2, 2.0, 0.5, 2.0).to(dtype), []
+    draw = block.drop_path.draw
+    monkeypatch.setattr(block.drop_path, "draw", lambda *size: drawn.append(draw(*size)) or drawn[-1])
+    x = torch.randn(9, 5, 16, dtype=dtype, requires_grad=True)
+    out = block(x)
+    parameters = [x, *block.parameters()]
+    gradients = torch.autograd.grad(out.square().sum(), parameters)
+    expected, layers = x, [(block.norm1, block.attn), (block.norm2, block.mlp)]
+    for (index, scales), (norm, layer) in zip(drawn, layers, strict=True):
+        assert len(index) == 5
+        scale_of = torch.zeros(9, 1, 1, dtype=dtype).index_copy(0, index, scales.to(dtype))
+        expected = expected + layer(norm(expected)) * scale_of / 2
+    tolerance = 1e-10 if dtype == torch.float64 else 0.05
+    close(out, expected, tolerance)
+    if dtype == torch.float64:
+        for actual, full in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters)):
+            close(actual, full, tolerance)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_projection_is_the_convolution_of_its_weights(layout):
+    stem = small().patch_embed.double()
+    x = torch.randn(3, 8, 16, 24, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    variables = [x, stem.proj.weight, stem.proj.bias]
+    pairs = []
+    for out in (stem._project(x), stem.proj(x)):
+        pairs.append([out, *torch.autograd.grad(out.square().sum(), variables)])
+    for actual, expected in zip(*pairs):
+        close(actual, expected, 1e-10)
 
 
 def test_gradient_checkpointing_changes_no_gradient():

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tl_fast.compat  # noqa: F401  before timm
-from timm.layers import DropPath, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple
+from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 PATCH = 16  # pixels per token side; the stem's strides (2, then 8) fix it
 MixBox = Tensor | Sequence[int]  # (top, left, bottom, right) in tokens, the end exclusive
+Kept = tuple[Tensor | None, Tensor]  # what drop path keeps in one branch: int64 [K] samples or None for all, their float32 scales [K,1,1]
+# The drop path rate from which a branch computes only the samples it keeps. On a GPU a gather and a scatter must first be earned back: an
+# estimate from memory traffic, not yet measured there.
+SKIP_FROM = {"cpu": 0.0, "cuda": 0.1}
 
 __all__ = ["LVViT", "resize_pos_embed"]
 
@@ -61,7 +65,20 @@ class ConvStem(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         x = F.relu(self.bn3(self.conv3(x)), inplace=True)
-        return self.proj(x)
+        return self._project(x)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """`proj` as one matrix product, its patches not overlapping: [B,W,8h,8w] -> [B,D,h,w], channels-last in memory."""
+        batch, width, rows, columns = x.shape
+        side, weight = PATCH // 2, self.proj.weight
+        h, w = rows // side, columns // side
+        if x.is_contiguous(memory_format=torch.channels_last):  # pixels of a patch row lie together: few, long copies
+            patches = x.permute(0, 2, 3, 1).reshape(batch, h, side, w, side, width).transpose(2, 3)
+            weight = weight.permute(0, 2, 3, 1)
+        else:
+            patches = x.reshape(batch, width, h, side, w, side).permute(0, 2, 4, 1, 3, 5)
+        tokens = F.linear(patches.reshape(batch, h, w, -1), weight.reshape(weight.shape[0], -1), self.proj.bias)
+        return tokens.permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -93,6 +110,30 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class DropPath(nn.Module):
+    """Which samples of a batch a residual branch keeps; the rate of the published stochastic depth, without the work of the dropped.
+
+    Every sample is dropped with probability `drop_prob`, and kept ones are scaled by 1 / (1 - drop_prob), as published. Shapes are static:
+    a branch computes K = ceil(B * (1 - drop_prob)) samples, a random subset of the batch, and scales a few of those by 0 so that the
+    probability is exact. Samples of one batch are therefore not quite independent, which the published ones are.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+    def draw(self, batch: int, device: torch.device) -> Kept:
+        """One branch's draw, from torch's generator of `device`."""
+        survive = 1 - self.drop_prob
+        kept = math.ceil(batch * survive) if self.drop_prob >= SKIP_FROM.get(device.type, 0.0) else batch
+        scales = torch.rand((kept, 1, 1), device=device) < survive * batch / kept
+        index = torch.rand(batch, device=device).argsort()[:kept] if kept < batch else None
+        return index, scales / survive
+
+
 class Block(nn.Module):
     """Pre-norm transformer block whose two residual branches are divided by `skip_lam`. [B,1+N,D] -> [B,1+N,D]."""
 
@@ -105,9 +146,18 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
+    def _residual(self, x: Tensor, norm: nn.Module, layer: nn.Module) -> Tensor:
+        if not self.training or isinstance(self.drop_path, nn.Identity):
+            return x + layer(norm(x)) / self.skip_lam
+        index, scales = self.drop_path.draw(x.shape[0], x.device)
+        scales = (scales / self.skip_lam).to(x.dtype)
+        if index is None:
+            return x + layer(norm(x)) * scales
+        return x.index_add(0, index, (layer(norm(x[index])) * scales).to(x.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x))) / self.skip_lam
-        return x + self.drop_path(self.mlp(self.norm2(x))) / self.skip_lam
+        x = self._residual(x, self.norm1, self.attn)
+        return self._residual(x, self.norm2, self.mlp)
 
 
 class LVViT(nn.Module):
