@@ -4,7 +4,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,80 +13,16 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from tiny_runs import CLASSES, ROOT, betons, flags, tiny, torchrun, weights  # noqa: F401  two of them are fixtures
 
 from tl_fast import checkpoint, evaluate
 from tl_fast import train as training
 from tl_fast.beton import BetonReader, Sample, write_beton
-from tl_fast.config import TrainConfig
 from tl_fast.erase import erase
-from tl_fast.labelmap import MapSpec, pack
 from tl_fast.nonfinite import NonFiniteError
 from tl_fast.pipeline import Loader
 from tl_fast.ranks import Ranks
 from tl_fast.runlog import read_rows
-
-ROOT = Path(__file__).resolve().parent.parent
-CLASSES = ["animal", "fish", "monument", "tool"]
-TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "stem_width": 8}
-
-
-def write_photos(path: Path, folder: Path, maps: bool) -> None:
-    """A beton of the photos under `folder`, with label maps whose strongest class is the photo's own, more so in the middle."""
-    spec = MapSpec(k=2, height=6, width=6, num_classes=len(CLASSES)) if maps else None
-    samples = []
-    for label, name in enumerate(CLASSES):
-        for photo in sorted((folder / name).glob("*.jpg")):
-            classes = np.stack([np.full((6, 6), label), np.full((6, 6), (label + 1) % 4)]).astype(np.uint16)
-            bump = 4 * np.outer(np.hanning(8)[1:-1], np.hanning(8)[1:-1])
-            scores = np.stack([2 + bump, 1 - bump / 8]).astype(np.float32)
-            record = (lambda c=classes, s=scores: pack(c, s, spec)) if maps else None
-            samples.append(Sample(f"{name}/{photo.name}", label, photo.read_bytes, record))
-    write_beton(path, samples, class_names=CLASSES, spec=spec, max_resolution=96)
-
-
-@pytest.fixture(scope="module")
-def betons(tmp_path_factory, photos) -> Path:
-    """Folder of train.beton (with label maps), plain.beton (the same without) and val.beton."""
-    folder = tmp_path_factory.mktemp("betons")
-    write_photos(folder / "train.beton", photos / "train", maps=True)
-    write_photos(folder / "plain.beton", photos / "train", maps=False)
-    write_photos(folder / "val.beton", photos / "val", maps=False)
-    return folder
-
-
-@pytest.fixture
-def tiny(betons, tmp_path):
-    """Makes configs of a tiny model on the photos, running in a folder of this test."""
-
-    def make(name: str = "run", **changes) -> TrainConfig:
-        values = dict(
-            train_data=str(betons / "train.beton"), output_dir=str(tmp_path / name), model="lvvit_t", model_kwargs=TINY, img_size=64,
-            drop_path=0.2, batch_size=16, epochs=3, cooldown_epochs=0, warmup_epochs=1, lr=1e-3, lr_base_batch=16, log_every=1, threads=1,
-            device="cpu",
-        )
-        return TrainConfig(**{**values, **changes})
-
-    return make
-
-
-def weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint: weights, EMA and the optimiser's moments."""
-    path = Path(path)
-    tensors = {}
-    for name in (checkpoint.MODEL, checkpoint.EMA):
-        tensors |= {f"{name}:{key}": value for key, value in safetensors.torch.load_file(path / name).items()}
-    state = torch.load(path / checkpoint.OPTIMIZER, weights_only=True)["state"]
-    return tensors | {f"optimizer:{index}:{key}": value for index, moments in state.items() for key, value in moments.items()}
-
-
-def torchrun(script: list[str], ranks: int) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *script]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def flags(config: TrainConfig, path: Path) -> list[str]:
-    path.write_text(yaml.safe_dump(config.to_dict()))
-    return ["--config", str(path)]
 
 
 def test_a_run_learns_and_leaves_its_record(tiny, betons):
