@@ -33,13 +33,13 @@ def _shift(word: Tensor, bits: int) -> Tensor:
 def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
     """Fill the boxes of normalised images [B, C, H, W], in place where they are on the CPU -> the images.
 
-    boxes: int32 [B, 4] = (top, left, height, width) in pixels, height 0 for none; seeds: int64 [B], both of `pipeline.Batch`. On a GPU without
-    synchronisation and in one compiled pass; on the CPU box by box.
+    boxes: int32 [B, 4] = (top, left, height, width) in pixels, height 0 for none; seeds: int64 [B], both of `pipeline.Batch`. On a GPU, and
+    compiled, without synchronisation in one pass over all pixels; else on the CPU box by box.
     """
     batch, channels, height, width = images.shape
     if boxes.shape != (batch, 4) or seeds.shape != (batch,):
         raise ValueError(f"boxes must be [{batch}, 4] and seeds [{batch}], got {tuple(boxes.shape)} and {tuple(seeds.shape)}")
-    if images.device.type == "cpu":
+    if images.device.type == "cpu" and not torch.compiler.is_compiling():
         for b, (top, left, rows, columns) in enumerate(boxes.tolist()):
             if rows and columns:
                 places = torch.arange(channels * rows * columns).view(channels, rows, columns)

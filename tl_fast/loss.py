@@ -9,21 +9,68 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tl_fast.models import MixBox
 
 
+CHUNK = 1 << 19  # logits that the eager path looks at at a time: 2 MB of float32, which stay in the cache
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """-sum(target * log_softmax(logits)), summed over everything: with no tensor of the logits' size but their gradient.
+
+    Kept for the backward pass are the arguments and one number a row, its logsumexp. Compiled, value and gradient are one kernel each;
+    eager, they run over chunks of rows that stay in the cache (one chunk on a GPU, where launches cost more).
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
+        total, lse = logits.new_zeros((), dtype=torch.float32), []
+        for x, t in _chunks(logits, target):
+            x, t = x.float(), t.float()
+            log_p = x.log_softmax(-1)
+            lse.append(x.amax(-1, keepdim=True) - log_p.amax(-1, keepdim=True))
+            total = total - (t * log_p).sum(-1).sum()
+        ctx.save_for_backward(logits, target, torch.cat(lse))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        logits, target, lse = ctx.saved_tensors
+        chunks = list(_chunks(logits, target, lse))
+        if len(chunks) == 1:
+            return _gradient(logits, target, lse, grad), None
+        result = torch.empty_like(logits)
+        for out, (x, t, row_lse) in zip(_chunks(result), chunks, strict=True):
+            out[0].copy_(_gradient(x, t, row_lse, grad))
+        return result, None
+
+
+def _gradient(logits: Tensor, target: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+    target = target.float()
+    return (logits - lse).exp_().mul_(target.sum(-1, keepdim=True)).sub_(target).mul_(grad).to(logits.dtype)  # float32, as lse is
+
+
+def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tensors cut alike along their first dimension, CHUNK elements of the first at a time; whole under torch.compile and on GPUs."""
+    rows, size = tensors[0].shape[0], tensors[0].numel()
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu" or size <= CHUNK:
+        return [tensors]
+    return list(zip(*(tensor.split(max(1, CHUNK * rows // size)) for tensor in tensors), strict=True))
+
+
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over all leading dimensions of -sum(target * log_softmax(logits)): logits and target [..., C] -> float32 scalar.
 
-    float32 whatever the inputs' dtype, inside autocast too. Raises ValueError when the shapes differ.
+    float32 whatever the inputs' dtype, inside autocast too; the gradient has the logits' dtype, and the target none. Raises ValueError when
+    the shapes differ or the target requires a gradient.
     """
     if logits.shape != target.shape:
         raise ValueError(f"logits are {tuple(logits.shape)} but their targets {tuple(target.shape)}")
-    classes = logits.shape[-1]
-    return F.cross_entropy(logits.float().reshape(-1, classes), target.float().reshape(-1, classes))  # probabilities, not class indices
+    if target.requires_grad:
+        raise ValueError("the target requires a gradient, which is not computed: detach it")
+    return _SoftCrossEntropy.apply(logits, target) / math.prod(logits.shape[:-1])
 
 
 def _term(weight: float, logits: Tensor, target: Tensor) -> Tensor:
