@@ -1,6 +1,7 @@
-"""Draw a sheet of samples to look at: `python -m tl_fast.show FILE.beton --out picture.png`, or a recipe's crops: `... --recipe lvvit_s`.
+"""Draw a sheet of samples to look at: `python -m tl_fast.show FILE.beton --out picture.png`; a recipe's crops: `... --recipe lvvit_s`; or the
+curves of a training run: `python -m tl_fast.show RUN_DIR`.
 
-The second is `tl_fast.crop_sheet`'s. Of the first, one row a sample: the original with its crop box, the crop as the loader hands it to
+The second is `tl_fast.crop_sheet`'s, the third `tl_fast.curves`'s. Of the first, one row a sample: the original with its crop box, the crop as the loader hands it to
 training, the label map over the original and the token targets over the crop. Image and labels come from `pipeline.Loader` itself, so what
 looks aligned here is aligned in training. Cells and tokens are coloured by their best class, over a grey image and the more opaque the higher
 that class's probability.
@@ -172,13 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; bad input ends with status 2 and one line that says what to change."""
     parser = argparse.ArgumentParser(
         prog="python -m tl_fast.show",
-        description="Draw a sheet of a beton's samples with their labels; with --recipe, of crops augmented as that recipe trains on them.",
+        description="Draw a sheet of a beton's samples with their labels; with --recipe, of crops augmented as that recipe trains on them; "
+                    "or the curves of a run.",
     )
-    parser.add_argument("beton", metavar="FILE.beton", nargs="?",
-                        help="the file to look into; with --recipe by default its train_data, or else the bundled photos")
+    parser.add_argument("beton", metavar="FILE.beton|RUN_DIR", nargs="?",
+                        help="the file to look into; with --recipe by default its train_data, or else the bundled photos; or a run's folder, "
+                             "whose curves are drawn")
     parser.add_argument("--recipe", metavar="NAME",
                         help="such as lvvit_s, of recipes/, or a YAML file: show crops with all of its augmentation")
-    parser.add_argument("--out", metavar="picture.png", help="where to write the picture (with --recipe by default runs/show/NAME.png)")
+    parser.add_argument("--out", metavar="picture.png", help="where to write the picture (by default with --recipe runs/show/NAME.png, of a run RUN_DIR/curves.png)")
     parser.add_argument("--samples", type=int, help="how many, spread evenly over the file (default 8, with --recipe 24)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--first", type=int, metavar="ID", help="show samples in sequence from this one")
@@ -190,10 +193,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoothing", type=float, help="label smoothing of the token targets (default 0, or the recipe's)")
     settings = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     recipe, beton, out = (settings.pop(name, None) for name in ("recipe", "beton", "out"))
-    if recipe is None and (beton is None or out is None):
-        parser.error("FILE.beton and --out are needed, or --recipe")
+    run = recipe is None and beton is not None and Path(beton).is_dir()
+    if recipe is None and not run and (beton is None or out is None):
+        parser.error("FILE.beton and --out are needed, or --recipe, or a run's folder")
+    if run and settings:
+        parser.error(f"{beton} is a run's folder: {', '.join('--' + name.replace('_', '-') for name in settings)} is for betons")
     try:
-        if recipe is None:
+        if run:
+            from tl_fast import curves  # as below
+
+            print(curves.draw_curves(Path(beton), Path(out) if out else None))
+        elif recipe is None:
             print(show(beton, out, **settings))
         else:
             from tl_fast import crop_sheet  # here, for it imports timm, which takes seconds
