@@ -8,11 +8,13 @@ import numpy as np
 
 from tl_fast import scalar
 from tl_fast.jit import compile_scalar, njit
+from tl_fast.kernels.taps import add_taps
 
 _scalar = compile_scalar(njit)
 _filter_range, _filter_weight, _filter_support = _scalar.filter_range, _scalar.filter_weight, _scalar.filter_support
 _cubic_weights = _scalar.cubic_weights
 BICUBIC = scalar.BICUBIC
+BORDER = 3  # pixels around the canvas: two that the cubic filter reads beyond the image, and one for rounding
 REACH = 2  # canvas pixels that `show` may read beyond what the affine shows
 ROWS = 32  # output rows that one pass makes: their values lie side by side, so that the horizontal filter works on vectors
 
@@ -33,9 +35,11 @@ def _filter_table(box_start, box_extent, out_size, in_size, origin, interpolatio
         count[i] = stop - start
         total = 0.0
         for x in range(start, stop):
-            total += _filter_weight(x, i, box_start, box_extent, out_size, interpolation)
-        for x in range(start, stop):
-            weights[i, x - start] = np.float32(_filter_weight(x, i, box_start, box_extent, out_size, interpolation) / total)
+            weight = _filter_weight(x, i, box_start, box_extent, out_size, interpolation)
+            weights[i, x - start] = np.float32(weight)
+            total += weight
+        for x in range(stop - start):
+            weights[i, x] *= np.float32(1.0 / total)
     return first, count, weights
 
 
@@ -65,27 +69,81 @@ def _filter_rows(pixels, first, count, weights, begin, end, line):
 
 
 @njit
-def _interleave(lines, block):
-    """lines [ROWS, 3 n] -> block [n, 3 ROWS]."""
-    for x in range(block.shape[0]):
-        row = block[x]
-        for c in range(3):
-            for r in range(ROWS):
-                row[c * ROWS + r] = lines[r, 3 * x + c]
+def _swap(a, b, mask, bits):
+    """Exchange the upper halves of a's fields with the lower halves of b's; `mask` has the lower halves, of `bits` bits."""
+    return (a & mask) | ((b & mask) << bits), ((a >> bits) & mask) | (b & ~mask)
 
 
 @njit
-def _filter_columns(block, first, count, weights, total, out):
-    """out uint8 [3 ROWS] = the weighted sum of `count` columns, rounded and clipped; total: float32 of that size, to work in."""
-    source, weight = block[first], weights[0]
-    for i in range(3 * ROWS):
-        total[i] = np.float32(0.5) + weight * source[i]
-    for t in range(1, count):
-        source, weight = block[first + t], weights[t]
-        for i in range(3 * ROWS):
-            total[i] += weight * source[i]
-    for i in range(3 * ROWS):
-        out[i] = np.uint8(min(max(total[i], np.float32(0.0)), np.float32(255.0)))
+def _interleave(lines, block):
+    """lines float32 [ROWS, 3 n] -> block float32 [n, 3 ROWS], n even, by squares of 2 x 2 values."""
+    source, target = lines.view(np.uint64), block.reshape(3 * block.shape[0], ROWS).view(np.uint64)
+    one, mask, bits = np.uint64(1), np.uint64(0x00000000FFFFFFFF), np.uint64(32)
+    for x in range(np.uint64(source.shape[1])):
+        for r in range(np.uint64(ROWS // 2)):
+            target[x + x, r], target[x + x + one, r] = _swap(source[r + r, x], source[r + r + one, x], mask, bits)
+
+
+@njit
+def _filter_columns(block, first, count, weights, x, total, out):
+    """out uint8 [3 ROWS] = the weighted sum of `count` columns, rounded and clipped, with the weights in row `x` of their table; total: float32 of
+    that size, to work in. All indices are uint64: views cost more here than the sum, and a signed index might be negative."""
+    size, one, two, three = np.uint64(3 * ROWS), np.uint64(1), np.uint64(2), np.uint64(3)
+    half, low, high = np.float32(0.5), np.float32(0.0), np.float32(255.0)
+    w0, w1, second = weights[x, 0], np.float32(0.0), first
+    if count >= two:
+        w1, second = weights[x, one], first + one
+    if count <= two:
+        for i in range(size):
+            out[i] = np.uint8(min(max(half + w0 * block[first, i] + w1 * block[second, i], low), high))
+        return
+    w2, third = weights[x, two], first + two
+    if count == three:
+        for i in range(size):
+            out[i] = np.uint8(min(max(half + w0 * block[first, i] + w1 * block[second, i] + w2 * block[third, i], low), high))
+        return
+    for i in range(size):
+        total[i] = half + w0 * block[first, i] + w1 * block[second, i] + w2 * block[third, i]
+    t = three
+    while t < count:
+        w0, w1, here = weights[x, t], np.float32(0.0), first + t
+        second = here
+        if t + one < count:
+            w1, second = weights[x, t + one], here + one
+        for i in range(size):
+            total[i] += w0 * block[here, i] + w1 * block[second, i]
+        t += two
+    for i in range(size):
+        out[i] = np.uint8(min(max(total[i], low), high))
+
+
+@njit
+def _transpose(source, turned, target):
+    """source uint8 [8 n, 3 ROWS] -> target uint8 [3 ROWS, 8 n], by squares of 8 x 8 bytes; turned: uint64 [8, 3 ROWS / 8], to work in.
+
+    Rows of a square are 64-bit words, which LLVM puts side by side in vectors: half the time of moving single bytes.
+    """
+    words, result = source.view(np.uint64), target.view(np.uint64)
+    m8, m16, m32 = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00000000FFFFFFFF)
+    b8, b16, b32 = np.uint64(8), np.uint64(16), np.uint64(32)
+    for x in range(np.uint64(result.shape[1])):
+        y = x * b8
+        for g in range(np.uint64(3 * ROWS // 8)):
+            a0, a1 = _swap(words[y, g], words[y + np.uint64(1), g], m8, b8)
+            a2, a3 = _swap(words[y + np.uint64(2), g], words[y + np.uint64(3), g], m8, b8)
+            a4, a5 = _swap(words[y + np.uint64(4), g], words[y + np.uint64(5), g], m8, b8)
+            a6, a7 = _swap(words[y + np.uint64(6), g], words[y + np.uint64(7), g], m8, b8)
+            a0, a2 = _swap(a0, a2, m16, b16)
+            a1, a3 = _swap(a1, a3, m16, b16)
+            a4, a6 = _swap(a4, a6, m16, b16)
+            a5, a7 = _swap(a5, a7, m16, b16)
+            turned[0, g], turned[4, g] = _swap(a0, a4, m32, b32)
+            turned[1, g], turned[5, g] = _swap(a1, a5, m32, b32)
+            turned[2, g], turned[6, g] = _swap(a2, a6, m32, b32)
+            turned[3, g], turned[7, g] = _swap(a3, a7, m32, b32)
+        for g in range(3 * ROWS // 8):
+            for j in range(8):
+                result[8 * g + j, x] = turned[j, g]
 
 
 @njit
@@ -100,13 +158,17 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
         x_low += 1
     while x_high > x_low and x_count[x_high - 1] == 0:
         x_high -= 1
-    for c in range(3):
-        for y in range(rows):
-            empty = y_count[y] == 0 or x_low == x_high
-            for x in range(columns):
-                if empty or x < x_low or x >= x_high:
-                    out[c, y, columns - 1 - x if flip else x] = fill[c]
-    if x_low == x_high:
+    shown = x_high - x_low
+    start = columns - x_high if flip else x_low
+    for y in range(rows):
+        if y_count[y] == 0 or shown == 0:
+            for c in range(3):
+                out[c, y] = fill[c]
+        elif shown < columns:
+            for c in range(3):
+                out[c, y, :start] = fill[c]
+                out[c, y, start + shown :] = fill[c]
+    if shown == 0:
         return
     begin, end = x_first[x_low], x_first[x_high - 1] + x_count[x_high - 1]
     for x in range(x_low, x_high):  # cubic windows are cut at the image's edges alone, so they only grow; to be sure all the same
@@ -117,31 +179,30 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
     if begin < 0 or end > region.shape[1]:
         raise ValueError("the decoded region lacks columns that the box needs")
     pixels = region.reshape(region.shape[0], region.shape[1] * 3)
-    width_read = end - begin
+    width_read = (end - begin + 1) // 2 * 2
     lines = np.zeros((ROWS, 3 * width_read), np.float32)
     block = np.empty((width_read, 3 * ROWS), np.float32)
     total = np.empty(3 * ROWS, np.float32)
-    done = np.empty((columns, 3 * ROWS), np.uint8)
-    shown = done[x_low:x_high]
+    columns_done = np.zeros(((shown + 7) // 8 * 8, 3 * ROWS), np.uint8)
+    turned = np.empty((8, 3 * ROWS // 8), np.uint64)
+    rows_done = np.empty((3 * ROWS, columns_done.shape[0]), np.uint8)
     for y0 in range(0, rows, ROWS):
         n = min(ROWS, rows - y0)
         for r in range(n):
             if y_count[y0 + r]:
                 _filter_rows(pixels, y_first[y0 + r], y_count[y0 + r], y_weights[y0 + r], 3 * begin, 3 * end, lines[r])
         _interleave(lines, block)
-        for x in range(x_low, x_high):
-            _filter_columns(block, x_first[x] - begin, x_count[x], x_weights[x], total, done[x])
+        for x in range(shown):
+            at = x_low + x
+            target = columns_done[shown - 1 - x if flip else x]
+            _filter_columns(block, np.uint64(x_first[at] - begin), np.uint64(x_count[at]), x_weights, np.uint64(at), total, target)
+        _transpose(columns_done, turned, rows_done)
         for r in range(n):
             if y_count[y0 + r]:
                 for c in range(3):
-                    target = out[c, y0 + r, columns - x_high : columns - x_low] if flip else out[c, y0 + r, x_low:x_high]
-                    last = target.size - 1
-                    if flip:
-                        for x in range(target.size):
-                            target[x] = shown[last - x, c * ROWS + r]
-                    else:
-                        for x in range(target.size):
-                            target[x] = shown[x, c * ROWS + r]
+                    source, target = rows_done[c * ROWS + r], out[c, y0 + r, start : start + shown]
+                    for x in range(target.size):
+                        target[x] = source[x]
 
 
 @njit
@@ -178,56 +239,62 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
     canvas = np.empty((3, y1 - y0, x1 - x0), np.uint8)
     box = (crop[0] + y0 * scale_y, crop[1] + x0 * scale_x, (y1 - y0) * scale_y, (x1 - x0) * scale_x)
     resample(region, origin_y, origin_x, height, width, box, False, interpolation, fill, canvas)
+    pixels = np.empty((canvas.shape[1] + 2 * BORDER) * (canvas.shape[2] + 2 * BORDER) * 4, np.float32)
+    _spread(canvas, pixels)
+    line = np.empty(columns * 4, np.float32)
+    stride = np.uint64((canvas.shape[2] + 2 * BORDER) * 4)
     for i in range(rows):
         x_row = x_start + (i + 0.5) * x_slant + 0.5 * x_step
         y_row = y_start + (i + 0.5) * y_step + 0.5 * y_slant
-        for j in range(columns):
-            x, y = x_row + j * x_step, y_row + j * y_slant
-            if x < x_low or x >= x_high or y < y_low or y >= y_high:
-                for c in range(3):
-                    out[c, i, j] = fill[c]
-            elif interpolation == BICUBIC:
-                _cubic_pixel(canvas, x - x0 - 0.5, y - y0 - 0.5, out, np.uint64(i), np.uint64(j))
+        first, last = 0, columns  # of a row, what shows the image is in one piece
+        while first < columns and not (x_low <= x_row + first * x_step < x_high and y_low <= y_row + first * y_slant < y_high):
+            first += 1
+        while last > first and not (x_low <= x_row + (last - 1) * x_step < x_high and y_low <= y_row + (last - 1) * y_slant < y_high):
+            last -= 1
+        for j in range(np.uint64(first), np.uint64(last)):
+            x = x_row + np.float64(j) * x_step - x0 + (BORDER - 0.5)
+            y = y_row + np.float64(j) * y_slant - y0 + (BORDER - 0.5)
+            column, row = np.int64(x), np.int64(y)
+            if interpolation == BICUBIC:
+                at = np.uint64(row - 1) * stride + np.uint64(column - 1) * np.uint64(4)
+                w0, w1, w2, w3 = _cubic_weights(x - column)
+                across = np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)
+                w0, w1, w2, w3 = _cubic_weights(y - row)
+                add_taps(pixels, at, stride, across, (np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)), line, j * np.uint64(4))
             else:
-                _linear_pixel(canvas, x - x0 - 0.5, y - y0 - 0.5, out, np.uint64(i), np.uint64(j))
+                at = np.uint64(row) * stride + np.uint64(column) * np.uint64(4)
+                wx, wy, one = np.float32(x - column), np.float32(y - row), np.float32(1.0)
+                add_taps(pixels, at, stride, (one - wx, wx), (one - wy, wy), line, j * np.uint64(4))
+        for c in range(3):
+            target = out[c, i]
+            for j in range(first):
+                target[j] = fill[c]
+            for j in range(last, columns):
+                target[j] = fill[c]
+            for j in range(np.uint64(first), np.uint64(last)):
+                value = line[j * np.uint64(4) + np.uint64(c)] + np.float32(0.5)
+                target[j] = np.uint8(min(max(value, np.float32(0.0)), np.float32(255.0)))
 
 
 @njit
-def _clamp(index, size):
-    """An index inside 0..size - 1; unsigned, for numba counts negative ones from the end."""
-    return np.uint64(min(max(index, 0), size - 1))
-
-
-@njit
-def _linear_pixel(canvas, x, y, out, i, j):
-    column, row = int(np.floor(x)), int(np.floor(y))
-    wx, wy = np.float32(x - column), np.float32(y - row)
-    left, right = _clamp(column, canvas.shape[2]), _clamp(column + 1, canvas.shape[2])
-    above, below = _clamp(row, canvas.shape[1]), _clamp(row + 1, canvas.shape[1])
-    for c in range(3):
-        upper = np.float32(canvas[c, above, left]) * (np.float32(1.0) - wx) + np.float32(canvas[c, above, right]) * wx
-        lower = np.float32(canvas[c, below, left]) * (np.float32(1.0) - wx) + np.float32(canvas[c, below, right]) * wx
-        out[c, i, j] = np.uint8(upper * (np.float32(1.0) - wy) + lower * wy + np.float32(0.5))
-
-
-@njit
-def _cubic_pixel(canvas, x, y, out, i, j):
-    column, row = int(np.floor(x)), int(np.floor(y))
-    w0, w1, w2, w3 = _cubic_weights(x - column)
-    wx0, wx1, wx2, wx3 = np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)
-    v0, v1, v2, v3 = _cubic_weights(y - row)
-    size = canvas.shape[2]
-    at0, at1, at2, at3 = _clamp(column - 1, size), _clamp(column, size), _clamp(column + 1, size), _clamp(column + 2, size)
-    size = canvas.shape[1]
-    row0, row1, row2, row3 = _clamp(row - 1, size), _clamp(row, size), _clamp(row + 1, size), _clamp(row + 2, size)
-    for c in range(3):
-        total = np.float32(0.5)
-        for line, wy in ((row0, np.float32(v0)), (row1, np.float32(v1)), (row2, np.float32(v2)), (row3, np.float32(v3))):
-            total += wy * (
-                wx0 * np.float32(canvas[c, line, at0]) + wx1 * np.float32(canvas[c, line, at1])
-                + wx2 * np.float32(canvas[c, line, at2]) + wx3 * np.float32(canvas[c, line, at3])
-            )  # fmt: skip
-        out[c, i, j] = np.uint8(min(max(total, np.float32(0.0)), np.float32(255.0)))
+def _spread(canvas, pixels):
+    """canvas uint8 [3, h, w] -> pixels float32 [h + 2 BORDER, w + 2 BORDER, 4], flat: RGB and a 0, the outermost pixels repeated around them."""
+    rows, columns = canvas.shape[1], canvas.shape[2]
+    stride = (columns + 2 * BORDER) * 4
+    one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
+    for y in range(rows + 2 * BORDER):
+        row = min(max(y - BORDER, 0), rows - 1)
+        red, green, blue = canvas[0, row], canvas[1, row], canvas[2, row]
+        line = pixels[y * stride : (y + 1) * stride]
+        inner = line[4 * BORDER : stride - 4 * BORDER]
+        for x in range(np.uint64(columns)):
+            at = x * four
+            inner[at], inner[at + one] = np.float32(red[x]), np.float32(green[x])
+            inner[at + two], inner[at + three] = np.float32(blue[x]), np.float32(0.0)
+        for c in range(4):
+            for x in range(BORDER):
+                line[4 * x + c] = inner[c]
+                line[stride - 4 * (x + 1) + c] = inner[4 * (columns - 1) + c]
 
 
 def needed(plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, out_size: int) -> tuple[np.ndarray, np.ndarray]:
