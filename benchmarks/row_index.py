@@ -16,9 +16,9 @@ import numpy as np
 
 from rows import ROOT, measure, write_rows
 from tl_fast import jpeg, plan
+from tl_fast.decode import decode_graph
 from tl_fast.kernels import warp
 from tl_fast.kernels.jpeg_restarts import splice
-from tl_fast.pipeline import _decode_graph
 
 IMAGE_SIZE = 224
 
@@ -28,7 +28,7 @@ class Crops:
 
     def __init__(self, jpegs: list[np.ndarray], sizes: np.ndarray, threads: int, spliced: bool) -> None:
         self.jpegs, self.sizes, self.spliced = jpegs, sizes, spliced
-        self.graph = _decode_graph(
+        self.graph = decode_graph(
             "cpu", batch_size=len(jpegs), num_threads=threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
         )
         self.graph.build()

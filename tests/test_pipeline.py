@@ -20,7 +20,8 @@ from tl_fast.beton_layout import BetonError
 from tl_fast.beton_write import Sample, write_beton
 from tl_fast.kernels import cpu
 from tl_fast.labelmap import MapSpec, pack
-from tl_fast.pipeline import DecodeError, Loader, center_boxes, crop_fractions
+from tl_fast.decode import DecodeError
+from tl_fast.pipeline import Loader, center_boxes, crop_fractions
 
 
 def jpeg(pixels: np.ndarray, quality: int = 100) -> bytes:
@@ -485,9 +486,11 @@ def test_leaving_the_loop_early_leaks_nothing(photo_beton, tmp_path, monkeypatch
         ({"batch_size": 25}, "do not fill"),
         ({"batch_size": 0}, "batch_size"),
         ({"rank": 2, "world_size": 2}, "rank"),
-        ({"device": "cuda"}, "only the CPU pipeline"),
+        ({"device": "mps"}, "device must be"),
+        ({"device": "cuda:99"}, "CUDA devices that torch can use"),
         ({"geometry": "diagonal"}, "geometry"),
-        ({"decode": "mixed"}, "only the CPU pipeline"),
+        ({"decode": "mixed"}, "with device='cuda' alone"),
+        ({"decode": "gpu"}, "decode must be one of"),
         ({"crop_pct": 0.0}, "crop_pct"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"paths": "nothing-*.beton"}, "to_beton.py"),

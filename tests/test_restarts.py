@@ -15,9 +15,10 @@ from PIL import Image
 
 from tl_fast import jpeg
 from tl_fast.beton import BetonReader, Sample, verify, write_beton
+from tl_fast.decode import DecodeError, decode_graph
 from tl_fast.kernels import jpeg_markers as marks
 from tl_fast.kernels.jpeg_restarts import restart_interval, splice
-from tl_fast.pipeline import DecodeError, Loader, _decode_graph
+from tl_fast.pipeline import Loader
 
 jpeg.compile_kernels()
 
@@ -43,7 +44,7 @@ def restarts_in(data: bytes) -> int:
 
 
 def dali_regions(jpegs: list[np.ndarray], starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
-    graph = _decode_graph("cpu", batch_size=len(jpegs), num_threads=2, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    graph = decode_graph("cpu", batch_size=len(jpegs), num_threads=2, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
     graph.build()
     (regions,) = graph.run(jpegs=jpegs, starts=starts.astype(np.int32), shapes=(stops - starts).astype(np.int32))
     return [np.array(region) for region in map(np.asarray, regions)]

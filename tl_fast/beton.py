@@ -97,8 +97,17 @@ class BetonReader(BetonTables):
         indices = np.asarray(indices, np.int64)
         classes, scores, bad, wrong = self._expand(self._bytes, self._map_ptr[indices], indices)
         if wrong:
-            raise self._map_error(int(indices[bad]), wrong)
+            raise self.map_error(int(indices[bad]), wrong)
         return classes, scores
+
+    def raw_label_maps(self, indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """The label maps of the samples `indices` [B] as they lie in the file (docs/file_format.md): uint8 views, and float32 [B, 2] =
+        (score_min, score_step). Nothing in them is checked. Raises BetonError when the file has no label maps."""
+        if self.spec is None:
+            raise self._error("label_map", "the file has no label maps; convert with --label-maps")
+        metadata = self._column("label_map")[indices]
+        ranges = np.stack([metadata["score_min"], metadata["score_step"]], axis=1)
+        return [self._map_bytes(int(i)) for i in indices], ranges.astype(np.float32)
 
     def _expand(self, data: np.ndarray, starts: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
         """`label_maps` of maps that lie in `data` at `starts`; also which row is wrong and how, 0 if none is."""
@@ -123,7 +132,8 @@ class BetonReader(BetonTables):
         )
         return classes, scores, row, wrong
 
-    def _map_error(self, i: int, wrong: int) -> BetonError:
+    def map_error(self, i: int, wrong: int) -> BetonError:
+        """The error for sample i whose label map is wrong in the way that a code of `kernels.maps` says."""
         from tl_fast.kernels import maps
 
         problem = {
@@ -176,7 +186,7 @@ class BetonReader(BetonTables):
         while len(rows):
             *_, bad, wrong = self._expand(block, starts[1, rows - first], rows)
             if wrong:
-                found[int(rows[bad])] = self._map_error(int(rows[bad]), wrong)
+                found[int(rows[bad])] = self.map_error(int(rows[bad]), wrong)
             rows = rows[bad + 1 :]
         return [str(found[i]) for i in sorted(found)]
 

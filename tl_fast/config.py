@@ -127,7 +127,7 @@ class TrainConfig:
     threads: int | None = None
     """Loader threads per rank; null: the loader's choice."""
     decode: Literal["auto", "cpu", "mixed"] = "auto"
-    """Where JPEGs are decoded: cpu, or mixed (nvJPEG); auto: the loader's choice."""
+    """Where JPEGs are decoded: cpu, or mixed (nvJPEG, with device cuda alone); auto: on a GPU the faster, measured at the start, else cpu."""
 
     resume: str | None = None
     """auto: continue output_dir's newest intact checkpoint, if any; a path: that checkpoint, or a run's newest; null: start afresh."""

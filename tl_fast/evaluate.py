@@ -24,7 +24,8 @@ import timm
 
 from tl_fast import checkpoint
 from tl_fast.config import TrainConfig
-from tl_fast.pipeline import Batch, DecodeError, Loader
+from tl_fast.decode import DecodeError
+from tl_fast.pipeline import Batch, Loader
 from tl_fast.ranks import Ranks, join
 
 
@@ -114,6 +115,7 @@ def evaluate(
     threads: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    decode: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate `weights` on the beton(s) `data`: accuracy's dict plus `images_per_second` over all ranks, `checkpoint`, `remarks`.
 
@@ -122,6 +124,7 @@ def evaluate(
         use_ema: the moving average where the file has one, else the raw weights.
         img_size, crop_pct: pixels and share; None: those of the checkpoint's training (224 and 0.9 for a bare file).
         batch_size: images per step and rank.
+        decode: where JPEGs are decoded, as `pipeline.Loader` takes it; nvJPEG's pixels differ a little from the CPU's.
 
     Raises CheckpointError, FileNotFoundError or ValueError naming what does not fit.
     """
@@ -136,7 +139,7 @@ def evaluate(
         values |= {"dtype": dtype, "drop_path": 0.0, "resume": None}
         config = TrainConfig.from_dict(values)
         loader = Loader(data, batch_size, image_size=config.img_size, grid=config.grid, train=False, threads=threads,
-                        crop_pct=config.crop_pct, rank=ranks.rank, world_size=ranks.world_size)
+                        crop_pct=config.crop_pct, device=ranks.device, decode=decode, rank=ranks.rank, world_size=ranks.world_size)
         stack.callback(loader.close)
         if config.num_classes is None:  # a bare file: its head says
             state, _ = checkpoint.read_weights(weights, use_ema)
@@ -179,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--threads", type=int, help="loader threads per rank")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--decode", choices=("auto", "cpu", "mixed"), default="auto", help="mixed: nvJPEG, on GPUs; auto: the faster")
     options = vars(parser.parse_args(arguments))
     try:
         result = evaluate(options.pop("data"), options.pop("checkpoint"), **options)

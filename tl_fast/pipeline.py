@@ -5,11 +5,7 @@ Sample order and all random decisions come from `tl_fast.plan`, so a batch depen
 from __future__ import annotations
 
 import collections
-import glob
-import io
 import itertools
-import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,28 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
-from PIL import Image
 
 from tl_fast import plan, scalar
-from tl_fast.beton import BetonReader
+from tl_fast.decode import Decoder, choose
 from tl_fast.kernels import cpu, warp
-from tl_fast.kernels.jpeg_restarts import splice
 from tl_fast.labelmap import EXTENTS
 from tl_fast.ranks import cores_of_this_rank
+from tl_fast.samples import Samples
 
 
 GEOMETRIES = ("correct", "published")
+DECODES = ("auto", "cpu", "mixed")
 EVAL_INTERPOLATION = scalar.BICUBIC  # the published evaluation's
-
-
-class DecodeError(RuntimeError):
-    """An image could not be decoded; the message names the sample and its file."""
 
 
 @dataclass
 class Batch:
-    """One step's samples, owned by the receiver.
+    """One step's samples, owned by the receiver, on the loader's device.
 
     images: uint8 [B, 3, H, W], RGB, not normalised; labels: int64 [B]; targets: float32 [B, 1+N, C], class-token target first, tokens row by
     row, or None (no label maps, or evaluation); sample_ids: int64 [B], position in the concatenation of the betons.
@@ -53,87 +44,6 @@ class Batch:
     sample_ids: torch.Tensor
     erase: torch.Tensor | None = None
     noise: torch.Tensor | None = None
-
-
-class Samples:
-    """Several betons as one data set: sample i of the concatenation, in the order the files are given."""
-
-    def __init__(self, paths: str | Path | Sequence[str | Path]):
-        self.paths = expand(paths)
-        self.readers = [BetonReader(path) for path in self.paths]
-        first = self.readers[0]
-        for reader in self.readers[1:]:
-            if reader.spec != first.spec:
-                raise ValueError(f"{reader.path}: label maps are {reader.spec}, but {first.path} has {first.spec}; convert both alike")
-            if reader.class_names != first.class_names:
-                raise ValueError(f"{reader.path}: class names differ from those of {first.path}; convert both from the same classes")
-        self.spec = first.spec
-        self.class_names = first.class_names
-        self.heights = np.concatenate([reader.heights for reader in self.readers]).astype(np.int64)
-        self.widths = np.concatenate([reader.widths for reader in self.readers]).astype(np.int64)
-        self.labels = np.concatenate([reader.labels for reader in self.readers]).astype(np.int64)
-        self._starts = np.cumsum([0] + [len(reader) for reader in self.readers])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the label maps, or of the labels where there are no maps."""
-        if self.spec is not None:
-            return self.spec.num_classes
-        return len(self.class_names) or (int(self.labels.max()) + 1 if len(self) else 0)
-
-    def locate(self, sample_id: int) -> tuple[BetonReader, int]:
-        """The reader that holds the sample and its index there; IndexError names an id outside the data set."""
-        if not 0 <= sample_id < len(self):
-            raise IndexError(f"sample {sample_id} is not in 0..{len(self) - 1} ({', '.join(map(str, self.paths))})")
-        file = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        return self.readers[file], int(sample_id - self._starts[file])
-
-    def jpeg(self, sample_id: int) -> np.ndarray:
-        """The sample's JPEG bytes, a uint8 view of the file."""
-        reader, index = self.locate(sample_id)
-        return reader.jpeg(index)
-
-    def check(self, sample_id: int) -> None:
-        """Raise BetonError when the sample's bytes do not have the CRC-32 they were written with."""
-        reader, index = self.locate(sample_id)
-        reader.check(index)
-
-    def name(self, sample_id: int) -> str:
-        """For messages: id, the image's name when it was converted, and the file."""
-        reader, index = self.locate(sample_id)
-        return f"sample {sample_id} ({reader.source_ids[index]}) of {reader.path}"
-
-    def label_maps(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Classes uint16 and scores float32, both [B, k, H, W]."""
-        if len(self.readers) == 1:
-            return self.readers[0].label_maps(sample_ids)
-        shape = (len(sample_ids), self.spec.k, self.spec.height, self.spec.width)
-        classes, scores = np.empty(shape, np.uint16), np.empty(shape, np.float32)
-        files = np.searchsorted(self._starts, sample_ids, side="right") - 1
-        for file in np.unique(files):
-            chosen = np.flatnonzero(files == file)
-            classes[chosen], scores[chosen] = self.readers[file].label_maps(sample_ids[chosen] - self._starts[file])
-        return classes, scores
-
-    def close(self) -> None:
-        for reader in self.readers:
-            reader.close()
-
-
-def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """A path, a glob pattern or a list of either -> the files, globs sorted. FileNotFoundError names what matches nothing."""
-    found: list[Path] = []
-    for pattern in [paths] if isinstance(paths, (str, Path)) else paths:
-        matches = [str(pattern)] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))
-        if not matches:
-            raise FileNotFoundError(f"no beton at {pattern}; make one with converters/to_beton.py")
-        found += map(Path, matches)
-    if not found:
-        raise FileNotFoundError("no beton given")
-    return found
 
 
 def center_boxes(heights: np.ndarray, widths: np.ndarray, image_size: int, crop_pct: float) -> np.ndarray:
@@ -177,20 +87,6 @@ def map_affines(plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, exte
     return affines.astype(np.float32)
 
 
-@pipeline_def
-def _decode_graph(device: str):
-    """The DALI graph: JPEG bytes, region start and region shape (rows, columns) -> RGB pixels of the region, uint8 [h, w, 3].
-
-    `device` 'cpu' or 'mixed' (nvJPEG) is the only difference between the backends. EXIF orientation is ignored, as annotation does.
-    """
-    jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
-    starts = fn.external_source(name="starts", dtype=types.INT32, ndim=1)
-    shapes = fn.external_source(name="shapes", dtype=types.INT32, ndim=1)
-    return fn.decoders.image_slice(
-        jpegs, starts, shapes, axis_names="HW", device=device, adjust_orientation=False, output_type=types.RGB
-    )
-
-
 class _Buffers:
     """Memory of batches that nobody holds any more, to be written again: new memory costs a page fault every 4 KB, for token targets of 1,000
     classes several times what computing them takes."""
@@ -207,14 +103,6 @@ class _Buffers:
         return self._arrays[-1]
 
 
-def _finished(produced: Future) -> Batch:
-    """Wait for a batch of `Loader._produce` and for the kernels that fill it; raises what failed there."""
-    batch, kernels = produced.result()
-    for kernel in kernels:
-        kernel.result()
-    return batch
-
-
 class Loader:
     """Batches of one or several betons, image crops and their token targets from the same plan.
 
@@ -223,9 +111,11 @@ class Loader:
     False, resize + centre crop (`crop_pct`) of every sample exactly once over all ranks, in file order, without targets; augment: ranges of
     the random decisions, None for the paper's; geometry: "correct", or "published" to crop label maps where the published code does, mirrored
     across the diagonal; seed: of all randomness; threads: decode and kernel threads, None for this rank's share of the
-    cores; device, decode: 'cpu' (the GPU pipeline is not there yet); rank, world_size: this rank takes its part of every global batch;
-    smoothing: label smoothing of the targets; token_labels: False leaves the targets out; check: compare every sample's CRC-32 as it is read;
-    prefetch: batches made ahead.
+    cores; device: where batches are made and delivered, 'cpu' or a CUDA device ('cuda': torch's current one), whose batches are ready for the
+    stream that is current when they are taken; decode: 'cpu', 'mixed' (nvJPEG, on CUDA devices alone) or 'auto', which on a CUDA device decodes
+    for a second in both ways when the first batch is made, takes the faster and says so on stderr (rank 0); rank, world_size: this rank takes its
+    part of every global batch; smoothing: label smoothing of the targets; token_labels: False leaves the targets out; check: compare every
+    sample's CRC-32 as it is read; prefetch: batches made ahead.
 
     Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was under way. An error in any thread is
     raised by the iteration. Raises ValueError or FileNotFoundError for settings or files that cannot work.
@@ -243,7 +133,7 @@ class Loader:
         geometry: str = "correct",
         seed: int = 0,
         threads: int | None = None,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         decode: str = "auto",
         rank: int = 0,
         world_size: int = 1,
@@ -253,8 +143,11 @@ class Loader:
         check: bool = False,
         prefetch: int = 2,
     ):
-        if device != "cpu" or decode not in ("auto", "cpu"):
-            raise ValueError(f"device={device!r}, decode={decode!r}: only the CPU pipeline exists (device='cpu', decode='auto' or 'cpu')")
+        device = torch.device(device)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be 'cpu' or a CUDA device, got {str(device)!r}")
+        if decode not in DECODES or (decode == "mixed" and device.type == "cpu"):
+            raise ValueError(f"decode must be one of {DECODES}, 'mixed' (nvJPEG) with device='cuda' alone; got {decode!r}, device={str(device)!r}")
         if min(batch_size, image_size, grid, prefetch, world_size) < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size, image_size, grid, prefetch >= 1 and 0 <= rank < world_size needed, got batch_size={batch_size}, "
@@ -277,11 +170,21 @@ class Loader:
             )
         self._epoch, self._start_step = 0, 0
         self._buffers = _Buffers()
-        self._graph = None
-        # One thread drives DALI (which decodes on its own threads); the kernels of the batch before run meanwhile.
-        self._decoder = ThreadPoolExecutor(1, "tl_fast-decode")
-        self._workers = ThreadPoolExecutor(self.threads, "tl_fast-kernel")
-        self._splicers = ThreadPoolExecutor(self.threads, "tl_fast-splice")  # not the workers, where DALI would wait for the kernels before
+        self._gpu = None
+        if device.type == "cuda":
+            from tl_fast import gpu_batches  # here: numba's CUDA half takes a while to import
+
+            self._gpu = gpu_batches.GpuBatches(
+                self.samples, gpu_batches.find_device(device), image_size=image_size, grid=grid, smoothing=smoothing,
+                fill=self.augment.fill, ahead=prefetch + 1,
+            )  # fmt: skip
+        if self._gpu is None or self._gpu.decode_device is None:
+            decode = "cpu"
+        self.decode, self._decoder = decode, None
+        # One thread drives DALI (which decodes on its own threads); the kernels of the batch before run, or are launched, meanwhile.
+        enter = None if self._gpu is None else self._gpu.enter_thread
+        self._driver = ThreadPoolExecutor(1, "tl_fast-decode", enter)
+        self._workers = ThreadPoolExecutor(self.threads if self._gpu is None else 1, "tl_fast-kernel", enter)
         self._compiled = False
 
     @property
@@ -312,7 +215,10 @@ class Loader:
         ids = np.asarray(sample_ids, np.int64)
         if ids.ndim != 1 or not 1 <= ids.size <= self.batch_size or ids.min() < 0 or ids.max() >= len(self.samples):
             raise ValueError(f"sample ids must be 1..{self.batch_size} numbers in 0..{len(self.samples) - 1}, got {sample_ids}")
-        return _finished(self._decoder.submit(self._produce, ids, self._epoch))
+        batch = self._finished(self._driver.submit(self._produce, ids, self._epoch))
+        if self._gpu is not None:
+            self._gpu.check(wait=True)
+        return batch
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._epoch  # set_epoch while this runs is for the next iteration
@@ -322,14 +228,18 @@ class Loader:
 
         def submit(count: int) -> None:
             for step in itertools.islice(steps, count):
-                pending.append(self._decoder.submit(self._produce, self._ids(order, step), epoch))
+                pending.append(self._driver.submit(self._produce, self._ids(order, step), epoch))
 
+        if self._gpu is not None:
+            self._gpu.forget()  # what an iteration that was left early delivered
         try:
             submit(self.prefetch)
             while pending:
-                batch = _finished(pending.popleft())
+                batch = self._finished(pending.popleft())
                 submit(1)
                 yield batch
+            if self._gpu is not None:
+                self._gpu.check(wait=True)
         finally:
             for future in pending:
                 future.cancel()
@@ -344,15 +254,36 @@ class Loader:
             return order[start : start + self.batch_size]
         return order[self.rank :: self.world_size][step * self.batch_size : (step + 1) * self.batch_size]
 
-    def _produce(self, ids: np.ndarray, epoch: int) -> tuple[Batch, list[Future]]:
-        """Decode one batch, start its kernels, and return the batch they are filling."""
+    def _plan(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Plans [B], and of the pixels that they need the first and the one behind the last (row, column), int64 [B, 2]."""
         heights, widths = self.samples.heights[ids], self.samples.widths[ids]
         if self.train:
             plans = plan.draw(self.seed, epoch, ids, heights, widths, self.augment)
         else:
             plans = plan.of_boxes(center_boxes(heights, widths, self.image_size, self.crop_pct), EVAL_INTERPOLATION)
-        starts, stops = warp.needed(plans, heights, widths, self.image_size)
+        return plans, *warp.needed(plans, heights, widths, self.image_size)
+
+    def _finished(self, produced: Future) -> Batch:
+        """Wait for a batch of `_produce` and for what fills it, or on a GPU for the launch of that; raises what failed there."""
+        batch, kernels = produced.result()
+        results = [kernel.result() for kernel in kernels]
+        return self._gpu.hand_over(results[0]) if batch is None else batch
+
+    def _produce(self, ids: np.ndarray, epoch: int) -> tuple[Batch | None, list[Future]]:
+        """Decode one batch, start its kernels, and return the batch they are filling; on a GPU None, and the future of a `gpu_batches.Made`."""
+        plans, starts, stops = self._plan(ids, epoch)
+        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
+        if self._gpu is not None and self.check:
+            for i in ids:
+                self.samples.check(i)
         regions = self._decode(ids, starts, stops - starts)
+        affines = map_affines(plans, heights, widths, self.samples.spec.extent, self.geometry) if self.token_labels else None
+        extras = {}
+        if self.train and self.augment.erase > 0:
+            extras = {"erase": plan.erase_boxes(plans, self.image_size), "noise": plans["noise"].view(np.int64).copy()}
+        if self._gpu is not None:
+            decoded = self._gpu.decoded()
+            return None, [self._workers.submit(self._gpu.make, ids, plans, starts, stops - starts, regions, decoded, affines, extras)]
         out = self._buffers.take((len(ids), 3, self.image_size, self.image_size), np.uint8)
         images, fill = torch.from_numpy(out), np.array(self.augment.fill, np.uint8)
 
@@ -368,7 +299,6 @@ class Loader:
         if self.token_labels:
             target_out = self._buffers.take((len(ids), 1 + self.grid**2, self.num_classes), np.float32)
             targets = torch.from_numpy(target_out)
-            affines = map_affines(plans, heights, widths, self.samples.spec.extent, self.geometry)
             classes, scores = self.samples.label_maps(ids)
 
             def token_targets(part: slice) -> None:
@@ -382,9 +312,8 @@ class Loader:
         self._compiled = True
         labels = torch.from_numpy(self.samples.labels[ids])
         batch = Batch(images, labels, targets, torch.from_numpy(np.ascontiguousarray(ids)))
-        if self.train and self.augment.erase > 0:
-            batch.erase = torch.from_numpy(plan.erase_boxes(plans, self.image_size))
-            batch.noise = torch.from_numpy(plans["noise"].view(np.int64).copy())
+        for name, values in extras.items():
+            setattr(batch, name, torch.from_numpy(values))
         return batch, kernels
 
     def _share(self, kernel: Callable, parts: Sequence) -> list[Future]:
@@ -394,58 +323,37 @@ class Loader:
             wait(futures)
         return futures + [self._workers.submit(kernel, part) for part in parts[1:]]
 
-    def _decode(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray):
-        """DALI tensor list of the regions' pixels, uint8 [h, w, 3] each."""
-        if self._graph is None:
-            # Outputs of DALI's default executor own their memory, so a depth of one is enough: `pending` does the prefetching.
-            self._graph = _decode_graph(
-                "cpu", batch_size=self.batch_size, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
-            )
-            self._graph.build()
-        jpegs, origins = self._splice(ids, starts, starts + shapes)
-        starts = starts - origins
-        try:
-            (regions,) = self._graph.run(jpegs=jpegs, starts=starts.astype(np.int32), shapes=shapes.astype(np.int32))
-        except RuntimeError as error:
-            self._graph = None  # DALI's pipeline is unusable after a failure
-            damaged = self._damaged(ids, str(error))
-            if damaged is None:
-                raise DecodeError(f"DALI could not decode samples {ids.tolist()}, though each can be decoded alone: {error}") from error
-            raise DecodeError(
-                f"cannot decode {self.samples.name(damaged)}: the JPEG is damaged; "
-                "check the beton with `converters/to_beton.py verify FILE --decode` and convert again"
-            ) from error
-        return regions
+    def _open_decoder(self, way: str) -> Decoder:
+        return Decoder(self.samples, self.batch_size, self.threads, way, None if self._gpu is None else self._gpu.decode_device)
 
-    def _splice(self, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """JPEGs that show the regions, smaller ones where the beton has a row index, and which pixel is their first, int64 [B, 2]."""
+    def _decode(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Sequence:
+        """The regions' pixels, uint8 [h, w, 3] each, on the host or, ordered on its `decoding` stream, on the GPU. Decides about 'auto' when first
+        called."""
+        if self._decoder is None:
+            if self.decode == "auto":
+                self.decode, words = choose(self._open_decoder, self._trial)
+                if self.rank == 0:
+                    print(f"tl_fast: {words}", file=sys.stderr, flush=True)
+            self._decoder = self._open_decoder(self.decode)
+        return self._decoder(ids, starts, shapes, None if self._gpu is None else self._gpu.decoding)
 
-        def spliced(part: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
-            return [splice(self.samples.jpeg(ids[b]), starts[b], stops[b]) for b in part]
-
-        parts = np.array_split(np.arange(len(ids)), min(self.threads, len(ids)))
-        results = self._splicers.map(spliced, parts) if self._compiled else map(spliced, parts)  # compiled in one thread, see `_share`
-        jpegs, origins = zip(*itertools.chain.from_iterable(results), strict=True)
-        return list(jpegs), np.array(origins, np.int64)
-
-    def _damaged(self, ids: np.ndarray, message: str) -> int | None:
-        """The sample that made DALI fail: from its message where that says it, else by trying each."""
-        numbered = re.search(r"sample #(\d+)", message)
-        if numbered is not None:
-            return int(ids[int(numbered.group(1))])
-        for i in ids:
-            try:
-                Image.open(io.BytesIO(self.samples.jpeg(i))).load()
-            except (OSError, SyntaxError):  # what Pillow raises for damaged files
-                return int(i)
-        return None
+    def _trial(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Batches to try decoders on, without end: this rank's of epoch 0, its crops included."""
+        order = plan.epoch_order(self.seed, 0, len(self.samples)) if self.train else np.arange(len(self.samples))
+        for step in itertools.cycle(range(len(self))):
+            ids = self._ids(order, step)
+            _, starts, stops = self._plan(ids, 0)
+            yield ids, starts, stops - starts
 
     def close(self) -> None:
         """Stop the threads and close the files. The loader cannot be used afterwards."""
-        self._decoder.shutdown(wait=True, cancel_futures=True)
+        self._driver.shutdown(wait=True, cancel_futures=True)
         self._workers.shutdown(wait=True, cancel_futures=True)
-        self._splicers.shutdown(wait=True, cancel_futures=True)
-        self._graph = None
+        if self._gpu is not None:
+            self._gpu.close()
+        if self._decoder is not None:
+            self._decoder.close()
+        self._decoder = None
         self.samples.close()
 
     def __enter__(self) -> Loader:

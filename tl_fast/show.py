@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tl_fast import sheet
-from tl_fast.pipeline import DecodeError, Loader, crop_fractions
+from tl_fast.decode import DecodeError
+from tl_fast.pipeline import Loader, crop_fractions
 from tl_fast.sheet import GAP, LINE, MARGIN, PANEL, PAPER, SWATCH, Cells, best_of_map, best_of_targets
 
 WIDEST = 336  # pixels: an original wider than 3:2 is drawn lower instead

@@ -218,7 +218,7 @@ def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | No
     if rest:
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of {ranks.world_size} ranks x accumulate {config.accumulate}")
     common = dict(image_size=config.img_size, grid=config.grid, seed=config.seed, threads=config.threads, decode=config.decode,
-                  rank=ranks.rank, world_size=ranks.world_size)
+                  device=ranks.device, rank=ranks.rank, world_size=ranks.world_size)
     train_loader = Loader(config.train_data, per_rank, augment=config.augment, geometry=config.geometry, smoothing=config.smoothing,
                           token_labels=config.token_label, **common)
     val_loader = Loader(config.val_data, per_rank, train=False, crop_pct=config.crop_pct, **common) if config.val_data else None

@@ -1,0 +1,98 @@
+"""How many crops/s reach the GPU decoded: DALI on the CPU with upload, nvJPEG by share of its hardware engine, torchvision's nvJPEG of whole images?
+
+    python benchmarks/gpu_decode.py [--images FOLDER | --beton FILE] [--samples 4096] [--batch 256] [--threads 4 8 16]
+
+DALI's contenders decode what random resized crops to 224 px need; torchvision decodes whole images. Pixels are on the GPU when the clock stops.
+Rows go to benchmarks/results/gpu/decode.jsonl.
+"""
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+import tl_fast.compat  # noqa: F401  before torchvision
+from gpu_rows import add_data, beton_of, need_gpu, parser, version, write_row
+from tl_fast import plan
+from tl_fast.decode import Decoder
+from tl_fast.kernels import warp
+from tl_fast.samples import Samples
+
+LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
+SIZE = 224
+
+
+def batches(samples: Samples, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    for epoch in itertools.count():
+        order = plan.epoch_order(0, epoch, len(samples))
+        for first in range(0, len(order) - batch + 1, batch):
+            ids = order[first : first + batch]
+            heights, widths = samples.heights[ids], samples.widths[ids]
+            starts, stops = warp.needed(plan.draw(0, epoch, ids, heights, widths, plan.Augment()), heights, widths, SIZE)
+            yield ids, starts, stops - starts
+
+
+def rates(decode: Callable, work: Iterator, seconds: float, warm_up: int = 3) -> list[float]:
+    """Images/s of batch after batch."""
+    values: list[float] = []
+    for number, (ids, starts, shapes) in enumerate(work):
+        begin = time.perf_counter()
+        decode(ids, starts, shapes)
+        torch.cuda.synchronize()
+        if number >= warm_up:
+            values.append(len(ids) / (time.perf_counter() - begin))
+        if number == warm_up:
+            stop = begin + seconds
+        if number > warm_up and time.perf_counter() >= stop:
+            return values
+    return values
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0], "decode")
+    add_data(options)
+    options.add_argument("--batch", type=int, default=256)
+    cores = len(os.sched_getaffinity(0))
+    options.add_argument("--threads", type=int, nargs="+", default=sorted({min(n, cores) for n in (4, 8, 16)}))
+    options.add_argument("--seconds", type=float, default=6, help="of each contender")
+    arguments = options.parse_args()
+    need_gpu()
+    device = torch.device("cuda", torch.cuda.current_device())
+    with beton_of(arguments) as path:
+        samples = Samples(path)
+        mean = round(float(np.mean([len(samples.jpeg(i)) for i in range(min(len(samples), 1000))])))
+        facts = {"batch": arguments.batch, "samples": len(samples), "mean_bytes": mean, "images": (arguments.beton or arguments.images).name}
+        if version("nvidia-dali-cuda130") is None:
+            print("DALI's contenders skipped: nvidia-dali-cuda130 is not installed")
+        else:
+            contenders = [("cpu", threads, 0.65) for threads in arguments.threads]
+            contenders += [("mixed", threads, load) for threads in arguments.threads for load in LOADS]
+            for way, threads, load in contenders:
+                name = f"{way}, {threads} threads" + (f", hw_decoder_load {load}" if way == "mixed" else "")
+                decoder = Decoder(samples, arguments.batch, threads, way, device, load)
+                try:
+                    values = rates(decoder, batches(samples, arguments.batch), arguments.seconds)
+                except RuntimeError as error:
+                    print(f"{name}: failed: {str(error).splitlines()[0]}")
+                    continue
+                finally:
+                    decoder.close()
+                write_row(arguments.results, "decode", name, values, "images/s", threads=threads, hw_decoder_load=load, **facts)
+        try:
+            from torchvision.io import ImageReadMode, decode_jpeg
+
+            def whole(ids: np.ndarray, *_: object) -> None:
+                decode_jpeg([torch.from_numpy(samples.jpeg(i).copy()) for i in ids], mode=ImageReadMode.RGB, device=device)
+
+            values = rates(whole, batches(samples, arguments.batch), arguments.seconds)
+            write_row(arguments.results, "decode", "torchvision nvJPEG, whole images", values, "images/s", **facts)
+        except (ImportError, RuntimeError) as error:
+            print(f"torchvision's decode_jpeg on cuda skipped: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()

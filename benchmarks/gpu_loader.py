@@ -1,0 +1,75 @@
+"""How many images/s does the loader deliver on a GPU, crop + flip and full recipe, with each way to decode?
+
+    python benchmarks/gpu_loader.py [--images FOLDER | --beton FILE] [--samples 4096] [--batch 256] [--threads N]
+
+A consumer that does nothing but wait for its batches' kernels; images/s of groups of ten batches, after a warm-up. 'auto' is what the loader chooses
+by itself (the row says what). Rows go to benchmarks/results/gpu/loader.jsonl.
+"""
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+
+from gpu_rows import add_data, beton_of, need_gpu, parser, version, write_row
+from tl_fast.pipeline import Batch, Loader
+from tl_fast.plan import Augment
+
+RECIPES = {"crop + flip": Augment(), "full recipe": Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25)}
+WAYS = ("cpu", "mixed", "auto")
+GROUP = 10
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        yield from loader
+
+
+def rates(loader: Loader, seconds: float) -> list[float]:
+    values: list[float] = []
+    batches = endless(loader)
+    for _ in range(2 * GROUP):
+        next(batches)
+    torch.cuda.synchronize()
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(values) < 3:
+        begin = time.perf_counter()
+        for batch in itertools.islice(batches, GROUP):
+            pass
+        torch.cuda.synchronize()
+        values.append(GROUP * len(batch.images) / (time.perf_counter() - begin))
+    batches.close()
+    return values
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0], "loader")
+    add_data(options)
+    options.add_argument("--batch", type=int, default=256)
+    options.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    options.add_argument("--seconds", type=float, default=20, help="of each contender")
+    arguments = options.parse_args()
+    need_gpu()
+    if version("nvidia-dali-cuda130") is None:
+        print("skipped: nvidia-dali-cuda130 is not installed, and the loader decodes with it")
+        return
+    with beton_of(arguments) as path:
+        for recipe, augment in RECIPES.items():
+            for way in WAYS:
+                try:
+                    with Loader(path, arguments.batch, threads=arguments.threads, augment=augment, device="cuda", decode=way) as loader:
+                        values = rates(loader, arguments.seconds)
+                        chosen, count = loader.decode, len(loader.samples)
+                except RuntimeError as error:
+                    print(f"{recipe}, {way}: failed: {str(error).splitlines()[0]}")
+                    continue
+                write_row(arguments.results, "loader", f"{recipe}, {way}", values, "images/s", decode=chosen, threads=arguments.threads,
+                          batch=arguments.batch, samples=count, images=(arguments.beton or arguments.images).name)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""What the GPU benchmarks share: their data, CUDA events, JSON rows, and the summary that benchmarks/gpu_check.sh ends with.
+
+    python benchmarks/gpu_rows.py [benchmarks/results/gpu]        prints the newest rows of every stage and what they say about the bars
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rows import ROOT, commit
+from tl_fast.labelmap import MapSpec, pack
+
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+PACKAGES = ("torch", "torchvision", "numba", "numba-cuda", "nvidia-dali-cuda130", "numpy")
+SPEC = MapSpec(k=5, height=18, width=18, num_classes=1000)
+SLEEP = 60_000_000  # cycles, some 30 ms: while the GPU spins, the host queues a burst, so that no launch is waited for between events
+NO_DEVICE = "skipped: no CUDA device"
+
+
+def need_gpu() -> None:
+    """End the program, with success and its reason, where there is no GPU."""
+    if not torch.cuda.is_available():
+        print(NO_DEVICE)
+        sys.exit(0)
+
+
+def parser(description: str, name: str) -> argparse.ArgumentParser:
+    """The options that every GPU benchmark has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--results", type=Path, default=RESULTS / f"{name}.jsonl")
+    return options
+
+
+def add_data(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)")
+    options.add_argument("--beton", type=Path, help="a beton with label maps, instead of --images")
+    options.add_argument("--samples", type=int, default=4096, help="the images are repeated to so many")
+
+
+@contextmanager
+def beton_of(arguments: argparse.Namespace):
+    """--beton, or a temporary beton of --images with label maps of 1,000 classes, ten an image as real maps have."""
+    if arguments.beton:
+        yield arguments.beton
+        return
+    try:
+        from tl_fast.beton_write import Sample, write_beton
+        import simplejpeg  # noqa: F401  which checks every JPEG
+    except ImportError as error:
+        print(f"skipped: writing a beton needs what is not installed ({error}); name one that was made elsewhere with --beton")
+        sys.exit(0)
+    files = sorted(path for path in arguments.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not files:
+        raise SystemExit(f"no .jpg or .jpeg below {arguments.images}; name another folder with --images, or a --beton")
+    rng, records = np.random.default_rng(0), []
+    for _ in range(16):
+        classes = np.argsort(rng.random((10, SPEC.height, SPEC.width)), axis=0)[: SPEC.k] + rng.integers(0, SPEC.num_classes - 10)
+        records.append(pack(classes.astype(np.uint16), rng.uniform(0, 12, classes.shape).astype(np.float32), SPEC))
+    chosen = enumerate(itertools.islice(itertools.cycle(files), arguments.samples))
+    samples = [Sample(f"{i}", i % SPEC.num_classes, file.read_bytes, lambda i=i: records[i % 16], origin=str(file)) for i, file in chosen]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "gpu.beton"
+        write_beton(path, samples, class_names=[str(c) for c in range(SPEC.num_classes)], spec=SPEC, on_error="quarantine", max_rejects=len(samples) // 2)
+        yield path
+
+
+def milliseconds(launch: Callable[[int], object], sets: int, repeats: int = 60, burst: int = 10) -> list[float]:
+    """GPU time of `launch(n)` by CUDA events on the current stream, one figure a call; n runs over 0..sets - 1, so that caches hold no input."""
+    for n in range(max(sets, 3)):
+        launch(n % sets)
+    torch.cuda.synchronize()
+    times: list[float] = []
+    for first in range(0, repeats, burst):
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(burst)]
+        torch.cuda._sleep(SLEEP)
+        for n, (start, end) in enumerate(events, first):
+            start.record()
+            launch(n % sets)
+            end.record()
+        torch.cuda.synchronize()
+        times += [start.elapsed_time(end) for start, end in events]
+    return times
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write_row(results: Path, benchmark: str, contender: str, values: Sequence[float], unit: str, **facts: object) -> dict:
+    """Append one row and print it: median, 20th and 80th percentile of `values`."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    p20, median, p80 = (float(f"{v:.5g}") for v in np.percentile(values, (20, 50, 80)))
+    row = {
+        "benchmark": benchmark, "contender": contender, "unit": unit, "median": median, "p20": p20, "p80": p80, "rounds": len(values), **facts,
+        "device": torch.cuda.get_device_name(), "cores": len(os.sched_getaffinity(0)), "cuda": torch.version.cuda,
+        "versions": {package: version(package) for package in PACKAGES}, "commit": commit(),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }  # fmt: skip
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{contender:64} {median:12,.4g} {unit:9} ({p20:,.4g} to {p80:,.4g}, {len(values)} times)", flush=True)
+    return row
+
+
+def newest(folder: Path) -> dict[tuple[str, str], dict]:
+    """The last row of every (benchmark, contender) of a folder's .jsonl files."""
+    found = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for row in map(json.loads, file.read_text().splitlines()):
+            found[row["benchmark"], row["contender"]] = row
+    return found
+
+
+BARS = (
+    ("targets, share of copy bandwidth", ("kernels", "token targets, float32: share of the copy"), 0.70, "at least"),
+    ("targets, times torch on the GPU", ("kernels", "token targets, float32: times torch"), 30, "at least"),
+    ("256 images, crop + flip", ("kernels", "images, crop + flip"), 1.0, "at most"),
+    ("256 images, full recipe", ("kernels", "images, full recipe"), 1.0, "at most"),
+    ("loader, crop + flip", ("loader", "crop + flip, auto"), 9200, "at least"),
+    ("loader, full recipe", ("loader", "full recipe, auto"), 9200, "at least"),
+)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("folder", type=Path, nargs="?", default=RESULTS)
+    folder = options.parse_args().folder
+    rows = newest(folder)
+    for (benchmark, contender), row in rows.items():
+        print(f"{benchmark:10} {contender:64} {row['median']:12,.4g} {row['unit']:9} ({row['p20']:,.4g} to {row['p80']:,.4g})")
+    for name, key, bar, sense in BARS:
+        if key not in rows:
+            print(f"bar: {name}: {sense} {bar:g}: not measured")
+            continue
+        value = rows[key]["median"]
+        met = value >= bar if sense == "at least" else value <= bar
+        print(f"bar: {name}: {sense} {bar:g} {rows[key]['unit']}: {value:g}, {'met' if met else 'NOT met'} on {rows[key]['device']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Run by tests/test_gpu_loader.py with NUMBA_ENABLE_CUDASIM=1: `simulated_loader.py BETON OUT.npz`, an epoch of every setting on the simulated device.
+
+Arrays of setting s, batch b are stored as "s/b/field"; the words of errors that were asked for as "error/...".
+"""
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SETTINGS = {
+    "recipe": {"augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random", "erase": 0.5}, "seed": 3},
+    "plain": {"seed": 1, "geometry": "published", "check": True},
+    "validation": {"train": False},
+}
+COMMON = {"batch_size": 3, "image_size": 16, "grid": 2, "threads": 1}
+
+
+def run(beton: str, device: str) -> dict[str, np.ndarray]:
+    from tl_fast.pipeline import Batch, Loader
+    from tl_fast.plan import Augment
+
+    found = {}
+    for name, setting in SETTINGS.items():
+        setting = setting | ({"augment": Augment(**setting["augment"])} if "augment" in setting else {})
+        with Loader(beton, device=device, **COMMON, **setting) as loader:
+            loader.set_epoch(1)
+            for number, batch in enumerate(loader):
+                for field in fields(Batch):
+                    if (value := getattr(batch, field.name)) is not None:
+                        found[f"{name}/{number}/{field.name}"] = value.numpy()
+    return found
+
+
+def main() -> None:
+    from tl_fast.beton_layout import BetonError
+    from tl_fast.kernels.cuda_device import SIMULATED
+    from tl_fast.pipeline import Loader
+
+    assert SIMULATED, "NUMBA_ENABLE_CUDASIM=1 is needed"
+    torch.set_num_threads(1)
+    beton, damaged, out = sys.argv[1:]
+    found = run(beton, "cuda")
+    with Loader(damaged, device="cuda", **COMMON | {"batch_size": 2}) as loader:  # which leaves no sample out
+        for name, use in (("epoch", lambda: list(loader)), ("batch", lambda: loader.batch(np.array([0, 1])))):
+            try:
+                use()
+            except BetonError as error:
+                found[f"error/{name}"] = np.array(str(error))
+        loader.batch(np.array([0, 2]))
+    np.savez(Path(out), **found)
+
+
+if __name__ == "__main__":
+    main()
