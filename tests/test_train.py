@@ -16,6 +16,7 @@ import yaml
 from tiny_runs import CLASSES, ROOT, betons, flags, tiny, torchrun, weights  # noqa: F401  two of them are fixtures
 
 from tl_fast import checkpoint, evaluate
+from tl_fast import step as training_step
 from tl_fast import train as training
 from tl_fast.beton import BetonReader, Sample, write_beton
 from tl_fast.erase import erase
@@ -308,7 +309,7 @@ def test_erasing_reaches_the_network(tiny, monkeypatch):
         seen.append((before, after, boxes))
         return after
 
-    monkeypatch.setattr(training, "erase", record)
+    monkeypatch.setattr(training_step, "erase", record)
     training.train(tiny(max_steps=2, epochs=1, erase=1.0))
     assert len(seen) == 2
     for before, after, boxes in seen:

@@ -117,7 +117,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast type; auto: bfloat16 on cuda, float32 on cpu. Weights stay float32."""
     compile: bool | None = None
-    """torch.compile the model and loss; null: on cuda only."""
+    """torch.compile the step, from pixels to the loss; null: on cuda only."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's mode on cuda; reduce-overhead replays CUDA graphs, which needs accumulate 1. Not yet measured on a GPU."""
     deterministic: bool = False
     """Only operations with the same result every time, on GPUs at a price in speed. (On the CPU runs repeat bit for bit anyway.)"""
     bucket_mb: float = 25.0
@@ -171,6 +173,9 @@ class TrainConfig:
         clash = sorted(set(self.model_kwargs) & set(_MODEL_FIELDS))
         if clash:
             raise ValueError(f"model_kwargs must not set {', '.join(clash)}: set {', '.join(_MODEL_FIELDS[name] for name in clash)} itself")
+        if self.accumulate > 1 and self.compile_mode in ("reduce-overhead", "max-autotune"):
+            raise ValueError(f"compile_mode {self.compile_mode!r} uses CUDA graphs, whose next replay overwrites the gradients that accumulate "
+                             f"{self.accumulate} still adds up: set accumulate 1, or compile_mode default or max-autotune-no-cudagraphs")
         if self.sync_bn and self.freeze_stem_bn:
             raise ValueError("sync_bn gathers statistics that freeze_stem_bn does not use: choose one of them")
         if self.sync_bn and self.device == "cpu":

@@ -50,11 +50,12 @@ class TrainStep(nn.Module):
 
 
 def compiled(step: nn.Module, device: torch.device, mode: str = "default") -> Callable:
-    """`step` compiled as one graph for static shapes; an attempt to break the graph is an error.
+    """`step` compiled as one graph for static shapes; a break in the graph is an error, unless SyncBatchNorm's collectives make it.
 
-    `mode` is torch.compile's, for GPUs: "reduce-overhead" replays CUDA graphs. On the CPU inductor's default makes convolutions channels-last,
-    which slows this stem's backward pass down by 1.4 (docs/decisions.md), so that is switched off there.
+    `mode` is torch.compile's, for GPUs: "reduce-overhead" replays CUDA graphs. On the CPU inductor's default makes convolutions
+    channels-last, which slows this stem's backward pass down by 1.4 (docs/decisions.md), so that is switched off there.
     """
+    whole = not any(isinstance(module, nn.SyncBatchNorm) for module in step.modules())
     if device.type == "cpu":
-        return torch.compile(step, fullgraph=True, dynamic=False, options={"layout_optimization": False})
-    return torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
+        return torch.compile(step, fullgraph=whole, dynamic=False, options={"layout_optimization": False})
+    return torch.compile(step, fullgraph=whole, dynamic=False, mode=mode)

@@ -33,8 +33,7 @@ from timm.utils import ModelEmaV3
 from tl_fast import checkpoint
 from tl_fast.beton_write import reuse_memory
 from tl_fast.config import TrainConfig, parse_config, save_config
-from tl_fast.erase import erase
-from tl_fast.evaluate import Normalise, accuracy, autocast, build_model, check_labels
+from tl_fast.evaluate import Normalise, accuracy, build_model, check_labels
 from tl_fast.loss import TokenLabelLoss
 from tl_fast.meter import Meter
 from tl_fast.nonfinite import NonFinite
@@ -43,6 +42,7 @@ from tl_fast.plan import mix_box
 from tl_fast.ranks import Ranks, join
 from tl_fast.resume import resume, versions, write_record
 from tl_fast.runlog import RunLog
+from tl_fast.step import TrainStep, compiled
 from tl_fast.stopping import Agreement, StopSignals
 
 # What torch before 2.13 calls broadcast_buffers, and later ones warn of.
@@ -88,7 +88,6 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     if config.sync_bn and ranks.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    normalise = Normalise(config.mean, config.std).to(device)
     criterion = TokenLabelLoss(config.cls_weight, config.dense_weight if config.token_label else 0.0)
     # With these two, timm's warm-up is min(decay, (1 + t) / (10 + t)) at step t, when told step t + 2.
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1)
@@ -97,9 +96,10 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     progress = resume(config, ranks, steps_per_epoch, model=model, ema=ema.module, optimizer=optimizer)
     step, epoch, step_in_epoch, metrics = (progress[name] for name in ("global_step", "epoch", "step_in_epoch", "last_validation"))
 
-    network: nn.Module = model  # what a step calls; validation, EMA and checkpoints use the bare model
+    # What a step calls; validation, EMA and checkpoints use the bare model.
+    network: nn.Module = TrainStep(model, criterion, Normalise(config.mean, config.std).to(device), config.dtype)
     if device.type == "cuda" if config.compile is None else config.compile:
-        network, criterion = torch.compile(network), torch.compile(criterion)
+        network = compiled(network, device, config.compile_mode)
     if ranks.world_size > 1:
         # Batch norm's statistics stay local during an epoch; average_buffers brings them together at its end. DDP goes around the compiled
         # module: the other way round its own forward breaks the graph.
@@ -163,13 +163,9 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
                         images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
                         truth = smoothed_one_hot(labels, config) if config.ground_truth or not config.token_label else None
                         targets = batch.targets.to(device, non_blocking=True) if config.token_label else truth
+                        erased = (part.to(device, non_blocking=True) for part in (batch.erase, batch.noise)) if batch.erase is not None else ()
                         with network.no_sync() if ranks.world_size > 1 and micro < config.accumulate else contextlib.nullcontext():
-                            inputs = normalise(images)
-                            if batch.erase is not None:
-                                inputs = erase(inputs, *(part.to(device, non_blocking=True) for part in (batch.erase, batch.noise)))
-                            with autocast(device, config.dtype):
-                                cls_logits, token_logits = network(inputs, box)
-                            loss, terms = criterion(cls_logits, token_logits, targets, box, truth if config.ground_truth else None, with_terms=True)
+                            loss, terms = network(images, targets, box, truth if config.ground_truth else None, *erased)
                             (loss / config.accumulate).backward()
                         meter.add_loss(loss.detach(), terms)
                     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
