@@ -1,7 +1,7 @@
 """The published training step, written for comparison: the model's forward, the loss, the optimiser and the moving average.
 
-As github.com/zihangJiang/TokenLabeling does them at 9e0d143, with timm 0.4 for what it takes from there: attention with an explicit softmax,
-MixToken by clones and numpy's random box inside the forward, token targets [B, C, 2+N] transposed in the step, `-sum(target *
+As github.com/zihangJiang/TokenLabeling does them at 9e0d143, with timm 0.4 for what it takes from there: attention with an explicit
+softmax, MixToken by clones and numpy's random box inside the forward, token targets [B, C, 2+N] transposed in the step, `-sum(target *
 log_softmax)`, drop path by a mask, AdamW without foreach or fused kernels, a moving average that loops over the state dict, and the
 loss read on the host after every step. Weights and parameter names are those of tl_fast's LVViT, so that both compute the same function.
 """
@@ -88,7 +88,7 @@ class PublishedLVViT(nn.Module):
         self.patch_embed = Stem(model.patch_embed.conv1.out_channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros_like(model.pos_embed))
-        rates = [rate.item() for rate in torch.linspace(0, drop_path_rate, len(model.blocks))]
+        rates = [rate.item() for rate in torch.linspace(0, drop_path_rate, len(model.blocks), device="cpu")]
         self.blocks = nn.ModuleList(
             Block(dim, block.attn.num_heads, block.mlp.fc1.out_features, rate, block.skip_lam) for rate in rates
         )

@@ -44,9 +44,11 @@ def newest_runs(results: Path) -> dict[str, list[dict]]:
 
 
 def write_rows(
-    results: Path, benchmark: str, rates: dict[str, list[float]], unit: str, packages: Sequence[str], **facts: object
-) -> list[dict]:
-    """Append one row a contender to `results` and print it. facts: what was measured on."""
+    results: Path, benchmark: str, rates: dict[str, list[float]], unit: str, packages: Sequence[str], *,
+    details: dict[str, dict] | None = None, device: str | None = None, **facts: object
+) -> list[dict]:  # fmt: skip
+    """Append one row a contender to `results` and print it. facts: what was measured on; details: further columns by contender; device: what
+    did the work, if not all of the CPU."""
     results.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now().astimezone()
     rows = [
@@ -59,7 +61,8 @@ def write_rows(
             "max": round(max(values), 1),
             "rounds": len(values),
             **facts,
-            "device": f"{os.cpu_count()} x {platform.machine()} CPU",
+            **(details or {}).get(name, {}),
+            "device": device or f"{os.cpu_count()} x {platform.machine()} CPU",
             "versions": {package: importlib.metadata.version(package) for package in packages},
             "commit": commit(),
             "date": now.date().isoformat(),

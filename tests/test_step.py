@@ -1,4 +1,4 @@
-"""The training step: equal to the published one, one graph, no recompilation, and no tensors of the token logits' size but their gradient."""
+"""The training step: equal to the published one, one graph, no recompilation, no tensor of the token logits' size but its gradient."""
 from __future__ import annotations
 
 import importlib.util

@@ -1,0 +1,332 @@
+"""How many images/s does a training step take in: ours, and the published style written in published_step.py?
+
+    python benchmarks/train.py                                          (lvvit_t at 224 px; on a GPU T, S, M, L at 224 and S at 384)
+    python benchmarks/train.py --models lvvit_s:224 --batch 256 --beton train.beton
+    python benchmarks/train.py --table
+
+Every contender is a process of its own, and all take turns, a round of --steps steps at a time, in the same run. Synthetic batches lie on
+the device; --beton adds a contender that is fed by the loader, decoding and targets included. A step is what train.py does: normalise,
+forward, loss, backward, clipping, AdamW, moving average, a MixToken box of its own; the published one does not clip, and reads its loss on the host.
+Weights are float32, on a GPU autocast to bfloat16, for all. Our processes keep malloc's memory, as train.py does; the published
+style runs with and without that. Times of a step are split by the clock, on a GPU by events; MFU is counted FLOPs (matrix products and
+convolutions, forward and backward) over the GPU's peak for dense bfloat16, elsewhere over the rate of a 2048 x 2048 matrix product.
+Appends one row a contender to benchmarks/results/train.jsonl.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import tl_fast.compat  # noqa: F401  before timm
+import published_step
+import timm
+from rows import ROOT, write_rows
+from timm.utils import ModelEmaV3
+from torch.utils.flop_counter import FlopCounterMode
+
+import tl_fast.models  # noqa: F401  registers lvvit_*
+from tl_fast.beton_write import reuse_memory
+from tl_fast.config import TrainConfig
+from tl_fast.evaluate import Normalise, autocast
+from tl_fast.loss import TokenLabelLoss
+from tl_fast.pipeline import Loader
+from tl_fast.plan import mix_box
+from tl_fast.step import TrainStep, compiled
+from tl_fast.train import build_optimizer, seed_step
+
+RESULTS = ROOT / "benchmarks" / "results" / "train.jsonl"
+PHASES = ("data", "forward", "backward", "update")  # update: clipping, optimiser, moving average, reading the loss
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16 FLOP/s, NVIDIA's data sheets
+FED = "tl_fast, compiled, fed from a beton"
+CPU_CONTENDERS = ("tl_fast, compiled", "tl_fast, eager", "published style, eager", "published style, compiled",
+                  "published style, eager, malloc keeps memory")
+GPU_CONTENDERS = ("tl_fast, compiled", "tl_fast, compiled, CUDA graphs", "tl_fast, eager", "published style, eager",
+                  "published style, compiled")
+DENSE_WEIGHT, DROP_PATH, CLIP, DECAY = 0.5, 0.1, 1.0, 0.99992
+
+
+class Clock:
+    """Seconds of a step's phases, added up over a round."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.marks = device, []
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """One figure a phase; every step has made one mark more than there are phases. On a GPU after a synchronisation."""
+        totals, per_step = [0.0] * len(PHASES), len(PHASES) + 1
+        for start in range(0, len(self.marks), per_step):
+            marks = self.marks[start : start + per_step]
+            for phase, (a, b) in enumerate(zip(marks, marks[1:])):
+                totals[phase] += a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a
+        return totals
+
+
+class Ours:
+    """The step of tl_fast/train.py on one rank."""
+
+    def __init__(self, model: nn.Module, name: str, options: argparse.Namespace, device: torch.device) -> None:
+        config = TrainConfig(train_data="none", min_lr=0, warmup_lr=0)
+        self.device, self.grid = device, options.size // 16
+        self.model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+        step = TrainStep(self.model, TokenLabelLoss(1.0, DENSE_WEIGHT), Normalise(config.mean, config.std).to(device))
+        mode = "reduce-overhead" if "CUDA graphs" in name else "default"
+        self.network = compiled(step, device, mode) if "compiled" in name else step
+        self.ema = ModelEmaV3(self.model, decay=DECAY)
+        self.optimizer = build_optimizer(self.model, config)
+        self.loss = torch.zeros((), device=device)
+
+    def synthetic(self, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+        targets = torch.rand(options.batch, 1 + self.grid**2, options.classes, device=self.device).softmax(-1)
+        return torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device), targets
+
+    def step(self, number: int, images: Tensor, targets: Tensor, clock: Clock) -> None:
+        seed_step(0, number, 0)
+        box = torch.from_numpy(mix_box(0, 0, number, self.grid)).to(self.device, non_blocking=True)
+        loss, _ = self.network(images, targets, box)
+        clock.mark()
+        loss.backward()
+        clock.mark()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.model, step=number + 2)
+        self.loss += loss.detach()
+
+
+class Published:
+    """The published step; timm normalises on the device, as here."""
+
+    def __init__(self, model: nn.Module, name: str, options: argparse.Namespace, device: torch.device) -> None:
+        self.device, self.grid = device, options.size // 16
+        self.model = published_step.PublishedLVViT(model, DROP_PATH).train().to(device)
+        config = TrainConfig(train_data="none")
+        self.mean, self.std = (torch.tensor(rgb, device=device).mul(255).view(1, 3, 1, 1) for rgb in (config.mean, config.std))
+        self.network, self.criterion = self.model, published_step.token_label_loss
+        if "compiled" in name:
+            self.network, self.criterion = torch.compile(self.model), torch.compile(self.criterion)
+        self.ema = published_step.ModelEma(self.model, DECAY)
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, foreach=False, fused=False)
+
+    def synthetic(self, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+        targets = torch.rand(options.batch, options.classes, 2 + self.grid**2, device=self.device).softmax(1)
+        return torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device), targets
+
+    def step(self, number: int, images: Tensor, targets: Tensor, clock: Clock) -> None:
+        inputs = images.float().sub_(self.mean).div_(self.std)
+        box = self.model.random_box(self.grid, self.grid)  # outside the network, so that compiling it stands a chance
+        with autocast(self.device, "auto"):
+            loss = self.criterion(self.network(inputs, box), targets, DENSE_WEIGHT)
+        clock.mark()
+        self.optimizer.zero_grad()
+        loss.backward()
+        clock.mark()
+        self.optimizer.step()
+        self.ema.update(self.model)
+        loss.item()
+
+
+def batches(loader: Loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    epoch = 0
+    while True:
+        loader.set_epoch(epoch)
+        for batch in loader:
+            yield batch.images.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
+        epoch += 1
+
+
+def work(options: argparse.Namespace) -> None:
+    """One contender's process: warms up, then answers every line on standard input with the figures of one round, as JSON."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may come between
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(options.threads)
+        if options.worker.startswith("tl_fast") or "keeps memory" in options.worker:
+            reuse_memory()
+    torch.manual_seed(0), np.random.seed(0)
+    feed = None
+    if options.worker == FED:
+        loader = Loader(options.beton, options.batch, image_size=options.size, grid=options.size // 16, threads=options.loader_threads)
+        options.classes, feed = loader.num_classes, batches(loader, device)
+    model = timm.create_model(options.model, img_size=options.size, num_classes=options.classes, drop_path_rate=DROP_PATH).train()
+    side = (Ours if options.worker.startswith("tl_fast") else Published)(model, options.worker, options, device)
+    data = None if feed else side.synthetic(options)
+    counters, number = torch._dynamo.utils.counters["stats"], 0
+    graphs = 0
+
+    def run(steps: int) -> dict:
+        nonlocal number
+        clock = Clock(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            clock.mark()
+            images, targets = data or next(feed)
+            clock.mark()
+            side.step(number, images, targets, clock)
+            clock.mark()
+            number += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return {"seconds": time.perf_counter() - start, "phases": clock.seconds()}
+
+    run(options.warm_up)
+    graphs = counters["unique_graphs"]
+    print("ready", file=answers, flush=True)
+    for _ in sys.stdin:
+        figures = run(options.steps)
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(figures | {"memory": memory, "recompiled": counters["unique_graphs"] - graphs}), file=answers, flush=True)
+
+
+def flops(model: str, size: int, classes: int) -> int:
+    """FLOPs (2 a multiply-add) of forward and backward pass of one image, counted on the published modules, which hide no product."""
+    with torch.device("meta"):
+        network = published_step.PublishedLVViT(timm.create_model(model, img_size=size, num_classes=classes), 0.0)
+        images = torch.empty(2, 3, size, size)
+        with FlopCounterMode(display=False) as counter:
+            cls_logits, token_logits, _ = network(images, (0, 0, 1, 1))
+            (cls_logits.sum() + token_logits.sum()).backward()
+    return counter.get_total_flops() // 2
+
+
+def peak(device: str) -> tuple[float, str]:
+    """FLOP/s that the device could do, and where the figure is from."""
+    if torch.cuda.is_available():
+        for name, rate in PEAK.items():
+            if name in device:
+                return rate, "data sheet, dense bfloat16"
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(2048, 2048, device=kind, dtype=torch.bfloat16 if kind == "cuda" else torch.float32)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best, "measured: a 2048 x 2048 matrix product"
+
+
+def compare(model: str, size: int, options: argparse.Namespace) -> None:
+    """All contenders in turns on one model; writes their rows."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    torch.set_num_threads(options.threads)
+    names = options.contenders or list(GPU_CONTENDERS if gpu else CPU_CONTENDERS) + [FED] * bool(options.beton)
+    command = [sys.executable, __file__, "--model", model, "--size", str(size)]
+    for flag in ("batch", "steps", "warm_up", "threads", "classes", "loader_threads", "beton"):
+        if getattr(options, flag) is not None:
+            command += [f"--{flag.replace('_', '-')}", str(getattr(options, flag))]
+    workers: dict[str, subprocess.Popen] = {}
+    try:
+        for name in names:
+            workers[name] = subprocess.Popen([*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            if workers[name].stdout.readline() != "ready\n":
+                raise RuntimeError(f"{name} ended before its first round, with its error above")
+        rounds: dict[str, list[dict]] = {name: [] for name in names}
+        for _ in range(options.rounds):
+            for name, worker in workers.items():
+                print("round", file=worker.stdin, flush=True)
+                answer = worker.stdout.readline()
+                if not answer:
+                    raise RuntimeError(f"{name} ended in a round, with its error above")
+                rounds[name].append(json.loads(answer))
+    finally:
+        for worker in workers.values():
+            worker.stdin.close()
+            worker.wait()
+    images = options.batch * options.steps
+    rates = {name: [images / figures["seconds"] for figures in rounds[name]] for name in names}
+    top, source = peak(gpu or "")
+    per_image = flops(model, size, options.classes)
+    details = {}
+    for name in names:
+        phases = [statistics.median(1e3 * figures["phases"][i] / options.steps for figures in rounds[name]) for i in range(len(PHASES))]
+        details[name] = {
+            "ms": dict(zip(PHASES, (round(ms, 2) for ms in phases))),
+            "mfu": round(statistics.median(rates[name]) * per_image / top, 4),
+            "memory_mb": rounds[name][-1]["memory"] // 1_000_000,
+            "recompiled": rounds[name][-1]["recompiled"],
+        }
+    device = f"1 x {gpu}" if gpu else f"{options.threads} threads of {os.cpu_count()} x CPU"
+    rows = write_rows(
+        options.results, "train", rates, "images/s", ("torch", "timm"), details=details, model=model, size=size, batch=options.batch,
+        classes=options.classes, gflop_per_image=round(per_image / 1e9, 2), peak_tflops=round(top / 1e12, 3), peak_source=source,
+        device=device,
+    )  # fmt: skip
+    ours = next((row for row in rows if row["contender"] == "tl_fast, compiled"), rows[0])
+    for row in rows:
+        split = ", ".join(f"{phase} {ms:.1f}" for phase, ms in row["ms"].items())
+        print(f"{ours['median'] / row['median']:6.2f} times: {ours['contender']} / {row['contender']}; ms {split}; MFU {row['mfu']:.1%}; "
+              f"{row['memory_mb']:,} MB; recompiled {row['recompiled']}")
+
+
+def table(results: Path) -> str:
+    """The newest rows of every model and device as the Markdown that README shows."""
+    newest: dict[tuple, list[dict]] = {}
+    for row in map(json.loads, results.read_text().splitlines()):
+        key = row["device"], row["model"], row["size"]
+        same = newest.get(key) and newest[key][0]["run"] == row["run"]
+        newest[key] = [*newest[key], row] if same else [row]
+    lines = ["| model, batch, device | step | images/s | ms: data / forward / backward / update | MFU | peak memory |",
+             "|---|---|---|---|---|---|"]
+    for (device, model, size), rows in newest.items():
+        for row in rows:
+            phases = " / ".join(f"{row['ms'][phase]:,.0f}" for phase in PHASES)
+            rate = f"{row['median']:,.1f} ({row['min']:,.1f}–{row['max']:,.1f})"
+            lines.append(f"| {model} {size}, {row['batch']}, {device} | {row['contender']} | {rate} | {phases} "
+                         f"| {row['mfu']:.0%} | {row['memory_mb']:,} MB |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    everything = ["lvvit_t:224", "lvvit_s:224", "lvvit_m:224", "lvvit_l:224", "lvvit_s:384"]
+    parser.add_argument("--models", nargs="+", default=everything if gpu else everything[:1], metavar="NAME:SIZE")
+    parser.add_argument("--batch", type=int, default=256 if gpu else 16, help="images a step; even")
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=30 if gpu else 2, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=12 if gpu else 3, help="steps before the first round, compilation among them")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a step on the CPU")
+    parser.add_argument("--beton", help="with label maps; adds a contender that is fed from it")
+    parser.add_argument("--loader-threads", type=int)
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print README's table of the newest rows, measure nothing")
+    for flag, kind in (("--worker", str), ("--model", str), ("--size", int)):  # of the processes that this one starts
+        parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.table:
+        print(table(options.results))
+    elif options.worker:
+        work(options)
+    else:
+        for model, size in (name.split(":") for name in options.models):
+            compare(model, int(size), options)
+
+
+if __name__ == "__main__":
+    main()
