@@ -1,6 +1,7 @@
 """Horizontal bars of benchmark rows, drawn with Pillow: the median as a bar and a number, the slowest and fastest round as a whisker."""
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -13,10 +14,8 @@ OURS, OTHERS = (31, 119, 180), (168, 178, 188)
 
 def nice_step(highest: float, marks: int = 5) -> float:
     """The step of 1, 2 or 5 times a power of ten that puts at most `marks` marks up to `highest`."""
-    power = 10.0
-    while power * marks > highest:
-        power /= 10
-    return next(step for step in (power, 2 * power, 5 * power, 10 * power, 20 * power, 50 * power) if step * marks >= highest)
+    power = 10.0 ** math.floor(math.log10(highest / marks))
+    return next(step for step in (power, 2 * power, 5 * power, 10 * power) if step * marks >= highest)
 
 
 def draw(panels: dict[str, list[dict]], path: Path, *, title: str, footer: str) -> None:
