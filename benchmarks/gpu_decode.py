@@ -1,16 +1,19 @@
-"""How many crops/s reach the GPU decoded: DALI on the CPU with upload, nvJPEG by share of its hardware engine, torchvision's nvJPEG of whole images?
+"""How many crops/s reach the GPU decoded: by our decoder or DALI's on the CPU, by nvJPEG, of whole images by torchvision's nvJPEG?
 
     python benchmarks/gpu_decode.py [--images FOLDER | --beton FILE] [--samples 4096] [--batch 256] [--threads 4 8 16]
 
-DALI's contenders decode what random resized crops to 224 px need; torchvision decodes whole images. Pixels are on the GPU when the clock stops.
+All decode what random resized crops to 224 px need, DALI's nvJPEG with several shares of the images for the hardware engine; torchvision
+decodes whole images. Pixels are on the GPU when the clock stops.
 Rows go to benchmarks/results/gpu/decode.jsonl.
 """
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +21,28 @@ import torch
 import tl_fast.compat  # noqa: F401  before torchvision
 from gpu_rows import add_data, beton_of, need_gpu, parser, version, write_row
 from tl_fast import plan
-from tl_fast.decode import Decoder
+from tl_fast.decode import Decoder, decode_graph
 from tl_fast.kernels import warp
 from tl_fast.samples import Samples
 
 LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
 SIZE = 224
+
+
+class DaliCpu:
+    """DALI's CPU half, and its upload, called as a `Decoder`."""
+
+    def __init__(self, samples: Samples, batch: int, threads: int, device: torch.device):
+        options = dict(batch_size=batch, num_threads=threads, device_id=device.index, prefetch_queue_depth=1, exec_dynamic=True)
+        self.samples, self.graph = samples, decode_graph("cpu", True, **options)
+        self.graph.build()
+
+    def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Any:
+        jpegs = [self.samples.jpeg(i) for i in ids]
+        return self.graph.run(jpegs=jpegs, starts=starts.astype(np.int32), shapes=shapes.astype(np.int32))
+
+    def close(self) -> None:
+        self.graph = None
 
 
 def batches(samples: Samples, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -66,22 +85,27 @@ def main() -> None:
         samples = Samples(path)
         mean = round(float(np.mean([len(samples.jpeg(i)) for i in range(min(len(samples), 1000))])))
         facts = {"batch": arguments.batch, "samples": len(samples), "mean_bytes": mean, "images": (arguments.beton or arguments.images).name}
+        contenders = {}
+        for n in arguments.threads:
+            contenders[f"cpu, {n} threads"] = n, functools.partial(Decoder, samples, arguments.batch, n, "cpu", device)
         if version("nvidia-dali-cuda130") is None:
             print("DALI's contenders skipped: nvidia-dali-cuda130 is not installed")
         else:
-            contenders = [("cpu", threads, 0.65) for threads in arguments.threads]
-            contenders += [("mixed", threads, load) for threads in arguments.threads for load in LOADS]
-            for way, threads, load in contenders:
-                name = f"{way}, {threads} threads" + (f", hw_decoder_load {load}" if way == "mixed" else "")
-                decoder = Decoder(samples, arguments.batch, threads, way, device, load)
-                try:
-                    values = rates(decoder, batches(samples, arguments.batch), arguments.seconds)
-                except RuntimeError as error:
-                    print(f"{name}: failed: {str(error).splitlines()[0]}")
-                    continue
-                finally:
-                    decoder.close()
-                write_row(arguments.results, "decode", name, values, "images/s", threads=threads, hw_decoder_load=load, **facts)
+            for n in arguments.threads:
+                contenders[f"DALI's cpu half, {n} threads"] = n, functools.partial(DaliCpu, samples, arguments.batch, n, device)
+                for load in LOADS:
+                    make = functools.partial(Decoder, samples, arguments.batch, n, "mixed", device, load)
+                    contenders[f"mixed, {n} threads, hw_decoder_load {load}"] = n, make
+        for name, (threads, make) in contenders.items():
+            decoder = make()
+            try:
+                values = rates(decoder, batches(samples, arguments.batch), arguments.seconds)
+            except RuntimeError as error:
+                print(f"{name}: failed: {str(error).splitlines()[0]}")
+                continue
+            finally:
+                decoder.close()
+            write_row(arguments.results, "decode", name, values, "images/s", threads=threads, **facts)
         try:
             from torchvision.io import ImageReadMode, decode_jpeg
 

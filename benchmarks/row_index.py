@@ -1,22 +1,24 @@
-"""How much faster are random crops decoded when JPEGs have a row index (`to_beton.py --row-index`), and what does it cost?
+"""How fast are random crops decoded, by our decoder and by DALI, and how much faster when JPEGs have a row index (`to_beton.py --row-index`)?
 
     python benchmarks/row_index.py [--images tests/photos] [--rounds 7]
 
-DALI's image_slice on 1 and 2 threads, of the same crops (random resized crops, another draw each round): of the files as they are, of
-those with a row index given whole, and spliced, the splicing included, in one thread. Before anything is measured the crops' pixels are
-compared. Conversion is `tl_fast.jpeg.prepare` in one thread. Appends one row a contender to benchmarks/results/row_index.jsonl.
+On 1 and 2 threads, of the same crops (random resized crops, another draw each round): our decoder and DALI's image_slice of the files as they
+are and of those with a row index, which DALI is given whole, and spliced, the splicing included, in one thread. Before anything is measured
+the crops' pixels are compared. Conversion is `tl_fast.jpeg.prepare` in one thread, with a row index and without. Appends one row a contender
+to benchmarks/results/row_index.jsonl.
 """
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from rows import ROOT, measure, write_rows
 from tl_fast import jpeg, plan
-from tl_fast.decode import decode_graph
+from tl_fast.decode import Decoder, decode_graph
 from tl_fast.kernels import warp
 from tl_fast.kernels.jpeg_restarts import splice
 
@@ -24,29 +26,69 @@ IMAGE_SIZE = 224
 
 
 class Crops:
-    """The crops of one draw after another, decoded by one DALI graph."""
+    """The crops of one draw after another."""
+
+    def __init__(self, jpegs: list[np.ndarray], sizes: np.ndarray) -> None:
+        self.jpegs, self.sizes = jpegs, sizes
+
+    def regions(self, draw: int) -> tuple[np.ndarray, np.ndarray]:
+        """First pixels and those behind the last, int64 [n, 2]."""
+        heights, widths = self.sizes.T
+        plans = plan.draw(0, draw, np.arange(len(self.sizes)), heights, widths, plan.Augment())
+        return warp.needed(plans, heights, widths, IMAGE_SIZE)
+
+    def run(self, draw: int) -> int:
+        self.decode(draw)
+        return len(self.jpegs)
+
+
+class OurCrops(Crops):
+    """Decoded as the loader does, each thread into memory that it keeps; also what `Decoder` reads."""
+
+    def __init__(self, jpegs: list[np.ndarray], sizes: np.ndarray, threads: int) -> None:
+        super().__init__(jpegs, sizes)
+        self.decoder, self.parts, self.pool = Decoder(self, len(jpegs), 1), threads, ThreadPoolExecutor(threads)
+
+    def jpeg(self, i: int) -> np.ndarray:
+        return self.jpegs[i]
+
+    def name(self, i: int) -> str:
+        return f"image {i}"
+
+    def decode(self, draw: int) -> list[np.ndarray]:
+        starts, stops = self.regions(draw)
+        return [self.decoder.region(i, starts[i], stops[i] - starts[i]).copy() for i in range(len(self.jpegs))]
+
+    def run(self, draw: int) -> int:
+        starts, stops = self.regions(draw)
+
+        def part(number: int) -> None:
+            for i in range(number, len(self.jpegs), self.parts):
+                self.decoder.region(i, starts[i], stops[i] - starts[i])
+
+        list(self.pool.map(part, range(self.parts)))
+        return len(self.jpegs)
+
+
+class DaliCrops(Crops):
+    """Decoded by one DALI graph."""
 
     def __init__(self, jpegs: list[np.ndarray], sizes: np.ndarray, threads: int, spliced: bool) -> None:
-        self.jpegs, self.sizes, self.spliced = jpegs, sizes, spliced
+        super().__init__(jpegs, sizes)
+        self.spliced = spliced
         self.graph = decode_graph(
             "cpu", batch_size=len(jpegs), num_threads=threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
         )
         self.graph.build()
 
     def decode(self, draw: int) -> list[np.ndarray]:
-        heights, widths = self.sizes.T
-        plans = plan.draw(0, draw, np.arange(len(self.sizes)), heights, widths, plan.Augment())
-        starts, stops = warp.needed(plans, heights, widths, IMAGE_SIZE)
+        starts, stops = self.regions(draw)
         shapes, jpegs = (stops - starts).astype(np.int32), self.jpegs
         if self.spliced:
             jpegs, origins = zip(*map(splice, jpegs, starts, stops), strict=True)
             starts = starts - np.array(origins)
         (regions,) = self.graph.run(jpegs=list(jpegs), starts=starts.astype(np.int32), shapes=shapes)
         return [np.asarray(region) for region in regions]
-
-    def run(self, draw: int) -> int:
-        self.decode(draw)
-        return len(self.jpegs)
 
 
 def converter(sources: list[bytes], row_index: bool) -> Callable[[int], int]:
@@ -74,11 +116,13 @@ def main() -> None:
     contenders: dict[str, Callable[[int], int]] = {}
     for threads in (1, 2):
         crops = {
-            "as it is": Crops(arrays[0], sizes, threads, spliced=False),
-            "row index, whole": Crops(arrays[1], sizes, threads, spliced=False),
-            "row index, spliced": Crops(arrays[1], sizes, threads, spliced=True),
+            "tl_fast, as it is": OurCrops(arrays[0], sizes, threads),
+            "tl_fast, row index": OurCrops(arrays[1], sizes, threads),
+            "DALI, as it is": DaliCrops(arrays[0], sizes, threads, spliced=False),
+            "DALI, row index, whole": DaliCrops(arrays[1], sizes, threads, spliced=False),
+            "DALI, row index, spliced": DaliCrops(arrays[1], sizes, threads, spliced=True),
         }
-        expected = crops["as it is"].decode(0)
+        expected = crops["DALI, as it is"].decode(0)
         for name, contender in crops.items():
             if not all(np.array_equal(a, b) for a, b in zip(contender.decode(0), expected, strict=True)):
                 raise SystemExit(f"{name}: not the same pixels")
@@ -98,8 +142,9 @@ def main() -> None:
     write_rows(results, "row_index", rates, "images/s", ("nvidia-dali-cuda130", "numba", "Pillow"), **facts)
     print(f"{len(files)} files of {facts['mean_kb']} KB; {facts['with_row_index']} with a row index, {facts['growth_percent']} % larger")
     for threads in ("1 thread", "2 threads"):
-        first, second = (rates[f"decode of crops, {name}, {threads}"] for name in ("as it is", "row index, spliced"))
-        print(f"{threads}: {np.median(np.array(second) / np.array(first)):.2f} times the rate, spliced")
+        base = np.array(rates[f"decode of crops, DALI, as it is, {threads}"])
+        for name in ("DALI, row index, spliced", "tl_fast, as it is", "tl_fast, row index"):
+            print(f"{threads}: {name}: {np.median(rates[f'decode of crops, {name}, {threads}'] / base):.2f} times DALI's rate")
 
 
 if __name__ == "__main__":

@@ -233,27 +233,10 @@ try:
     HAS_DALI = True
 except ImportError:
     HAS_DALI = False
-WAYS = [pytest.param(way, marks=[*gpu, pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")]) for way in ("cpu", "mixed")]
-
-
-class PillowDecoder:
-    """Pillow in DALI's place, for machines without DALI: everything behind the decode runs for real."""
-
-    def __init__(self, samples, batch_size, threads, way="cpu", device=None):
-        self.samples, self.device = samples, device
-
-    def __call__(self, ids, starts, shapes, stream=None):
-        regions = []
-        for i, (top, left), (rows, columns) in zip(ids, starts, shapes, strict=True):
-            with Image.open(io.BytesIO(self.samples.jpeg(i))) as image:
-                pixels = np.asarray(image.convert("RGB"))[top : top + rows, left : left + columns]
-            regions.append(torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device or "cpu"))
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-        return regions
-
-    def close(self):
-        pass
+WAYS = [
+    pytest.param("cpu", marks=gpu),
+    pytest.param("mixed", marks=[*gpu, pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -262,12 +245,9 @@ def photo_beton(photos, tmp_path_factory):
     return write(tmp_path_factory.mktemp("photos") / "photos.beton", sorted(photos.glob("train/*/*.jpg"))[:48], 100, cells=9, k=5)
 
 
-@pytest.fixture(params=[*WAYS, pytest.param("pillow", marks=gpu)])
-def way(request, monkeypatch):
+@pytest.fixture(params=WAYS)
+def way(request):
     """A way to decode, as `Loader` takes it."""
-    if request.param == "pillow":
-        monkeypatch.setattr(pipeline, "Decoder", PillowDecoder)
-        return "cpu"
     return request.param
 
 

@@ -1,15 +1,17 @@
-"""JPEGs of a batch -> the pixels of one region each, by DALI, on the CPU or with nvJPEG; importing this module does not need DALI.
+"""JPEGs -> the pixels of one region each, by our own decoder on the CPU or by DALI with nvJPEG; importing this module does not need DALI.
 
-Which of the two is faster depends on the machine's cores and on the images, so `choose` measures.
+Pillow decodes what our decoder leaves to others, to the same pixels. Whether nvJPEG is faster depends on the machine's cores and on the
+images, so `choose` measures.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -18,9 +20,11 @@ import torch
 from PIL import Image
 
 from tl_fast.kernels.jpeg_restarts import splice
+from tl_fast.regions import RegionDecoder
 
-HW_DECODER_LOAD = 0.65  # share of the images for the GPU's JPEG engine, the others go to its cores; DALI's default, benchmarks/gpu_decode.py varies it
+HW_DECODER_LOAD = 0.65  # share of the images for the GPU's JPEG engine, the others go to its cores; DALI's default
 MEASURE_SECONDS = 0.5  # for each way to decode
+UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises for damaged files
 GAIN = 1.1  # what nvJPEG must gain to be chosen: its CUDA half takes time from the training step
 
 
@@ -61,16 +65,18 @@ def decode_graph(device: str, on_gpu: bool = False, hw_decoder_load: float = HW_
     """The DALI graph: JPEG bytes, region start and region shape (rows, columns) -> RGB pixels of the region, uint8 [h, w, 3].
 
     `device` 'cpu' or 'mixed' (nvJPEG) is the only difference between the two; `on_gpu` uploads what the CPU decoded and means nothing to
-    nvJPEG's output, which is there already. EXIF orientation is ignored, as annotation does. options: of DALI's pipeline. ImportError without DALI.
+    nvJPEG's output, which is there already. EXIF orientation is ignored, as annotation does. options: of DALI's pipeline. ImportError
+    without DALI.
     """
     return _definition()(device, on_gpu, hw_decoder_load, **options)
 
 
 class Decoder:
-    """Regions of a data set's images, a batch at a time.
+    """Regions of a data set's images, one at a time or a batch.
 
-    samples: where the JPEGs are; batch_size: at most; threads: of DALI, and as many that cut JPEGs to their regions; way: 'cpu' or 'mixed'
-    (nvJPEG); device: the CUDA device that gets the pixels, or None: they stay on the host. One thread at a time may call it.
+    samples: where the JPEGs are; batch_size: at most; threads: that decode a batch, or cut its JPEGs to their regions for nvJPEG; way:
+    'cpu' or 'mixed' (nvJPEG); device: the CUDA device that gets a batch's pixels, or None: they stay on the host. One thread at a time may
+    ask for batches, any number for single regions.
     """
 
     def __init__(
@@ -85,20 +91,66 @@ class Decoder:
         self.samples, self.batch_size, self.threads, self.way, self.device = samples, batch_size, threads, way, device
         self.hw_decoder_load = hw_decoder_load
         self._graph = None
-        self._splicers = ThreadPoolExecutor(threads, "tl_fast-splice")  # not the kernels' threads, or DALI would wait for the kernels before
+        self._own = RegionDecoder()
+        self._threads = ThreadPoolExecutor(threads, "tl_fast-region")
         self._compiled = False
 
-    def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None) -> Any:
-        """DALI tensor list of the regions' pixels, uint8 [h, w, 3] each; its memory is its own.
+    def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None) -> Sequence:
+        """The regions' pixels, uint8 [h, w, 3] each: tensors of torch, or DALI's for nvJPEG, whose memory is their own.
 
-        ids: int64 [B]; starts, shapes: int64 [B, 2], row and column; stream: where the pixels will be used, which is made to wait for them; None:
-        they are there on return. Raises DecodeError naming the sample.
+        ids: int64 [B]; starts, shapes: int64 [B, 2], row and column; stream: where the pixels will be used, which is made to wait for them;
+        None: they are there on return. Raises DecodeError naming the sample, ImportError for 'mixed' without DALI.
         """
+        if self.way == "mixed":
+            return self._with_nvjpeg(ids, starts, shapes, stream)
+        sizes = 3 * shapes.prod(axis=1)
+        ends = np.cumsum(sizes)
+        host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self.device is not None)
+        packed = host.numpy()
+
+        def decode(part: np.ndarray) -> None:
+            for b in part:
+                out = packed[ends[b] - sizes[b] : ends[b]]
+                region = self.region(ids[b], starts[b], shapes[b], out)
+                if not np.may_share_memory(region, out):
+                    out[:] = region.reshape(-1)
+
+        self._in_parts(decode, len(ids))
+        if self.device is not None:
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                host = host.to(self.device, non_blocking=stream is not None)
+        places = zip(ends.tolist(), sizes.tolist(), shapes.tolist(), strict=True)
+        return [host[end - size : end].view(*shape, 3) for end, size, shape in places]
+
+    def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """One region's pixels on the host, uint8 [h, w, 3]. out: as `RegionDecoder.decode` has it; not written where Pillow had to decode.
+
+        Raises DecodeError naming the sample.
+        """
+        jpeg = self.samples.jpeg(sample_id)
+        region = self._own.decode(jpeg, start, start + shape, out)
+        if region is None:
+            (top, left), (bottom, right) = start, start + shape
+            try:
+                with Image.open(io.BytesIO(jpeg)) as image:
+                    region = np.asarray(image.convert("RGB").crop((left, top, right, bottom)))
+            except UNREADABLE as error:
+                raise self._error(sample_id) from error
+        return region
+
+    def _error(self, sample_id: int) -> DecodeError:
+        return DecodeError(
+            f"cannot decode {self.samples.name(sample_id)}: the JPEG is damaged; "
+            "check the beton with `converters/to_beton.py verify FILE --decode` and convert again"
+        )
+
+    def _with_nvjpeg(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None) -> Sequence:
+        """DALI's tensor list of the regions."""
         if self._graph is None:
             # Outputs of DALI's dynamic executor own their memory, so a depth of one is enough: the loader does the prefetching.
             self._graph = decode_graph(
-                self.way, self.device is not None, self.hw_decoder_load, batch_size=self.batch_size, num_threads=self.threads,
-                device_id=None if self.device is None else self.device.index, prefetch_queue_depth=1, exec_dynamic=True,
+                "mixed", hw_decoder_load=self.hw_decoder_load, batch_size=self.batch_size, num_threads=self.threads,
+                device_id=self.device.index, prefetch_queue_depth=1, exec_dynamic=True,
             )  # fmt: skip
             self._graph.build()
         jpegs, origins = self._splice(ids, starts, starts + shapes)
@@ -110,11 +162,15 @@ class Decoder:
             damaged = self._damaged(ids, str(error))
             if damaged is None:
                 raise DecodeError(f"DALI could not decode samples {ids.tolist()}, though each can be decoded alone: {error}") from error
-            raise DecodeError(
-                f"cannot decode {self.samples.name(damaged)}: the JPEG is damaged; "
-                "check the beton with `converters/to_beton.py verify FILE --decode` and convert again"
-            ) from error
+            raise self._error(damaged) from error
         return regions
+
+    def _in_parts(self, work: Callable[[np.ndarray], Any], count: int) -> list:
+        """`work` of the numbers below `count`, shared among the threads -> its results in order; raises what failed."""
+        parts = np.array_split(np.arange(count), min(self.threads, count))
+        results = list((self._threads.map if self._compiled else map)(work, parts))  # numba bears one compiling thread
+        self._compiled = True
+        return results
 
     def _splice(self, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """JPEGs that show the regions, smaller ones where the beton has a row index, and which pixel is their first, int64 [B, 2]."""
@@ -122,10 +178,7 @@ class Decoder:
         def spliced(part: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
             return [splice(self.samples.jpeg(ids[b]), starts[b], stops[b]) for b in part]
 
-        parts = np.array_split(np.arange(len(ids)), min(self.threads, len(ids)))
-        results = self._splicers.map(spliced, parts) if self._compiled else map(spliced, parts)  # numba bears one compiling thread
-        jpegs, origins = zip(*itertools.chain.from_iterable(results), strict=True)
-        self._compiled = True
+        jpegs, origins = zip(*itertools.chain.from_iterable(self._in_parts(spliced, len(ids))), strict=True)
         return list(jpegs), np.array(origins, np.int64)
 
     def _damaged(self, ids: np.ndarray, message: str) -> int | None:
@@ -136,13 +189,13 @@ class Decoder:
         for i in ids:
             try:
                 Image.open(io.BytesIO(self.samples.jpeg(i))).load()
-            except (OSError, SyntaxError):  # what Pillow raises for damaged files
+            except UNREADABLE:
                 return int(i)
         return None
 
     def close(self) -> None:
         """Stop the threads and let go of DALI's memory."""
-        self._splicers.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
         self._graph = None
 
 
@@ -150,8 +203,10 @@ Work = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def rate(decoder: Callable, work: Work, seconds: float = MEASURE_SECONDS, warm_up: int = 2) -> float:
-    """Images/s of `decoder` over the batches (ids, starts, shapes) of `work`, for about so many seconds after `warm_up` batches; pixels on the
-    device included. Ends early where `work` does. Raises ValueError when `work` has no batch beyond the warm-up."""
+    """Images/s of `decoder` over the batches (ids, starts, shapes) of `work`, for about so many seconds after `warm_up` batches.
+
+    Pixels on the device are included. Ends early where `work` does. Raises ValueError when `work` has no batch beyond the warm-up.
+    """
     images, begin = 0, 0.0
     for number, batch in enumerate(work):
         if number == warm_up:
@@ -169,8 +224,8 @@ def rate(decoder: Callable, work: Work, seconds: float = MEASURE_SECONDS, warm_u
 def choose(open_decoder: Callable[[str], Decoder], work: Callable[[], Work]) -> tuple[str, str]:
     """Which way decodes faster here: ('cpu' or 'mixed', the measurement in words).
 
-    open_decoder: makes the decoder of a way; work: endless batches to decode. 'mixed' must gain 10 %. Where nvJPEG cannot be used at all, the
-    words say why.
+    open_decoder: makes the decoder of a way; work: endless batches to decode. 'mixed' must gain 10 %. Where nvJPEG cannot be used at all,
+    the words say why.
     """
     rates = {}
     for way in ("cpu", "mixed"):
@@ -179,7 +234,7 @@ def choose(open_decoder: Callable[[str], Decoder], work: Callable[[], Work]) -> 
             rates[way] = rate(decoder, work())
         except DecodeError:
             raise
-        except RuntimeError as error:  # DALI's, from building the graph: a driver or GPU without nvJPEG
+        except (RuntimeError, ImportError) as error:  # from building the graph: a driver or GPU without nvJPEG, no DALI
             if way == "cpu":
                 raise
             return "cpu", f"decode 'cpu', {rates['cpu']:,.0f} images/s; 'mixed' (nvJPEG) does not work here: {str(error).splitlines()[0]}"

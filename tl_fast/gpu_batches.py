@@ -73,12 +73,12 @@ class GpuBatches:
         self, samples: Samples, device: torch.device, *, image_size: int, grid: int, smoothing: float, fill: tuple[int, int, int], ahead: int
     ):
         self.samples, self.device, self.image_size, self.grid, self.smoothing, self.ahead = samples, device, image_size, grid, smoothing, ahead
-        self.decode_device = device if device.type == "cuda" else None  # the simulator's pixels stay where DALI's CPU half puts them
+        self.decode_device = device if device.type == "cuda" else None  # the simulator's pixels stay on the host
         self.fill = fill
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # A stream apart, so that kernels never wait for the decode of a later batch.
         self.decoding = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Whose kernels may still run, with the pixels they read: DALI would give that memory to the next batch.
+        # Whose kernels may still run, with the pixels they read: that memory would be given to the next batch.
         self._running: collections.deque[tuple[torch.cuda.Event, Any]] = collections.deque()
         self._unchecked: collections.deque[Maps] = collections.deque()
 

@@ -1,4 +1,4 @@
-"""The decode pipeline: betons -> plan -> DALI decode of the crop -> resample and token targets -> Batch.
+"""The decode pipeline: betons -> plan -> decode of the crop -> resample and token targets -> Batch.
 
 Sample order and all random decisions come from `tl_fast.plan`, so a batch depends on (seed, epoch, step) and on nothing else.
 """
@@ -181,7 +181,7 @@ class Loader:
         if self._gpu is None or self._gpu.decode_device is None:
             decode = "cpu"
         self.decode, self._decoder = decode, None
-        # One thread drives DALI (which decodes on its own threads); the kernels of the batch before run, or are launched, meanwhile.
+        # One thread plans batches, and on a GPU decodes them (with threads of the decoder's); the kernels of the batch before are launched meanwhile.
         enter = None if self._gpu is None else self._gpu.enter_thread
         self._driver = ThreadPoolExecutor(1, "tl_fast-decode", enter)
         self._workers = ThreadPoolExecutor(self.threads if self._gpu is None else 1, "tl_fast-kernel", enter)
@@ -270,20 +270,24 @@ class Loader:
         return self._gpu.hand_over(results[0]) if batch is None else batch
 
     def _produce(self, ids: np.ndarray, epoch: int) -> tuple[Batch | None, list[Future]]:
-        """Decode one batch, start its kernels, and return the batch they are filling; on a GPU None, and the future of a `gpu_batches.Made`."""
+        """Start the decoding and the kernels of one batch, and return the batch they are filling; on a GPU None, and the future of a
+        `gpu_batches.Made`."""
         plans, starts, stops = self._plan(ids, epoch)
         heights, widths = self.samples.heights[ids], self.samples.widths[ids]
         if self._gpu is not None and self.check:
             for i in ids:
                 self.samples.check(i)
-        regions = self._decode(ids, starts, stops - starts)
+        shapes = stops - starts
         affines = map_affines(plans, heights, widths, self.samples.spec.extent, self.geometry) if self.token_labels else None
         extras = {}
         if self.train and self.augment.erase > 0:
             extras = {"erase": plan.erase_boxes(plans, self.image_size), "noise": plans["noise"].view(np.int64).copy()}
         if self._gpu is not None:
+            regions = self._decode(ids, starts, shapes)
             decoded = self._gpu.decoded()
-            return None, [self._workers.submit(self._gpu.make, ids, plans, starts, stops - starts, regions, decoded, affines, extras)]
+            return None, [self._workers.submit(self._gpu.make, ids, plans, starts, shapes, regions, decoded, affines, extras)]
+        if self._decoder is None:
+            self._decoder = self._open_decoder("cpu")
         out = self._buffers.take((len(ids), 3, self.image_size, self.image_size), np.uint8)
         images, fill = torch.from_numpy(out), np.array(self.augment.fill, np.uint8)
 
@@ -291,7 +295,8 @@ class Loader:
             for b in part:
                 if self.check:
                     self.samples.check(ids[b])
-                cpu.augment(np.asarray(regions[b]), *starts[b], heights[b], widths[b], plans[b], fill, out[b])
+                region = self._decoder.region(ids[b], starts[b], shapes[b])  # which the augmentation finds in the core's cache
+                cpu.augment(region, *starts[b], heights[b], widths[b], plans[b], fill, out[b])
 
         parts = [range(t, len(ids), self.threads) for t in range(min(self.threads, len(ids)))]
         kernels = self._share(augment, parts)

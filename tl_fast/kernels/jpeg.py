@@ -29,7 +29,7 @@ LOOKUP = (2 * SLOTS + 3) * TABLE
 PADDING = 64  # zeros that the decoder may read behind the data
 BLOCKS = 10  # of an MCU at most (T.81 B.2.3)
 
-U0, U1, U3, U6, U8, U16, U32, U56, U63, U64, U511, U_WORD = (U(n) for n in (0, 1, 3, 6, 8, 16, 32, 56, 63, 64, 511, 0xFFFF))
+U0, U1, U2, U3, U6, U8, U16, U32, U56, U63, U64, U511, U_WORD = (U(n) for n in (0, 1, 2, 3, 6, 8, 16, 32, 56, 63, 64, 511, 0xFFFF))
 INDEX_SHIFT = U(64 - INDEX_BITS)
 
 
@@ -173,7 +173,7 @@ def prepare_tables(data, record, keys, lookup, layout):
             for kind in range(2):
                 table = record[c + 4] & 15 if kind else record[c + 4] >> 4
                 key = (2 * slot + kind) * KEY
-                if _take_key(data, record[HUFFMAN + 4 * kind + table], keys, key):
+                if take_key(data, record[HUFFMAN + 4 * kind + table], keys, key):
                     if not build(keys, key, kind == 0, lookup, (2 * slot + kind) * TABLE):
                         fill(keys, key, key + 16, 0)  # not to be taken for a known one by the next file
                         return 0, BAD_TABLE
@@ -188,7 +188,7 @@ def prepare_tables(data, record, keys, lookup, layout):
 
 
 @njit
-def _take_key(data, at, keys, key):
+def take_key(data, at, keys, key):
     """Copy a table from its DHT segment; False where it is the one that is there."""
     size, same = 16, True
     for i in range(16):

@@ -1,0 +1,60 @@
+"""Reads and writes at an address, for inner loops that are functions of their own.
+
+Numba counts references to the arrays that a function is given, with atomic instructions at each call; an address is a number. Nothing is
+checked, and the caller keeps the array alive.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+
+@intrinsic
+def address(typingctx, array):
+    """Where an array's first element is, uint64."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.ptrtoint(context.make_array(signature.args[0])(context, builder, arguments[0]).data, ir.IntType(64))
+
+    return types.uint64(array), generate
+
+
+def _load(kind: types.Integer, swapped: bool = False) -> Callable:
+    @intrinsic
+    def load(typingctx, start, index):
+        """Element `index` of the numbers from address `start` on; both uint64."""
+
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], ir.IntType(8 if swapped else kind.bitwidth).as_pointer())
+            place = builder.gep(pointer, [arguments[1]])
+            value = builder.load(builder.bitcast(place, ir.IntType(kind.bitwidth).as_pointer()), align=1 if swapped else kind.bitwidth // 8)
+            return builder.bswap(value) if swapped else value
+
+        return kind(types.uint64, types.uint64), generate
+
+    return load
+
+
+load_uint8, load_int16, load_uint64 = (_load(kind) for kind in (types.uint8, types.int16, types.uint64))
+load_big = _load(types.uint64, swapped=True)  # the eight bytes from byte `index` on, the first one highest
+
+
+def _store(bits: int) -> Callable:
+    @intrinsic
+    def store(typingctx, start, index, value):
+        """Set element `index` of the numbers from address `start` on to the lowest bits of `value`; all uint64."""
+
+        def generate(context, builder, signature, arguments):
+            place = builder.gep(builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer()), [arguments[1]])
+            builder.store(builder.trunc(arguments[2], ir.IntType(bits)), place, align=bits // 8)
+            return context.get_dummy_value()
+
+        return types.void(types.uint64, types.uint64, types.uint64), generate
+
+    return store
+
+
+store_uint8, store_int16 = _store(8), _store(16)
