@@ -12,8 +12,9 @@ import numpy as np
 from tl_fast.jit import njit
 from tl_fast.kernels.jpeg_markers import (
     BAD_CODE, BAD_RESTART, BAD_TABLE, COLOUR, COMPONENT, COMPONENTS, END, ENDS_IN_SCAN, EOI, GREY, HUFFMAN, NO_END, ODD, OK, RESTART,
-    RST0, SCAN, SINGLE, STATUS, WHERE, compare_head, fill, find_end, first_ff, little, mcu_count, read_markers, skip_fill, walk_scans,
+    RST0, SCAN, SINGLE, STATUS, WHERE, compare_head, fill, find_end, first_ff, mcu_count, read_markers, skip_fill, walk_scans,
 )  # fmt: skip
+from tl_fast.kernels.memory import address, copy_to_ff
 
 U = np.uint64
 
@@ -59,15 +60,10 @@ def unstuff(data, at, stream):
     """
     count, last = 0, len(data) - 1
     while at < last:
-        if at + 8 <= last:
-            word = little(data, U(at))
-            to = U(count)
-            stream[to], stream[to + U(1)], stream[to + U(2)], stream[to + U(3)] = word, word >> U(8), word >> U(16), word >> U(24)
-            stream[to + U(4)], stream[to + U(5)] = word >> U(32), word >> U(40)
-            stream[to + U(6)], stream[to + U(7)] = word >> U(48), word >> U(56)
-            plain = np.int64(first_ff(word))
+        if at + 32 <= last:
+            plain = np.int64(copy_to_ff(address(data) + U(at), address(stream) + U(count)))
             count, at = count + plain, at + plain
-            if plain == 8:
+            if plain == 32:
                 continue
         elif data[at] != 0xFF:
             stream[count] = data[at]

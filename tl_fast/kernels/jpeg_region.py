@@ -78,8 +78,11 @@ def decode_planes(
             limit = U(size + 8)
             at, window, bits = top_up(stream_at, U0, U0, U0)
             fill(previous, 0, 4, 0)
-            for mcu in range(first, last):
-                row, column = mcu // row_mcus, mcu % row_mcus
+            row, column = first // row_mcus, first % row_mcus - 1
+            for _ in range(first, last):
+                column += 1
+                if column == row_mcus:
+                    row, column = row + 1, 0
                 if row >= area[2] or (row == area[2] - 1 and column >= area[3]):
                     return OK
                 if at > limit:

@@ -11,6 +11,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+VECTOR = ir.VectorType(ir.IntType(8), 32)
+
 
 @intrinsic
 def address(typingctx, array):
@@ -58,3 +60,39 @@ def _store(bits: int) -> Callable:
 
 
 store_uint8, store_int16 = _store(8), _store(16)
+
+
+@intrinsic
+def copy_to_ff(typingctx, source, target):
+    """Copy 32 bytes -> how many of them stand before the first 0xFF, 32 where there is none; all uint64, source and target addresses."""
+
+    def generate(context, builder, signature, arguments):
+        data = builder.load(builder.inttoptr(arguments[0], VECTOR.as_pointer()), align=1)
+        builder.store(data, builder.inttoptr(arguments[1], VECTOR.as_pointer()), align=1)
+        return _first(builder, builder.icmp_unsigned("==", data, ir.Constant(VECTOR, [0xFF] * 32)))
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
+@intrinsic
+def before_marker(typingctx, source):
+    """How many of the 32 bytes at an address stand before the first 0xFF that is followed by something other than 0; 32 where there is none.
+
+    Reads 33 bytes. Both uint64.
+    """
+
+    def generate(context, builder, signature, arguments):
+        data, following = (
+            builder.load(builder.inttoptr(builder.add(arguments[0], ir.Constant(ir.IntType(64), n)), VECTOR.as_pointer()), align=1) for n in (0, 1)
+        )
+        ones, zeros = ir.Constant(VECTOR, [0xFF] * 32), ir.Constant(VECTOR, [0] * 32)
+        return _first(builder, builder.and_(builder.icmp_unsigned("==", data, ones), builder.icmp_unsigned("!=", following, zeros)))
+
+    return types.uint64(types.uint64), generate
+
+
+def _first(builder: ir.IRBuilder, found: ir.Value) -> ir.Value:
+    """The number of the first true one of 32, i64; 32 where none is."""
+    mask = builder.zext(builder.bitcast(found, ir.IntType(32)), ir.IntType(64))
+    mask = builder.or_(mask, ir.Constant(ir.IntType(64), 1 << 32))
+    return builder.cttz(mask, ir.Constant(ir.IntType(1), 1))
