@@ -1,8 +1,8 @@
 """The GPU's side of the decode pipeline: token targets and images, as `tl_fast.kernels.cpu` makes them, from arrays on the device.
 
-Arrays are numba device arrays, CUDA tensors of torch (bfloat16 ones too) or, under numba's simulator, numpy arrays or CPU tensors; bfloat16 without
-torch is uint16. They must be contiguous. Nothing here waits for the GPU unless its docstring says so; `stream` is a handle as torch's
-`stream.cuda_stream` is, 0 for the default one. Importing this module needs no GPU.
+Arrays are numba device arrays, CUDA tensors of torch (bfloat16 ones too) or, under numba's simulator, numpy arrays or CPU tensors;
+bfloat16 without torch is uint16. They must be contiguous. Nothing here waits for the GPU unless its docstring says so; `stream` is a
+handle as torch's `stream.cuda_stream` is, 0 for the default one. Importing this module needs no GPU.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tl_fast.kernels.cuda_geometry import REGION
 from tl_fast.labelmap import MapSpec, encoded_sizes
 from tl_fast.plan import PLAN
 
-THREADS, COLOUR_THREADS = 256, 1024  # a block; the simulator takes fewer
+SIMULATED_LANES = 8  # threads of a block in the simulator, which makes some 1,700 a second
 ROUNDS = 6  # rows that a warp makes of one sample, about: fewer and reading the map takes the time, more and the last blocks run alone
 DEFAULT_SHARED = 48 << 10  # bytes of shared memory that a block may have without asking
 
@@ -58,7 +58,16 @@ def token_targets(
 
 
 def warped_targets(
-    classes: Any, scores: Any, affines: Any, num_classes: int, grid: int, smoothing: float, out: Any = None, cut: bool = True, *, stream: int = 0
+    classes: Any,
+    scores: Any,
+    affines: Any,
+    num_classes: int,
+    grid: int,
+    smoothing: float,
+    out: Any = None,
+    cut: bool = True,
+    *,
+    stream: int = 0,
 ) -> Any:
     """`tl_fast.kernels.cpu.warped_targets` on device arrays; affines float32 [B, 6] may be on the host. Otherwise as `token_targets`."""
     batch, k, height, width = classes.shape
@@ -76,15 +85,27 @@ def warped_targets(
 
 
 def packed_targets(
-    maps: Any, starts: Any, ranges: Any, affines: Any, spec: MapSpec, grid: int, smoothing: float, cut: bool, out: Any, errors: Any, *, stream: int = 0
+    maps: Any,
+    starts: Any,
+    ranges: Any,
+    affines: Any,
+    spec: MapSpec,
+    grid: int,
+    smoothing: float,
+    cut: bool,
+    out: Any,
+    errors: Any,
+    *,
+    stream: int = 0,
 ) -> None:
     """Token targets of a batch from its label maps as they lie in a beton (docs/file_format.md), in one launch and without waiting.
 
-    maps: uint8 [M], the batch's maps one after the other; starts: int64 [B+1], where each begins, and where the last ends; ranges: float32 [B, 2] =
-    (score_min, score_step); affines: float32 [B, 6] and cut: as of `cpu.warped_targets`; spec: of the maps; out: float32 or bfloat16
-    [B, 1 + grid**2, C], written; errors: int32 [B], zeros: a sample whose map is damaged (a size that is none of the layouts', a class >= C, a place
-    outside its palette) gets one of `tl_fast.kernels.maps`' codes there and NaN for targets. Nothing is read or written out of bounds whatever the
-    map holds. A class listed twice in one cell may count once. Raises ValueError for shapes that do not fit.
+    maps: uint8 [M], the batch's maps one after the other; starts: int64 [B+1], where each begins, and where the last ends; ranges:
+    float32 [B, 2] = (score_min, score_step); affines: float32 [B, 6] and cut: as of `cpu.warped_targets`; spec: of the maps; out: float32
+    or bfloat16 [B, 1 + grid**2, C], written; errors: int32 [B], zeros: a sample whose map is damaged (a size that is none of the
+    layouts', a class >= C, a place outside its palette) gets one of `tl_fast.kernels.maps`' codes there and NaN for targets. Nothing is
+    read or written out of bounds whatever the map holds. A class listed twice in one cell may count once. Raises ValueError for shapes
+    that do not fit.
     """
     batch = len(errors)
     if tuple(starts.shape) != (batch + 1,) or tuple(ranges.shape) != (batch, 2):
@@ -104,16 +125,19 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
     if grid < 1 or not 1 <= num_classes <= cuda_targets.NONE or k < 1 or not 0 <= smoothing < 1:
         raise ValueError(f"grid, k >= 1, 1 <= num_classes <= {cuda_targets.NONE} and smoothing in [0, 1) needed, "
                          f"got {grid}, {k}, {num_classes}, {smoothing}")
+    if max(part.size for part in source) >= 1 << 31:
+        raise ValueError(f"{max(part.size for part in source)} numbers of label maps at once; the kernel counts to 2**31")
     if batch == 0:
         return
     bfloat16 = str(out.dtype) in ("torch.bfloat16", "uint16")
     target = _flat(out, np.uint16 if bfloat16 else np.float32)
-    cells_a_bin = math.ceil(1.25 * max(height, width) / grid)  # a crop of the whole map, rotated or a little larger than it; more goes a slower way
+    # Of a crop of the whole map, rotated or a little larger than it; what has more goes a slower way.
+    cells_a_bin = math.ceil(1.25 * max(height, width) / grid)
     reach = cells_a_bin + 1
-    slots = k * max(reach**2, 4 * cells_a_bin**2)
-    slots += slots % 2  # what follows is aligned to 4 bytes
-    lanes = 8 if SIMULATED else cuda_targets.LANES
-    groups = 1 if SIMULATED else cuda_targets.GROUPS
+    slots = -(-k * max(reach**2, 4 * cells_a_bin**2) // 8) * 8
+    lanes = SIMULATED_LANES if SIMULATED else cuda_targets.LANES
+    bounds = cuda_targets.BOUNDS
+    groups = 1 if SIMULATED else bounds[0] // lanes
     limit = _shared_limit()
     while groups > 1 and cuda_targets.shared_bytes(groups, num_classes, slots, grid, reach, height * width) > limit:
         groups //= 2
@@ -125,14 +149,13 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
     tokens = groups * -(-rounds // -(-rounds // ROUNDS))
     vector = num_classes * (2 if bfloat16 else 4) % 16 == 0 and _pointer(target) % 16 == 0
     blocks = 1 + -(-grid * grid // tokens), batch
-    arguments = (source, *sizes, _flat(affines, np.float32), k, height, width, num_classes, grid, np.float32(smoothing), bool(cut), slots, reach, tokens,
-                 vector, target, _flat(errors, np.int32))
-    _launch(cuda_targets.KERNELS[kind, bfloat16], blocks, (lanes, groups), stream, shared, arguments)
+    arguments = (source, *sizes, _flat(affines, np.float32), k, height, width, num_classes, grid, np.float32(smoothing), bool(cut), slots,
+                 reach, tokens, vector, target, _flat(errors, np.int32))
+    _launch(cuda_targets.KERNELS[kind, bfloat16], bounds, blocks, (lanes, groups), stream, shared, arguments)
 
 
-
-def _launch(kernel: Any, blocks: tuple, threads: tuple, stream: int, shared: int, arguments: tuple) -> None:
-    compiled = _compiled(kernel)
+def _launch(kernel: Any, bounds: tuple[int, int], blocks: tuple, threads: tuple, stream: int, shared: int, arguments: tuple) -> None:
+    compiled = _compiled(kernel, bounds)
     handle = 0 if SIMULATED or not stream else cuda.external_stream(int(stream))
     configured = compiled[blocks, threads, handle, shared]
     if not SIMULATED and shared > DEFAULT_SHARED:
@@ -141,8 +164,8 @@ def _launch(kernel: Any, blocks: tuple, threads: tuple, stream: int, shared: int
 
 
 @functools.cache
-def _compiled(kernel: Any) -> Any:
-    return cuda.jit(kernel)
+def _compiled(kernel: Any, bounds: tuple[int, int]) -> Any:
+    return cuda.jit(kernel) if SIMULATED else cuda.jit(launch_bounds=bounds)(kernel)
 
 
 def _allow_shared(kernel: Any, configuration: Any) -> None:
@@ -205,11 +228,12 @@ def augment(
 ) -> None:
     """A batch of images as their plans say, erasing apart: `tl_fast.kernels.cpu.augment`, in two launches and without waiting.
 
-    pixels: uint8 [M], memory in which all decoded regions lie; regions: `REGION` records [B] (or their bytes, uint8) with at least the pixels of
-    `tl_fast.kernels.warp.needed` (no others are read); plans: `tl_fast.plan.PLAN` records [B] (or their bytes), each crop and box with height and
-    width > 0; fill: RGB, 0..255, of what lies outside the image; out: written: uint8 [B, 3, H, W], or, with mean and std (of each channel, for
-    values 0..1), (x / 255 - mean) / std as float16 or bfloat16 [B, 3, H, W], contiguous or channels-last (torch's memory format; else an array
-    [B, H, W, 3]); scratch: uint8, at least `scratch_bytes`. Raises ValueError for shapes that do not fit.
+    pixels: uint8 [M], memory in which all decoded regions lie; regions: `REGION` records [B] (or their bytes, uint8) with at least the
+    pixels of `tl_fast.kernels.warp.needed` (no others are read); plans: `tl_fast.plan.PLAN` records [B] (or their bytes), each crop and
+    box with height and width > 0; fill: RGB, 0..255, of what lies outside the image; out: written: uint8 [B, 3, H, W], or, with mean and
+    std (of each channel, for values 0..1), (x / 255 - mean) / std as float16 or bfloat16 [B, 3, H, W], contiguous or channels-last
+    (torch's memory format; else an array [B, H, W, 3]); scratch: uint8, at least `scratch_bytes`. Raises ValueError for shapes that do
+    not fit.
     """
     normalised = mean is not None or std is not None
     if normalised and (mean is None or std is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0):
@@ -231,8 +255,9 @@ def augment(
     if rows * columns * 255 >= 1 << 31:
         raise ValueError(f"images of {rows} x {columns} pixels are too large: their grey values' sum must fit 32 bits")
     regions, plans, work = _records(regions, REGION), _records(plans, PLAN), _flat(scratch, np.uint8)
-    if len(regions) != batch or len(plans) != batch or work.size < scratch_bytes(batch, rows, columns, normalised):
-        raise ValueError(f"{batch} images need as many regions and plans and {scratch_bytes(batch, rows, columns, normalised)} bytes of scratch; "
+    wanted = scratch_bytes(batch, rows, columns, normalised)
+    if len(regions) != batch or len(plans) != batch or work.size < wanted:
+        raise ValueError(f"{batch} images need as many regions and plans and {wanted} bytes of scratch; "
                          f"got {len(regions)}, {len(plans)} and {work.size}")
     if len(fill) != 3 or not all(0 <= int(value) <= 255 for value in fill):
         raise ValueError(f"fill must be three numbers in 0..255, got {fill}")
@@ -241,12 +266,13 @@ def augment(
     image, spare = (work[:size], work[size : 2 * size]) if normalised else (_flat(out, np.uint8), work[:size])
     tile = cuda_geometry.TILE
     blocks = -(-columns // tile), -(-rows // tile), batch
-    threads = (8, 1) if SIMULATED else (32, THREADS // 32)
-    _launch(cuda_geometry.SHOW, blocks, threads, stream, 0, (_flat(pixels, np.uint8), regions, plans, *map(np.uint8, fill), rows, columns, image))
+    threads = (SIMULATED_LANES, 1) if SIMULATED else (32, cuda_geometry.BOUNDS[0] // 32)
+    _launch(cuda_geometry.SHOW, cuda_geometry.BOUNDS, blocks, threads, stream, 0,
+            (_flat(pixels, np.uint8), regions, plans, *map(np.uint8, fill), rows, columns, image))  # fmt: skip
     unit = 4 if rows * columns % 4 == 0 and _pointer(image) % 4 == 0 else 1
     result = _flat(out, np.uint16) if normalised else spare[:2].view(np.uint16)
     normal = _normal(tuple(map(float, mean)), tuple(map(float, std)), kind == "float16", _device()) if normalised else result
-    _launch(cuda_colour.FINISH, (batch,), (8 if SIMULATED else COLOUR_THREADS,), stream, 0,
+    _launch(cuda_colour.FINISH, cuda_colour.BOUNDS, (batch,), (SIMULATED_LANES if SIMULATED else cuda_colour.BOUNDS[0],), stream, 0,
             (image, spare, plans, rows, columns, unit, layout, normal, result))  # fmt: skip
 
 

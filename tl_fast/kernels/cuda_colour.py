@@ -1,8 +1,8 @@
 """The CUDA kernel of the colour operations and of the output's number format: one launch a batch, a block an image.
 
-As `tl_fast.kernels.colour`: pointwise operations are combined in tables of 256 values a channel, histograms and means are taken of what image and table
-make, and only `Color`, `Sharpness` and the end touch every pixel. The last pass writes the table's values as they are, or normalised as 16-bit floats: then
-it is a table too. Integers are Pillow's to the last bit.
+As `tl_fast.kernels.colour`: pointwise operations are combined in tables of 256 values a channel, histograms and means are taken of what
+image and table make, and only `Color`, `Sharpness` and the end touch every pixel. The last pass writes the table's values as they are, or
+normalised as 16-bit floats: then it is a table too. Integers are Pillow's to the last bit.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _rounded_mean, _smoothed = scalar32.rounded_mean, scalar32.smoothed
 AUTO_CONTRAST, EQUALIZE, ROTATE = scalar.AUTO_CONTRAST, scalar.EQUALIZE, scalar.ROTATE
 COLOR, CONTRAST, SHARPNESS = scalar.COLOR, scalar.CONTRAST, scalar.SHARPNESS
 
+BOUNDS = 512, 2  # threads of a block; blocks that a multiprocessor shall have room for: then 256 images run at once on 132 of them
 BYTES, PLANES, CHANNELS_LAST = 0, 1, 2  # what the last pass writes: uint8 [3, H, W], 16 bits [3, H, W] or [H, W, 3]
 COPIES = 8  # of a histogram, so that warps do not wait for each other
 VALUES = 768  # 256 of each channel
@@ -50,9 +51,9 @@ def build(copies: int):
     def finish(image, spare, plans, rows, columns, unit, layout, normal, out):
         """Block b: the colour operations of plan b on image b, then the last pass.
 
-        image: uint8 [B 3 H W], changed; spare: as much to work in, where a plan sharpens; plans: `tl_fast.plan.PLAN` [B]; unit: pixels read at once, 4
-        where H W is a multiple of 4, else 1; layout: BYTES (the result is in `image`, `normal` and `out` are not used), PLANES or CHANNELS_LAST; normal:
-        uint16 [3 256], the bits of each channel's normalised values; out: uint16 [3 B H W], written.
+        image: uint8 [B 3 H W], changed; spare: as much to work in, where a plan sharpens; plans: `tl_fast.plan.PLAN` [B]; unit: pixels
+        read at once, 4 where H W is a multiple of 4, else 1; layout: BYTES (the result is in `image`, `normal` and `out` are not used),
+        PLANES or CHANNELS_LAST; normal: uint16 [3 256], the bits of each channel's normalised values; out: uint16 [3 B H W], written.
         """
         table = cuda.shared.array(VALUES, uint8)
         final = cuda.shared.array(VALUES, uint16)
@@ -138,7 +139,8 @@ def build(copies: int):
                     blue = _get(source, first + 2 * plane + p, unit)
                     new_red, new_green, new_blue = np.uint32(0), np.uint32(0), np.uint32(0)
                     for n in range(unit):
-                        r, g, b_ = np.int32(table[_byte(red, n)]), np.int32(table[256 + _byte(green, n)]), np.int32(table[512 + _byte(blue, n)])
+                        r, g = np.int32(table[_byte(red, n)]), np.int32(table[256 + _byte(green, n)])
+                        b_ = np.int32(table[512 + _byte(blue, n)])
                         grey = np.int32(_luma(r, g, b_))
                         new_red |= np.uint32(_blend(grey, r, argument)) << np.uint32(8 * n)
                         new_green |= np.uint32(_blend(grey, g, argument)) << np.uint32(8 * n)
@@ -198,8 +200,9 @@ def build(copies: int):
                     at = first + c * plane + p
                     word = _get(source, at, unit)
                     if unit == 4:
-                        store_word(out, at, np.uint32(final[256 * c + _byte(word, 0)]) | np.uint32(final[256 * c + _byte(word, 1)]) << np.uint32(16))
-                        store_word(out, at + 2, np.uint32(final[256 * c + _byte(word, 2)]) | np.uint32(final[256 * c + _byte(word, 3)]) << np.uint32(16))
+                        for n in range(0, 4, 2):
+                            low, high = np.uint32(final[256 * c + _byte(word, n)]), np.uint32(final[256 * c + _byte(word, n + 1)])
+                            store_word(out, at + n, low | high << np.uint32(16))
                     else:
                         out[at] = final[256 * c + _byte(word, 0)]
             return

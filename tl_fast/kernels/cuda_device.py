@@ -1,8 +1,9 @@
 """What the CUDA kernels share: device functions of `tl_fast.scalar` in float32, and the accesses to memory that numba has no words for.
 
-Importing it needs no GPU. Under numba's simulator (NUMBA_ENABLE_CUDASIM=1, set before numba is imported) the kernels are plain Python, and so are
-the twins of the intrinsics here. The simulator swaps the name `cuda` of a module while one of its functions runs, for all threads at once, so device
-functions that use `cuda` must live beside their kernels.
+Importing it needs no GPU. Under numba's simulator (NUMBA_ENABLE_CUDASIM=1, set before numba is imported) the kernels are plain Python,
+and so are the twins of the intrinsics here. Device functions use `gpu` for `numba.cuda`: the simulator replaces that name in one module
+while a function of it runs, for all threads at once, so that a function of another module would lose it while other threads still need
+it.
 """
 from __future__ import annotations
 
@@ -20,10 +21,19 @@ ALIGNMENT = None if SIMULATED else 16  # bytes, of shared memory that is read 16
 
 def device(function: Callable) -> Callable:
     """A device function, always inlined."""
-    return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
+    return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
 if SIMULATED:
+    from numba.cuda.simulator.kernel import _get_kernel_context
+
+    class _Running:
+        """`numba.cuda` as the running kernel has it."""
+
+        def __getattr__(self, name):
+            return getattr(_get_kernel_context(), name)
+
+    gpu = _Running()
     scalar32 = compile_scalar(lambda function: function, np.float32)
 
     def store16(array, index, a, b, c, d):
@@ -36,9 +46,30 @@ if SIMULATED:
         """Four float32 from `index` on, which must be a multiple of 4."""
         return array[index], array[index + 1], array[index + 2], array[index + 3]
 
+    def in_step():
+        """A warp's threads together again, with what each has written. In the simulator a block is one group of any number of threads."""
+        gpu.syncthreads()
+
+    def warp_max(value, scratch, lane, lanes):
+        """The highest value of a warp's threads, `warp_sum` their sum; scratch: float32 in shared memory, one a thread, for the simulator."""
+        gpu.syncthreads()
+        scratch[lane] = value
+        gpu.syncthreads()
+        return np.float32(max(scratch[:lanes]))
+
+    def warp_sum(value, scratch, lane, lanes):
+        gpu.syncthreads()
+        scratch[lane] = value
+        gpu.syncthreads()
+        return np.float32(sum(scratch[:lanes]))
+
     def peek(array, index):
         """array[index] for an index that is known not to be negative, which numba would check."""
         return array[index]
+
+    def poke(array, index, value):
+        """array[index] = value, likewise."""
+        array[index] = value
 
     def load_word(array, index):
         """Four uint8 from `index` on, which must be a multiple of 4, as one uint32, the first in its low bits."""
@@ -60,13 +91,31 @@ else:
     from llvmlite import ir
     from numba.cuda import libdevice
     from numba.cuda.extending import intrinsic
-    from numba.cuda.types import Array, UniTuple, float32, int64, uint32, void  # noqa: F401
+    from numba.cuda.types import UniTuple, float32, int64, uint32, void
+
+    gpu = cuda
 
     @device
     def _product(a, b):
         return libdevice.fmul_rn(np.float32(a), np.float32(b))
 
     scalar32 = compile_scalar(device, np.float32, product=_product)
+
+    @device
+    def in_step():
+        gpu.syncwarp()
+
+    @device
+    def warp_max(value, scratch, lane, lanes):
+        for n in range(5):
+            value = max(value, gpu.shfl_xor_sync(0xFFFFFFFF, value, 16 >> n))
+        return value
+
+    @device
+    def warp_sum(value, scratch, lane, lanes):
+        for n in range(5):
+            value += gpu.shfl_xor_sync(0xFFFFFFFF, value, 16 >> n)
+        return value
 
     def _address(context, builder, array_type, array, index, pointee):
         data = context.make_array(array_type)(context, builder, array).data
@@ -104,6 +153,15 @@ else:
             return context.unpack_value(builder, signature.return_type, builder.gep(data, [args[1]]))
 
         return array.dtype(array, int64), codegen
+
+    @intrinsic
+    def poke(typingctx, array, index, value):
+        def codegen(context, builder, signature, args):
+            data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            context.pack_value(builder, signature.args[2], args[2], builder.gep(data, [args[1]]))
+            return context.get_dummy_value()
+
+        return void(array, int64, array.dtype), codegen
 
     @intrinsic
     def load_word(typingctx, array, index):
