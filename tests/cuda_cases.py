@@ -1,0 +1,368 @@
+"""The CUDA kernels against their njit twins, Pillow's arithmetic and the golden targets. tests/test_cuda.py runs this file: in numba's
+simulator on small odd shapes, in a process of its own (what is marked gpu there runs these functions on real sizes)."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tl_fast import labelmap, plan, scalar
+from tl_fast.kernels import colour, cpu, cuda, cuda_geometry, maps, warp
+from tl_fast.kernels.cuda_device import SIMULATED, scalar32
+from tl_fast.rand_augment import OPS
+
+FILL = (124, 116, 104)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+COLOURS = [op for op in range(scalar.AUTO_CONTRAST, scalar.SHARPNESS + 1) if op != scalar.ROTATE]
+ARGUMENTS = {scalar.POSTERIZE: 3.0, scalar.SOLARIZE: 100.0, scalar.SOLARIZE_ADD: 60.0, scalar.COLOR: 1.63, scalar.CONTRAST: 0.37,
+             scalar.BRIGHTNESS: 1.44, scalar.SHARPNESS: 1.9}  # fmt: skip
+
+
+def put(array):
+    """To the device, a copy: what is changed there has to be got back with `get`."""
+    return array.copy() if SIMULATED else cuda.cuda.to_device(array)
+
+
+def get(array) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array.copy_to_host()
+
+
+# --- token targets
+
+
+def random_maps(rng, batch, k, rows, columns, num_classes):
+    order = np.argsort(rng.random((batch, num_classes, rows, columns)), axis=1)
+    classes = np.ascontiguousarray(order[:, :k]).astype(np.uint16)
+    return classes, rng.normal(2, 4, classes.shape).astype(np.float32)
+
+
+def rotated(rng, batch) -> np.ndarray:
+    """Affines that turn, shear and mirror, some beyond the map."""
+    affines = rng.normal(0, 0.4, (batch, 6)).astype(np.float32)
+    affines[:, [2, 5]] += 0.5
+    return affines
+
+
+def check_warped(classes, scores, affines, num_classes, grid, cut, tolerance=2e-6):
+    expected = cpu.warped_targets(classes, scores, affines, num_classes, grid, 0.1, cut=cut)
+    out = put(np.full(expected.shape, 7, np.float32))
+    cuda.warped_targets(put(classes), put(scores), affines, num_classes, grid, 0.1, out, cut)
+    np.testing.assert_allclose(get(out), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "batch, k, rows, columns, num_classes, grid",
+    [(2, 3, 5, 7, 37, 3), (1, 1, 1, 1, 3, 2), (1, 5, 9, 9, 1000, 2), (2, 2, 3, 3, 8, 2), (1, 3, 2, 2, 3, 2), (1, 2, 13, 3, 6, 1)],
+)
+def test_targets_equal_the_cpus(batch, k, rows, columns, num_classes, grid):
+    """Boxes, some thinner than a cell, mirrored ones, rotated ones cut at the edge and not."""
+    rng = np.random.default_rng(rows * columns)
+    classes, scores = random_maps(rng, batch, k, rows, columns, num_classes)
+    size = rng.uniform(0.02, 1, (batch, 2))
+    crops = np.concatenate([rng.uniform(0, 1, (batch, 2)) * (1 - size), size], axis=1).astype(np.float32)
+    flips = np.arange(batch) % 2 == 0
+    expected = cpu.token_targets(classes, scores, crops, flips, num_classes, grid, 0.1)
+    out = put(np.full(expected.shape, 7, np.float32))
+    assert cuda.token_targets(put(classes), put(scores), put(crops), put(flips), num_classes, grid, 0.1, out) is out
+    np.testing.assert_allclose(get(out), expected, rtol=0, atol=2e-6)
+    for cut in (True, False):
+        check_warped(classes, scores, rotated(rng, batch), num_classes, grid, cut)
+
+
+@pytest.mark.parametrize("case", ["small"] if SIMULATED else ["small", "nosmooth", "rect_map", "grid24", "imagenet"])
+def test_targets_equal_the_golden_file(golden, case):
+    with np.load(golden / "token_targets.npz") as file:
+        data = {name.split(".")[1]: file[name] for name in file.files if name.startswith(case + ".")}
+    some = slice(2, 3) if SIMULATED else slice(None)  # a crop thinner than a cell
+    out = put(np.full(data["target"][some].shape, 7, np.float32))
+    cuda.token_targets(put(data["index"][some].astype(np.uint16)), put(data["scores"][some].astype(np.float32)), put(data["boxes"][some]),
+                       put(data["flip"][some]), int(data["num_classes"]), int(data["grid"]), float(data["smoothing"]), out)  # fmt: skip
+    np.testing.assert_allclose(get(out), data["target"][some], rtol=0, atol=1e-5)
+
+
+def test_targets_of_fully_listed_negative_scores():
+    """k = C: nothing is unlisted, so no class at 0 outweighs the rest."""
+    classes = np.arange(3, dtype=np.uint16).reshape(1, 3, 1, 1)
+    scores = np.array([-200.0, -201.0, -300.0], np.float32).reshape(1, 3, 1, 1)
+    out = put(np.full((1, 2, 3), 7, np.float32))
+    cuda.warped_targets(put(classes), put(scores), np.array([[1, 0, 0, 0, 1, 0]], np.float32), 3, 1, 0.0, out)
+    np.testing.assert_allclose(get(out)[0], [[1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 0]] * 2, rtol=1e-5, atol=1e-7)
+
+
+def pack_batch(rng, listed, spec) -> tuple[list[bytes], np.ndarray]:
+    """One map for each number of different classes in `listed`, encoded, and (score_min, score_step)."""
+    encoded, ranges = [], []
+    for n in listed:
+        chosen = rng.choice(spec.num_classes, n, replace=False)
+        ranks = np.argsort(rng.random((spec.height, spec.width, n)), axis=2)[:, :, : spec.k]
+        ranks.reshape(-1)[:n] = np.arange(n) if spec.k == 1 else ranks.reshape(-1)[:n]
+        record = labelmap.pack(chosen[ranks].transpose(2, 0, 1), rng.normal(2, 3, (spec.k, spec.height, spec.width)), spec)
+        encoded.append(labelmap.encode(record, spec))
+        ranges.append((record["score_min"], record["score_step"]))
+    return encoded, np.array(ranges, np.float32)
+
+
+def run_packed(encoded, ranges, affines, spec, grid, dtype=np.float32, cut=True):
+    starts = np.cumsum([0] + [len(data) for data in encoded]).astype(np.int64)
+    out = put(np.full((len(encoded), 1 + grid * grid, spec.num_classes), 7, dtype))
+    errors = put(np.zeros(len(encoded), np.int32))
+    data = put(np.frombuffer(b"".join(encoded), np.uint8))
+    cuda.packed_targets(data, put(starts), put(ranges), put(affines), spec, grid, 0.1, cut, out, errors)
+    return get(out), get(errors)
+
+
+@pytest.mark.parametrize(
+    "num_classes, listed, dtype",
+    [(640, [40, 200, 300, 600], np.float32), (37, [20, 37, 9, 5], np.float32), (37, [20, 9], np.uint16), (40, [20, 37, 5], np.uint16)],
+)
+def test_targets_from_a_betons_bytes(num_classes, listed, dtype):
+    """All three layouts; bfloat16 (uint16) rounds the same numbers once more, and has rows of 40 classes written 16 bytes at a time."""
+    rng = np.random.default_rng(num_classes)
+    side = 25 if num_classes > 600 else 5
+    spec = labelmap.MapSpec(k=1 if num_classes > 600 else 3, height=side, width=side, num_classes=num_classes)
+    encoded, ranges = pack_batch(rng, listed, spec)
+    if num_classes > 600:
+        assert {len(data) for data in encoded} == set(labelmap.encoded_sizes(spec))
+    batch = len(encoded)
+    sizes, cells = labelmap.encoded_sizes(spec), spec.cells
+    classes, scores = np.empty((batch, cells), np.uint16), np.empty((batch, cells), np.float32)
+    data = np.frombuffer(b"".join(encoded), np.uint8).copy()
+    lengths = np.array([len(part) for part in encoded], np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    low, step = ranges[:, 0].copy(), ranges[:, 1].copy()
+    assert maps.read_maps(data, starts, lengths, low, step, labelmap.LEVELS, num_classes, sizes, classes, scores) == (batch, 0)
+    shape = (batch, spec.k, spec.height, spec.width)
+    affines = rotated(rng, batch)
+    affines[::2] = [[0.6, 0, 0.3, 0, 0.4, 0.1]]
+    if num_classes > 600:
+        affines[:, [0, 1, 3, 4]] *= 0.3  # the simulator takes its time over every cell
+    grid = 1 if num_classes > 600 else 2
+    expected = cpu.warped_targets(classes.reshape(shape), scores.reshape(shape), affines, num_classes, grid, 0.1)
+    out, errors = run_packed(encoded, ranges, affines, spec, grid, dtype)
+    assert not errors.any()
+    if dtype == np.uint16:
+        rounded = torch.from_numpy(expected).bfloat16().float().numpy()
+        out = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).float().numpy()
+        np.testing.assert_allclose(out, rounded, rtol=2**-7, atol=1e-9)
+        assert (out != rounded).mean() < 0.01
+    else:
+        np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
+
+
+def test_damaged_maps_are_found_and_touch_nothing_else():
+    """Codes as `maps.expand` has them; the sample's targets are NaN, its neighbours' are right."""
+    rng = np.random.default_rng(0)
+    spec = labelmap.MapSpec(k=2, height=6, width=6, num_classes=203)
+    encoded, ranges = pack_batch(rng, [12] * 6, spec)
+    plain, sizes = 3 * spec.cells, labelmap.encoded_sizes(spec)
+    assert len(encoded[0]) == sizes[1] < plain
+    damaged = list(encoded)
+    damaged[1] = encoded[1] + b"\0"  # no layout is so long
+    bitmap = bytearray(encoded[2])
+    bitmap[25] |= 1 << 7  # class 207 of 203
+    damaged[2] = bytes(bitmap)
+    place = bytearray(encoded[3])
+    place[26 + 5] = 250
+    damaged[3] = bytes(place)
+    damaged[4] = b"\xff" * plain
+    affines = np.tile(np.array([[0.9, 0, 0.05, 0, 0.8, 0.1]], np.float32), (6, 1))
+    out, errors = run_packed(damaged, ranges, affines, spec, 2)
+    right, none = run_packed(encoded, ranges, affines, spec, 2)
+    assert not none.any() and errors.tolist() == [0, maps.BAD_SIZE, maps.BAD_BITMAP, maps.BAD_INDEX, maps.BAD_CLASS, 0]
+    for b, data in enumerate(damaged):
+        assert maps.expand(np.frombuffer(data, np.uint8).copy(), spec.num_classes, sizes, np.empty(spec.cells, np.uint16)) == errors[b]
+        assert np.isnan(out[b]).all() if errors[b] else (out[b] == right[b]).all()
+
+
+def test_a_class_beyond_the_last_is_refused():
+    classes, scores = np.full((1, 1, 1, 1), 5, np.uint16), np.zeros((1, 1, 1, 1), np.float32)
+    with pytest.raises(ValueError, match="num_classes 5"):
+        cuda.warped_targets(put(classes), put(scores), np.array([[1, 0, 0, 0, 1, 0]], np.float32), 5, 1, 0.0)
+
+
+# --- images
+
+
+def picture(rng, height, width) -> np.ndarray:
+    """Smooth with edges: where every pixel is another, one pixel's difference in a position is many levels."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / rng.uniform(3, 9) + y / rng.uniform(3, 9) + n) for n in range(3)], 2)
+    blocks = rng.integers(-60, 60, (height // 6 + 1, width // 6 + 1, 3)).repeat(6, 0).repeat(6, 1)[:height, :width]
+    return np.clip(128 + 70 * waves + blocks, 0, 255).astype(np.uint8)
+
+
+def make_batch(images, plans, size) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Decoded regions one after the other from an odd address on, REGION records, and the CPU's output."""
+    heights, widths = (np.array([image.shape[n] for image in images]) for n in (0, 1))
+    starts, stops = warp.needed(plans, heights, widths, size)
+    regions, parts, at = np.zeros(len(images), cuda.REGION), [np.zeros(3, np.uint8)], 3
+    expected = np.full((len(images), 3, size, size), 99, np.uint8)
+    for b, image in enumerate(images):
+        part = np.ascontiguousarray(image[starts[b, 0] : stops[b, 0], starts[b, 1] : stops[b, 1]])
+        regions[b] = (at, *part.shape[:2], *starts[b], *image.shape[:2])
+        parts.append(part.ravel())
+        at += part.size
+        cpu.augment(part, *starts[b], *image.shape[:2], plans[b], np.array(FILL, np.uint8), expected[b])
+    return np.concatenate(parts), regions, expected
+
+
+def augmented(pixels, regions, plans, size, out=None, **options) -> np.ndarray:
+    batch = len(plans)
+    out = put(np.full((batch, 3, size, size), 99, np.uint8) if out is None else out)
+    scratch = put(np.full(cuda.scratch_bytes(batch, size, size, bool(options)), 77, np.uint8))
+    cuda.augment(put(pixels), put(regions), put(plans), FILL, out, scratch=scratch, **options)
+    return get(out)
+
+
+def affine_plans(count, crop, interpolation, operations=()) -> np.ndarray:
+    plans = plan.of_boxes(np.array([crop] * count, float), interpolation)
+    affine = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    for n, (name, argument) in enumerate(operations):
+        affine = scalar.compose(*affine, OPS.index(name), argument)
+        plans["ops"][:, n], plans["arguments"][:, n] = OPS.index(name), argument
+    top, left, height, width = crop
+    plans["affine"] = np.array(affine) * [width, width, width, height, height, height] + [0, 0, left, 0, 0, top]
+    return plans
+
+
+def assert_close(out, expected, share=2e-3):
+    """Within a level; at the edge of the fill float32 and float64 may disagree about a pixel."""
+    off = np.abs(out.astype(int) - expected)
+    assert (off > 1).mean() <= share and off[off <= 1].mean() < 0.1, ((off > 1).mean(), off.max())
+
+
+@pytest.mark.parametrize("interpolation", [0, 1], ids=["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "crop, operations",
+    [
+        ((3, 5, 30, 40), []), ((0, 0, 1, 1), []), ((7, 2, 1, 33), []),
+        ((0, 0, 41, 57), [("TranslateX", 0.4)]), ((2, 3, 33, 41), [("TranslateY", -0.31)]), ((4, 4, 30, 44), [("Rotate", 27.0)]),
+        ((0, 0, 41, 57), [("Rotate", -80.0), ("ShearX", 0.3)]), ((9, 9, 20, 20), [("ShearY", -0.3), ("ShearX", 0.3)]),
+    ],
+)  # fmt: skip
+def test_geometry_is_the_cpus_within_a_level(crop, operations, interpolation):
+    """Small and large scales, thin crops, beyond the image; 35 pixels are more than a tile."""
+    size = 35 if not operations or operations[0][0] == "Rotate" else 13
+    plans = affine_plans(1, crop, interpolation, operations)
+    pixels, regions, expected = make_batch([picture(np.random.default_rng(1), 41, 57)], plans, size)
+    assert_close(augmented(pixels, regions, plans, size), expected)
+
+
+def test_flipped_crops():
+    rng = np.random.default_rng(2)
+    plans = plan.draw(0, 0, np.arange(3), np.full(3, 40), np.full(3, 31), plan.Augment(flip=1.0))
+    pixels, regions, expected = make_batch([picture(rng, 40, 31) for _ in range(3)], plans, 17)
+    assert_close(augmented(pixels, regions, plans, 17), expected)
+
+
+@pytest.mark.parametrize("settings", [dict(buffer=36, table=8, canvas_size=25), dict(buffer=90, table=16, canvas_size=60),
+                                      dict(buffer=3, table=1, canvas_size=25)], ids=["small", "bands", "pixel by pixel"])  # fmt: skip
+@pytest.mark.parametrize("operations", [[], [("Rotate", 30.0)]], ids=["axes", "rotated"])
+def test_what_does_not_fit_is_done_in_parts(monkeypatch, settings, operations):
+    monkeypatch.setattr(cuda_geometry, "SHOW", cuda_geometry.build(tile=8, lines=6, **settings))
+    monkeypatch.setattr(cuda_geometry, "TILE", 8)
+    plans = affine_plans(1, (1, 2, 33, 30), 1, operations)
+    pixels, regions, expected = make_batch([picture(np.random.default_rng(3), 36, 35)], plans, 9)
+    assert_close(augmented(pixels, regions, plans, 9), expected)
+
+
+def finished(images, plans, **options) -> np.ndarray:
+    """The colours' kernel on outputs as they are: plans whose box is the image at its own size."""
+    size = images.shape[2]
+    pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).ravel()
+    regions = np.zeros(len(images), cuda.REGION)
+    for b in range(len(images)):
+        regions[b] = (b * 3 * size * size, size, size, 0, 0, size, size)
+    return augmented(pixels, regions, plans, size, **options)
+
+
+def colour_plans(chains, size) -> np.ndarray:
+    plans = plan.of_boxes(np.array([[0, 0, size, size]] * len(chains), float))
+    for b, chain in enumerate(chains):
+        for n, op in enumerate(chain):
+            plans["ops"][b, n], plans["arguments"][b, n] = op, ARGUMENTS.get(op, 0.0)
+    return plans
+
+
+@pytest.mark.parametrize("size", [2, 9, 12])
+def test_colours_are_the_cpus_to_the_last_bit(size):
+    """Every operation, and chains with sharpness once and twice; 12 x 12 pixels are read four at a time, 9 x 9 one at a time."""
+    rng = np.random.default_rng(size)
+    chains = [[op] for op in COLOURS]
+    chains += [[scalar.SHARPNESS, scalar.ROTATE, scalar.SHARPNESS, scalar.EQUALIZE],
+               [scalar.SOLARIZE, scalar.COLOR, scalar.AUTO_CONTRAST, scalar.CONTRAST],
+               [scalar.BRIGHTNESS, scalar.SHARPNESS], [scalar.EQUALIZE, scalar.CONTRAST, scalar.POSTERIZE], []]  # fmt: skip
+    images = np.stack([picture(rng, size, size).transpose(2, 0, 1) for _ in chains])
+    images[2] = 77  # one value: nothing to stretch
+    plans = colour_plans(chains, size)
+    out = finished(images, plans)
+    expected = images.copy()
+    for image, record in zip(expected, plans, strict=True):
+        colour.apply(image, record["ops"], record["arguments"])
+    np.testing.assert_array_equal(out, expected)
+    assert size == 2 or (out != images).any(axis=(1, 2, 3)).sum() > 8
+
+
+@pytest.mark.parametrize("size", [6, 5])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels last"])
+def test_normalised_output(size, kind, last):
+    """(x / 255 - mean) / std of the uint8 output, rounded once."""
+    rng = np.random.default_rng(size)
+    images = np.stack([picture(rng, size, size).transpose(2, 0, 1) for _ in range(3)])
+    plans = colour_plans([[], [scalar.SHARPNESS, scalar.CONTRAST], [scalar.INVERT]], size)
+    whole = finished(images, plans)
+    shape = (3, size, size, 3) if last else (3, 3, size, size)
+    out = finished(images, plans, out=np.full(shape, 7, np.float16 if kind == torch.float16 else np.uint16), mean=MEAN, std=STD)
+    got = torch.from_numpy(out.view(np.int16)).view(kind)
+    got = got.permute(0, 3, 1, 2) if last else got
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (MEAN, STD))
+    expected = ((torch.from_numpy(whole).double() / 255 - mean) / std).float().to(kind)
+    assert torch.equal(got, expected)
+
+
+def test_full_recipe():
+    rng = np.random.default_rng(5)
+    count, size = 5, 24
+    images = [picture(rng, *rng.integers(20, 60, 2)) for _ in range(count)]
+    augment = plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25)
+    plans = plan.draw(11, 3, np.arange(count), np.array([i.shape[0] for i in images]), np.array([i.shape[1] for i in images]), augment)
+    plans["ops"][np.isin(plans["ops"], (scalar.EQUALIZE, scalar.AUTO_CONTRAST))] = scalar.INVERT  # these make many levels of one
+    pixels, regions, expected = make_batch(images, plans, size)
+    off = np.abs(augmented(pixels, regions, plans, size).astype(int) - expected)
+    assert (off > 3).mean() < 5e-3 and (off > 0).mean() < 0.1
+
+
+def test_regions_that_lack_pixels_are_not_overrun():
+    """A wrong region gives a wrong image, not a read beyond it: every byte of the source is 50, all around it are others'."""
+    plans = affine_plans(1, (0, 0, 40, 50), 1, [("Rotate", 20.0)])
+    pixels = np.full(3 * 10 * 12, 50, np.uint8)
+    regions = np.array([(0, 10, 12, 15, 20, 40, 50)], cuda.REGION)
+    out = augmented(pixels, regions, plans, 9)
+    assert out.shape == (1, 3, 9, 9)  # numpy raises for an index outside; on a GPU compute-sanitizer looks
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"mean": MEAN}, "mean and std"), ({"mean": MEAN, "std": (1, 0, 1)}, "std > 0"), ({"fill": (1, 2, 300)}, "fill"),
+     ({"out": np.zeros((1, 3, 4, 4), np.float32)}, "out must be uint8"), ({"out": np.zeros((1, 4, 4), np.uint8)}, "out must be"),
+     ({"scratch": np.zeros(3, np.uint8)}, "scratch"), ({"plans": np.zeros(1, np.float32)}, "records")],
+)  # fmt: skip
+def test_augment_refuses_what_does_not_fit(change, message):
+    arguments = dict(pixels=np.zeros(48, np.uint8), regions=np.array([(0, 4, 4, 0, 0, 4, 4)], cuda.REGION),
+                     plans=affine_plans(1, (0, 0, 4, 4), 0), fill=FILL, out=np.zeros((1, 3, 4, 4), np.uint8), scratch=np.zeros(48, np.uint8)) | change  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        cuda.augment(**{name: put(value) if isinstance(value, np.ndarray) else value for name, value in arguments.items()})
+
+
+# --- scalar maths
+
+
+def test_float32_copies_of_scalar_hold_no_double():
+    if not SIMULATED:
+        pytest.skip("compiled functions have no Python results to look at; tests/test_ptx.py looks at their code")
+    one = np.float32(1.3)
+    results = [scalar32.filter_support(one, 5, 1), scalar32.filter_centre(3, one, one, 5), scalar32.filter_weight(2, 3, one, one, 5, 1),
+               *scalar32.cubic_weights(np.float32(0.3)), scalar32.roi_point(1, 0, one, one, 14, 2), *scalar32.roi_tap(one, 5)[1:],
+               scalar32.smooth(one, np.float32(0.1), 1000)]  # fmt: skip
+    assert {type(result) for result in results} == {np.float32}
