@@ -2,12 +2,14 @@
 simulator on small odd shapes, in a process of its own (what is marked gpu there runs these functions on real sizes)."""
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from tl_fast import labelmap, plan, scalar
-from tl_fast.kernels import colour, cpu, cuda, cuda_geometry, maps, warp
+from tl_fast.kernels import colour, cpu, cuda, cuda_geometry, cuda_launch, maps, warp
 from tl_fast.kernels.cuda_device import SIMULATED, scalar32
 from tl_fast.rand_augment import OPS
 
@@ -180,6 +182,15 @@ def test_a_class_beyond_the_last_is_refused():
         cuda.warped_targets(put(classes), put(scores), np.array([[1, 0, 0, 0, 1, 0]], np.float32), 5, 1, 0.0)
 
 
+@pytest.mark.parametrize("change", [{"scores": np.zeros((1, 1, 1, 1))}, {"out": np.zeros((1, 2, 5), np.float16)}], ids=["float64", "float16"])
+def test_targets_refuse_other_numbers(change):
+    """Their bits would be taken for float32's."""
+    arrays = dict(classes=np.zeros((1, 1, 1, 1), np.uint16), scores=np.zeros((1, 1, 1, 1), np.float32), out=np.zeros((1, 2, 5), np.float32)) | change
+    with pytest.raises(ValueError, match="must be float32, got float"):
+        cuda.warped_targets(*(put(arrays[name]) for name in ("classes", "scores")), np.array([[1, 0, 0, 0, 1, 0]], np.float32), 5, 1, 0.0,
+                            put(arrays["out"]))  # fmt: skip
+
+
 # --- images
 
 
@@ -259,7 +270,8 @@ def test_flipped_crops():
                                       dict(buffer=3, table=1, canvas_size=25)], ids=["small", "bands", "pixel by pixel"])  # fmt: skip
 @pytest.mark.parametrize("operations", [[], [("Rotate", 30.0)]], ids=["axes", "rotated"])
 def test_what_does_not_fit_is_done_in_parts(monkeypatch, settings, operations):
-    monkeypatch.setattr(cuda_geometry, "SHOW", cuda_geometry.build(tile=8, lines=6, **settings))
+    show = dataclasses.replace(cuda_launch.KERNELS["images: geometry"], function=cuda_geometry.build(tile=8, lines=6, **settings))
+    monkeypatch.setitem(cuda_launch.KERNELS, "images: geometry", show)
     monkeypatch.setattr(cuda_geometry, "TILE", 8)
     plans = affine_plans(1, (1, 2, 33, 30), 1, operations)
     pixels, regions, expected = make_batch([picture(np.random.default_rng(3), 36, 35)], plans, 9)

@@ -30,7 +30,7 @@ def test_kernel_compiles_lean(name, architecture, tmp_path):
     (row,) = [row for row in kernel_figures.table() if row[:2] == (name, f"sm_{architecture[0]}{architecture[1]}")]
     assert abs(figures["registers"] - row[2]) <= SLACK and abs(figures["shared"] - row[3]) <= 256, \
         f"docs/kernels.md has {row}, ptxas {figures}: run python -m tests.kernel_figures"  # fmt: skip
-    bounds = kernel_figures.KERNELS[name][1]
+    bounds = kernel_figures.KERNELS[name].bounds
     assert kernel_figures.occupancy(figures["registers"], bounds[0]) >= bounds[1]
 
 

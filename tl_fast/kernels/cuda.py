@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import cuda
 
-from tl_fast.kernels import cuda_colour, cuda_geometry, cuda_targets
+from tl_fast.kernels import cuda_colour, cuda_geometry, cuda_launch, cuda_targets
 from tl_fast.kernels.cuda_device import SIMULATED
 from tl_fast.kernels.cuda_geometry import REGION
 from tl_fast.labelmap import MapSpec, encoded_sizes
@@ -23,7 +23,6 @@ from tl_fast.plan import PLAN
 
 SIMULATED_LANES = 8  # threads of a block in the simulator, which makes some 1,700 a second
 ROUNDS = 6  # rows that a warp makes of one sample, about: fewer and reading the map takes the time, more and the last blocks run alone
-DEFAULT_SHARED = 48 << 10  # bytes of shared memory that a block may have without asking
 
 
 def token_targets(
@@ -136,9 +135,9 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
     reach = cells_a_bin + 1
     slots = -(-k * max(reach**2, 4 * cells_a_bin**2) // 8) * 8
     lanes = SIMULATED_LANES if SIMULATED else cuda_targets.LANES
-    bounds = cuda_targets.BOUNDS
-    groups = 1 if SIMULATED else bounds[0] // lanes
-    limit = _shared_limit()
+    groups = 1 if SIMULATED else cuda_targets.GROUPS
+    name = cuda_launch.targets_name(kind, bfloat16)
+    limit = cuda_launch.shared_limit(name)
     while groups > 1 and cuda_targets.shared_bytes(groups, num_classes, slots, grid, reach, height * width) > limit:
         groups //= 2
     shared = cuda_targets.shared_bytes(groups, num_classes, slots, grid, reach, height * width)
@@ -151,40 +150,14 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
     blocks = 1 + -(-grid * grid // tokens), batch
     arguments = (source, *sizes, _flat(affines, np.float32), k, height, width, num_classes, grid, np.float32(smoothing), bool(cut), slots,
                  reach, tokens, vector, target, _flat(errors, np.int32))
-    _launch(cuda_targets.KERNELS[kind, bfloat16], bounds, blocks, (lanes, groups), stream, shared, arguments)
-
-
-def _launch(kernel: Any, bounds: tuple[int, int], blocks: tuple, threads: tuple, stream: int, shared: int, arguments: tuple) -> None:
-    compiled = _compiled(kernel, bounds)
-    handle = 0 if SIMULATED or not stream else cuda.external_stream(int(stream))
-    configured = compiled[blocks, threads, handle, shared]
-    if not SIMULATED and shared > DEFAULT_SHARED:
-        configured.pre_launch_callbacks.append(_allow_shared)
-    configured(*arguments)
-
-
-@functools.cache
-def _compiled(kernel: Any, bounds: tuple[int, int]) -> Any:
-    return cuda.jit(kernel) if SIMULATED else cuda.jit(launch_bounds=bounds)(kernel)
-
-
-def _allow_shared(kernel: Any, configuration: Any) -> None:
-    """More than 48 KB of shared memory have to be asked for, which numba-cuda does not do."""
-    from numba.cuda.cudadrv.driver import binding, driver
-
-    function = kernel._codelibrary.get_cufunc()
-    attribute = binding.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    driver.cuKernelSetAttribute(attribute, configuration.sharedmem, function.handle, function.device.id)
-
-
-def _shared_limit() -> int:
-    """Bytes of dynamic shared memory that a block may have; the kernels' own arrays take up to 2 KB."""
-    return (227 << 10 if SIMULATED else cuda.get_current_device().MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) - (2 << 10)
+    cuda_launch.launch(name, blocks, (lanes, groups), arguments, stream, shared)
 
 
 def _flat(array: Any, dtype: type) -> Any:
-    """A contiguous device array as a one-dimensional one of `dtype`, sharing its memory."""
+    """A contiguous device array as a one-dimensional one of `dtype`, which must have as many bytes or one, sharing its memory."""
     dtype = np.dtype(dtype)
+    if dtype.itemsize not in (1, array.dtype.itemsize):
+        raise ValueError(f"an array for the GPU kernels must be {dtype}, got {array.dtype}")
     if isinstance(array, torch.Tensor):  # bfloat16 is no type of the CUDA array interface
         array = array.detach()
         if not array.is_contiguous():
@@ -192,9 +165,7 @@ def _flat(array: Any, dtype: type) -> Any:
         array = array.reshape(-1).view(torch.uint8)
         array = array.numpy() if array.device.type == "cpu" else cuda.as_cuda_array(array, sync=False)
         return array.view(dtype)
-    if array.dtype.itemsize == dtype.itemsize:
-        return array.reshape(-1).view(dtype)
-    return array.reshape(-1).view(np.uint8).view(dtype)
+    return array.reshape(-1).view(dtype)
 
 
 def _pointer(array: Any) -> int:
@@ -267,13 +238,13 @@ def augment(
     tile = cuda_geometry.TILE
     blocks = -(-columns // tile), -(-rows // tile), batch
     threads = (SIMULATED_LANES, 1) if SIMULATED else (32, cuda_geometry.BOUNDS[0] // 32)
-    _launch(cuda_geometry.SHOW, cuda_geometry.BOUNDS, blocks, threads, stream, 0,
-            (_flat(pixels, np.uint8), regions, plans, *map(np.uint8, fill), rows, columns, image))  # fmt: skip
+    arguments = _flat(pixels, np.uint8), regions, plans, *map(np.uint8, fill), rows, columns, image
+    cuda_launch.launch("images: geometry", blocks, threads, arguments, stream)
     unit = 4 if rows * columns % 4 == 0 and _pointer(image) % 4 == 0 else 1
     result = _flat(out, np.uint16) if normalised else spare[:2].view(np.uint16)
-    normal = _normal(tuple(map(float, mean)), tuple(map(float, std)), kind == "float16", _device()) if normalised else result
-    _launch(cuda_colour.FINISH, cuda_colour.BOUNDS, (batch,), (SIMULATED_LANES if SIMULATED else cuda_colour.BOUNDS[0],), stream, 0,
-            (image, spare, plans, rows, columns, unit, layout, normal, result))  # fmt: skip
+    normal = _normal(tuple(map(float, mean)), tuple(map(float, std)), kind == "float16", cuda_launch.current_device()) if normalised else result
+    threads = (SIMULATED_LANES if SIMULATED else cuda_colour.BOUNDS[0],)
+    cuda_launch.launch("images: colours", (batch,), threads, (image, spare, plans, rows, columns, unit, layout, normal, result), stream)
 
 
 @functools.cache
@@ -283,10 +254,6 @@ def _normal(mean: tuple[float, ...], std: tuple[float, ...], half: bool, device:
     table = (values - torch.tensor(mean, dtype=torch.float64)[:, None]) / torch.tensor(std, dtype=torch.float64)[:, None]
     bits = table.float().to(torch.float16 if half else torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(-1)
     return bits if SIMULATED else cuda.to_device(bits)
-
-
-def _device() -> int:
-    return 0 if SIMULATED else cuda.get_current_device().id
 
 
 def _records(array: Any, dtype: np.dtype) -> Any:

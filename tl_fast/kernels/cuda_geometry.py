@@ -19,7 +19,7 @@ _filter_range, _filter_weight, _filter_support = scalar32.filter_range, scalar32
 _filter_centre, _cubic_weights = scalar32.filter_centre, scalar32.cubic_weights
 BICUBIC = scalar.BICUBIC
 
-REGION = np.dtype([("offset", "<i8"), *((name, "<i4") for name in ("rows", "columns", "top", "left", "height", "width"))])
+REGION = np.dtype([("offset", "<i8"), *((name, "<i4") for name in ("rows", "columns", "top", "left", "height", "width"))], align=True)
 """One record a sample: where its decoded pixels, uint8 [rows, columns, 3], begin in the bytes of all; which pixel of the image is their
 first; the image's size."""
 
