@@ -47,6 +47,7 @@ def token_targets(
     if len(shape) != 4 or tuple(scores.shape) != shape or tuple(crops.shape) != (shape[0], 4) or tuple(flips.shape) != (shape[0],):
         raise ValueError(f"classes and scores must be [B, k, H, W], crops [B, 4] and flips [B]; got {shape}, {tuple(scores.shape)}, "
                          f"{tuple(crops.shape)}, {tuple(flips.shape)}")
+    cuda.synchronize()  # crops and flips may still be on their way, on any stream
     crops, flips = to_host(_flat(crops, np.float32)).reshape(-1, 4), to_host(_flat(flips, np.bool_))
     if not np.isfinite(crops).all() or (crops[:, 2:] <= 0).any():
         raise ValueError("crops must be finite with height and width > 0 (fractions of the label map)")
@@ -76,7 +77,9 @@ def warped_targets(
     if isinstance(affines, np.ndarray):
         affines = cuda.to_device(np.ascontiguousarray(affines, np.float32))
     source = _flat(classes, np.uint16), _flat(scores, np.float32)
+    cuda.synchronize()  # uploads go on the default stream, for which torch's streams do not wait, nor it for them
     _launch_targets("arrays", source, (0, 0), affines, (k, height, width, num_classes), grid, smoothing, cut, out, errors, stream)
+    cuda.synchronize()
     wrong = np.flatnonzero(errors.copy_to_host())
     if len(wrong):
         raise ValueError(f"the label map of sample {wrong[0]} holds a class >= num_classes {num_classes}")
@@ -251,9 +254,13 @@ def augment(
 def _normal(mean: tuple[float, ...], std: tuple[float, ...], half: bool, device: int) -> Any:
     """(value / 255 - mean) / std of each channel and value, the bits of float16 or bfloat16 -> uint16 [3 256] on the device."""
     values = torch.arange(256, dtype=torch.float64) / 255
-    table = (values - torch.tensor(mean, dtype=torch.float64)[:, None]) / torch.tensor(std, dtype=torch.float64)[:, None]
-    bits = table.float().to(torch.float16 if half else torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(-1)
-    return bits if SIMULATED else cuda.to_device(bits)
+    normal = (values - torch.tensor(mean, dtype=torch.float64)[:, None]) / torch.tensor(std, dtype=torch.float64)[:, None]
+    bits = normal.float().to(torch.float16 if half else torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(-1)
+    if SIMULATED:
+        return bits
+    table = cuda.to_device(bits)
+    cuda.synchronize()  # once: the kernels' stream does not wait for the default one
+    return table
 
 
 def _records(array: Any, dtype: np.dtype) -> Any:
