@@ -169,11 +169,12 @@ def test_damaged_maps_are_found_and_touch_nothing_else():
     damaged[4] = b"\xff" * plain
     affines = np.tile(np.array([[0.9, 0, 0.05, 0, 0.8, 0.1]], np.float32), (6, 1))
     out, errors = run_packed(damaged, ranges, affines, spec, 2)
-    right, none = run_packed(encoded, ranges, affines, spec, 2)
+    ends = [0, 5]
+    right, none = run_packed([encoded[b] for b in ends], ranges[ends], affines[ends], spec, 2)
     assert not none.any() and errors.tolist() == [0, maps.BAD_SIZE, maps.BAD_BITMAP, maps.BAD_INDEX, maps.BAD_CLASS, 0]
     for b, data in enumerate(damaged):
         assert maps.expand(np.frombuffer(data, np.uint8).copy(), spec.num_classes, sizes, np.empty(spec.cells, np.uint16)) == errors[b]
-        assert np.isnan(out[b]).all() if errors[b] else (out[b] == right[b]).all()
+        assert np.isnan(out[b]).all() if errors[b] else (out[b] == right[ends.index(b)]).all()
 
 
 def test_a_class_beyond_the_last_is_refused():
