@@ -31,10 +31,10 @@ PATIENCE = 60  # seconds: "within a minute"
 
 @dataclass(frozen=True)
 class Blow:
-    """A signal that rank `rank` sends itself at the `count`-th time that it comes by a moment."""
+    """A signal that rank `rank` sends itself at the `count`-th time that it comes by a moment; None: "reading images" then gives NaN."""
 
     moment: str
-    number: signal.Signals
+    number: signal.Signals | None
     rank: int
     count: int
 
@@ -78,6 +78,14 @@ def strike(blow: Blow) -> None:
         before(shutil, "rmtree", lambda path, *_, **__: Path(path).name.startswith(".tmp-step-"))
     elif blow.moment == "writing the log":
         before(training.RunLog, "row")
+    elif blow.moment == "reading images":  # no signal: images that are not numbers
+        original = training.Normalise.forward
+
+        def forward(self, images):
+            left[0] -= 1
+            return original(self, images) * (float("nan") if left[0] == 0 else 1)
+
+        training.Normalise.forward = forward
     elif blow.moment == "in validation":
         original = stopping.Agreement.until_stopped
 

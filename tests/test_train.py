@@ -148,6 +148,9 @@ def test_without_token_labels_only_the_class_token_learns(tiny, betons):
         ({"batch_size": 512}, "512"),
         ({"model": "resnet_of_dreams"}, "resnet_of_dreams.*lvvit_t"),
         ({"model_kwargs": {"embed_width": 3}}, "embed_width"),
+        ({"batch_size": 16, "accumulate": 16}, "mix_token mixes .* leaves one"),
+        pytest.param({"device": "auto", "sync_bn": True}, "sync_bn needs GPUs.* device is cpu",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),
     ],
 )
 def test_what_does_not_fit_is_refused_at_the_start(tiny, betons, changes, named):
@@ -317,3 +320,52 @@ def test_erasing_reaches_the_network(tiny, monkeypatch):
             assert height > 0 and width > 0
             changed = (old != new).any(0)
             assert changed[top : top + height, left : left + width].all() and changed.sum() == height * width
+
+
+def test_checkpoints_by_the_clock_change_nothing(tiny):
+    """A checkpoint after every step (0 minutes) and one in 15 minutes: the same weights; what they hold is a place to continue from."""
+    seldom, often = training.train(tiny("seldom")), training.train(tiny("often", checkpoint_minutes=0.0, keep=100))
+    expected, found = weights(seldom["checkpoint"]), weights(often["checkpoint"])
+    assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+    kept = checkpoint.checkpoints(Path(often["checkpoint"]).parent)
+    assert [checkpoint.read_meta(path)["global_step"] for path in kept] == list(range(1, seldom["steps"] + 1))
+    assert len(checkpoint.checkpoints(Path(seldom["checkpoint"]).parent)) == 3
+    elsewhere = training.train(tiny("elsewhere", resume=str(kept[6])))
+    assert not [name for name in expected if not torch.equal(expected[name], weights(elsewhere["checkpoint"])[name])]
+
+
+def test_the_record_of_a_run(tiny):
+    """Recipe, versions and commit of every start; a fresh start begins a new record."""
+    config = tiny(max_steps=1)
+    training.train(config)
+    training.train(dataclasses.replace(config, max_steps=2, resume="auto"))
+    first, second = json.loads((Path(config.output_dir) / "run.json").read_text())["starts"]
+    assert (first["step"], second["step"]) == (0, 1)
+    assert second["config"]["max_steps"] == 2 and second["config"]["num_classes"] == 4 and second["versions"]["torch"] == torch.__version__
+    described = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    head = described.stdout.strip() if (ROOT / ".git").exists() and described.returncode == 0 else None
+    assert (first["versions"]["commit"] or "").removesuffix("-dirty") == (head or "")
+    meta = checkpoint.read_meta(checkpoint.latest(Path(config.output_dir) / "checkpoints"))
+    assert meta["versions"] == second["versions"] and meta["config"] == second["config"]
+
+
+def test_deterministic_mode_is_on_during_the_run_alone(tiny, monkeypatch):
+    seen, original = [], training.seed_step
+
+    def spy(*arguments):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic))
+        original(*arguments)
+
+    monkeypatch.setattr(training, "seed_step", spy)
+    plain = training.train(tiny("plain", max_steps=2))
+    exact = training.train(tiny("exact", max_steps=2, deterministic=True))
+    assert seen == [(False, False)] * 2 + [(True, True)] * 2 and not torch.are_deterministic_algorithms_enabled()
+    assert plain["loss"] == exact["loss"]
+
+
+def test_loss_terms_are_means_of_the_window(tiny):
+    single = [row for row in read_rows(Path(training.train(tiny("single", max_steps=4))["metrics"]))]
+    row = read_rows(Path(training.train(tiny("window", max_steps=4, log_every=4))["metrics"]))[-1]
+    for name in ("loss", "class_loss", "token_loss", "grad_norm"):
+        assert row[name] == pytest.approx(sum(r[name] for r in single) / 4, rel=1e-6)
+    assert len({r["token_loss"] for r in single}) == 4

@@ -90,7 +90,7 @@ class Meter:
         timing = {"lr": self._seen[-1][2], "images_per_second": images / seconds, "data_wait": self._waited / seconds}
         window = self._combined()
         good = window[:, _BAD] == 0
-        sums = torch.where(good[:, None], window[:, :_BAD], 0).sum(0, dtype=torch.float64) / good.sum().clamp(min=1)
+        sums = torch.where(good[:, None], window[:, :_BAD], 0).sum(0, dtype=torch.float64) / good.sum()
         values, event = torch.cat((self.ranks.sum(sums) / self.ranks.world_size, window.double().flatten())), None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -111,15 +111,17 @@ class Meter:
         loss, norm, of_class, of_tokens, *window = values.tolist()
         if not self._at_once:
             self._judge_all(seen, window)
-        self.row = {"loss": loss, "class_loss": of_class, "token_loss": of_tokens, "grad_norm": norm, **timing}
-        if self.guard.skips:
-            self.row["skipped"] = self.guard.skipped
+        bad = int(sum(window[_BAD::5]))
+        means = {"loss": loss, "class_loss": of_class, "token_loss": of_tokens, "grad_norm": norm}
+        self.row = (means if bad < len(seen) else {}) | timing | ({"skipped": bad} if self.guard.skips else {})
         step, epoch, *_ = seen[-1]
         log.row("train", step + 1, epoch, self.row,
                 f"loss {loss:.4f}, {timing['images_per_second']:.0f} images/s, data wait {timing['data_wait']:.0%}, lr {timing['lr']:.2e}")
 
-    def check(self) -> None:
-        """Within a window, wait for the device and hand steps that were not finite to the guard, before their weights are saved."""
+    def check(self, log: RunLog) -> None:
+        """Before weights are saved within a window: wait for the device, write what `report` would write later, which a run that continues from
+        those weights would miss, and hand steps that were not finite to the guard."""
+        self.report(log)
         if not self._at_once and not self.guard.skips and self._window:
             self._judge_all(self._seen, self._combined().flatten().tolist())
 

@@ -184,7 +184,7 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
                     due = agreement.after_step() or config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
                     if due and step_in_epoch < steps_per_epoch and step < end and not agreement.stop:
                         with meter.paused():
-                            meter.check()
+                            meter.check(log)
                             save(validated=False)
                             saved = step
             meter.close(step)
@@ -209,10 +209,15 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
 
 
 def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | None]:
-    """The training and validation loaders of this rank. Raises ValueError when the global batch cannot be split, FileNotFoundError."""
+    """The training and validation loaders of this rank. Raises ValueError when settings do not fit the number or kind of ranks, FileNotFoundError."""
     per_rank, rest = divmod(config.batch_size, ranks.world_size * config.accumulate)
     if rest:
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of {ranks.world_size} ranks x accumulate {config.accumulate}")
+    if per_rank == 1 and config.mix_token:
+        raise ValueError(f"mix_token mixes the images of a rank's pass, and batch_size {config.batch_size} over {ranks.world_size} ranks x accumulate "
+                         f"{config.accumulate} leaves one: raise batch_size, or set mix_token false")
+    if config.sync_bn and ranks.device.type != "cuda":
+        raise ValueError(f"sync_bn needs GPUs (torch's SyncBatchNorm has no CPU version): device is {ranks.device.type}")
     common = dict(image_size=config.img_size, grid=config.grid, seed=config.seed, threads=config.threads, decode=config.decode,
                   device=ranks.device, rank=ranks.rank, world_size=ranks.world_size)
     train_loader = Loader(config.train_data, per_rank, augment=config.augment, geometry=config.geometry, smoothing=config.smoothing,
