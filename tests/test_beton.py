@@ -150,8 +150,11 @@ def collect(make_loader, seconds: float = 120) -> list[tuple[np.ndarray, ...]]:
 @pytest.mark.parametrize("cache", ["os", "process"])
 def test_stock_ffcv_loader_reads_image_label_and_map(written: Path, jpegs: list[bytes], cache: str) -> None:
     ffcv = pytest.importorskip("ffcv")
+    import numba
+
     from tl_fast.ffcv_field import LabelMapField
 
+    shared = numba.uint8[::1], numba.uint8[:, ::1], numba.uint64[::1], numba.uint32[::1]  # numba's own objects, for the whole process
     options = {
         "os": {"os_cache": True, "order": ffcv.loader.OrderOption.SEQUENTIAL},
         "process": {"os_cache": False, "order": ffcv.loader.OrderOption.QUASI_RANDOM},
@@ -178,6 +181,7 @@ def test_stock_ffcv_loader_reads_image_label_and_map(written: Path, jpegs: list[
         # ffcv decodes with libjpeg's fast DCT: at quality 90 measured up to 8 levels from Pillow's exact one, mean 0.95 (75: 5, 95: 20)
         difference = np.abs(image.astype(int) - np.asarray(Image.open(io.BytesIO(data))))
         assert difference.max() <= 10 and difference.mean() < 2
+    assert all(kind.mutable for kind in shared), "ffcv marked numba's types as read-only"
 
 
 AFTER_THE_READER = """

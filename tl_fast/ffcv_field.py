@@ -8,21 +8,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numba
 import numpy as np
 from ffcv.fields.base import ARG_TYPE, Field
+from ffcv.memory_managers import OSCacheManager, ProcessCacheManager
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
+from numba import types
 
 from tl_fast.beton_layout import LABEL_MAP, spec_from_arguments, spec_to_arguments
-from tl_fast.kernels import maps
+from tl_fast.kernels.maps import expand
 from tl_fast.labelmap import LEVELS, MapSpec, encode, encoded_sizes
 
-# A copy of its own: where the reader has compiled the shared one for other types in the same process, numba's type inference of
-# ffcv's pipeline, in which `sizes` is a tuple of literals, does not come to an end.
-expand = numba.njit(nogil=True)(maps.expand.py_func)
+# ffcv 1.0.2 declares the memory it reads from by setting `mutable = False` on numba's own type objects, which are keys of every table of
+# compiled functions in the process. Others that use the same types then fail with "Cannot modify readonly array" or KeyError, or their
+# type inference does not end. These declare the same without touching them.
+_READ_ONLY = types.Array(types.uint8, 1, "C", readonly=True)
+
+
+def _compile_os_cache_reader(manager: OSCacheManager) -> Callable:
+    def read(address, mem_state):
+        size = mem_state[2][np.searchsorted(mem_state[1], address)]
+        return mem_state[0][address : address + size]
+
+    return Compiler.compile(read, _READ_ONLY(types.uint64, manager.state_type))
+
+
+OSCacheManager.state_type = property(lambda manager: types.Tuple([_READ_ONLY, *[types.uint64[::1]] * 2]))
+OSCacheManager.compile_reader = _compile_os_cache_reader
+ProcessCacheManager.state_type = property(
+    lambda manager: types.Tuple([types.uint8[:, ::1], *[types.uint64[::1]] * 2, types.uint32[::1]])
+)
 
 
 class LabelMapDecoder(Operation):
