@@ -114,6 +114,20 @@ def test_token_targets_of_fully_listed_negative_scores():
     np.testing.assert_allclose(targets[0, 0], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("num_classes", [255, 256, 257, 271])
+def test_rows_written_past_the_caches_end_where_they_should(num_classes):
+    rng = np.random.default_rng(num_classes)
+    classes, scores = random_maps(rng, 2, 3, 4, 4, num_classes)
+    crops, flips = random_crops(rng, 2), np.array([False, True])
+    expected = reference.token_targets(classes, scores, crops, flips, num_classes, 2, 0.1)
+    for before in range(17):  # floats between the array's beginning and a cache line's
+        memory = np.full(before + expected.size + 20, 7, np.float32)
+        out = memory[before : before + expected.size].reshape(expected.shape)
+        cpu.token_targets(classes, scores, crops, flips, num_classes, 2, 0.1, out)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
+        assert (memory[:before] == 7).all() and (memory[before + expected.size :] == 7).all()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -127,6 +141,7 @@ def test_token_targets_of_fully_listed_negative_scores():
         ({"smoothing": 1.0}, "smoothing"),
         ({"grid": 0}, "grid"),
         ({"out": np.empty((1, 5, 4), np.float32)}, "out must be"),
+        ({"out": np.empty((1, 5, 10), np.float32)[:, :, ::2]}, "contiguous"),
     ],
 )
 def test_token_targets_refuse_what_does_not_fit(change, message):

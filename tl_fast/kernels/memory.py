@@ -24,15 +24,19 @@ def address(typingctx, array):
     return types.uint64(array), generate
 
 
-def _load(kind: types.Integer, swapped: bool = False) -> Callable:
+def _raw(kind: types.Type) -> ir.Type:
+    return ir.FloatType() if kind == types.float32 else ir.IntType(kind.bitwidth)
+
+
+def _load(kind: types.Type, swapped: bool = False) -> Callable:
     @intrinsic
     def load(typingctx, start, index):
         """Element `index` of the numbers from address `start` on; both uint64."""
 
         def generate(context, builder, signature, arguments):
-            pointer = builder.inttoptr(arguments[0], ir.IntType(8 if swapped else kind.bitwidth).as_pointer())
+            pointer = builder.inttoptr(arguments[0], (ir.IntType(8) if swapped else _raw(kind)).as_pointer())
             place = builder.gep(pointer, [arguments[1]])
-            value = builder.load(builder.bitcast(place, ir.IntType(kind.bitwidth).as_pointer()), align=1 if swapped else kind.bitwidth // 8)
+            value = builder.load(builder.bitcast(place, _raw(kind).as_pointer()), align=1 if swapped else kind.bitwidth // 8)
             return builder.bswap(value) if swapped else value
 
         return kind(types.uint64, types.uint64), generate
@@ -40,26 +44,58 @@ def _load(kind: types.Integer, swapped: bool = False) -> Callable:
     return load
 
 
-load_uint8, load_int16, load_uint64 = (_load(kind) for kind in (types.uint8, types.int16, types.uint64))
+load_uint8, load_int16, load_uint16, load_uint64 = (_load(kind) for kind in (types.uint8, types.int16, types.uint16, types.uint64))
+load_float32 = _load(types.float32)
 load_big = _load(types.uint64, swapped=True)  # the eight bytes from byte `index` on, the first one highest
 
 
-def _store(bits: int) -> Callable:
+def _store(kind: types.Type) -> Callable:
+    taken = kind if kind == types.float32 else types.uint64
+
     @intrinsic
     def store(typingctx, start, index, value):
-        """Set element `index` of the numbers from address `start` on to the lowest bits of `value`; all uint64."""
+        """Set element `index` of the numbers from address `start` on to `value`, of integers (uint64) the lowest bits; start, index: uint64."""
 
         def generate(context, builder, signature, arguments):
-            place = builder.gep(builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer()), [arguments[1]])
-            builder.store(builder.trunc(arguments[2], ir.IntType(bits)), place, align=bits // 8)
+            place = builder.gep(builder.inttoptr(arguments[0], _raw(kind).as_pointer()), [arguments[1]])
+            value = arguments[2] if taken == kind else builder.trunc(arguments[2], _raw(kind))
+            builder.store(value, place, align=kind.bitwidth // 8)
             return context.get_dummy_value()
 
-        return types.void(types.uint64, types.uint64, types.uint64), generate
+        return types.void(types.uint64, types.uint64, taken), generate
 
     return store
 
 
-store_uint8, store_int16 = _store(8), _store(16)
+store_uint8, store_int16, store_uint16, store_float32 = (_store(kind) for kind in (types.uint8, types.int16, types.uint16, types.float32))
+
+
+@intrinsic
+def copy_past_caches(typingctx, source, target):
+    """Copy 64 bytes; target, a multiple of 64, is written without being read first and without a place in the caches. Both uint64.
+
+    Such writes may reach other cores late: `publish` before another thread is told of them.
+    """
+
+    def generate(context, builder, signature, arguments):
+        line = ir.VectorType(ir.IntType(32), 16).as_pointer()
+        data = builder.load(builder.inttoptr(arguments[0], line), align=4)
+        store = builder.store(data, builder.inttoptr(arguments[1], line), align=64)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64), generate
+
+
+@intrinsic
+def publish(typingctx):
+    """All writes before this are seen by whoever sees a write after it, those past the caches included."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic
