@@ -30,7 +30,8 @@ def draw(panels: dict[str, list[dict]], path: Path, *, title: str, footer: str) 
         canvas.text((x * SCALE, y * SCALE), words, colour, fonts[font], anchor)
 
     def box(left: float, top: float, right: float, bottom: float, colour: tuple[int, int, int]) -> None:
-        canvas.rectangle((left * SCALE, top * SCALE, right * SCALE - 1, bottom * SCALE - 1), colour)
+        left, top, right, bottom = (round(value * SCALE) for value in (left, top, right, bottom))
+        canvas.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), colour)  # at least a pixel
 
     text(MARGIN, MARGIN + 8, title, "title")
     y = MARGIN + 40
