@@ -64,11 +64,11 @@ def _add_cell(classes, scores, cell, cells, k, weight, total, listed, n):
     for _ in range(k):
         c = np.uint64(memory.load_uint16(classes, cell))
         before = memory.load_float32(total, c)
-        # NaN marks a class not met yet in this bin (scores are finite), so no second array is needed.
-        if before != before:
-            before = np.float32(0.0)
-            memory.store_uint16(listed, n, c)
-            n += np.uint64(1)
+        # NaN marks a class not met yet in this bin (scores are finite), so no second array is needed; no branch, which would be guessed wrongly.
+        fresh = before != before
+        memory.store_uint16(listed, n, c)
+        n += U(fresh)
+        before = np.float32(0.0) if fresh else before
         memory.store_float32(total, c, before + weight * memory.load_float32(scores, cell))
         cell += cells
     return n
@@ -188,7 +188,7 @@ def write(classes, scores, affines, num_classes, grid, smoothing, cut, out):
     """Token targets of samples, as `cpu.warped_targets` describes them; its arguments, checked and contiguous. out: float32 [B, 1 + grid**2, C]."""
     k, rows, columns = classes.shape[1], classes.shape[2], classes.shape[3]
     total = np.full(num_classes, np.float32(np.nan), np.float32)
-    listed = np.empty(num_classes, np.uint16)
+    listed = np.empty(num_classes + 1, np.uint16)  # one beyond the last is written before it is known to be new
     row = np.empty(num_classes, np.float32)
     work = memory.address(total), memory.address(listed), memory.address(row) if num_classes >= PAST_CACHES else U(0)
     sample_bytes = U(4 * (1 + grid * grid) * num_classes)
