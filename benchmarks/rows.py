@@ -6,11 +6,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,8 +30,27 @@ def measure(contenders: dict[str, Callable[[int], int]], rounds: int) -> dict[st
 
 
 def commit() -> str:
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return described.stdout.strip() or "unknown"
+    """Of this checkout; where it is a copy without .git, or git is missing, the environment's TLFAST_COMMIT or 'unknown'."""
+    if named := os.environ.get("TLFAST_COMMIT"):
+        return named
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        described = ""
+    return described or "unknown"
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th percentile, the median and the 80th, to five digits."""
+    p20, median, p80 = (float(f"{value:.5g}") for value in np.percentile(values, (20, 50, 80)))
+    return p20, median, p80
 
 
 def newest_runs(results: Path) -> dict[str, list[dict]]:
@@ -45,25 +65,26 @@ def newest_runs(results: Path) -> dict[str, list[dict]]:
 
 def write_rows(
     results: Path, benchmark: str, rates: dict[str, list[float]], unit: str, packages: Sequence[str], *,
-    details: dict[str, dict] | None = None, device: str | None = None, **facts: object
+    details: dict[str, dict] | None = None, device: str | None = None, run: datetime.datetime | None = None, **facts: object
 ) -> list[dict]:  # fmt: skip
     """Append one row a contender to `results` and print it. facts: what was measured on; details: further columns by contender; device: what
-    did the work, if not all of the CPU."""
+    did the work, if not all of the CPU; run: when the run began that these rows are of, if others of its rows are written by other calls."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now().astimezone()
+    now = run or datetime.datetime.now().astimezone()
+    spread = {name: percentiles(values) for name, values in rates.items()}
     rows = [
         {
             "benchmark": benchmark,
             "contender": name,
             "unit": unit,
-            "median": round(statistics.median(values), 1),
+            **dict(zip(("p20", "median", "p80"), spread[name])),
             "min": round(min(values), 1),
             "max": round(max(values), 1),
             "rounds": len(values),
             **facts,
             **(details or {}).get(name, {}),
             "device": device or f"{os.cpu_count()} x {platform.machine()} CPU",
-            "versions": {package: importlib.metadata.version(package) for package in packages},
+            "versions": {package: version(package) for package in packages},
             "commit": commit(),
             "date": now.date().isoformat(),
             "run": now.isoformat(timespec="seconds"),

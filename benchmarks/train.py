@@ -4,8 +4,9 @@
     python benchmarks/train.py --models lvvit_s:224 --batch 256 --beton train.beton
     python benchmarks/train.py --table
 
-Every contender is a process of its own, and all take turns, a round of --steps steps at a time, in the same run. Synthetic batches lie on
-the device; --beton adds a contender that is fed by the loader, decoding and targets included. A step is what train.py does: normalise,
+Every contender is a process of its own. On the CPU all take turns, a round of --steps steps at a time; on a GPU, whose memory holds one, each makes
+all its rounds before the next one starts, and one that fails costs its own rows alone. Synthetic batches lie on the device; --beton adds a contender
+that is fed by the loader, decoding and targets included, on a GPU by the loader's half there. A step is what train.py does: normalise,
 forward, loss, backward, clipping, AdamW, moving average, a MixToken box of its own; the published one does not clip, and reads its loss on the host.
 Weights are float32, on a GPU autocast to bfloat16, for all. Our processes keep malloc's memory, as train.py does; the published
 style runs with and without that. Times of a step are split by the clock, on a GPU by events; MFU is counted FLOPs (matrix products and
@@ -15,6 +16,9 @@ Appends one row a contender to benchmarks/results/train.jsonl.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import itertools
 import json
 import os
 import resource
@@ -55,6 +59,7 @@ CPU_CONTENDERS = ("tl_fast, compiled", "tl_fast, eager", "published style, eager
 GPU_CONTENDERS = ("tl_fast, compiled", "tl_fast, compiled, CUDA graphs", "tl_fast, eager", "published style, eager",
                   "published style, compiled")
 DENSE_WEIGHT, DROP_PATH, CLIP, DECAY = 0.5, 0.1, 1.0, 0.99992
+PACKAGES = ("torch", "timm", "numba", "numba-cuda", "nvidia-dali-cuda130", "numpy")
 
 
 class Clock:
@@ -148,13 +153,12 @@ class Published:
         loss.item()
 
 
-def batches(loader: Loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    epoch = 0
-    while True:
+def batches(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches without end; they lie on its device."""
+    for epoch in itertools.count():
         loader.set_epoch(epoch)
         for batch in loader:
-            yield batch.images.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
-        epoch += 1
+            yield batch.images, batch.targets
 
 
 def work(options: argparse.Namespace) -> None:
@@ -166,10 +170,10 @@ def work(options: argparse.Namespace) -> None:
         if options.worker.startswith("tl_fast") or "keeps memory" in options.worker:
             reuse_memory()
     torch.manual_seed(0), np.random.seed(0)
-    feed = None
+    loader = feed = None
     if options.worker == FED:
-        loader = Loader(options.beton, options.batch, image_size=options.size, grid=options.size // 16, threads=options.loader_threads)
-        options.classes, feed = loader.num_classes, batches(loader, device)
+        loader = Loader(options.beton, options.batch, image_size=options.size, grid=options.size // 16, threads=options.loader_threads, device=device)
+        options.classes, feed = loader.num_classes, batches(loader)
     model = timm.create_model(options.model, img_size=options.size, num_classes=options.classes, drop_path_rate=DROP_PATH).train()
     side = (Ours if options.worker.startswith("tl_fast") else Published)(model, options.worker, options, device)
     data = None if feed else side.synthetic(options)
@@ -198,8 +202,13 @@ def work(options: argparse.Namespace) -> None:
     print("ready", file=answers, flush=True)
     for _ in sys.stdin:
         figures = run(options.steps)
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(figures | {"memory": memory, "recompiled": counters["unique_graphs"] - graphs}), file=answers, flush=True)
+        figures["memory"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        figures["recompiled"] = counters["unique_graphs"] - graphs
+        if loader is not None:
+            figures["decode"] = loader.decode
+        print(json.dumps(figures), file=answers, flush=True)
+    if loader is not None:
+        loader.close()
 
 
 def flops(model: str, size: int, classes: int) -> int:
@@ -229,8 +238,50 @@ def peak(device: str) -> tuple[float, str]:
     return 2 * 2048**3 / best, "measured: a 2048 x 2048 matrix product"
 
 
-def compare(model: str, size: int, options: argparse.Namespace) -> None:
-    """All contenders in turns on one model; writes their rows."""
+class Contender:
+    """A process that answers with the figures of a round whenever it is asked for one."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name, self.process = name, subprocess.Popen([*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Contender:
+        if self.process.stdout.readline() != "ready\n":
+            self.__exit__()
+            raise RuntimeError(f"{self.name} ended before its first round, with its error above")
+        return self
+
+    def round(self) -> dict:
+        try:
+            print("round", file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # there will be no answer
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.name} ended in a round, with its error above")
+        return json.loads(answer)
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def measured(names: list[str], command: list[str], rounds: int, together: bool, failed: list[str]) -> Iterator[dict[str, list[dict]]]:
+    """Figures of all contenders' rounds, of all at once (taking turns) or, when not `together`, of one after the other. Those beside which one failed
+    are left out; what happened is added to `failed`."""
+    for group in [names] if together else [[name] for name in names]:
+        with contextlib.ExitStack() as stack:
+            try:
+                workers = [stack.enter_context(Contender(name, command)) for name in group]
+                turns = [[worker.round() for worker in workers] for _ in range(rounds)]
+            except RuntimeError as error:
+                failed.append(str(error))
+                continue
+        yield dict(zip(group, map(list, zip(*turns))))
+
+
+def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
+    """All contenders on one model; writes their rows and returns which failed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     torch.set_num_threads(options.threads)
     names = options.contenders or list(GPU_CONTENDERS if gpu else CPU_CONTENDERS) + [FED] * bool(options.beton)
@@ -238,48 +289,36 @@ def compare(model: str, size: int, options: argparse.Namespace) -> None:
     for flag in ("batch", "steps", "warm_up", "threads", "classes", "loader_threads", "beton"):
         if getattr(options, flag) is not None:
             command += [f"--{flag.replace('_', '-')}", str(getattr(options, flag))]
-    workers: dict[str, subprocess.Popen] = {}
-    try:
-        for name in names:
-            workers[name] = subprocess.Popen([*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            if workers[name].stdout.readline() != "ready\n":
-                raise RuntimeError(f"{name} ended before its first round, with its error above")
-        rounds: dict[str, list[dict]] = {name: [] for name in names}
-        for _ in range(options.rounds):
-            for name, worker in workers.items():
-                print("round", file=worker.stdin, flush=True)
-                answer = worker.stdout.readline()
-                if not answer:
-                    raise RuntimeError(f"{name} ended in a round, with its error above")
-                rounds[name].append(json.loads(answer))
-    finally:
-        for worker in workers.values():
-            worker.stdin.close()
-            worker.wait()
-    images = options.batch * options.steps
-    rates = {name: [images / figures["seconds"] for figures in rounds[name]] for name in names}
     top, source = peak(gpu or "")
+    torch.cuda.empty_cache()  # of the matrices: the contenders need the memory
     per_image = flops(model, size, options.classes)
-    details = {}
-    for name in names:
-        phases = [statistics.median(1e3 * figures["phases"][i] / options.steps for figures in rounds[name]) for i in range(len(PHASES))]
-        details[name] = {
-            "ms": dict(zip(PHASES, (round(ms, 2) for ms in phases))),
-            "mfu": round(statistics.median(rates[name]) * per_image / top, 4),
-            "memory_mb": rounds[name][-1]["memory"] // 1_000_000,
-            "recompiled": rounds[name][-1]["recompiled"],
-        }
     device = f"1 x {gpu}" if gpu else f"{options.threads} threads of {os.cpu_count()} x CPU"
-    rows = write_rows(
-        options.results, "train", rates, "images/s", ("torch", "timm"), details=details, model=model, size=size, batch=options.batch,
-        classes=options.classes, gflop_per_image=round(per_image / 1e9, 2), peak_tflops=round(top / 1e12, 3), peak_source=source,
-        device=device,
-    )  # fmt: skip
-    ours = next((row for row in rows if row["contender"] == "tl_fast, compiled"), rows[0])
-    for row in rows:
-        split = ", ".join(f"{phase} {ms:.1f}" for phase, ms in row["ms"].items())
-        print(f"{ours['median'] / row['median']:6.2f} times: {ours['contender']} / {row['contender']}; ms {split}; MFU {row['mfu']:.1%}; "
-              f"{row['memory_mb']:,} MB; recompiled {row['recompiled']}")
+    images, begun = options.batch * options.steps, datetime.datetime.now().astimezone()
+    rows: list[dict] = []
+    failed: list[str] = []
+    for rounds in measured(names, command, options.rounds, gpu is None, failed):
+        rates = {name: [images / figures["seconds"] for figures in turns] for name, turns in rounds.items()}
+        details = {}
+        for name, turns in rounds.items():
+            phases = [statistics.median(1e3 * figures["phases"][i] / options.steps for figures in turns) for i in range(len(PHASES))]
+            details[name] = {
+                "ms": dict(zip(PHASES, (round(ms, 2) for ms in phases))),
+                "mfu": round(statistics.median(rates[name]) * per_image / top, 4),
+                "memory_mb": turns[-1]["memory"] // 1_000_000,
+                "recompiled": turns[-1]["recompiled"],
+                **({"decode": turns[-1]["decode"]} if "decode" in turns[-1] else {}),
+            }
+        rows += write_rows(
+            options.results, "train", rates, "images/s", PACKAGES, details=details, run=begun, model=model, size=size, batch=options.batch,
+            classes=options.classes, gflop_per_image=round(per_image / 1e9, 2), peak_tflops=round(top / 1e12, 3), peak_source=source,
+            device=device,
+        )  # fmt: skip
+        ours = next((row for row in rows if row["contender"] == "tl_fast, compiled"), rows[0])
+        for row in rows[-len(rounds) :]:
+            split = ", ".join(f"{phase} {ms:.1f}" for phase, ms in row["ms"].items())
+            print(f"{ours['median'] / row['median']:6.2f} times: {ours['contender']} / {row['contender']}; ms {split}; MFU {row['mfu']:.1%}; "
+                  f"{row['memory_mb']:,} MB; recompiled {row['recompiled']}", flush=True)
+    return failed
 
 
 def table(results: Path) -> str:
@@ -324,8 +363,11 @@ def main() -> None:
     elif options.worker:
         work(options)
     else:
+        failed = []
         for model, size in (name.split(":") for name in options.models):
-            compare(model, int(size), options)
+            failed += [f"{model} at {size} px: {reason}" for reason in compare(model, int(size), options)]
+        if failed:
+            raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":
