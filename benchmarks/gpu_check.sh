@@ -3,13 +3,13 @@
 #
 #   benchmarks/gpu_check.sh [--images FOLDER | --beton FILE] [--samples 4096]
 #
-# PY is the python to use, OUT where JSON rows and logs go (default benchmarks/results/gpu), STAGES which to run ("tests sanitizer kernels decode loader
-# training"). Ends with a summary, and with status 1 when a stage failed. What cannot run here is skipped with its reason.
+# PY is the python to use, OUT where JSON rows and logs go (default benchmarks/results/gpu), STAGES which to run ("tests-kernels tests-loader tests-training
+# sanitizer kernels decode loader training"), TLFAST_COMMIT the commit where this is a copy without .git. Ends with a summary, and with status 1 when a stage failed. What cannot run here is skipped with its reason.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PY=${PY:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 OUT=${OUT:-benchmarks/results/gpu}
-STAGES=${STAGES:-tests sanitizer kernels decode loader training}
+STAGES=${STAGES:-tests-kernels tests-loader tests-training sanitizer kernels decode loader training}
 LIMIT=${LIMIT:-470} # seconds a stage
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -37,39 +37,22 @@ stage() { # name, command...
     timeout --kill-after=10 "$LIMIT" "$@" 2>&1 | tee "$OUT/$name.log"
     status=${PIPESTATUS[0]}
     if [ "$status" = 0 ]; then
-        local skip
-        skip=$(grep -m1 '^skipped:' "$OUT/$name.log" || true)
-        outcomes+=("$name: ${skip:-ran, $((SECONDS - start)) s}")
+        local skipped
+        skipped=$(grep -oh 'skipped: .*' "$OUT/$name.log" | sort -u | paste -sd ';' | sed 's/;/; /g')
+        outcomes+=("$name: ran, $((SECONDS - start)) s${skipped:+; $skipped}")
     else
         failed=1
         outcomes+=("$name: FAILED with status $status after $((SECONDS - start)) s (124: the limit of $LIMIT s), see $OUT/$name.log")
     fi
 }
 
-sanitize() {
-    if ! command -v compute-sanitizer >/dev/null; then
-        echo "skipped: compute-sanitizer is not installed"
-        return
-    fi
-    compute-sanitizer --tool memcheck --error-exitcode 9 "$PY" benchmarks/gpu_kernels.py --small
-}
-
-train() {
-    if [ ! -f benchmarks/train.py ]; then
-        echo "skipped: there is no benchmarks/train.py yet"
-        return
-    fi
-    "$PY" benchmarks/train.py "$@"
-}
-export -f sanitize train
-export PY
-
-stage tests "$PY" -m pytest -q -m gpu --continue-on-collection-errors $(grep -l 'mark\.gpu' tests/test_*.py)
-stage sanitizer bash -c sanitize
+for tests in tests-kernels tests-loader tests-training sanitizer; do
+    stage $tests "$PY" benchmarks/gpu_tests.py $tests --limit $((LIMIT - 20)) --results "$OUT/tests.jsonl"
+done
 stage kernels "$PY" benchmarks/gpu_kernels.py --results "$OUT/kernels.jsonl"
 stage decode "$PY" benchmarks/gpu_decode.py --results "$OUT/decode.jsonl" "$@"
 stage loader "$PY" benchmarks/gpu_loader.py --results "$OUT/loader.jsonl" "$@"
-stage training bash -c 'train "$@"' train
+stage training "$PY" benchmarks/gpu_train.py --results "$OUT/train.jsonl" "$@"
 
 echo "== summary"
 "$PY" benchmarks/gpu_rows.py "$OUT" || failed=1

@@ -8,9 +8,11 @@ Rows go to benchmarks/results/gpu/decode.jsonl.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,9 +21,9 @@ import numpy as np
 import torch
 
 import tl_fast.compat  # noqa: F401  before torchvision
-from gpu_rows import add_data, beton_of, need_gpu, parser, version, write_row
+from gpu_rows import add_data, beton_of, need_gpu, parser, write_row
 from tl_fast import plan
-from tl_fast.decode import Decoder, decode_graph
+from tl_fast.decode import DecodeError, Decoder, decode_graph
 from tl_fast.kernels import warp
 from tl_fast.samples import Samples
 
@@ -45,7 +47,25 @@ class DaliCpu:
         self.graph = None
 
 
+class TorchvisionNvjpeg:
+    """torchvision's decode_jpeg on the GPU, of whole images, called as a `Decoder`."""
+
+    def __init__(self, samples: Samples, device: torch.device):
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        self.samples, self.decode = samples, functools.partial(decode_jpeg, mode=ImageReadMode.RGB, device=device)
+
+    def __call__(self, ids: np.ndarray, *_: np.ndarray) -> Any:
+        return self.decode([torch.from_numpy(self.samples.jpeg(i).copy()) for i in ids])
+
+    def close(self) -> None:
+        pass
+
+
 def batches(samples: Samples, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Random resized crops as training draws them, epoch after epoch: ids, first pixels and shapes, without end."""
+    if len(samples) < batch:
+        raise ValueError(f"{len(samples)} samples do not fill a batch of {batch}; lower --batch or raise --samples")
     for epoch in itertools.count():
         order = plan.epoch_order(0, epoch, len(samples))
         for first in range(0, len(order) - batch + 1, batch):
@@ -82,40 +102,32 @@ def main() -> None:
     need_gpu()
     device = torch.device("cuda", torch.cuda.current_device())
     with beton_of(arguments) as path:
+        if path is None:
+            return
         samples = Samples(path)
         mean = round(float(np.mean([len(samples.jpeg(i)) for i in range(min(len(samples), 1000))])))
         facts = {"batch": arguments.batch, "samples": len(samples), "mean_bytes": mean, "images": (arguments.beton or arguments.images).name}
-        contenders = {}
+        contenders: dict[str, tuple[int | None, Callable]] = {}
         for n in arguments.threads:
             contenders[f"cpu, {n} threads"] = n, functools.partial(Decoder, samples, arguments.batch, n, "cpu", device)
-        if version("nvidia-dali-cuda130") is None:
-            print("DALI's contenders skipped: nvidia-dali-cuda130 is not installed")
-        else:
-            for n in arguments.threads:
-                contenders[f"DALI's cpu half, {n} threads"] = n, functools.partial(DaliCpu, samples, arguments.batch, n, device)
-                for load in LOADS:
-                    make = functools.partial(Decoder, samples, arguments.batch, n, "mixed", device, load)
-                    contenders[f"mixed, {n} threads, hw_decoder_load {load}"] = n, make
+        for n in arguments.threads:
+            contenders[f"DALI's cpu half, {n} threads"] = n, functools.partial(DaliCpu, samples, arguments.batch, n, device)
+            for load in LOADS:
+                make = functools.partial(Decoder, samples, arguments.batch, n, "mixed", device, load)
+                contenders[f"mixed, {n} threads, hw_decoder_load {load}"] = n, make
+        contenders["torchvision nvJPEG, whole images"] = None, functools.partial(TorchvisionNvjpeg, samples, device)
+        failed = False
         for name, (threads, make) in contenders.items():
-            decoder = make()
             try:
-                values = rates(decoder, batches(samples, arguments.batch), arguments.seconds)
-            except RuntimeError as error:
-                print(f"{name}: failed: {str(error).splitlines()[0]}")
+                with contextlib.closing(make()) as decoder:
+                    values = rates(decoder, batches(samples, arguments.batch), arguments.seconds)
+            except (ImportError, RuntimeError) as error:
+                ours = name.startswith("cpu") or isinstance(error, DecodeError)  # others need what may not be here: DALI, a driver or GPU with nvJPEG
+                print(f"{name}: {'FAILED' if ours else 'skipped'}: {str(error).splitlines()[0]}", flush=True)
+                failed |= ours
                 continue
-            finally:
-                decoder.close()
             write_row(arguments.results, "decode", name, values, "images/s", threads=threads, **facts)
-        try:
-            from torchvision.io import ImageReadMode, decode_jpeg
-
-            def whole(ids: np.ndarray, *_: object) -> None:
-                decode_jpeg([torch.from_numpy(samples.jpeg(i).copy()) for i in ids], mode=ImageReadMode.RGB, device=device)
-
-            values = rates(whole, batches(samples, arguments.batch), arguments.seconds)
-            write_row(arguments.results, "decode", "torchvision nvJPEG, whole images", values, "images/s", **facts)
-        except (ImportError, RuntimeError) as error:
-            print(f"torchvision's decode_jpeg on cuda skipped: {str(error).splitlines()[0]}")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

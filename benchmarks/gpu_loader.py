@@ -3,18 +3,20 @@
     python benchmarks/gpu_loader.py [--images FOLDER | --beton FILE] [--samples 4096] [--batch 256] [--threads N]
 
 A consumer that does nothing but wait for its batches' kernels; images/s of groups of ten batches, after a warm-up. 'auto' is what the loader chooses
-by itself (the row says what). Rows go to benchmarks/results/gpu/loader.jsonl.
+by itself (the row says what). 'mixed' is skipped where DALI or nvJPEG is missing. Rows go to benchmarks/results/gpu/loader.jsonl.
 """
 from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator
 
 import torch
 
-from gpu_rows import add_data, beton_of, need_gpu, parser, version, write_row
+from gpu_rows import add_data, beton_of, need_gpu, parser, write_row
+from tl_fast.decode import DecodeError
 from tl_fast.pipeline import Batch, Loader
 from tl_fast.plan import Augment
 
@@ -54,21 +56,24 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=20, help="of each contender")
     arguments = options.parse_args()
     need_gpu()
-    if version("nvidia-dali-cuda130") is None:
-        print("skipped: nvidia-dali-cuda130 is not installed, and the loader decodes with it")
-        return
     with beton_of(arguments) as path:
+        if path is None:
+            return
+        failed = False
         for recipe, augment in RECIPES.items():
             for way in WAYS:
                 try:
                     with Loader(path, arguments.batch, threads=arguments.threads, augment=augment, device="cuda", decode=way) as loader:
                         values = rates(loader, arguments.seconds)
                         chosen, count = loader.decode, len(loader.samples)
-                except RuntimeError as error:
-                    print(f"{recipe}, {way}: failed: {str(error).splitlines()[0]}")
+                except (ImportError, RuntimeError) as error:
+                    unable = way == "mixed" and not isinstance(error, DecodeError)  # no DALI; a driver or GPU without nvJPEG
+                    print(f"{recipe}, {way}: {'skipped' if unable else 'FAILED'}: {str(error).splitlines()[0]}", flush=True)
+                    failed |= not unable
                     continue
                 write_row(arguments.results, "loader", f"{recipe}, {way}", values, "images/s", decode=chosen, threads=arguments.threads,
                           batch=arguments.batch, samples=count, images=(arguments.beton or arguments.images).name)  # fmt: skip
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -6,24 +6,23 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import itertools
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rows import ROOT, commit
+from rows import ROOT, commit, percentiles, version
 from tl_fast.labelmap import MapSpec, pack
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-PACKAGES = ("torch", "torchvision", "numba", "numba-cuda", "nvidia-dali-cuda130", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "numba", "numba-cuda", "nvidia-dali-cuda130", "numpy")
 SPEC = MapSpec(k=5, height=18, width=18, num_classes=1000)
 SLEEP = 60_000_000  # cycles, some 30 ms: while the GPU spins, the host queues a burst, so that no launch is waited for between events
 NO_DEVICE = "skipped: no CUDA device"
@@ -44,15 +43,19 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
 
 
 def add_data(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)")
+    original = Path(os.environ.get("TLFAST_SHARED", ROOT.parent / "shared")) / "data" / "imagenet_sample"  # as in tests/conftest.py
+    options.add_argument("--images", type=Path, default=original if original.is_dir() else ROOT / "tests" / "photos",
+                         help="folder of JPEGs (default: shared/data/imagenet_sample where it is, else the bundled photos)")  # fmt: skip
     options.add_argument("--beton", type=Path, help="a beton with label maps, instead of --images")
     options.add_argument("--samples", type=int, default=4096, help="the images are repeated to so many")
 
 
 @contextmanager
-def beton_of(arguments: argparse.Namespace):
-    """--beton, or a temporary beton of --images with label maps of 1,000 classes, ten an image as real maps have."""
+def beton_of(arguments: argparse.Namespace) -> Iterator[Path | None]:
+    """Path of --beton, or of a temporary beton of --images with label maps of 1,000 classes, ten an image as real maps have. None, and the reason
+    printed, where none can be written."""
     if arguments.beton:
+        print(f"data: {arguments.beton}", flush=True)
         yield arguments.beton
         return
     try:
@@ -60,10 +63,12 @@ def beton_of(arguments: argparse.Namespace):
         import simplejpeg  # noqa: F401  which checks every JPEG
     except ImportError as error:
         print(f"skipped: writing a beton needs what is not installed ({error}); name one that was made elsewhere with --beton")
-        sys.exit(0)
+        yield None
+        return
     files = sorted(path for path in arguments.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
         raise SystemExit(f"no .jpg or .jpeg below {arguments.images}; name another folder with --images, or a --beton")
+    print(f"data: {len(files)} JPEGs of {arguments.images.name}, repeated to {arguments.samples} images", flush=True)
     rng, records = np.random.default_rng(0), []
     for _ in range(16):
         classes = np.argsort(rng.random((10, SPEC.height, SPEC.width)), axis=0)[: SPEC.k] + rng.integers(0, SPEC.num_classes - 10)
@@ -94,17 +99,10 @@ def milliseconds(launch: Callable[[int], object], sets: int, repeats: int = 60, 
     return times
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def write_row(results: Path, benchmark: str, contender: str, values: Sequence[float], unit: str, **facts: object) -> dict:
     """Append one row and print it: median, 20th and 80th percentile of `values`."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    p20, median, p80 = (float(f"{v:.5g}") for v in np.percentile(values, (20, 50, 80)))
+    p20, median, p80 = percentiles(values)
     row = {
         "benchmark": benchmark, "contender": contender, "unit": unit, "median": median, "p20": p20, "p80": p80, "rounds": len(values), **facts,
         "device": torch.cuda.get_device_name(), "cores": len(os.sched_getaffinity(0)), "cuda": torch.version.cuda,
@@ -117,12 +115,12 @@ def write_row(results: Path, benchmark: str, contender: str, values: Sequence[fl
     return row
 
 
-def newest(folder: Path) -> dict[tuple[str, str], dict]:
-    """The last row of every (benchmark, contender) of a folder's .jsonl files."""
+def newest(folder: Path) -> dict[tuple, dict]:
+    """The last row of every (benchmark, contender), and model and size where a row has them, of a folder's .jsonl files."""
     found = {}
     for file in sorted(folder.glob("*.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
-            found[row["benchmark"], row["contender"]] = row
+            found[row["benchmark"], row["contender"], *(row[name] for name in ("model", "size") if name in row)] = row
     return found
 
 
@@ -133,6 +131,8 @@ BARS = (
     ("256 images, full recipe", ("kernels", "images, full recipe"), 1.0, "at most"),
     ("loader, crop + flip", ("loader", "crop + flip, auto"), 9200, "at least"),
     ("loader, full recipe", ("loader", "full recipe, auto"), 9200, "at least"),
+    ("training LV-ViT-S at 224 px", ("train", "tl_fast, compiled", "lvvit_s", 224), 9200, "at least"),
+    ("training LV-ViT-S at 224 px, fed", ("train", "tl_fast, compiled, fed from a beton", "lvvit_s", 224), 0.97 * 9200, "at least"),
 )
 
 
@@ -141,8 +141,8 @@ def main() -> None:
     options.add_argument("folder", type=Path, nargs="?", default=RESULTS)
     folder = options.parse_args().folder
     rows = newest(folder)
-    for (benchmark, contender), row in rows.items():
-        print(f"{benchmark:10} {contender:64} {row['median']:12,.4g} {row['unit']:9} ({row['p20']:,.4g} to {row['p80']:,.4g})")
+    for (benchmark, *names), row in rows.items():
+        print(f"{benchmark:10} {', '.join(map(str, names)):64} {row['median']:12,.4g} {row['unit']:9} ({row['p20']:,.4g} to {row['p80']:,.4g})")
     for name, key, bar, sense in BARS:
         if key not in rows:
             print(f"bar: {name}: {sense} {bar:g}: not measured")
