@@ -65,8 +65,9 @@ class GpuBatches:
     """The device's half of a loader.
 
     samples: for names and label-map layout; device: of `find_device`; image_size: output pixels, square; grid: tokens a side; smoothing: of the
-    targets; fill: RGB outside the image; ahead: batches that may be under way at once. `make` is called by one thread, `hand_over` and `check`
-    by another, the consumer's.
+    targets; fill: RGB outside the image; ahead: batches whose kernels may be under way at once, and batches handed over that the consumer's stream may
+    not be through with, however far its thread runs ahead. `make`, which waits for both, is called by one thread, `hand_over` and `check` by
+    another, the consumer's.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class GpuBatches:
         self.decoding = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Whose kernels may still run, with the pixels they read: that memory would be given to the next batch.
         self._running: collections.deque[tuple[torch.cuda.Event, Any]] = collections.deque()
+        # For each batch handed over but the last: that the consumer's stream is through with it.
+        self._consumed: collections.deque[tuple[torch.cuda.Event, None]] = collections.deque()
         self._unchecked: collections.deque[Maps] = collections.deque()
 
     def enter_thread(self) -> None:
@@ -103,7 +106,7 @@ class GpuBatches:
         affines: np.ndarray | None,
         extras: dict[str, np.ndarray],
     ) -> Made:
-        """Upload what a batch needs and launch its kernels, without waiting for them (but for those `ahead` batches before).
+        """Upload what a batch needs and launch its kernels, without waiting for them (but for what is `ahead` batches back).
 
         ids: int64 [B]; plans: PLAN [B]; starts, shapes: int64 [B, 2], first pixel and size of the decoded regions; regions: the pixels, uint8
         [h, w, 3] each, on the device when `decoded` has happened; affines: float32 [B, 6] as `cpu.warped_targets` takes them, None for no targets;
@@ -144,7 +147,7 @@ class GpuBatches:
                 )  # fmt: skip
                 flags = torch.empty(batch, dtype=torch.int32, pin_memory=self.stream is not None).copy_(errors, non_blocking=True)
             if self.stream is not None:
-                event = self.stream.record_event()
+                event = _event_on(self.stream)
                 self._running.append((event, regions))
         ready = Batch(images, up["labels"].view(torch.int64), targets, up["ids"].view(torch.int64))
         for name, values in extras.items():
@@ -154,11 +157,12 @@ class GpuBatches:
         return Made(ready, memory, event, None if flags is None else Maps(ids, flags, event))
 
     def _wait_for_old(self) -> None:
-        """Forget the batches that are finished; wait, in this thread alone, until no more than `ahead` are not."""
-        while self._running and (len(self._running) >= self.ahead or self._running[0][0].query()):
-            event, regions = self._running.popleft()
-            event.synchronize()
-            del regions
+        """Forget the batches that are made or consumed; wait, in this thread alone, until fewer than `ahead` of each are not."""
+        for queue in (self._running, self._consumed):
+            while queue and (len(queue) >= self.ahead or queue[0][0].query()):
+                event, regions = queue.popleft()
+                event.synchronize()
+                del regions
 
     def _pixels(self, regions: Sequence, shapes: np.ndarray) -> tuple[Any, np.ndarray]:
         """All regions as one device array uint8 [M], and where in it each begins, int64 [B]. On a GPU without a copy: the array spans whatever
@@ -192,6 +196,7 @@ class GpuBatches:
         self.check(wait=False)
         if made.event is not None:
             stream = torch.cuda.current_stream(self.device)
+            self._consumed.append((_event_on(stream), None))  # what the caller did with the batches before is on the stream by now
             stream.wait_event(made.event)
             for tensor in made.memory:  # allocated on our stream: not to be given out again before the caller's work on it is done
                 tensor.record_stream(stream)
@@ -223,3 +228,11 @@ class GpuBatches:
         if self.stream is not None:
             self.stream.synchronize()
         self._running.clear()
+        self._consumed.clear()
+
+
+def _event_on(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """That the stream has come this far; who waits for it sleeps, for the cores decode."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event
