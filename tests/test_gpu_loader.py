@@ -380,6 +380,19 @@ def test_without_a_gpu_the_device_is_refused_by_name(small_beton):
         Loader(small_beton, 2, device="cuda")
 
 
+def test_mixed_without_dali_is_refused_at_once(small_beton, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    decode.graph_definition.cache_clear()
+    with pytest.raises(ImportError, match="pip install nvidia-dali"):
+        Loader(small_beton, 2, device="cuda", decode="mixed")
+
+
+@pytest.mark.parametrize("load", [-0.1, 1.5, float("nan")])
+def test_the_jpeg_engines_share_must_be_one(small_beton, load):
+    with pytest.raises(ValueError, match="hw_decoder_load must be in 0..1"):
+        Loader(small_beton, 2, hw_decoder_load=load)
+
+
 # --- on a GPU
 
 

@@ -41,7 +41,8 @@ class Jpegs(Protocol):
 
 
 @functools.cache
-def _definition() -> Callable:
+def graph_definition() -> Callable:
+    """What `decode_graph` builds. ImportError without DALI."""
     try:
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
@@ -68,7 +69,7 @@ def decode_graph(device: str, on_gpu: bool = False, hw_decoder_load: float = HW_
     nvJPEG's output, which is there already. EXIF orientation is ignored, as annotation does. options: of DALI's pipeline. ImportError
     without DALI.
     """
-    return _definition()(device, on_gpu, hw_decoder_load, **options)
+    return graph_definition()(device, on_gpu, hw_decoder_load, **options)
 
 
 class Decoder:

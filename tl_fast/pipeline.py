@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tl_fast import plan, scalar
-from tl_fast.decode import Decoder, choose
+from tl_fast.decode import HW_DECODER_LOAD, Decoder, choose, graph_definition
 from tl_fast.kernels import cpu, warp
 from tl_fast.labelmap import EXTENTS
 from tl_fast.ranks import cores_of_this_rank
@@ -113,12 +113,13 @@ class Loader:
     across the diagonal; seed: of all randomness; threads: decode and kernel threads, None for this rank's share of the
     cores; device: where batches are made and delivered, 'cpu' or a CUDA device ('cuda': torch's current one), whose batches are ready for the
     stream that is current when they are taken; decode: 'cpu', 'mixed' (nvJPEG, on CUDA devices alone) or 'auto', which on a CUDA device decodes
-    for a second in both ways when the first batch is made, takes the faster and says so on stderr (rank 0); rank, world_size: this rank takes its
+    for a second in both ways when the first batch is made, takes the faster and says so on stderr (rank 0); hw_decoder_load: share of
+    the images that nvJPEG gives to the GPU's JPEG engine, 0..1; rank, world_size: this rank takes its
     part of every global batch; smoothing: label smoothing of the targets; token_labels: False leaves the targets out; check: compare every
     sample's CRC-32 as it is read; prefetch: batches made ahead.
 
     Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was under way. An error in any thread is
-    raised by the iteration. Raises ValueError or FileNotFoundError for settings or files that cannot work.
+    raised by the iteration. Raises ValueError or FileNotFoundError for settings or files that cannot work, ImportError for 'mixed' without DALI.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Loader:
         threads: int | None = None,
         device: str | torch.device = "cpu",
         decode: str = "auto",
+        hw_decoder_load: float = HW_DECODER_LOAD,
         rank: int = 0,
         world_size: int = 1,
         smoothing: float = 0.1,
@@ -148,6 +150,10 @@ class Loader:
             raise ValueError(f"device must be 'cpu' or a CUDA device, got {str(device)!r}")
         if decode not in DECODES or (decode == "mixed" and device.type == "cpu"):
             raise ValueError(f"decode must be one of {DECODES}, 'mixed' (nvJPEG) with device='cuda' alone; got {decode!r}, device={str(device)!r}")
+        if not 0 <= hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load must be in 0..1, got {hw_decoder_load}")
+        if decode == "mixed":
+            graph_definition()  # without DALI an error now, not in a thread when the first batch is made
         if min(batch_size, image_size, grid, prefetch, world_size) < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size, image_size, grid, prefetch >= 1 and 0 <= rank < world_size needed, got batch_size={batch_size}, "
@@ -180,7 +186,7 @@ class Loader:
             )  # fmt: skip
         if self._gpu is None or self._gpu.decode_device is None:
             decode = "cpu"
-        self.decode, self._decoder = decode, None
+        self.decode, self.hw_decoder_load, self._decoder = decode, hw_decoder_load, None
         # One thread plans batches, and on a GPU decodes them (with threads of the decoder's); the kernels of the batch before are launched meanwhile.
         enter = None if self._gpu is None else self._gpu.enter_thread
         self._driver = ThreadPoolExecutor(1, "tl_fast-decode", enter)
@@ -329,7 +335,8 @@ class Loader:
         return futures + [self._workers.submit(kernel, part) for part in parts[1:]]
 
     def _open_decoder(self, way: str) -> Decoder:
-        return Decoder(self.samples, self.batch_size, self.threads, way, None if self._gpu is None else self._gpu.decode_device)
+        device = None if self._gpu is None else self._gpu.decode_device
+        return Decoder(self.samples, self.batch_size, self.threads, way, device, self.hw_decoder_load)
 
     def _decode(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Sequence:
         """The regions' pixels, uint8 [h, w, 3] each, on the host or, ordered on its `decoding` stream, on the GPU. Decides about 'auto' when first
