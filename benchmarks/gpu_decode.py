@@ -40,7 +40,7 @@ class DaliCpu:
         self.graph.build()
 
     def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Any:
-        jpegs = [self.samples.jpeg(i) for i in ids]
+        jpegs = [self.samples.jpeg(i) for i in ids]  # memory of the beton's, which stays
         return self.graph.run(jpegs=jpegs, starts=starts.astype(np.int32), shapes=shapes.astype(np.int32))
 
     def close(self) -> None:

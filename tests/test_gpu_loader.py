@@ -302,7 +302,7 @@ def test_the_graph_for_nvjpeg_is_the_cpus_but_for_one_argument():
     options = dict(batch_size=4, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
     graphs = {way: parsed(decode_graph(way, True, **options).serialize()) for way in ("cpu", "mixed")}
     flat = repr(graphs["mixed"])
-    for word in ("hw_decoder_load", "adjust_orientation", "axis_names", "ImageSlice"):
+    for word in ("hw_decoder_load", "adjust_orientation", "axis_names", "ImageSlice", "no_copy"):
         assert word in flat, word
     found = differences(graphs["cpu"], graphs["mixed"])
     values = {(a, b) for _, a, b in found}
@@ -310,6 +310,35 @@ def test_the_graph_for_nvjpeg_is_the_cpus_but_for_one_argument():
     assert (b"cpu", b"mixed") in values and values <= {(b"cpu", b"mixed"), (b"cpu", b"gpu")}, found
     assert sum(pair == (b"cpu", b"mixed") for pair in ((a, b) for _, a, b in found)) == 1, found
     assert differences(graphs["cpu"], parsed(decode_graph("cpu", True, 0.9, **options).serialize()))  # the comparison notices an argument
+
+
+def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
+    """What `Decoder` does for nvJPEG, by the CPU's half of DALI: the pixels are Pillow's, and what they are made from lives as long as they do."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+    def on_the_cpu(device, device_id, **options):
+        assert device == "mixed" and device_id == 3
+        return decode_graph("cpu", device_id=None, **options)
+
+    monkeypatch.setattr(decode, "decode_graph", on_the_cpu)
+    decoder = decode.Decoder(samples := Samples(small_beton), 8, 2, "mixed", SimpleNamespace(index=3))
+    ids, starts, shapes = np.array([2, 0, 7]), np.array([[1, 2], [0, 0], [9, 5]]), np.array([[10, 12], [30, 31], [1, 1]])
+    pixels = decoder(ids, starts, shapes)
+    assert len(pixels) == 3
+    for region, i, start, shape in zip(pixels, ids, starts, shapes, strict=True):
+        with Image.open(io.BytesIO(samples.jpeg(i))) as image:
+            whole = np.asarray(image.convert("RGB"))
+        np.testing.assert_array_equal(np.array(region), whole[start[0] : start[0] + shape[0], start[1] : start[1] + shape[1]])
+    assert all(np.may_share_memory(jpeg, samples.jpeg(i)) for jpeg, i in zip(pixels.source[1], ids, strict=True))
+    graph = decode_graph("cpu", batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    fed = samples.jpeg(0).copy()
+    graph.feed_input("jpegs", [fed])
+    graph.feed_input("starts", np.zeros((1, 2), np.int32))
+    graph.feed_input("shapes", np.full((1, 2), 8, np.int32))
+    fed[:] = 0  # which a copy would not show
+    with pytest.raises(RuntimeError):
+        graph.run()
+    decoder.close()
 
 
 # --- which decoder

@@ -32,6 +32,12 @@ class DecodeError(RuntimeError):
     """An image could not be decoded; the message names the sample and its file."""
 
 
+class _Pixels(list):
+    """Tensors of regions. source: what they are made from and lie in, which the GPU may still be reading: kept as long as they are."""
+
+    source: Any
+
+
 class Jpegs(Protocol):
     """What a decoder reads: `tl_fast.samples.Samples`."""
 
@@ -50,7 +56,7 @@ def graph_definition() -> Callable:
 
     @pipeline_def
     def graph(device: str, on_gpu: bool, hw_decoder_load: float):
-        jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
+        jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)  # read where they lie, in the beton's pages
         starts = fn.external_source(name="starts", dtype=types.INT32, ndim=1)
         shapes = fn.external_source(name="shapes", dtype=types.INT32, ndim=1)
         regions = fn.decoders.image_slice(
@@ -66,8 +72,8 @@ def decode_graph(device: str, on_gpu: bool = False, hw_decoder_load: float = HW_
     """The DALI graph: JPEG bytes, region start and region shape (rows, columns) -> RGB pixels of the region, uint8 [h, w, 3].
 
     `device` 'cpu' or 'mixed' (nvJPEG) is the only difference between the two; `on_gpu` uploads what the CPU decoded and means nothing to
-    nvJPEG's output, which is there already. EXIF orientation is ignored, as annotation does. options: of DALI's pipeline. ImportError
-    without DALI.
+    nvJPEG's output, which is there already. EXIF orientation is ignored, as annotation does. The JPEGs' arrays are not copied: they must stay as
+    they are until the pixels are there. options: of DALI's pipeline. ImportError without DALI.
     """
     return graph_definition()(device, on_gpu, hw_decoder_load, **options)
 
@@ -146,7 +152,7 @@ class Decoder:
         )
 
     def _with_nvjpeg(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None) -> Sequence:
-        """DALI's tensor list of the regions."""
+        """DALI's tensors of the regions."""
         if self._graph is None:
             # Outputs of DALI's dynamic executor own their memory, so a depth of one is enough: the loader does the prefetching.
             self._graph = decode_graph(
@@ -164,7 +170,9 @@ class Decoder:
             if damaged is None:
                 raise DecodeError(f"DALI could not decode samples {ids.tolist()}, though each can be decoded alone: {error}") from error
             raise self._error(damaged) from error
-        return regions
+        pixels = _Pixels(regions[b] for b in range(len(ids)))
+        pixels.source = regions, jpegs
+        return pixels
 
     def _in_parts(self, work: Callable[[np.ndarray], Any], count: int) -> list:
         """`work` of the numbers below `count`, shared among the threads -> its results in order; raises what failed."""
