@@ -15,6 +15,7 @@ import kill_run
 import pytest
 import torch
 from tiny_runs import betons, tiny, tiny_config, weights  # noqa: F401  two of them are fixtures
+from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from tl_fast import checkpoint
@@ -30,9 +31,10 @@ def watch(record: dict[str, Any]) -> None:
 
     options, buffer_sync, static_graph, bucket_bytes: of the object. events: of every forward pass, in order, "backward" for a node of its
     graph and "reduce" for a bucket handed to all_reduce. storages: of every step, the number of storages that the gradients lie in. grads: of the
-    last step. statistics: of every step, a running mean. ids: of every step, sample ids by pass.
+    last step. statistics: of every step, a running mean. ids: of every step, sample ids by pass. compilations: so far, at every step. weights: of
+    model and EMA, at the end.
     """
-    record |= {"events": [], "storages": [], "statistics": [], "ids": []}
+    record |= {"events": [], "storages": [], "statistics": [], "ids": [], "compilations": []}
 
     class Watched(training.DistributedDataParallel):
         def __init__(self, module, **options):
@@ -68,11 +70,17 @@ def watch(record: dict[str, Any]) -> None:
 
     def add_step(self, *arguments):
         record["ids"].append([ids.tolist() for ids in self._ids])
+        record["compilations"].append(counters["stats"]["unique_graphs"])
         if network:
             record["statistics"].append(next(b.clone() for n, b in network[0].named_buffers() if n.endswith("running_mean")))
         return original_step(self, *arguments)
 
+    def update(self, model, *arguments, **options):
+        original_update(self, model, *arguments, **options)
+        record["weights"] = {f"{kind}:{name}": p.detach().clone() for kind, m in (("model", model), ("ema", self.module)) for name, p in m.named_parameters()}
+
     network: list[Watched] = []
+    original_update, training.ModelEmaV3.update = training.ModelEmaV3.update, update
     original_clip, original_step = training.nn.utils.clip_grad_norm_, training.Meter.add_step
     training.DistributedDataParallel, training.nn.utils.clip_grad_norm_, training.Meter.add_step = Watched, clip, add_step
 
@@ -107,7 +115,6 @@ def rank_main(rank: int, world_size: int, folder: Path, config: TrainConfig, env
         full_disk(full_at)
     try:
         record["summary"] = training.train(config)
-        record["compilations"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         torch.save(record, folder / f"{rank}.pt")
     finally:
         if world_size > 1:
@@ -176,3 +183,32 @@ def test_accumulation_reduces_on_the_last_pass_alone(tiny, job):
         assert all(overlapped(events) > 50 for events in record["events"][3::2])
     first, second = run.records
     assert all(torch.equal(a, b) for a, b in zip(first["grads"], second["grads"], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_a_compiled_run_on_two_ranks_is_the_eager_one(tiny, betons, job, tmp_path):
+    """DDP around the compiled step: both ranks end with the same weights and EMA, the losses are the eager run's, and nothing compiles twice.
+
+    torch cuts the graph where a bucket is full, at 1 MiB and then at every `bucket_mb`, so that the all-reduce overlaps the backward pass of a compiled
+    step too.
+    """
+    settings = dict(model_kwargs={"embed_dim": 192, "depth": 1, "num_heads": 2, "stem_width": 8}, epochs=2, drop_path=0.0, bucket_mb=1.0,
+                    val_data=str(betons / "val.beton"))
+    rows, runs = {}, {}
+    for name in ("eager", "compiled"):
+        config = tiny(name, compile=name == "compiled", **settings)
+        runs[name] = job(config, 2, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))
+        assert runs[name].codes == [0, 0], runs[name].outputs
+        rows[name] = read_rows(Path(config.output_dir) / "metrics.jsonl")
+    assert len(rows["eager"]) == 12
+    for eager, other in zip(rows["eager"], rows["compiled"], strict=True):
+        same = [key for key in eager if "loss" in key]
+        assert same and [other[key] for key in same] == pytest.approx([eager[key] for key in same], abs=2e-3)
+        assert (other["step"], other["epoch"], other.get("lr")) == (eager["step"], eager["epoch"], eager.get("lr"))
+    first, second = runs["compiled"].records
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name
+    for record in (first, second):
+        assert record["compilations"][0] > 0 and len(set(record["compilations"])) == 1, record["compilations"]
+        assert all(overlapped(events) > 0 for events in record["events"][2:])
