@@ -111,19 +111,33 @@ def test_no_recompilation_over_boxes_rates_and_epochs():
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
-def test_inductor_computes_what_eager_does():
-    """The compiler that trains, not only the tracer; drop path off, for its generators differ."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("sync", [False, True])
+def test_synchronised_batch_norm_alone_may_break_the_graph(monkeypatch, device, sync):
+    """Without a GPU: what torch.compile is told for either device, and that a break then is an error or none."""
     torch._dynamo.reset()
-    batch, results = inputs(), []
-    for compile in (False, True):
-        step = make_step(drop_path_rate=0.0, depth=1)
-        network = compiled(step, torch.device("cpu")) if compile else step
-        loss, terms = network(**batch)
-        loss.backward()
-        results.append([loss, terms, *(p.grad for p in step.parameters())])
-    for eager, other in zip(*results):
-        torch.testing.assert_close(other, eager, rtol=1e-3, atol=1e-5)
+    counter, options, compile = CompileCounter(), [], torch.compile
+
+    def spy(module, **given):
+        options.append(given)
+        return compile(module, backend=counter, fullgraph=given["fullgraph"], dynamic=given["dynamic"])
+
+    def broken(self, images):
+        torch._dynamo.graph_break()
+        return torch.nn.functional.batch_norm(images, None, None, self.weight, self.bias, training=True)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    monkeypatch.setattr(torch.nn.SyncBatchNorm if sync else torch.nn.BatchNorm2d, "forward", broken)
+    step = make_step(depth=1)
+    if sync:
+        step = torch.nn.SyncBatchNorm.convert_sync_batchnorm(step)
+    network = compiled(step, torch.device(device))
+    assert options[0]["fullgraph"] is not sync and options[0]["dynamic"] is False
+    if not sync:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            network(**inputs())
+    else:
+        assert network(**inputs())[0].isfinite() and counter.frame_count > 1
 
 
 class Sizes(TorchDispatchMode):
