@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import CLASSES, ROOT, TINY, betons, flags, tiny, torchrun, weights  # noqa: F401  two of them are fixtures
 from torch._dynamo.utils import counters
 
@@ -434,3 +435,17 @@ def test_sync_bn_converts_batch_norm_before_the_step_is_compiled(tiny, monkeypat
     norms = [module for module in caught.value.args[0].modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     assert len(norms) == 3
     assert [isinstance(module, torch.nn.SyncBatchNorm) for module in norms] == [sync_bn and world_size > 1] * 3
+
+
+def test_tensorboard_holds_the_numbers_of_the_log(tiny, betons):
+    """Every number of every row, under kind/name at its step, and nothing else; after a resumption too."""
+    config = tiny(val_data=str(betons / "val.beton"), epochs=2, non_finite="skip")
+    training.train(dataclasses.replace(config, max_steps=7))
+    rows = read_rows(Path(training.train(dataclasses.replace(config, resume="auto"))["metrics"]))
+    expected = {(f"{row['kind']}/{name}", row["step"]): value for row in rows for name, value in row.items() if name not in ("kind", "step", "epoch")}
+    board = EventAccumulator(str(Path(config.output_dir) / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    points = [((tag, point.step), point.value) for tag in board.Tags()["scalars"] for point in board.Scalars(tag)]
+    assert len(points) == len(dict(points)) and dict(points) == pytest.approx(expected, rel=1e-6)
+    tags = {tag for tag, _ in expected}
+    assert {"train/loss", "train/class_loss", "train/token_loss", "train/grad_norm", "train/lr", "train/images_per_second", "train/data_wait",
+            "val/val_top1_ema", "val/val_top1_raw"} <= tags and len(expected) > 90
