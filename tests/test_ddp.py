@@ -2,19 +2,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import resource
-import shutil
-import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import kill_run
 import pytest
 import torch
-from tiny_runs import betons, tiny, tiny_config, weights  # noqa: F401  two of them are fixtures
+from tiny_runs import betons, tiny, weights  # noqa: F401  two of them are fixtures
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -212,3 +210,50 @@ def test_a_compiled_run_on_two_ranks_is_the_eager_one(tiny, betons, job, tmp_pat
     for record in (first, second):
         assert record["compilations"][0] > 0 and len(set(record["compilations"])) == 1, record["compilations"]
         assert all(overlapped(events) > 0 for events in record["events"][2:])
+
+
+@pytest.mark.parametrize("before, after, accumulate", [(1, 2, 1), (2, 1, 1), (2, 1, 2), (1, 2, 2)])
+def test_another_world_size_takes_the_samples_in_the_same_order(tiny, job, before, after, accumulate):
+    """Of every global step: its samples pass by pass and, within a pass, rank by rank. The second job goes on within the second epoch."""
+
+    def order(run: Job) -> list[list[int]]:
+        steps = zip(*(record["ids"] for record in run.records), strict=True)
+        return [[sample for passes in zip(*step, strict=True) for part in passes for sample in part] for step in steps]
+
+    config = tiny(epochs=2, resume="auto")
+    runs = [job(config_, world_size) for config_, world_size in (
+        (tiny("straight", epochs=2), 1), (dataclasses.replace(config, max_steps=7), before), (dataclasses.replace(config, accumulate=accumulate), after))]
+    assert not any(code for run in runs for code in run.codes), [run.outputs for run in runs]
+    straight, first, second = map(order, runs)
+    assert len(straight) == 10 and len(first) == 7 and first + second == straight
+    assert all(len(set(step)) == 16 for step in straight) and straight[0] != straight[5]
+    assert len(runs[2].records[0]["ids"][0]) == accumulate
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(tiny, job, world_size):
+    """At the second checkpoint, within the first epoch. The error names it; from the first one a run goes on to the weights of a run without trouble."""
+    settings = dict(max_steps=7, checkpoint_steps=2)
+    straight, config = tiny("straight", **settings), tiny("full", **settings)
+    start = time.monotonic()
+    run = job(config, world_size, full_at=2)
+    assert time.monotonic() - start < 60
+    folder = Path(config.output_dir) / "checkpoints"
+    assert all(run.codes) and not run.records, run.outputs
+    assert f"cannot write checkpoint {folder}/step-0000000004" in run.outputs[0] and "File too large" in run.outputs[0], run.outputs
+    assert [path.name for path in folder.iterdir()] == ["step-0000000002"] and checkpoint.verify(folder / "step-0000000002")
+    resumed, expected = job(dataclasses.replace(config, resume="auto"), world_size), job(straight, world_size)
+    assert not any(resumed.codes + expected.codes) and "from step 2 to 7" in resumed.outputs[0], resumed.outputs
+    found, wanted = (weights(job_.records[0]["summary"]["checkpoint"]) for job_ in (resumed, expected))
+    assert found.keys() == wanted.keys()
+    # Running statistics, which no gradient sees: saving averages them over ranks.
+    assert not [name for name in wanted if not torch.equal(found[name], wanted[name]) and not (world_size > 1 and "running_" in name)]
+
+
+def test_the_first_rank_alone_shows_progress(tiny, job):
+    """On a terminal a bar, elsewhere lines, of the first rank; the other one is silent."""
+    on_terminal, elsewhere = job(tiny("terminal", max_steps=2), 2, FORCE_COLOR="1"), job(tiny("file", max_steps=2), 2)
+    for run in (on_terminal, elsewhere):
+        assert run.codes == [0, 0] and "from step 0 to 2" in run.outputs[0] and run.outputs[1] == ""
+    assert "2/2" in on_terminal.outputs[0] and "\x1b[" in on_terminal.outputs[0]
+    assert "epoch 0 step 2: loss" in elsewhere.outputs[0] and "2/2" not in elsewhere.outputs[0] and "\x1b[" not in elsewhere.outputs[0]
