@@ -99,8 +99,27 @@ def test_a_damaged_older_checkpoint_does_not_stop_a_run(tmp_path):
     old, good, new = (write(tmp_path, step, top1) for step, top1 in ((10, 90.0), (20, 50.0), (30, 40.0)))
     (old / checkpoint.META).write_text("torn")
     assert checkpoint.best(tmp_path) == good
-    checkpoint.prune(tmp_path, keep=1)
+    checkpoint.prune(new, keep=1)
     assert checkpoint.checkpoints(tmp_path) == [good, new]
+
+
+def test_pruning_never_prefers_a_torn_checkpoint_that_the_run_fell_back_from(tmp_path):
+    """The best, the newest by name and torn: continued from step 10, the run saved 12, which must stay and be the newest and the best."""
+    first, torn = write(tmp_path, 10, 50.0), write(tmp_path, 30, 90.0)
+    (torn / checkpoint.MODEL).write_bytes(b"torn")
+    assert checkpoint.best(tmp_path) == first
+    saved = write(tmp_path, 12, 40.0)
+    assert checkpoint.checkpoints(tmp_path, saved) == [first, saved] and checkpoint.best(tmp_path, saved) == first
+    checkpoint.prune(saved, keep=1)
+    assert checkpoint.checkpoints(tmp_path) == [first, saved] and checkpoint.latest(tmp_path) == saved
+
+
+def test_what_is_not_a_checkpoint_is_not_pruned(tmp_path):
+    (tmp_path / "step-0000000001-copy").mkdir()
+    (tmp_path / "step-notes").mkdir()
+    for step in (1, 2, 3):
+        checkpoint.prune(write(tmp_path, step), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000000001-copy", "step-0000000003", "step-notes"]
 
 
 def test_foreign_folders_are_refused(tmp_path):
@@ -192,8 +211,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 def test_prune_keeps_the_last_and_the_best(tmp_path):
     for step, top1 in ((10, 40.0), (20, 60.0), (30, None), (40, 50.0), (50, 55.0)):
-        write(tmp_path, step, top1)
-        checkpoint.prune(tmp_path, keep=2)
+        checkpoint.prune(write(tmp_path, step, top1), keep=2)
     assert [int(path.name[5:]) for path in checkpoint.checkpoints(tmp_path)] == [20, 40, 50]
     assert checkpoint.best(tmp_path).name.endswith("20") and checkpoint.score(checkpoint.read_meta(checkpoint.best(tmp_path))) == 60
 

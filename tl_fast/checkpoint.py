@@ -31,6 +31,7 @@ from tl_fast.models import resize_pos_embed
 FORMAT = "tl_fast checkpoint 2"
 MODEL, EMA, OPTIMIZER, META = "model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
 _PREFIX, _TEMPORARY, _REPLACED = "step-", ".tmp-", ".tmp-old-"
+_DIGITS = 10  # of the step in a name, so that names sort as steps do
 
 
 class CheckpointError(ValueError):
@@ -45,7 +46,7 @@ def save(folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.opt
     """
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
-    final = folder / f"{_PREFIX}{meta['global_step']:010d}"
+    final = path_of(folder, meta["global_step"])
     temporary, replaced = folder / f"{_TEMPORARY}{final.name}", folder / f"{_REPLACED}{final.name}"
     temporary.mkdir()
     try:
@@ -73,6 +74,11 @@ def save(folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.opt
     return final
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies, or would."""
+    return folder / f"{_PREFIX}{step:0{_DIGITS}d}"
+
+
 def recover(folder: Path) -> None:
     """Clear up after a writer that was killed: its half-written checkpoint goes, one that it was about to replace returns to its place.
 
@@ -89,15 +95,20 @@ def recover(folder: Path) -> None:
 def verify(path: Path) -> dict[str, Any]:
     """Check that a checkpoint is ours and whole; its meta. Raises CheckpointError naming the file that is missing, torn or foreign."""
     meta = read_meta(path)
+    _check_sizes(path, meta)
+    for name, expected in meta["files"].items():
+        if _crc32(path / name) != expected["crc32"]:
+            raise CheckpointError(f"{path / name} does not have the CRC-32 that was written: it is damaged")
+    return meta
+
+
+def _check_sizes(path: Path, meta: dict[str, Any]) -> None:
     for name, expected in meta["files"].items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: the checkpoint is incomplete")
         if file.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}: it is torn")
-        if _crc32(file) != expected["crc32"]:
-            raise CheckpointError(f"{file} does not have the CRC-32 that was written: it is damaged")
-    return meta
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -113,9 +124,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run's `checkpoints/` folder, oldest first, unverified."""
-    return sorted(folder.glob(f"{_PREFIX}*"))
+def checkpoints(folder: Path, last: Path | None = None) -> list[Path]:
+    """The checkpoints of a run's `checkpoints/` folder, oldest first, unverified; those of later steps than `last` left out."""
+    return [path for path in sorted(folder.glob(f"{_PREFIX}{'[0-9]' * _DIGITS}")) if last is None or path.name <= last.name]
 
 
 def latest(folder: Path) -> Path | None:
@@ -158,19 +169,29 @@ def score(meta: dict[str, Any]) -> float:
     return max(metrics.get("val_top1_ema", -1.0), metrics.get("val_top1_raw", -1.0))
 
 
-def best(folder: Path) -> Path | None:
-    """The checkpoint with the highest validation top-1 (the later of equals), None when none was validated. Damaged ones do not count."""
+def best(folder: Path, last: Path | None = None) -> Path | None:
+    """The checkpoint up to `last` with the highest validation top-1 (the later of equals), None when none was validated.
+
+    Damaged ones do not count, as far as their files' sizes show it: reading gigabytes after every save would cost more than it finds.
+    """
     scored = []
-    for path in checkpoints(folder):
+    for path in checkpoints(folder, last):
         with contextlib.suppress(CheckpointError):  # `latest` names it to whoever wants to use it; a run must not end for it
-            scored.append((score(read_meta(path)), path))
+            meta = read_meta(path)
+            _check_sizes(path, meta)
+            scored.append((score(meta), path))
     top = max(scored, default=(-1.0, None))
     return top[1] if top[0] >= 0 else None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints and the best one."""
-    for path in set(checkpoints(folder)[:-keep]) - {best(folder)}:
+def prune(newest: Path, keep: int) -> None:
+    """Delete all checkpoints of a run but `newest`, which it has just saved, the `keep` - 1 before it, and the best one.
+
+    Those of later steps go as well: they are what the run fell back from, and counted among the last they would push out intact ones.
+    """
+    folder = newest.parent
+    kept = {*checkpoints(folder, newest)[-keep:], best(folder, newest)}
+    for path in sorted(set(checkpoints(folder)) - kept):
         doomed = folder / f"{_TEMPORARY}{path.name}"
         os.rename(path, doomed)  # a kill during the deletion must not leave a torn checkpoint under its real name
         shutil.rmtree(doomed)

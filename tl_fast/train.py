@@ -122,8 +122,7 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
                         "last_validation": metrics, "validated": validated, "skipped": guard.skipped}
             record = {"metrics": metrics if validated else {}, "config": config.to_dict(),
                       "class_names": train_loader.samples.class_names, "versions": versions(ranks)}
-            checkpoint.save(folder / "checkpoints", model=model, ema=ema.module, optimizer=optimizer, meta=position | record)
-            checkpoint.prune(folder / "checkpoints", config.keep)
+            checkpoint.prune(checkpoint.save(folder / "checkpoints", model=model, ema=ema.module, optimizer=optimizer, meta=position | record), config.keep)
         agreement.saved()
 
     with RunLog(folder, end, start_step=step, enabled=ranks.main) as log:
@@ -194,7 +193,7 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
             ranks.average_buffers(model, ema.module)
         agreement.finish()
         speed, data_wait = meter.speed()
-        newest, best, best_top1 = ranks.from_main(_newest_and_best(folder / "checkpoints") if ranks.main else None)
+        newest, best, best_top1 = ranks.from_main(_newest_and_best(folder / "checkpoints", step) if ranks.main else None)
         summary = {
             "steps": step, "epochs": epoch, "loss": meter.row.get("loss"),
             "val_top1_ema": metrics.get("val_top1_ema"), "val_top1_raw": metrics.get("val_top1_raw"),
@@ -308,9 +307,10 @@ def deterministic() -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[1:]
 
 
-def _newest_and_best(folder: Path) -> tuple[str | None, str | None, float | None]:
-    """Paths of the newest and of the best checkpoint, and the best one's top-1; None for what there is not."""
-    newest, best = checkpoint.checkpoints(folder)[-1:], checkpoint.best(folder)
+def _newest_and_best(folder: Path, step: int) -> tuple[str | None, str | None, float | None]:
+    """Paths of the newest and of the best checkpoint up to a step, and the best one's top-1; None for what there is not."""
+    last = checkpoint.path_of(folder, step)
+    newest, best = checkpoint.checkpoints(folder, last)[-1:], checkpoint.best(folder, last)
     return str(newest[0]) if newest else None, str(best) if best else None, checkpoint.score(checkpoint.read_meta(best)) if best else None
 
 
