@@ -83,7 +83,11 @@ class Agreement:
         return self.stop
 
     def saved(self) -> None:
-        """Set the clock of checkpoints back."""
+        """Set the clock of checkpoints back; every rank calls it after every checkpoint.
+
+        A vote still under way was cast before the checkpoint: what it says of stopping counts, that one is due no longer does.
+        """
+        self.finish()
         self._saved = time.monotonic()
 
     def until_stopped(self, batches: Iterable) -> Iterator:
