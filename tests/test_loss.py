@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
 from tl_fast.loss import TokenLabelLoss, soft_cross_entropy
 
@@ -39,6 +40,23 @@ def test_value_and_gradients_equal_the_golden_file(golden_loss, inputs, case, as
     criterion = TokenLabelLoss(dense_weight=float(golden_loss[f"{case}.dense_weight"]))
     loss = criterion(cls_logits, token_logits, targets, box, golden_loss["ground_truth"] if case.endswith("_gt") else None)
     loss.backward()
+    close(loss, golden_loss[f"{case}.loss"])
+    close(cls_logits.grad, golden_loss[f"{case}.grad_cls"])
+    close(token_logits.grad, golden_loss[f"{case}.grad_tokens"])
+
+
+@pytest.mark.parametrize("case", [*(pytest.param(case, marks=(pytest.mark.slow, pytest.mark.matrix)) for case in ("nomix", "mix", "nomix_gt")), "mix_gt"])
+def test_inductor_gives_the_golden_value_and_gradients(golden_loss, inputs, case):
+    """The compiler that trains on GPUs, here generating for the CPU."""
+    torch._dynamo.reset()
+    cls_logits, token_logits, targets = inputs
+    cls_logits.requires_grad_(), token_logits.requires_grad_()
+    criterion = TokenLabelLoss(dense_weight=float(golden_loss[f"{case}.dense_weight"]))
+    truth = golden_loss["ground_truth"] if case.endswith("_gt") else None
+    before = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"]
+    loss = torch.compile(criterion, fullgraph=True, dynamic=False)(cls_logits, token_logits, targets, golden_loss[f"{case}.mix_box"], truth)
+    loss.backward()
+    assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"] - before == 2, "forward and backward"
     close(loss, golden_loss[f"{case}.loss"])
     close(cls_logits.grad, golden_loss[f"{case}.grad_cls"])
     close(token_logits.grad, golden_loss[f"{case}.grad_tokens"])
