@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +41,21 @@ class Machine:
     image_kb: float
 
 
-def parts(config: TrainConfig, rate: float, parameters: int, nodes: int, machine: Machine) -> dict[str, float]:
-    """Seconds of one optimiser step: `compute`, the all-reduce that the backward pass does not hide, `loader` and `storage` (side by side).
+def reduced(parameters: int, nodes: int) -> tuple[float, float, float]:
+    """GB of an all-reduce: the float32 gradients, and what each GPU sends of them in its node and among nodes.
 
-    Gradients are float32 and reduced in two levels: within a node over `link`, and each GPU's eighth among nodes over `network`, each as
-    a ring, which moves 2 (n - 1) / n times the bytes.
+    Two levels: within a node, and each GPU's eighth among nodes, each as a ring, which moves 2 (n - 1) / n times the bytes.
     """
+    size = 4 * parameters / 1e9
+    return size, 2 * (GPUS - 1) / GPUS * size, 2 * (nodes - 1) / nodes * size / GPUS
+
+
+def parts(config: TrainConfig, rate: float, parameters: int, nodes: int, machine: Machine) -> dict[str, float]:
+    """Seconds of one optimiser step: `compute`, the all-reduce that the backward pass does not hide, `loader` and `storage` (side by side)."""
     per_gpu = config.batch_size / (nodes * GPUS)
-    compute, size = per_gpu / rate, 4 * parameters / 1e9
-    reduce = 2 * (GPUS - 1) / GPUS * size / machine.link + 2 * (nodes - 1) / nodes * size / GPUS / machine.network
+    compute = per_gpu / rate
+    _, inside, outside = reduced(parameters, nodes)
+    reduce = inside / machine.link + outside / machine.network
     hidden = machine.overlap * 2 / 3 * compute  # two thirds of a step's FLOPs are the backward pass's
     per_node = config.batch_size / nodes
     return {
@@ -85,7 +92,8 @@ def measured(results: Path) -> dict[tuple[str, int], tuple[float, str]]:
     return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; `arguments` instead of sys.argv's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", type=Path, nargs="+", default=sorted((ROOT / "recipes").glob("lvvit_*.yaml")))
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4])
@@ -102,7 +110,7 @@ def main() -> None:
     parser.add_argument("--storage", type=float, default=10, help="GB/s, reading a node's betons (page cache: more)")
     parser.add_argument("--image-kb", type=float, default=110, help="mean size of a sample in the beton")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     machine = Machine(options.link, options.network, options.overlap, options.cores, options.loader, options.storage, options.image_kb)
     rates = measured(options.results)
     for text in options.rate:
@@ -114,7 +122,7 @@ def main() -> None:
 
     print(f"{'recipe':18} {'GPUs':>5} {'images/s':>10} {'hours':>7} {'cost':>9}  limit        "
           "of a step: compute / all-reduce / loader / storage, ms")
-    sources = {}
+    sources, messages = {}, []
     for path in options.recipes:
         config = parse_config(["--config", str(path)])
         key = config.model, config.img_size
@@ -125,6 +133,9 @@ def main() -> None:
         sources[path.stem] = f"{rate:,.0f} images/s of one GPU at whatever batch it gets: {rates[key][1]}"
         with torch.device("meta"):
             parameters = sum(p.numel() for p in timm.create_model(config.model, img_size=config.img_size, num_classes=1000).parameters())
+        size, inside, _ = reduced(parameters, 1)
+        among = (f", {reduced(parameters, nodes)[2] * 1e3:,.1f} MB among {nodes} nodes" for nodes in options.nodes if nodes > 1)
+        messages.append(f"{path.stem}: {size * 1e3:,.1f} MB of gradients a step, of which each GPU sends {inside * 1e3:,.1f} MB within its node{''.join(among)}")
         for nodes in options.nodes:
             if config.batch_size % (nodes * GPUS):
                 print(f"{path.stem:18} {nodes * GPUS:5}  batch_size {config.batch_size} does not divide")
@@ -137,6 +148,8 @@ def main() -> None:
     print("\nAssumed:")
     for name, source in sources.items():
         print(f"- {name}: {source}")
+    for message in messages:
+        print(f"- {message}")
     print(f"- {IMAGES:,} images an epoch, the recipe's epochs and cooldown; no validation, checkpoints, start-up or restarts")
     print(f"- float32 gradients; rings of {machine.link:g} GB/s in a node and {machine.network:g} GB/s a GPU between nodes; the "
           f"backward pass hides {machine.overlap:.0%} of its length; batch-norm statistics stay local")
