@@ -36,6 +36,24 @@ Meter.add_step = dies
 train.main()
 """
 
+# One rank dies at a step, or lives and does not answer any more; it leaves the time of that moment in a file.
+FALTERING = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tl_fast import train
+from tl_fast.meter import Meter
+add_step = Meter.add_step
+def falters(self, step, *rest):
+    if step == 2 and os.environ["RANK"] == "1":
+        Path({moment!r}).write_text(str(time.time()))
+        os.kill(os.getpid(), signal.{signal})
+    return add_step(self, step, *rest)
+Meter.add_step = falters
+train.main()
+"""
+MINUTE = 60  # seconds from a failure to the end of the job, as docs/training.md promises; and the one asserted bound on time here
+
 
 def wait_for_rows(config, count: int, process: subprocess.Popen, seconds: float = 200) -> None:
     """Until the run has logged `count` steps."""
@@ -84,6 +102,21 @@ def test_a_dead_rank_is_named_and_torchrun_restarts_the_run_where_it_was(tiny, t
     assert not [name for name in expected if "running_" not in name and not torch.equal(expected[name], found[name])]
 
 
+@pytest.mark.parametrize("number, said", [
+    ("SIGKILL", ("Signal 9 (SIGKILL)", "exitcode: -9", "reset by peer", "closed by peer")),
+    pytest.param("SIGSTOP", ("Timed out", "timed out"), marks=(pytest.mark.slow, pytest.mark.matrix)),  # torchrun gives it 30 s to end by itself
+])
+def test_a_rank_that_dies_or_hangs_ends_the_job_within_a_minute(tiny, tmp_path, number, said):
+    """From the moment on, by the clock, to the end of torchrun; where it hangs, at a timeout of 6 s, that of `timeout_minutes` included."""
+    script, moment = tmp_path / "faltering.py", tmp_path / "moment"
+    script.write_text(FALTERING.format(root=str(ROOT), moment=str(moment), signal=number))
+    run = torchrun([str(script), *flags(tiny(epochs=200, timeout_minutes=0.1), tmp_path / "c.yaml")], 2)
+    seconds = time.time() - float(moment.read_text())
+    assert run.returncode != 0 and seconds < MINUTE, (seconds, run.stderr[-4000:])
+    assert any(words in run.stderr for words in said), run.stderr[-4000:]
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) <= 3
+
+
 def test_a_refused_run_stays_refused_when_torchrun_restarts_it(tiny, tmp_path):
     """The folder holds another run's checkpoints: a restart must not take them for its own."""
     config = tiny(max_steps=1)
@@ -104,8 +137,12 @@ def test_a_damaged_sample_ends_the_job_within_a_minute_with_its_name(tiny, beton
     config = tiny(train_data=str(broken), epochs=2)
     command = torchrun_command([SCRIPT, *flags(config, tmp_path / "c.yaml")], 2)
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread()) as job:
+        read = Path(config.output_dir) / "config.yaml"  # written before the first batch is asked for, so that the time is not understated
+        while not read.exists() and job.poll() is None:
+            time.sleep(0.02)
+        start = time.monotonic()
         output, errors = job.communicate(timeout=240)
-    assert job.returncode != 0
+    assert job.returncode != 0 and read.exists() and time.monotonic() - start < MINUTE
     table = errors[errors.index("Root Cause"):]
     assert f"cannot decode sample 11 ({name}) of {broken}" in table and "DecodeError" in table and "Traceback" in table, errors[-4000:]
 
