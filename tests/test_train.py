@@ -18,7 +18,6 @@ from tiny_runs import CLASSES, ROOT, TINY, betons, flags, tiny, torchrun, weight
 from torch._dynamo.utils import counters
 
 from tl_fast import checkpoint, evaluate
-from tl_fast import resume as training_resume
 from tl_fast import step as training_step
 from tl_fast import train as training
 from tl_fast.beton import BetonReader, Sample, write_beton
@@ -423,12 +422,20 @@ def test_sync_bn_converts_batch_norm_before_the_step_is_compiled(tiny, monkeypat
     class Made(Exception):
         pass
 
+    class Alone(Ranks):
+        """One of several that has no others to speak to."""
+
+        def gather(self, value):
+            return [value] * self.world_size
+
+        def from_main(self, value):
+            return value
+
     def made(network, *_):
         raise Made(network)
 
-    monkeypatch.setattr(training, "resume", lambda *_, **__: training_resume.FRESH)
     monkeypatch.setattr(training, "compiled", made)
-    config, ranks = dataclasses.replace(tiny(compile=True), num_classes=4), Ranks(0, world_size, torch.device("cpu"))
+    config, ranks = dataclasses.replace(tiny(compile=True), num_classes=4), Alone(0, world_size, torch.device("cpu"))
     loader, _ = training.make_loaders(config, ranks)
     with pytest.raises(Made) as caught:
         training._run(dataclasses.replace(config, sync_bn=sync_bn, device="auto"), ranks, loader, None, None)
