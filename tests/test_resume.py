@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from tiny_runs import betons, tiny, weights  # noqa: F401  two of them are fixtures
 
-from tl_fast import checkpoint
+from tl_fast import checkpoint, resume
 from tl_fast import train as training
 
 
@@ -21,3 +23,60 @@ def test_a_run_that_fell_back_from_a_torn_checkpoint_keeps_what_it_saves(tiny):
         summary = training.train(again)
     assert summary["steps"] == 7 and summary["checkpoint"].endswith("step-0000000007")
     assert checkpoint.checkpoints(torn.parent) == [Path(summary["checkpoint"])] and checkpoint.latest(torn.parent)
+
+
+def test_another_data_set_is_not_continued_with(tiny, betons, tmp_path):
+    config = tiny(max_steps=2)
+    training.train(config)
+    moved = shutil.copy(betons / "train.beton", tmp_path / "moved.beton")
+    again = dataclasses.replace(config, train_data=str(moved), resume="auto", max_steps=3)
+    assert training.train(again)["steps"] == 3  # the same samples in another file
+    twice = dataclasses.replace(again, train_data=[str(moved), str(betons / "train.beton")], batch_size=32, max_steps=4)
+    with pytest.raises(checkpoint.CheckpointError, match="train_data 87 samples with digest .* -> 174 samples with digest .*moved.beton.*--init_weights"):
+        training.train(twice)
+
+
+def test_what_two_runs_write_at_once_is_refused(tiny, monkeypatch):
+    config = tiny(max_steps=2)
+    monkeypatch.setattr(resume.sole_writer.__wrapped__, "__defaults__", (0.1,))
+    with resume.sole_writer(Path(config.output_dir)):
+        with pytest.raises(BlockingIOError, match=f"{config.output_dir} is being trained into by another process .process {os.getpid()} on"):
+            training.train(config)
+    assert training.train(config)["steps"] == 2
+
+
+def test_a_run_continues_without_the_weights_that_it_began_with(tiny, tmp_path):
+    first = tiny("first", max_steps=1)
+    copy = tmp_path / "weights.safetensors"
+    shutil.copy(Path(training.train(first)["checkpoint"]) / checkpoint.MODEL, copy)
+    config = tiny("second", max_steps=1, init_weights=str(copy))
+    training.train(config)
+    copy.unlink()
+    assert training.train(dataclasses.replace(config, max_steps=2, resume="auto"))["steps"] == 2
+    with pytest.raises(checkpoint.CheckpointError, match="weights.safetensors does not exist"):
+        training.train(dataclasses.replace(config, output_dir=str(tmp_path / "third")))
+
+
+@pytest.mark.parametrize("run_id, restarts, continues", [("job7", 0, True), ("none", 1, True), ("none", 0, False), ("job8", 1, False)])
+def test_a_job_that_torchrun_starts_again_continues_its_own_run(tiny, monkeypatch, run_id, restarts, continues):
+    """Also where a node has joined, whose ranks count no restart and may hold the main one; another job's run is refused."""
+    began = "job7" if run_id != "none" else "none"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", began)
+    config = tiny(max_steps=1)
+    training.train(config)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+    again = dataclasses.replace(config, max_steps=2)
+    if continues:
+        assert training.train(again)["steps"] == 2
+    else:
+        with pytest.raises(checkpoint.CheckpointError, match="already holds"):
+            training.train(again)
+
+
+def test_the_record_says_what_auto_came_to(tiny):
+    config = tiny(max_steps=1, deterministic=True)
+    training.train(config)
+    (start,) = resume.read_record(Path(config.output_dir))
+    assert start["resolved"] == {"device": "cpu", "world_size": 1, "dtype": "float32", "compile": False, "threads": 1, "decode": "cpu"}
+    assert start["config"]["decode"] == "cpu" and {"torch", "torchvision", "timm", "numba", "numpy", "dali", "cuda", "nccl", "commit"} <= set(start["versions"])

@@ -148,6 +148,7 @@ def test_without_token_labels_only_the_class_token_learns(tiny, betons):
         ({"train_data": "plain.beton"}, r"plain\.beton has no label maps.*--token_label false"),
         ({"num_classes": 10}, r"train\.beton has 4 classes, the model 10"),
         ({"batch_size": 512}, "512"),
+        ({"model": "vit_tiny_patch16_224", "model_kwargs": {}}, "vit_tiny_patch16_224' is a VisionTransformer, which has no token labeling.*lvvit_t"),
         ({"model": "resnet_of_dreams"}, "resnet_of_dreams.*lvvit_t"),
         ({"model_kwargs": {"embed_width": 3}}, "embed_width"),
         ({"batch_size": 16, "accumulate": 16}, "mix_token mixes .* leaves one"),
@@ -159,6 +160,11 @@ def test_what_does_not_fit_is_refused_at_the_start(tiny, betons, changes, named)
     changes = {k: str(betons / v) if k == "train_data" else v for k, v in changes.items()}
     with pytest.raises(ValueError, match=named):
         training.train(tiny(**changes))
+
+
+def test_a_first_bucket_larger_than_the_others_is_refused(tiny):
+    with pytest.raises(ValueError, match="bucket_mb 0.5 is below 1"):
+        training.make_loaders(tiny(compile=True, bucket_mb=0.5), Ranks(0, 2, torch.device("cpu")))
 
 
 def test_missing_data_is_named(tiny):

@@ -144,6 +144,11 @@ class BetonReader(BetonTables):
         }[wrong]
         return self._error("label_map", f"{self._name(i)}: {problem}; {DAMAGED}")
 
+    @property
+    def crcs(self) -> np.ndarray | None:
+        """Every sample's stored CRC-32 (`crc`), integers `[n]`; None in files of the stock writer."""
+        return None if self._index is None else self._column("crc")
+
     def crc(self, i: int) -> int:
         """The stored CRC-32 of sample i: JPEG bytes, then label-map bytes. Raises BetonError in files of the stock writer."""
         if self._index is None:

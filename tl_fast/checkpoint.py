@@ -255,12 +255,18 @@ def load_weights(model: nn.Module, path: Path, use_ema: bool = True) -> list[str
     own = model.state_dict()
     position = state.get("pos_embed")
     if position is not None and position.ndim == 3 and position.shape != own["pos_embed"].shape:
-        state["pos_embed"] = resize_pos_embed(position, model.grid_size)
+        try:
+            state["pos_embed"] = resize_pos_embed(position, model.grid_size)
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
         remarks.append(f"{path}: resized pos_embed from {position.shape[1] - 1} to {own['pos_embed'].shape[1] - 1} tokens")
     dropped = {key for key in state if key.startswith(_HEADS) and key in own and state[key].shape != own[key].shape}
     if dropped:
         names = ", ".join(f"{key} ({state[key].shape[0]} classes)" for key in sorted(dropped) if key.endswith("weight"))
         remarks.append(f"{path}: left out {names}, as the model has {model.num_classes} classes: these heads keep their initial weights")
+    kept = sorted(key for key in state if key.startswith(_HEADS) and key.endswith("weight") and key not in dropped)
+    if kept:
+        remarks.append(f"{path}: kept {', '.join(kept)} ({model.num_classes} classes)")
     state = {key: value for key, value in state.items() if key not in dropped}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)

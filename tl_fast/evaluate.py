@@ -25,6 +25,7 @@ import timm
 from tl_fast import checkpoint
 from tl_fast.config import TrainConfig
 from tl_fast.decode import DecodeError
+from tl_fast.models import LVViT
 from tl_fast.pipeline import Batch, Loader
 from tl_fast.ranks import Ranks, join
 
@@ -45,10 +46,14 @@ class Normalise(nn.Module):
         return torch.addcmul(self.shift, images.to(torch.float32, memory_format=layout), self.scale)
 
 
+def resolved_dtype(device: torch.device, dtype: str) -> str:
+    """A config's `dtype` on a device; "auto" is bfloat16 on GPUs and float32 on the CPU."""
+    return dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+
+
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """The autocast context of a config's `dtype`; "auto" is bfloat16 on GPUs and float32 (no autocast) on the CPU."""
-    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+    """The autocast context of a config's `dtype`; none for float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=resolved_dtype(device, dtype) == "bfloat16")
 
 
 @torch.inference_mode()
@@ -79,16 +84,25 @@ def accuracy(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, config: T
 def build_model(config: TrainConfig) -> nn.Module:
     """The config's model, randomly initialised from torch's generator; `num_classes` must be resolved.
 
-    Raises ValueError naming a bad argument.
+    Raises ValueError naming a bad argument, or a model without a token head for each of the config's tokens.
     """
     try:
-        return timm.create_model(
+        model = timm.create_model(
             config.model, img_size=config.img_size, num_classes=config.num_classes, drop_path_rate=config.drop_path, **config.model_kwargs
         )
     except TypeError as error:  # an argument the constructor does not have
         raise ValueError(f"model {config.model} with model_kwargs {config.model_kwargs}: {error}") from error
     except RuntimeError as error:  # timm's "Unknown model"
-        raise ValueError(f"model {config.model!r}: {error}; lvvit_t, lvvit_s, lvvit_m and lvvit_l exist") from error
+        raise ValueError(f"model {config.model!r}: {error}; {_MODELS}") from error
+    if not isinstance(model, LVViT):
+        raise ValueError(f"model {config.model!r} is a {type(model).__name__}, which has no token labeling (a head for patch tokens, MixToken): {_MODELS}")
+    if model.grid_size != (config.grid, config.grid):
+        raise ValueError(f"model {config.model!r} has a grid of {model.grid_size} tokens, the label maps are cut to {config.grid}x{config.grid} "
+                         f"for img_size {config.img_size}: {_MODELS}")
+    return model
+
+
+_MODELS = "lvvit_t, lvvit_s, lvvit_m and lvvit_l exist"
 
 
 def check_labels(loader: Loader, num_classes: int) -> None:

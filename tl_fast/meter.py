@@ -34,6 +34,7 @@ class Meter:
         self._seen: list[tuple[int, int, float, list[Tensor]]] = []  # step, epoch, lr and ids of each of them
         self._loss = self._terms = torch.zeros((), device=ranks.device)  # of the step under way
         self._ids: list[Tensor] = []
+        self._judged = 0  # steps before this one have been handed to the guard, those that were not finite
         self._pending: tuple[Tensor, torch.cuda.Event | None, dict[str, float], list] | None = None
         self._waited, self._clock = 0.0, time.perf_counter()
         self._windows: list[tuple[int, float, float]] = []  # images, seconds, seconds waited for data
@@ -56,7 +57,7 @@ class Meter:
         if batch is None:
             raise RuntimeError("the loader ended before the epoch: its length and its batches disagree")
         self._waited += time.perf_counter() - start
-        self._ids.append(batch.sample_ids)
+        self._ids.append(batch.sample_ids.clone())  # a view of all that was uploaded for its batch, on a GPU
         return batch
 
     def add_loss(self, loss: Tensor, terms: Tensor) -> None:
@@ -122,7 +123,7 @@ class Meter:
         """Before weights are saved within a window: wait for the device, write what `report` would write later, which a run that continues from
         those weights would miss, and hand steps that were not finite to the guard."""
         self.report(log)
-        if not self._at_once and not self.guard.skips and self._window:
+        if not self._at_once and self._window:
             self._judge_all(self._seen, self._combined().flatten().tolist())
 
     def speed(self) -> tuple[float, float]:
@@ -142,9 +143,10 @@ class Meter:
     def _judge_all(self, seen: list, window: list[float]) -> None:
         for i, step in enumerate(seen):
             values = window[5 * i : 5 * i + 5]
-            if values[_BAD]:
+            if values[_BAD] and step[0] >= self._judged:
                 self._judge(step, values)
 
     def _judge(self, seen: tuple[int, int, float, list[Tensor]], values: list[float]) -> None:
         step, epoch, lr, ids = seen
+        self._judged = step + 1
         self.guard.report(step, epoch, lr, values[_LOSS], values[_NORM], torch.cat(ids).tolist())

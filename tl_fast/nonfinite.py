@@ -19,8 +19,8 @@ class NonFinite:
     """The policy of one run, alike on all ranks.
 
     Args:
-        policy: "stop" raises NonFiniteError at the first step that is not finite; "skip" leaves weights, moments and batch norm's statistics
-            as they were before it and goes on.
+        policy: "stop" raises NonFiniteError at the first step that is not finite; "skip" leaves weights, moments, moving average and batch
+            norm's statistics as they were before it and goes on.
         limit: skipped steps of the run after which the next one stops it.
         folder: the run's folder; each such step leaves `nonfinite/step-<step>.json` there, with loss and sample ids of every rank.
         name: a sample's name by its id, for that file.
@@ -41,6 +41,18 @@ class NonFinite:
         """After its backward: bring the buffers back where `bad` (a scalar on the device, 0 or 1), without asking the device."""
         for buffer, kept in zip(model.buffers(), self._kept, strict=True):
             buffer.copy_(torch.where(bad > 0, kept, buffer))
+
+    @staticmethod
+    def update_unless(bad: Tensor | None, module: nn.Module, update: Callable[[], None]) -> None:
+        """Call `update`, which changes `module`, and take that back where `bad` (as of `restore`, or None: never), without asking the device."""
+        if bad is None:
+            update()
+            return
+        tensors = list(module.state_dict().values())
+        kept = [tensor.clone() for tensor in tensors]
+        update()
+        for tensor, before in zip(tensors, kept, strict=True):
+            tensor.copy_(torch.where(bad > 0, before, tensor))
 
     def report(self, step: int, epoch: int, lr: float, loss: float, norm: float, sample_ids: Sequence[int]) -> None:
         """Put a step that was not finite on record and count it, or stop; every rank calls this for the same step with its own loss and ids.

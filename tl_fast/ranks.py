@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
 
@@ -59,6 +60,20 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def on_main(self, function: Callable, *arguments: Any) -> Any:
+        """What the function returns on rank 0, picklable, on every rank; or the ValueError or OSError that it raises there, on every rank: the
+        others would wait for a rank that left alone."""
+        found = None
+        if self.main:
+            try:
+                found = function(*arguments)
+            except (ValueError, OSError) as error:
+                found = error
+        found = self.from_main(found)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def average_buffers(self, *modules: nn.Module) -> None:
         """Replace the floating-point buffers (batch norm's running statistics) by their mean over ranks, in place."""

@@ -1,13 +1,21 @@
-"""Where a run starts: anew, or where a checkpoint left it; and the record of every start, `run.json`."""
+"""Where a run starts: anew, or where a checkpoint left it; that no other run writes there; and the record of every start, `run.json`."""
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import socket
 import subprocess
 import sys
+import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +23,46 @@ import numpy as np
 import torch
 from torch import nn
 
-import tl_fast.compat  # noqa: F401  before timm
-import timm
-
 import tl_fast
 from tl_fast import checkpoint
 from tl_fast.config import TrainConfig
 from tl_fast.ranks import Ranks
+from tl_fast.samples import Samples
 
 # A run continued with other values of these would be neither the old run nor a new one.
 FIXED_ON_RESUME = ("model", "model_kwargs", "img_size", "num_classes", "token_label", "batch_size", "seed", "steps_per_epoch")
 FRESH = {"global_step": 0, "epoch": 0, "step_in_epoch": 0, "last_validation": {}, "validated": False, "skipped": 0}
-RECORD = "run.json"
+RECORD, LOCK = "run.json", "run.lock"
 
 
-def resume(config: TrainConfig, ranks: Ranks, steps_per_epoch: int, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load what `config.resume` asks for; where to continue, with FRESH's keys.
+def choose(config: TrainConfig, ranks: Ranks) -> Path | None:
+    """The checkpoint that `config.resume` asks to continue from, None to start afresh; the main rank alone looks, so that all take the same.
 
-    When torchrun starts its ranks again (--max-restarts), they continue the run that they began, whatever `resume` says.
-    Raises CheckpointError for broken or foreign checkpoints, when one of FIXED_ON_RESUME differs from the checkpoint's config, and when
-    output_dir holds checkpoints that the run would not continue.
+    When torchrun starts its ranks again (--max-restarts, a node that joins or leaves), they continue the run that they began, whatever `resume`
+    says. Raises CheckpointError on every rank when none is intact, and when output_dir holds checkpoints that the run would not continue.
     """
-    found = ranks.from_main(_caught(_choose, config) if ranks.main else None)
-    if isinstance(found, checkpoint.CheckpointError):
-        raise found  # on every rank: the others would wait for the first
+    # Ranks of a node that has just joined count no restarts, and one of them may now be the main one.
+    restarts = max(ranks.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
+    return ranks.on_main(_choose, config, restarts)
+
+
+def resume(found: Path | None, config: TrainConfig, ranks: Ranks, steps_per_epoch: int, data: dict[str, Any], *, model: nn.Module, ema: nn.Module,
+           optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load the chosen checkpoint; where to continue, with FRESH's keys. None: FRESH.
+
+    Raises CheckpointError for a broken one, and when one of FIXED_ON_RESUME or the `data` (see identify) differs from what it was trained with;
+    ValueError when the ranks do not have the same data.
+    """
+    for rank, other in enumerate(ranks.gather(data)):
+        if not _same_data(data, other):
+            raise ValueError(f"the ranks have different data: rank {ranks.rank} {_words(data)}, rank {rank} {_words(other)}; give every node the same files")
     if found is None:
         return FRESH
     meta = checkpoint.read_meta(found)
     then, now = meta["config"] | {"steps_per_epoch": meta["steps_per_epoch"]}, config.to_dict() | {"steps_per_epoch": steps_per_epoch}
     different = [f"{name} {then.get(name)!r} -> {now[name]!r}" for name in FIXED_ON_RESUME if then.get(name) != now[name]]
+    if "data" in meta and not _same_data(meta["data"], data):  # checkpoints of earlier versions do not say
+        different.append(f"train_data {_words(meta['data'])} -> {_words(data)}")
     if different:
         raise checkpoint.CheckpointError(f"{found} is of another run: {', '.join(different)}. Restore these, choose another output_dir, or "
                                          "start from its weights with --init_weights")
@@ -54,20 +73,58 @@ def resume(config: TrainConfig, ranks: Ranks, steps_per_epoch: int, *, model: nn
     return {name: meta[name] for name in FRESH}
 
 
-def _caught(function, *arguments):
-    """The function's result, or the CheckpointError that it raised."""
-    try:
-        return function(*arguments)
-    except checkpoint.CheckpointError as error:
-        return error
+def identify(samples: Samples) -> dict[str, Any]:
+    """What tells one data set from another: number of `samples`, `digest` of their labels, sizes and CRC-32, and, for messages, the `files`.
+
+    How the samples are called and in which files they lie does not matter, their order does. Reads the files' tables alone.
+    """
+    digest = hashlib.sha256(repr(samples.spec).encode())
+    for name in ("heights", "widths", "labels", "jpeg_sizes", "label_map_sizes", "crcs"):
+        for column in (getattr(reader, name) for reader in samples.readers):
+            digest.update(b"none" if column is None else np.ascontiguousarray(column, np.int64))
+    return {"samples": len(samples), "digest": digest.hexdigest()[:16], "files": list(map(str, samples.paths))}
 
 
-def _choose(config: TrainConfig) -> Path | None:
-    """The checkpoint to continue from; the main rank alone looks, so that all take the same."""
+def _same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return (a["samples"], a["digest"]) == (b["samples"], b["digest"])
+
+
+def _words(data: dict[str, Any]) -> str:
+    return f"{data['samples']} samples with digest {data['digest']} ({', '.join(data['files'])})"
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path, patience: float = 10.0) -> Iterator[None]:
+    """Hold the lock on a run's folder, made if need be. Raises BlockingIOError when another process still has it after `patience` seconds: a rank
+    that torchrun is about to replace may take a moment to go. The system frees the lock of a process that ends in any way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                raise BlockingIOError(errno.EWOULDBLOCK, f"output_dir {folder} is being trained into by another process ({file.read().strip() or 'unknown'}): "
+                                      "end it, or choose another output_dir") from error
+            except OSError as error:  # some network file systems have no locks
+                warnings.warn(f"{folder} cannot be locked ({error}): make sure that no other run writes there", stacklevel=2)
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _choose(config: TrainConfig, restarts: int) -> Path | None:
     folder = Path(config.output_dir) / "checkpoints"
     if folder.is_dir():
         checkpoint.recover(folder)
-    if config.resume == "auto" or (_restarted(Path(config.output_dir)) and checkpoint.checkpoints(folder)):
+    if config.resume == "auto" or (_ours(Path(config.output_dir), restarts) and checkpoint.checkpoints(folder)):
         return checkpoint.latest(folder)
     path = checkpoint.find(Path(config.resume)) if config.resume else None
     # A run that starts before them would be pruned against them, and a later --resume auto would take one of theirs.
@@ -81,16 +138,24 @@ def _choose(config: TrainConfig) -> Path | None:
 
 def _job() -> str:
     """Names the torchrun job that this process belongs to; the same after a restart of its ranks, another for another job."""
+    name = _run_id()
+    return f"{socket.gethostname()}:{os.getppid()}" if name is None else name
+
+
+def _run_id() -> str | None:
+    """torchrun's --rdzv-id, also that which --standalone draws; None where nobody has set one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return name if name != "none" else f"{socket.gethostname()}:{os.getppid()}"
+    return None if name == "none" else name
 
 
-def _restarted(folder: Path) -> bool:
-    """Whether torchrun has started this job's ranks before and they began the run in `folder` then (and were not refused)."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-        return False
+def _ours(folder: Path, restarts: int) -> bool:
+    """Whether this very job began the run in `folder` (and was not refused).
+
+    An id of the job says so on any host. Without one its process on this host does, which another job's may follow under the same number: only when
+    torchrun has restarted its ranks. A change of members is no restart in torchrun's count.
+    """
     starts = read_record(folder)
-    return bool(starts) and starts[-1]["job"] == _job()
+    return bool(starts) and starts[-1]["job"] == _job() and (_run_id() is not None or restarts > 0)
 
 
 def read_record(folder: Path) -> list[dict[str, Any]]:
@@ -101,20 +166,42 @@ def read_record(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def write_record(folder: Path, config: TrainConfig, ranks: Ranks, step: int) -> None:
-    """Add this start at `step` to the run's record: time, command, versions and commit, and the resolved recipe."""
+def write_record(folder: Path, config: TrainConfig, step: int, versions: dict[str, str | None], resolved: dict[str, Any]) -> None:
+    """Add this start at `step` to the run's record: time, command, versions and commit, the recipe, and what came of its "auto" and null."""
     start = {"time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "step": step, "job": _job(), "host": socket.gethostname(),
-             "command": sys.argv, "versions": versions(ranks), "config": config.to_dict()}
+             "command": sys.argv, "versions": versions, "resolved": resolved, "config": config.to_dict()}
+    _write_starts(folder, [*(read_record(folder) if step else []), start])
+
+
+def complete_record(folder: Path, resolved: dict[str, Any]) -> None:
+    """Replace what the last start has `resolved`: the loader decides about `decode` when it makes its first batch."""
+    *earlier, last = read_record(folder)
+    _write_starts(folder, [*earlier, last | {"resolved": resolved}])
+
+
+def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
     temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps({"starts": [*(read_record(folder) if step else []), start]}, indent=1))
+    temporary.write_text(json.dumps({"starts": starts}, indent=1))
     os.replace(temporary, folder / RECORD)
 
 
 def versions(ranks: Ranks) -> dict[str, str | None]:
-    """What the run runs on: packages, device, and the commit of the checkout (None where the package does not lie in one)."""
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine()
-    return {"tl_fast": tl_fast.__version__, "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
-            "timm": timm.__version__, "numpy": np.__version__, "device": f"{ranks.world_size} x {name}"}
+    """What the run runs on: packages, CUDA, NCCL, device, and the commit of the checkout. None for what is not there; the commit where the package
+    does not lie in a checkout."""
+    gpu = ranks.device.type == "cuda"
+    name = torch.cuda.get_device_name(ranks.device) if gpu else platform.processor() or platform.machine()
+    packages = {package: _version(package) for package in ("torchvision", "timm", "numba", "numba-cuda", "numpy")}
+    dali = next(filter(None, (_version(f"nvidia-dali-cuda{major}0") for major in (13, 12, 11))), None)
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpu and torch.distributed.is_nccl_available() else None
+    return {"tl_fast": tl_fast.__version__, "commit": commit(), "python": platform.python_version(), "torch": torch.__version__, **packages,
+            "dali": dali, "cuda": torch.version.cuda, "nccl": nccl, "device": f"{ranks.world_size} x {name}"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> str | None:

@@ -33,14 +33,14 @@ from timm.utils import ModelEmaV3
 from tl_fast import checkpoint
 from tl_fast.beton_write import reuse_memory
 from tl_fast.config import TrainConfig, parse_config, save_config
-from tl_fast.evaluate import Normalise, accuracy, build_model, check_labels
+from tl_fast.evaluate import Normalise, accuracy, build_model, check_labels, resolved_dtype
 from tl_fast.loss import TokenLabelLoss
 from tl_fast.meter import Meter
 from tl_fast.nonfinite import NonFinite
 from tl_fast.pipeline import Loader
 from tl_fast.plan import mix_box
 from tl_fast.ranks import Ranks, join
-from tl_fast.resume import resume, versions, write_record
+from tl_fast.resume import choose, complete_record, identify, resume, sole_writer, versions, write_record
 from tl_fast.runlog import RunLog
 from tl_fast.step import TrainStep, compiled
 from tl_fast.stopping import Agreement, StopSignals
@@ -64,12 +64,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if config.deterministic:
             stack.enter_context(deterministic())
+            if config.decode == "auto":  # which measures, and nvJPEG's pixels differ from the CPU's
+                config = dataclasses.replace(config, decode="cpu")
         ranks = stack.enter_context(join(config.device, config.timeout_minutes))
         train_loader, val_loader = make_loaders(config, ranks)
         for loader in filter(None, (train_loader, val_loader)):
             stack.callback(loader.close)
         config = dataclasses.replace(config, num_classes=config.num_classes or train_loader.num_classes)
         check_data(config, train_loader, val_loader)
+        ranks.on_main(stack.enter_context, sole_writer(Path(config.output_dir)))
         # Innermost, so that a failing process takes signals as any other while the rest is torn down.
         agreement = Agreement(ranks, stack.enter_context(StopSignals()), config.checkpoint_minutes)
         return _run(config, ranks, train_loader, val_loader, agreement)
@@ -80,9 +83,10 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     steps_per_epoch = len(train_loader) // config.accumulate
     end = min(config.total_epochs * steps_per_epoch, config.max_steps or math.inf)
 
+    found = choose(config, ranks)
     torch.manual_seed(config.seed)
     model = build_model(config)
-    remarks = checkpoint.load_weights(model, Path(config.init_weights)) if config.init_weights else []
+    remarks = checkpoint.load_weights(model, Path(config.init_weights)) if config.init_weights and found is None else []
     if not config.token_label:
         silence_token_head(model)
     model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
@@ -93,22 +97,28 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1)
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, steps_per_epoch)
-    progress = resume(config, ranks, steps_per_epoch, model=model, ema=ema.module, optimizer=optimizer)
+    data, running_on = identify(train_loader.samples), versions(ranks)
+    progress = resume(found, config, ranks, steps_per_epoch, data, model=model, ema=ema.module, optimizer=optimizer)
     step, epoch, step_in_epoch, metrics = (progress[name] for name in ("global_step", "epoch", "step_in_epoch", "last_validation"))
 
     # What a step calls; validation, EMA and checkpoints use the bare model.
     network: nn.Module = TrainStep(model, criterion, Normalise(config.mean, config.std).to(device), config.dtype)
-    if device.type == "cuda" if config.compile is None else config.compile:
+    if compiles(config, device):
         network = compiled(network, device, config.compile_mode)
     if ranks.world_size > 1:
         # Batch norm's statistics stay local during an epoch; average_buffers brings them together at its end. DDP goes around the compiled
         # module: the other way round its own forward breaks the graph.
         network = DistributedDataParallel(network, gradient_as_bucket_view=True, static_graph=config.accumulate == 1,
                                           bucket_cap_mb=config.bucket_mb, **{_BUFFER_SYNC: False})
+
+    def resolved() -> dict[str, Any]:
+        """What came of the config's "auto" and null."""
+        return {"device": str(device), "world_size": ranks.world_size, "dtype": resolved_dtype(device, config.dtype), "compile": compiles(config, device),
+                "threads": train_loader.threads, "decode": train_loader.decode}
+
     if ranks.main:
-        folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
-        write_record(folder, config, ranks, step)
+        write_record(folder, config, step, running_on, resolved())
 
     guard = NonFinite(ranks, config.non_finite, config.max_skipped, folder, train_loader.samples.name, progress["skipped"])
     meter = Meter(ranks, guard, config.batch_size, config.accumulate)
@@ -119,9 +129,9 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
         ranks.average_buffers(model, ema.module)
         if ranks.main:
             position = {"global_step": step, "epoch": epoch, "step_in_epoch": step_in_epoch, "steps_per_epoch": steps_per_epoch,
-                        "last_validation": metrics, "validated": validated, "skipped": guard.skipped}
+                        "last_validation": metrics, "validated": validated, "skipped": guard.skipped, "data": data}
             record = {"metrics": metrics if validated else {}, "config": config.to_dict(),
-                      "class_names": train_loader.samples.class_names, "versions": versions(ranks)}
+                      "class_names": train_loader.samples.class_names, "versions": running_on}
             checkpoint.prune(checkpoint.save(folder / "checkpoints", model=model, ema=ema.module, optimizer=optimizer, meta=position | record), config.keep)
         agreement.saved()
 
@@ -174,7 +184,7 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
                         optimizer.found_inf = bad  # what torch's GradScaler sets: the fused step then changes nothing
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                    ema.update(model, step=step + 2)
+                    guard.update_unless(bad, ema.module, lambda: ema.update(model, step=step + 2))
                     step, step_in_epoch, validated = step + 1, step_in_epoch + 1, False
                     log.advance(step, epoch)
                     meter.report(log)
@@ -192,6 +202,8 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
                 epoch, step_in_epoch = epoch + 1, 0
             ranks.average_buffers(model, ema.module)
         agreement.finish()
+        if ranks.main and step > progress["global_step"]:
+            complete_record(folder, resolved())  # the loader decides about decode='auto' with its first batch
         speed, data_wait = meter.speed()
         newest, best, best_top1 = ranks.from_main(_newest_and_best(folder / "checkpoints", step) if ranks.main else None)
         summary = {
@@ -217,12 +229,20 @@ def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | No
                          f"{config.accumulate} leaves one: raise batch_size, or set mix_token false")
     if config.sync_bn and ranks.device.type != "cuda":
         raise ValueError(f"sync_bn needs GPUs (torch's SyncBatchNorm has no CPU version): device is {ranks.device.type}")
+    if config.bucket_mb < 1 and ranks.world_size > 1 and compiles(config, ranks.device):
+        raise ValueError(f"bucket_mb {config.bucket_mb} is below 1, the size of the first bucket at which torch cuts a compiled step on several ranks: "
+                         "raise it, or set compile false")
     common = dict(image_size=config.img_size, grid=config.grid, seed=config.seed, threads=config.threads, decode=config.decode,
                   device=ranks.device, rank=ranks.rank, world_size=ranks.world_size)
     train_loader = Loader(config.train_data, per_rank, augment=config.augment, geometry=config.geometry, smoothing=config.smoothing,
                           token_labels=config.token_label, **common)
     val_loader = Loader(config.val_data, per_rank, train=False, crop_pct=config.crop_pct, **common) if config.val_data else None
     return train_loader, val_loader
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the training step is compiled: by default on GPUs."""
+    return device.type == "cuda" if config.compile is None else config.compile
 
 
 def check_data(config: TrainConfig, train_loader: Loader, val_loader: Loader | None) -> None:
