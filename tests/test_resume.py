@@ -80,3 +80,11 @@ def test_the_record_says_what_auto_came_to(tiny):
     (start,) = resume.read_record(Path(config.output_dir))
     assert start["resolved"] == {"device": "cpu", "world_size": 1, "dtype": "float32", "compile": False, "threads": 1, "decode": "cpu"}
     assert start["config"]["decode"] == "cpu" and {"torch", "torchvision", "timm", "numba", "numpy", "dali", "cuda", "nccl", "commit"} <= set(start["versions"])
+
+
+def test_the_best_weights_are_saved_between_the_epochs_that_are(tiny, betons, monkeypatch):
+    scores = iter((50.0, 70.0, 60.0, 65.0))
+    monkeypatch.setattr(training, "validate", lambda *_: {"val_top1_ema": next(scores), "val_top1_raw": 0.0})
+    config = tiny(epochs=4, checkpoint_every=4, val_data=str(betons / "val.beton"), keep=1)
+    summary = training.train(config)
+    assert summary["best_top1"] == 70 and summary["best_checkpoint"].endswith(f"step-{summary['steps'] // 2:010d}")

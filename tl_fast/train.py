@@ -123,6 +123,7 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     guard = NonFinite(ranks, config.non_finite, config.max_skipped, folder, train_loader.samples.name, progress["skipped"])
     meter = Meter(ranks, guard, config.batch_size, config.accumulate)
     saved, validated = (step, progress["validated"]) if step else (0, False)
+    improved = False  # by the last validation, over all checkpoints
 
     def save(validated: bool) -> None:
         """Write the checkpoint of this moment, with the metrics if they are of these weights."""
@@ -149,9 +150,10 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
                     found = validate(model, ema.module, val_loader, ranks, config, agreement)
                     if not agreement.now():  # else the figures are of a part of the set
                         metrics, validated, saved = found, True, -1
+                        improved = ranks.on_main(_is_best, folder / "checkpoints", metrics)
                         log.row("val", step, epoch, metrics,
                                 f"val top-1 {metrics['val_top1_ema']:.1f} % (EMA), {metrics['val_top1_raw']:.1f} % (raw)")
-            if saved != step and (agreement.now() or step == end or whole and epoch % config.checkpoint_every == 0):
+            if saved != step and (agreement.now() or step == end or whole and (epoch % config.checkpoint_every == 0 or validated and improved)):
                 save(validated)
                 saved = step
             if step >= end or agreement.now():
@@ -325,6 +327,12 @@ def deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[1:]
+
+
+def _is_best(folder: Path, metrics: dict[str, float]) -> bool:
+    """Whether metrics just found are better than those of every checkpoint."""
+    best = checkpoint.best(folder)
+    return best is None or checkpoint.score({"metrics": metrics}) > checkpoint.score(checkpoint.read_meta(best))
 
 
 def _newest_and_best(folder: Path, step: int) -> tuple[str | None, str | None, float | None]:
