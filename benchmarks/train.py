@@ -6,8 +6,9 @@
 
 Every contender is a process of its own. On the CPU all take turns, a round of --steps steps at a time; on a GPU, whose memory holds one, each makes
 all its rounds before the next one starts, and one that fails costs its own rows alone. Synthetic batches lie on the device; --beton adds a contender
-that is fed by the loader, decoding and targets included, on a GPU by the loader's half there. A step is what train.py does: normalise,
-forward, loss, backward, clipping, AdamW, moving average, a MixToken box of its own; the published one does not clip, and reads its loss on the host.
+that is fed by the loader, decoding, LV-ViT-S's whole augmentation and targets included, on a GPU by the loader's half there. A step is what
+train.py does: normalise, erase, forward, loss, backward, clipping, AdamW, moving average, a MixToken box of its own; the published one neither
+erases nor clips, and reads its loss on the host.
 Weights are float32, on a GPU autocast to bfloat16, for all. Our processes keep malloc's memory, as train.py does; the published
 style runs with and without that. Times of a step are split by the clock, on a GPU by events; MFU is counted FLOPs (matrix products and
 convolutions, forward and backward) over the GPU's peak for dense bfloat16, elsewhere over the rate of a 2048 x 2048 matrix product.
@@ -46,7 +47,7 @@ from tl_fast.config import TrainConfig
 from tl_fast.evaluate import Normalise, autocast
 from tl_fast.loss import TokenLabelLoss
 from tl_fast.pipeline import Loader
-from tl_fast.plan import mix_box
+from tl_fast.plan import Augment, mix_box
 from tl_fast.step import TrainStep, compiled
 from tl_fast.train import build_optimizer, seed_step
 
@@ -58,6 +59,7 @@ CPU_CONTENDERS = ("tl_fast, compiled", "tl_fast, eager", "published style, eager
                   "published style, eager, malloc keeps memory")
 GPU_CONTENDERS = ("tl_fast, compiled", "tl_fast, compiled, CUDA graphs", "tl_fast, eager", "published style, eager",
                   "published style, compiled")
+RECIPE = Augment(interpolation="random", auto_augment="rand-m9-mstd0.5-inc1", erase=0.25)  # LV-ViT-S's
 DENSE_WEIGHT, DROP_PATH, CLIP, DECAY = 0.5, 0.1, 1.0, 0.99992
 PACKAGES = ("torch", "timm", "numba", "numba-cuda", "nvidia-dali-cuda130", "numpy")
 
@@ -100,14 +102,17 @@ class Ours:
         self.optimizer = build_optimizer(self.model, config)
         self.loss = torch.zeros((), device=device)
 
-    def synthetic(self, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    def synthetic(self, options: argparse.Namespace) -> tuple[Tensor, ...]:
         targets = torch.rand(options.batch, 1 + self.grid**2, options.classes, device=self.device).softmax(-1)
-        return torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device), targets
+        images = torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device)
+        boxes = torch.zeros(options.batch, 4, dtype=torch.int32, device=self.device)
+        boxes[::4] = options.size // 3  # every fourth image, as the recipe erases
+        return images, targets, boxes, torch.arange(options.batch, device=self.device)
 
-    def step(self, number: int, images: Tensor, targets: Tensor, clock: Clock) -> None:
+    def step(self, number: int, clock: Clock, images: Tensor, targets: Tensor, *erased: Tensor) -> None:
         seed_step(0, number, 0)
         box = torch.from_numpy(mix_box(0, 0, number, self.grid)).to(self.device, non_blocking=True)
-        loss, _ = self.network(images, targets, box)
+        loss, _ = self.network(images, targets, box, None, *erased)
         clock.mark()
         loss.backward()
         clock.mark()
@@ -139,7 +144,7 @@ class Published:
         targets = torch.rand(options.batch, options.classes, 2 + self.grid**2, device=self.device).softmax(1)
         return torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device), targets
 
-    def step(self, number: int, images: Tensor, targets: Tensor, clock: Clock) -> None:
+    def step(self, number: int, clock: Clock, images: Tensor, targets: Tensor) -> None:
         inputs = images.float().sub_(self.mean).div_(self.std)
         box = self.model.random_box(self.grid, self.grid)  # outside the network, so that compiling it stands a chance
         with autocast(self.device, "auto"):
@@ -153,12 +158,12 @@ class Published:
         loss.item()
 
 
-def batches(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches without end; they lie on its device."""
+def batches(loader: Loader) -> Iterator[tuple[Tensor, ...]]:
+    """What a step takes of the loader's batches, without end; they lie on its device."""
     for epoch in itertools.count():
         loader.set_epoch(epoch)
         for batch in loader:
-            yield batch.images, batch.targets
+            yield batch.images, batch.targets, batch.erase, batch.noise
 
 
 def work(options: argparse.Namespace) -> None:
@@ -172,7 +177,8 @@ def work(options: argparse.Namespace) -> None:
     torch.manual_seed(0), np.random.seed(0)
     loader = feed = None
     if options.worker == FED:
-        loader = Loader(options.beton, options.batch, image_size=options.size, grid=options.size // 16, threads=options.loader_threads, device=device)
+        loader = Loader(options.beton, options.batch, image_size=options.size, grid=options.size // 16, threads=options.loader_threads, device=device,
+                        augment=RECIPE)
         options.classes, feed = loader.num_classes, batches(loader)
     model = timm.create_model(options.model, img_size=options.size, num_classes=options.classes, drop_path_rate=DROP_PATH).train()
     side = (Ours if options.worker.startswith("tl_fast") else Published)(model, options.worker, options, device)
@@ -188,9 +194,9 @@ def work(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         for _ in range(steps):
             clock.mark()
-            images, targets = data or next(feed)
+            tensors = data or next(feed)
             clock.mark()
-            side.step(number, images, targets, clock)
+            side.step(number, clock, *tensors)
             clock.mark()
             number += 1
         if device.type == "cuda":
