@@ -521,9 +521,9 @@ def test_batches_stay_whole_as_long_as_they_are_held(photo_beton):
                 held.append((view, tuple(part.clone() for part in view)))
                 del batch
         assert all(torch.equal(part, copy) for view, copies in held for part, copy in zip(view, copies, strict=True))
-        arrays = len(loader._buffers._arrays)
+        arrays = loader._buffers.allocated
         held.clear()
         del view
         for batch in loader:
             pass
-        assert len(loader._buffers._arrays) == arrays  # those of the first epochs were enough
+        assert loader._buffers.allocated == arrays  # those of the first epochs were enough

@@ -7,6 +7,7 @@ from __future__ import annotations
 import collections
 import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -92,15 +93,21 @@ class _Buffers:
     classes several times what computing them takes."""
 
     def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
+        self._free: dict[tuple[tuple[int, ...], type], list[np.ndarray]] = {}
+        self.allocated = 0  # arrays made so far
 
     def take(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """An array with any content; it is in use as long as it, or a tensor made from it, is referred to."""
-        for array in self._arrays:
-            if array.shape == shape and array.dtype == dtype and sys.getrefcount(array) == 3:  # the list's, the loop's and the argument's
-                return array
-        self._arrays.append(np.empty(shape, dtype))
-        return self._arrays[-1]
+        """An array with any content; it is in use as long as it, or a view or tensor made from it, is referred to."""
+        free = self._free.setdefault((shape, dtype), [])
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty(shape, dtype)
+            self.allocated += 1
+        # Over a memoryview numpy cannot see `memory`: views of the new array refer to it, and it lives as long as they do.
+        array = np.asarray(memoryview(memory))
+        weakref.finalize(array, free.append, memory).atexit = False
+        return array
 
 
 class Loader:
