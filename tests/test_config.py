@@ -54,6 +54,8 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
         ({"token_label": False, "cls_weight": 0.0}, "nothing to train on"),
         ({"model_kwargs": {"depth": 2, "img_size": 96}}, "model_kwargs must not set img_size"),
         ({"model_kwargs": {"drop_path_rate": 0.1}}, "model_kwargs must not set drop_path_rate: set drop_path itself"),
+        ({"compile": False, "compile_mode": "reduce-overhead"}, "compile_mode 'reduce-overhead'.*compile false"),
+        ({"accumulate": 2, "compile_mode": "reduce-overhead"}, "CUDA graphs.*accumulate 2"),
         ({"sync_bn": True, "freeze_stem_bn": True}, "sync_bn.*freeze_stem_bn"),
         ({"sync_bn": True, "device": "cpu"}, "sync_bn needs GPUs"),
         ({"resume": "runs/x", "init_weights": "w.pth"}, "w.pth would be overwritten by resume runs/x"),

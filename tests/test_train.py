@@ -167,6 +167,11 @@ def test_a_first_bucket_larger_than_the_others_is_refused(tiny):
         training.make_loaders(tiny(compile=True, bucket_mb=0.5), Ranks(0, 2, torch.device("cpu")))
 
 
+def test_what_has_no_effect_is_said(tiny, capsys):
+    training.train(tiny(max_steps=1, compile_mode="max-autotune-no-cudagraphs"))
+    assert "compile_mode max-autotune-no-cudagraphs has no effect on the CPU" in capsys.readouterr().out
+
+
 def test_missing_data_is_named(tiny):
     with pytest.raises(FileNotFoundError, match="nowhere.beton"):
         training.train(tiny(train_data="nowhere.beton"))

@@ -55,7 +55,7 @@ class TrainConfig:
     cls_weight: float = 1.0
     """Weight of the class token's cross-entropy."""
     dense_weight: float = 0.5
-    """Weight of the tokens' cross-entropy: beta in the paper. (The published code's flag defaults to 1.)"""
+    """Weight of the tokens' cross-entropy: beta in the paper, unused without token_label. (The published code's flag defaults to 1.)"""
     smoothing: float = 0.1
     """Label smoothing, 0..1 exclusive, of targets of either kind."""
     ground_truth: bool = False
@@ -77,7 +77,7 @@ class TrainConfig:
     erase: float = 0.25
     """Probability of random erasing with noise. Source: published code."""
     geometry: Literal["correct", "published"] = "correct"
-    """Where label maps are cropped; published: mirrored across the diagonal, as the published code does, to reproduce its runs."""
+    """Where label maps are cropped, unused without token_label; published: mirrored across the diagonal, as the published code does, to reproduce its runs."""
 
     batch_size: int = 1024
     """Images per optimiser step over all ranks and accumulation steps."""
@@ -176,6 +176,8 @@ class TrainConfig:
         if self.accumulate > 1 and self.compile_mode in ("reduce-overhead", "max-autotune"):
             raise ValueError(f"compile_mode {self.compile_mode!r} uses CUDA graphs, whose next replay overwrites the gradients that accumulate "
                              f"{self.accumulate} still adds up: set accumulate 1, or compile_mode default or max-autotune-no-cudagraphs")
+        if self.compile is False and self.compile_mode != "default":
+            raise ValueError(f"compile_mode {self.compile_mode!r} has no effect with compile false: choose one of them")
         if self.sync_bn and self.freeze_stem_bn:
             raise ValueError("sync_bn gathers statistics that freeze_stem_bn does not use: choose one of them")
         if self.sync_bn and self.device == "cpu":

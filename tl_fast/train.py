@@ -90,7 +90,11 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     if not config.token_label:
         silence_token_head(model)
     model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
-    if config.sync_bn and ranks.world_size > 1:
+    if config.compile_mode != "default" and device.type == "cpu":
+        remarks.append(f"compile_mode {config.compile_mode} has no effect on the CPU")
+    if config.sync_bn and ranks.world_size == 1:
+        remarks.append("sync_bn has no effect on one rank, whose statistics are everybody's")
+    elif config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     criterion = TokenLabelLoss(config.cls_weight, config.dense_weight if config.token_label else 0.0)
     # With these two, timm's warm-up is min(decay, (1 + t) / (10 + t)) at step t, when told step t + 2.
