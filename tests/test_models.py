@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 import tl_fast.compat  # noqa: F401  before timm
@@ -318,6 +319,15 @@ def test_resize_pos_embed_keeps_linear_positions_and_the_class_token():
     assert resize_pos_embed(resized, (14, 14), old_grid=(28, 42)).shape == pos_embed.shape
     with pytest.raises(ValueError, match="1176.*old_grid"):
         resize_pos_embed(resized, (14, 14))
+
+
+@pytest.mark.parametrize("size", [160, 288, 384, 448, 512])
+def test_resize_pos_embed_is_pillows_bicubic(size):
+    grid, pos_embed = size // 16, torch.randn(1, 197, 3, generator=torch.Generator().manual_seed(size))
+    resized = resize_pos_embed(pos_embed, (grid, grid))[0, 1:].reshape(grid, grid, 3)
+    for channel in range(3):
+        plane = Image.fromarray(pos_embed[0, 1:, channel].reshape(14, 14).numpy())  # float32
+        close(resized[..., channel], torch.from_numpy(np.array(plane.resize((grid, grid), Image.Resampling.BICUBIC))))
 
 
 @pytest.mark.parametrize("imports", [
