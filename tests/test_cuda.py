@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ def run_cases(environment: dict[str, str], *arguments: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["targets or maps or class_beyond", "not (targets or maps or class_beyond)"], ids=["targets", "images"])
-def test_kernels_in_the_simulator(part):
-    """In a process of its own, for NUMBA_ENABLE_CUDASIM counts when numba is imported: on small odd shapes, against the njit kernels."""
-    run_cases({"NUMBA_ENABLE_CUDASIM": "1"}, "-k", part)
+def test_kernels_in_the_simulator():
+    """In processes of their own, for NUMBA_ENABLE_CUDASIM counts when numba is imported: on small odd shapes, against the njit kernels."""
+    targets = "targets or maps or class_beyond"
+    with ThreadPoolExecutor() as halves:  # at the same time
+        list(halves.map(lambda part: run_cases({"NUMBA_ENABLE_CUDASIM": "1"}, "-k", part), (targets, f"not ({targets})")))
 
 
 def test_importing_needs_no_gpu():
