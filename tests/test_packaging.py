@@ -240,6 +240,13 @@ def test_ci_runs_the_readmes_test_command():
     assert re.search(r"^\W*make test\b", readme.read_text(), re.MULTILINE), "README.md does not give `make test`"
 
 
+@pytest.mark.parametrize("benchmark", ["loaders", "train"])
+def test_readmes_tables_come_from_the_rows(benchmark):
+    command = [sys.executable, f"benchmarks/{benchmark}.py", "--table"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert table.count("\n|") > 4 and table.strip() in (ROOT / "README.md").read_text()
+
+
 def run_setup(checkout: Path, tools: dict[str, str], **variables: str) -> subprocess.CompletedProcess:
     """`.ci/setup --system-only` with shell scripts `tools` in front of PATH; it ends before it builds a venv."""
     folder = checkout / "shims"
