@@ -119,7 +119,7 @@ def trace_steps(path: Path) -> None:
     training.mix_box, training.Meter.add_step = mix_box, traced
 
 
-def rank_main(config: str, rank: int, world_size: int, port: int, trace: Path, output: Path, blow: Blow | None) -> None:
+def rank_main(config: str, rank: int, world_size: int, port: int, trace: Path, output: Path, blow: Blow | None, late: bool) -> None:
     """One rank's process: what `torchrun tl_fast/train.py --config config` would run."""
     with output.open("w") as file:
         for stream in (1, 2):
@@ -129,6 +129,9 @@ def rank_main(config: str, rank: int, world_size: int, port: int, trace: Path, o
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     training.torch.set_num_threads(1)
     trace_steps(trace)
+    if late:
+        init = training.Meter.__init__
+        training.Meter.__init__ = lambda self, *rest: init(self, *rest) or setattr(self, "_at_once", False)
     if blow is not None and blow.rank == rank:
         strike(blow)
     sys.argv = ["tl_fast/train.py", "--config", config]
@@ -154,8 +157,8 @@ class Run:
     steps: dict[int, list]
 
 
-def run(context: Any, config: TrainConfig, world_size: int, blow: Blow | None = None) -> Run:
-    """Train in `world_size` processes until all have ended. TimeoutError, and the rest killed, when one is still there PATIENCE after the first end."""
+def run(context: Any, config: TrainConfig, world_size: int, blow: Blow | None = None, late: bool = False) -> Run:
+    """Train in `world_size` processes until all have ended; `late`: values are read in the order of a GPU, after their window's end. TimeoutError, and the rest killed, when one is still there PATIENCE after the first end."""
     folder = Path(config.output_dir).parent
     name = Path(config.output_dir).name
     recipe = folder / f"{name}.yaml"
@@ -167,7 +170,7 @@ def run(context: Any, config: TrainConfig, world_size: int, blow: Blow | None = 
     for path in traces:
         path.unlink(missing_ok=True)
     start = time.monotonic()
-    ranks = [context.Process(target=rank_main, args=(str(recipe), rank, world_size, port, traces[rank], outputs[rank], blow))
+    ranks = [context.Process(target=rank_main, args=(str(recipe), rank, world_size, port, traces[rank], outputs[rank], blow, late))
              for rank in range(world_size)]
     for process in ranks:
         process.start()

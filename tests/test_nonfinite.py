@@ -94,11 +94,12 @@ def test_skipping_is_bounded_also_over_resumptions(tiny, poison):
         training.train(dataclasses.replace(config, max_steps=None, resume="auto"))
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["read at once", "read a step late"])
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_two_ranks_agree_about_a_step_that_only_one_of_them_saw_fail(tiny, policy):
+def test_two_ranks_agree_about_a_step_that_only_one_of_them_saw_fail(tiny, policy, late):
     """The second rank's images are not numbers: both stop and name its samples, or both skip."""
-    config = tiny(max_steps=5, non_finite=policy, mix_token=False)
-    run = kill_run.run(kill_run.server(), config, 2, Blow("reading images", None, 1, 4))
+    config = tiny(max_steps=5, non_finite=policy, mix_token=False, log_every=5)
+    run = kill_run.run(kill_run.server(), config, 2, Blow("reading images", None, 1, 4), late)
     path = Path(config.output_dir) / "nonfinite" / "step-0000000003.json"
     record, ids = json.loads(path.read_text()), ids_of(config, 3)
     assert sorted(sum((part["sample_ids"] for part in record["ranks"]), [])) == sorted(ids)

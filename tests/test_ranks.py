@@ -19,6 +19,7 @@ def work(rank: int, folder: str) -> None:
         norm.running_mean += 1 + 2 * rank  # 1 and 3
         norm.num_batches_tracked += 5
         ranks.average_buffers(norm)
+        table = torch.tensor([[5.0 + rank, 0], [6, rank], [7, 0]])
         result = {
             "main": ranks.main,
             "mean": norm.running_mean.tolist(),
@@ -27,6 +28,7 @@ def work(rank: int, folder: str) -> None:
             "said": ranks.from_main(f"hello from {rank}"),
             "gathered": ranks.gather({"rank": rank}),
             "any": [ranks.any(torch.tensor(rank == 1)).item(), ranks.any(torch.tensor([False])).tolist()],
+            "column": [ranks.any(table[:, 1]).tolist(), table.tolist() == [[5 + rank, 0], [6, rank], [7, 0]]],
         }
         votes, work = ranks.start_max((rank, 5 - rank))
         work.wait()
@@ -41,7 +43,7 @@ def test_two_processes_share_what_they_should(tmp_path):
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     expected = {"mean": [2.0] * 3, "count": 5, "sum": 3.0, "said": "hello from 0",
-                "gathered": [{"rank": 0}, {"rank": 1}], "any": [1.0, [0.0]], "votes": [1, 5]}
+                "gathered": [{"rank": 0}, {"rank": 1}], "any": [1.0, [0.0]], "column": [[0.0, 1.0, 0.0], True], "votes": [1, 5]}
     assert first == {"main": True, **expected} and second == {"main": False, **expected}
 
 

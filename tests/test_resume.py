@@ -74,12 +74,55 @@ def test_a_job_that_torchrun_starts_again_continues_its_own_run(tiny, monkeypatc
             training.train(again)
 
 
+def test_another_command_under_the_same_name_is_another_job(tiny, monkeypatch):
+    """So that a given --resume counts, and another recipe does not go on with what lies there."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    config, other = tiny(max_steps=1), tiny("other", max_steps=2)
+    training.train(config), training.train(other)
+    monkeypatch.setattr("sys.argv", ["train.py", "--max_steps", "3"])
+    with pytest.raises(checkpoint.CheckpointError, match="already holds"):
+        training.train(dataclasses.replace(config, max_steps=3))
+    with pytest.raises(checkpoint.CheckpointError, match="already holds"):
+        training.train(dataclasses.replace(config, max_steps=3, resume=other.output_dir))
+
+
+def test_files_that_cannot_be_deleted_do_not_end_a_run(tiny, monkeypatch):
+    """Such as those on NFS that another process reads."""
+    remove = os.unlink
+    monkeypatch.setattr(os, "unlink", lambda path, **options: remove(path, **options) if not str(path).endswith(checkpoint.EMA) else _denied(path))
+    config = tiny(max_steps=3, checkpoint_steps=1, keep=1)
+    assert training.train(config)["steps"] == 3
+    folder = Path(config.output_dir) / "checkpoints"
+    assert len(list(folder.glob(".tmp*"))) == 2 and len(checkpoint.checkpoints(folder)) == 1
+    assert training.train(dataclasses.replace(config, max_steps=4, resume="auto"))["steps"] == 4
+    monkeypatch.undo()
+    assert training.train(dataclasses.replace(config, max_steps=5, resume="auto"))["steps"] == 5
+    assert not list(folder.glob(".tmp*"))
+
+
+def _denied(path: object) -> None:
+    raise OSError(16, "Device or resource busy", str(path))
+
+
 def test_the_record_says_what_auto_came_to(tiny):
     config = tiny(max_steps=1, deterministic=True)
     training.train(config)
     (start,) = resume.read_record(Path(config.output_dir))
     assert start["resolved"] == {"device": "cpu", "world_size": 1, "dtype": "float32", "compile": False, "threads": 1, "decode": "cpu"}
     assert start["config"]["decode"] == "cpu" and {"torch", "torchvision", "timm", "numba", "numpy", "dali", "cuda", "nccl", "commit"} <= set(start["versions"])
+
+
+def test_a_checkpoint_that_a_run_fell_back_from_is_no_rival(tiny, betons, monkeypatch):
+    """Its files' sizes are right, so only its step tells; what is validated before that step must not be lost for its sake."""
+    scores = iter((50.0, 80.0, 70.0, 60.0, 65.0))
+    monkeypatch.setattr(training, "validate", lambda *_: {"val_top1_ema": next(scores), "val_top1_raw": 0.0})
+    config = tiny(epochs=4, val_data=str(betons / "val.beton"), keep=9)
+    damaged = Path(training.train(dataclasses.replace(config, max_steps=10))["checkpoint"])
+    file = damaged / checkpoint.MODEL
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="falling back"):
+        summary = training.train(dataclasses.replace(config, checkpoint_every=9, resume="auto"))
+    assert summary["best_top1"] == 70 and summary["best_checkpoint"] == str(damaged)
 
 
 def test_the_best_weights_are_saved_between_the_epochs_that_are(tiny, betons, monkeypatch):

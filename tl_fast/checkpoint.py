@@ -89,7 +89,7 @@ def recover(folder: Path) -> None:
         if not final.exists():
             os.rename(replaced, final)
     for leftover in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # NFS keeps files that somebody reads
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def prune(newest: Path, keep: int) -> None:
     for path in sorted(set(checkpoints(folder)) - kept):
         doomed = folder / f"{_TEMPORARY}{path.name}"
         os.rename(path, doomed)  # a kill during the deletion must not leave a torn checkpoint under its real name
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)  # what stays is taken at the next start
 
 
 def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

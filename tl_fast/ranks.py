@@ -35,7 +35,7 @@ class Ranks:
 
     def any(self, flag: torch.Tensor) -> torch.Tensor:
         """1.0 on every rank where a flag (a tensor of 0 and 1, or bool) is set on one of them, else 0.0; on the device, without asking it."""
-        flag = flag.float()
+        flag = flag.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # NCCL refuses a column of a table, gloo garbles it
         if self.world_size > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return flag

@@ -81,7 +81,7 @@ def identify(samples: Samples) -> dict[str, Any]:
     digest = hashlib.sha256(repr(samples.spec).encode())
     for name in ("heights", "widths", "labels", "jpeg_sizes", "label_map_sizes", "crcs"):
         for column in (getattr(reader, name) for reader in samples.readers):
-            digest.update(b"none" if column is None else np.ascontiguousarray(column, np.int64))
+            digest.update(b"" if column is None else np.ascontiguousarray(column, np.int64))
     return {"samples": len(samples), "digest": digest.hexdigest()[:16], "files": list(map(str, samples.paths))}
 
 
@@ -138,8 +138,13 @@ def _choose(config: TrainConfig, restarts: int) -> Path | None:
 
 def _job() -> str:
     """Names the torchrun job that this process belongs to; the same after a restart of its ranks, another for another job."""
-    name = _run_id()
-    return f"{socket.gethostname()}:{os.getppid()}" if name is None else name
+    name, parent = _run_id(), os.getppid()
+    if name is not None:
+        return name
+    started = ""
+    with contextlib.suppress(OSError):  # in a container every torchrun may be process 1
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()}:{parent}:{started}"
 
 
 def _run_id() -> str | None:
@@ -149,13 +154,13 @@ def _run_id() -> str | None:
 
 
 def _ours(folder: Path, restarts: int) -> bool:
-    """Whether this very job began the run in `folder` (and was not refused).
+    """Whether this very job, with this very command, began the run in `folder` (and was not refused).
 
-    An id of the job says so on any host. Without one its process on this host does, which another job's may follow under the same number: only when
-    torchrun has restarted its ranks. A change of members is no restart in torchrun's count.
+    An id of the job says so on any host; somebody may start another command under the same id. Without an id its process on this host says so, but only
+    when torchrun has restarted its ranks. A change of members is no restart in torchrun's count.
     """
     starts = read_record(folder)
-    return bool(starts) and starts[-1]["job"] == _job() and (_run_id() is not None or restarts > 0)
+    return bool(starts) and (starts[-1]["job"], starts[-1]["command"]) == (_job(), sys.argv) and (_run_id() is not None or restarts > 0)
 
 
 def read_record(folder: Path) -> list[dict[str, Any]]:

@@ -154,7 +154,7 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
                     found = validate(model, ema.module, val_loader, ranks, config, agreement)
                     if not agreement.now():  # else the figures are of a part of the set
                         metrics, validated, saved = found, True, -1
-                        improved = ranks.on_main(_is_best, folder / "checkpoints", metrics)
+                        improved = ranks.on_main(_is_best, folder / "checkpoints", step, metrics)
                         log.row("val", step, epoch, metrics,
                                 f"val top-1 {metrics['val_top1_ema']:.1f} % (EMA), {metrics['val_top1_raw']:.1f} % (raw)")
             if saved != step and (agreement.now() or step == end or whole and (epoch % config.checkpoint_every == 0 or validated and improved)):
@@ -333,9 +333,9 @@ def deterministic() -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[1:]
 
 
-def _is_best(folder: Path, metrics: dict[str, float]) -> bool:
-    """Whether metrics just found are better than those of every checkpoint."""
-    best = checkpoint.best(folder)
+def _is_best(folder: Path, step: int, metrics: dict[str, float]) -> bool:
+    """Whether metrics just found are better than those of every checkpoint before this step; the others are what the run fell back from."""
+    best = checkpoint.best(folder, checkpoint.path_of(folder, step - 1))
     return best is None or checkpoint.score({"metrics": metrics}) > checkpoint.score(checkpoint.read_meta(best))
 
 
