@@ -22,6 +22,7 @@ import datetime
 import itertools
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -244,6 +245,14 @@ def peak(device: str) -> tuple[float, str]:
     return 2 * 2048**3 / best, "measured: a 2048 x 2048 matrix product"
 
 
+def cpu_name() -> str:
+    """In parentheses after a space, where Linux tells it."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return f" ({found[1]})"
+    return ""
+
+
 class Contender:
     """A process that answers with the figures of a round whenever it is asked for one."""
 
@@ -298,7 +307,7 @@ def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
     top, source = peak(gpu or "")
     torch.cuda.empty_cache()  # of the matrices: the contenders need the memory
     per_image = flops(model, size, options.classes)
-    device = f"1 x {gpu}" if gpu else f"{options.threads} threads of {os.cpu_count()} x CPU"
+    device = f"1 x {gpu}" if gpu else f"{options.threads} threads of {os.cpu_count()} x CPU{cpu_name()}"
     images, begun = options.batch * options.steps, datetime.datetime.now().astimezone()
     rows: list[dict] = []
     failed: list[str] = []
