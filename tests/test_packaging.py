@@ -240,6 +240,15 @@ def test_ci_runs_the_readmes_test_command():
     assert re.search(r"^\W*make test\b", readme.read_text(), re.MULTILINE), "README.md does not give `make test`"
 
 
+def test_what_compiles_kernels_is_installed_with_the_package():
+    """Not only with this machine's CUDA toolkit, which a training host need not have."""
+    script = "from numba.cuda.cuda_paths import get_cuda_paths as find; paths = find(); print(*(paths[name].info for name in ('nvrtc', 'nvvm', 'libdevice')))"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment).stdout.split()
+    assert len(found) == 3 and all("site-packages/nvidia" in path for path in found), found
+    assert importlib.metadata.version("nvidia-cuda-runtime")
+
+
 @pytest.mark.parametrize("benchmark", ["loaders", "train"])
 def test_readmes_tables_come_from_the_rows(benchmark):
     command = [sys.executable, f"benchmarks/{benchmark}.py", "--table"]
