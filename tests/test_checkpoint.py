@@ -216,6 +216,32 @@ def test_prune_keeps_the_last_and_the_best(tmp_path):
     assert checkpoint.best(tmp_path).name.endswith("20") and checkpoint.score(checkpoint.read_meta(checkpoint.best(tmp_path))) == 60
 
 
+@pytest.mark.parametrize("there, here", [(torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last)])
+def test_moments_take_the_layout_of_the_weights_that_they_are_restored_to(tmp_path, there, here):
+    """A run may continue on another device, where the stem's layout is another; fused AdamW walks memory, not indices."""
+
+    def make(layout):
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def step(model, optimizer, seed):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.contiguous_format)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = make(there)
+    step(model, optimizer, 1)
+    path = checkpoint.save(tmp_path, model=model, ema=model, optimizer=optimizer, meta={"global_step": 1})
+    other, other_optimizer = make(here)
+    checkpoint.restore(path, model=other, ema=make(here)[0], optimizer=other_optimizer)
+    for pair in ((model, optimizer), (other, other_optimizer)):
+        step(*pair, 2)
+    assert other.weight.is_contiguous(memory_format=here)
+    torch.testing.assert_close(other.weight, model.weight, rtol=1e-5, atol=1e-6)
+
+
 def test_restore_refuses_another_model(tmp_path):
     path = write(tmp_path, 10)
     model = LVViT(**{**TINY, "embed_dim": 32})

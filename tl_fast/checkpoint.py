@@ -204,6 +204,10 @@ def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.op
         model.load_state_dict(safetensors.torch.load_file(path / MODEL))
         ema.load_state_dict(safetensors.torch.load_file(path / EMA))
         optimizer.load_state_dict(torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True))
+        for parameter, state in optimizer.state.items():  # fused kernels walk memory: moments of channels-last weights must lie as the weights do here
+            for name, value in state.items():
+                if value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter).copy_(value)
     except (RuntimeError, ValueError) as error:  # torch's words for names, shapes or parameter groups that differ
         raise CheckpointError(f"{path} does not fit the configured model: {error}") from error
     return meta
