@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from rows import ROOT, commit, percentiles, version
 from tl_fast.labelmap import MapSpec, pack
@@ -79,6 +81,26 @@ def beton_of(arguments: argparse.Namespace) -> Iterator[Path | None]:
         path = Path(folder) / "gpu.beton"
         write_beton(path, samples, class_names=[str(c) for c in range(SPEC.num_classes)], spec=SPEC, on_error="quarantine", max_rejects=len(samples) // 2)
         yield path
+
+
+def without_nvjpeg(device: str = "mixed") -> str | None:
+    """Why DALI cannot decode on this GPU, by a graph of nothing but its decoder; None: it can, and what fails beyond that is a failure."""
+    try:
+        from nvidia.dali import fn, pipeline_def
+
+        @pipeline_def(batch_size=1, num_threads=1, device_id=torch.cuda.current_device() if device == "mixed" else None, prefetch_queue_depth=1,
+                      exec_dynamic=True)
+        def graph():
+            return fn.decoders.image(fn.external_source(name="jpegs"), device=device)
+
+        file = io.BytesIO()
+        Image.new("RGB", (64, 48)).save(file, "JPEG")
+        pipeline = graph()
+        pipeline.build()
+        pipeline.run(jpegs=[np.frombuffer(file.getvalue(), np.uint8)])
+    except (ImportError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def milliseconds(launch: Callable[[int], object], sets: int, repeats: int = 60, burst: int = 10) -> list[float]:

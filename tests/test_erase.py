@@ -4,7 +4,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from tl_fast import erase as module
 from tl_fast import plan
@@ -40,6 +39,7 @@ def test_noise_is_splitmix_and_box_muller():
 def test_noise_is_standard_normal_and_uncorrelated():
     seeds, _ = seeds_of(40)
     values = noise(seeds[:, None], torch.arange(5000)).double().numpy()
+    stats = pytest.importorskip("scipy.stats")
     assert stats.kstest(values.ravel(), "norm").pvalue > 1e-3
     assert min(stats.kstest(row, "norm").pvalue for row in values) > 1e-5
     assert np.isfinite(values).all() and 4 < np.abs(values).max() < 6
@@ -110,7 +110,8 @@ def test_other_devices_fill_in_what_the_cpu_does(monkeypatch, dtype, memory_form
     assert not torch.equal(result, images)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_fills_in_what_the_cpu_does():
     seeds, boxes = seeds_of(32)
     images = torch.randn(32, 3, SIZE, SIZE)

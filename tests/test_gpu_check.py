@@ -94,6 +94,16 @@ def test_absent(n): pytest.skip("no such device")
     assert sorted(every) == sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py") if "@pytest.mark.gpu" in path.read_text())
 
 
+def test_whether_dali_decodes_at_all_is_asked_of_its_decoder_alone(benchmark, monkeypatch):
+    rows = benchmark("gpu_rows")
+    assert rows.without_nvjpeg("cpu") is None
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        assert rows.without_nvjpeg()
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert "nvidia.dali" in rows.without_nvjpeg("cpu")
+
+
 def test_rows_name_a_commit_where_git_is_missing(benchmark, monkeypatch):
     rows = benchmark("rows")
     assert rows.commit() != "unknown"
