@@ -126,8 +126,7 @@ def join(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Ranks]:
         yield Ranks(rank, world_size, place, control)
     except BaseException:
         # Another rank may be gone. Gloo's threads must end before the process does; NCCL's would wait for that rank.
-        if ours and device == "cpu":
-            dist.destroy_process_group()
+        dist.destroy_process_group(None if ours and device == "cpu" else control)
         raise
     if ours:
         dist.destroy_process_group()
