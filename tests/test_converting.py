@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -303,7 +304,9 @@ def test_interrupt_from_the_keyboard(folder: ImageFolder, tmp_path: Path) -> Non
     root.mkdir(parents=True)
     for i in range(3000):
         (root / f"{i}.jpg").symlink_to(Path(folder.root) / folder.ids[i % len(folder.ids)])
-    process = subprocess.Popen([sys.executable, SCRIPT, root.parent, tmp_path / "out.beton"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    # Whatever started the tests may ignore the signal (nohup, a job in the background), which would be inherited.
+    process = subprocess.Popen([sys.executable, SCRIPT, root.parent, tmp_path / "out.beton"], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while process.poll() is None and not partial_paths(tmp_path / "out.beton")[0].exists():
         time.sleep(0.02)
     process.send_signal(2)
