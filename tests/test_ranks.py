@@ -1,13 +1,16 @@
 """The process group's few operations, in two real gloo processes."""
 from __future__ import annotations
 
+import datetime
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.multiprocessing
 
-from tl_fast.ranks import join
+from tl_fast.ranks import _own_part, join
 
 
 def work(rank: int, folder: str) -> None:
@@ -45,6 +48,23 @@ def test_two_processes_share_what_they_should(tmp_path):
     expected = {"mean": [2.0] * 3, "count": 5, "sum": 3.0, "said": "hello from 0",
                 "gathered": [{"rank": 0}, {"rank": 1}], "any": [1.0, [0.0]], "column": [[0.0, 1.0, 0.0], True], "votes": [1, 5]}
     assert first == {"main": True, **expected} and second == {"main": False, **expected}
+
+
+def test_ranks_that_are_started_again_share_a_new_part_of_the_store():
+    """Three threads for ranks, and in the store what ranks before them have left, who called, answered and went on."""
+    store, timeout = torch.distributed.HashStore(), datetime.timedelta(seconds=20)
+    parts = []
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as threads:
+            started = [threads.submit(_own_part, store, 2, 3, timeout), threads.submit(_own_part, store, 1, 3, timeout)]
+            time.sleep(0.1)  # the first is late: the others meet what is old
+            started.append(threads.submit(_own_part, store, 0, 3, timeout))
+            parts.append([future.result() for future in started])
+        parts[-1][2].set("address", f"of {len(parts)}")
+    for number, part in enumerate(parts, 1):
+        assert [each.get("address").decode() for each in part] == [f"of {number}"] * 3
+    with pytest.raises(TimeoutError, match="rank 1 of 3 did not hear"):
+        _own_part(store, 1, 3, datetime.timedelta(seconds=0.2))
 
 
 def test_a_world_of_one_needs_no_process_group(monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
@@ -92,6 +94,38 @@ def cores_of_this_rank() -> int:
     return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 
+def _own_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The part of torchrun's store that belongs to this start of the ranks, and to no earlier one.
+
+    torchrun gives ranks that it starts again the store of those before them: whoever is quick reads addresses of the dead and waits for them. All need
+    a new prefix, and nothing that they are told is new and the same on all nodes. So rank 0 calls with a new word, the others answer it with new words of
+    theirs, and the list of these tells everybody that the call is of now. Raises TimeoutError.
+    """
+    word, answered, deadline = uuid.uuid4().hex, "", time.monotonic() + timeout.total_seconds()
+
+    def read(name: str) -> list[str]:
+        return store.get(f"tl_fast/{name}").decode().split() if store.check([f"tl_fast/{name}"]) else [""]
+
+    if rank == 0:
+        store.set("tl_fast/call", word)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            answers = [read(f"answer/{other}") for other in range(1, world_size)]
+            if all(answer[0] == word for answer in answers):
+                store.set("tl_fast/list", " ".join([word, *(answer[1] for answer in answers)]))
+                return dist.PrefixStore(word, store)
+        else:
+            (call,) = read("call")
+            if call != answered:
+                store.set(f"tl_fast/answer/{rank}", f"{call} {word}")
+                answered = call
+            call, *words = read("list")
+            if word in words:
+                return dist.PrefixStore(call, store)
+        time.sleep(0.02)
+    raise TimeoutError(f"rank {rank} of {world_size} did not hear of the others in {timeout.total_seconds():.0f} s")
+
+
 @contextlib.contextmanager
 def join(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Ranks]:
     """This process's place in the job that torchrun's environment describes; without torchrun a world of one, and no process group.
@@ -120,7 +154,11 @@ def join(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Ranks]:
     timeout = datetime.timedelta(minutes=timeout_minutes)
     ours = not dist.is_initialized()  # the caller's group stays the caller's
     if ours:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout, device_id=place if device == "cuda" else None)
+        options = {}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+            options = {"store": _own_part(store, rank, world_size, timeout), "rank": rank, "world_size": world_size}
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout, device_id=place if device == "cuda" else None, **options)
     control = dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield Ranks(rank, world_size, place, control)
