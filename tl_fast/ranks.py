@@ -162,7 +162,10 @@ def join(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Ranks]:
     control = dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield Ranks(rank, world_size, place, control)
-    except BaseException:
+    except BaseException as error:
+        # torchrun takes the failure with the earliest second for the cause, of equals the lowest rank's: let the rank that closed the connection be first.
+        if isinstance(error, RuntimeError) and "by peer" in str(error):
+            time.sleep(2)
         # Another rank may be gone. Gloo's threads must end before the process does; NCCL's would wait for that rank.
         dist.destroy_process_group(None if ours and device == "cpu" else control)
         raise
