@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--price", type=float, help="of one GPU and hour")
     parser.add_argument("--link", type=float, default=350, help="GB/s, all-reduce bus bandwidth within a node")
     parser.add_argument("--network", type=float, default=40, help="GB/s, one GPU's share of the network")
-    parser.add_argument("--overlap", type=float, default=0.0, help="share of the backward pass that hides the all-reduce; 0, the worst case: not measured on GPUs")
+    parser.add_argument("--overlap", type=float, default=0.0,
+                        help="share of the backward pass that hides the all-reduce; 0, the worst case: not measured on GPUs")
     parser.add_argument("--cores", type=int, default=112, help="of a node, for its loaders")
     parser.add_argument("--loader", type=float, default=740,
                         help="images/s of a loader on one core; full recipe on original files: 1,481 on 2 threads")

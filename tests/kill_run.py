@@ -158,7 +158,10 @@ class Run:
 
 
 def run(context: Any, config: TrainConfig, world_size: int, blow: Blow | None = None, late: bool = False) -> Run:
-    """Train in `world_size` processes until all have ended; `late`: values are read in the order of a GPU, after their window's end. TimeoutError, and the rest killed, when one is still there PATIENCE after the first end."""
+    """Train in `world_size` processes until all have ended. TimeoutError, and the rest killed, when one is still there PATIENCE after the first end.
+
+    late: losses are read in the order of a GPU, after the end of their window.
+    """
     folder = Path(config.output_dir).parent
     name = Path(config.output_dir).name
     recipe = folder / f"{name}.yaml"
