@@ -468,17 +468,6 @@ def test_store_refuses_contradictions(store, tmp_path):
         LabelMapStore(folder)
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    def fails(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    (tmp_path / "kept").write_bytes(b"old")
-    with pytest.raises(OSError, match="disk full"):
-        labelmap.write_atomic(tmp_path / "kept", fails)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept").read_bytes() == b"old"
-
-
 @pytest.mark.slow
 def test_quantisation_hardly_changes_the_token_targets_of_real_maps(photos):
     """KL <= 1e-3, and the top class of 99 % of the token targets unchanged: efficientnet-lite0, C = 1,000, k = 5, 14 x 14 tokens."""

@@ -37,9 +37,10 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 import tl_fast
 from tl_fast import labelmap, linear_probe
+from tl_fast.atomic import write_atomic
 from tl_fast.annotator import AnnotateError, Annotator, build_annotator, DTYPES, SquashedImages, stack
 from tl_fast.image_folder import ImageList, list_images
-from tl_fast.labelmap import LabelMapError, MapSpec, top_k_relative, write_atomic
+from tl_fast.labelmap import LabelMapError, MapSpec, top_k_relative
 from tl_fast.ranks import Ranks, cores_of_this_rank, join
 
 # What two runs must share for their parts to belong in one store.

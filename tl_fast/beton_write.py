@@ -27,12 +27,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 import tl_fast
+from tl_fast.atomic import write_atomic
 from tl_fast.beton_file import BetonFile, Encoded
 from tl_fast.beton_layout import MAX_INFO, MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
 from tl_fast.block_writer import BlockWriter
 from tl_fast.crc import crc32
 from tl_fast.forked import Forked, ProcessDied
-from tl_fast.labelmap import MapSpec, write_atomic
+from tl_fast.labelmap import MapSpec
 from tl_fast.labelmap import encode as encode_map
 from tl_fast.partial_file import PartialFile
 

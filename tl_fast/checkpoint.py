@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from tl_fast.atomic import sync
 from tl_fast.crc import crc32
 from tl_fast.models import resize_pos_embed
 
@@ -57,7 +58,7 @@ def save(folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.opt
         content = json.loads(json.dumps({"format": FORMAT, **meta, "files": files}))  # as it will be read: tuples as lists
         (temporary / META).write_text(json.dumps(content | {"crc32": _meta_crc32(content)}, indent=1))
         for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
+            sync(path)
         if final.exists():
             os.rename(final, replaced)
         os.rename(temporary, final)
@@ -70,7 +71,7 @@ def save(folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.opt
                           "when there is room to write, continue with --resume auto") from error
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-    _fsync(folder)
+    sync(folder)
     return final
 
 
@@ -301,10 +302,3 @@ def _crc32(path: Path) -> int:
             crc = crc32(block, crc)
     return crc
 
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

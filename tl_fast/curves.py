@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tl_fast.labelmap import write_atomic
+from tl_fast.atomic import write_atomic
 from tl_fast.resume import read_record
 from tl_fast.runlog import read_rows
 

@@ -18,12 +18,13 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+
+from tl_fast.atomic import write_atomic
 
 if TYPE_CHECKING:  # opening a beton takes 0.2 s without torch, 2.5 s with it
     import torch
@@ -224,21 +225,6 @@ def encode(record: np.void, spec: MapSpec) -> bytes:
     if size < 0:
         raise LabelMapError(f"label map lists class {-1 - size} of {spec.num_classes}")
     return out[:size].tobytes()
-
-
-def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write(file)` fill a temporary file beside `path`, then fsync and rename: readers see the old file or the whole new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the store from other users
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def part_path(folder: Path, part: int) -> Path:

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
+from tl_fast.atomic import replace_synced
 from tl_fast.beton_layout import BetonError
 from tl_fast.block_writer import write_all
 from tl_fast.crc import crc32
@@ -144,12 +145,7 @@ class PartialFile:
         with contextlib.suppress(OSError):  # what is synced now matters, not a commit on the way
             self.wait()
         os.fsync(self.handle)
-        os.replace(self.partial, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the rename itself survive a power cut
-        finally:
-            os.close(folder)
+        replace_synced(self.partial, self.path)
         self._journal_path.unlink(missing_ok=True)
 
     @property

@@ -25,6 +25,7 @@ from torch import nn
 
 import tl_fast
 from tl_fast import checkpoint
+from tl_fast.atomic import write_atomic
 from tl_fast.config import TrainConfig
 from tl_fast.ranks import Ranks
 from tl_fast.samples import Samples
@@ -185,9 +186,8 @@ def complete_record(folder: Path, resolved: dict[str, Any]) -> None:
 
 
 def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
-    temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps({"starts": starts}, indent=1))
-    os.replace(temporary, folder / RECORD)
+    text = json.dumps({"starts": starts}, indent=1)
+    write_atomic(folder / RECORD, lambda file: file.write(text.encode()))
 
 
 def versions(ranks: Ranks) -> dict[str, str | None]:

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from tl_fast.atomic import write_atomic
 
 
 class RunLog:
@@ -27,9 +28,8 @@ class RunLog:
         if not enabled:
             return
         kept = [row for row in read_rows(self.path) if row["step"] <= start_step] if start_step and self.path.exists() else []
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, self.path)
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomic(self.path, lambda file: file.write(text.encode()))
         self._file = self.path.open("a", buffering=1)  # a row reaches the file when its line ends
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._console = Console()

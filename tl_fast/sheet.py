@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tl_fast.labelmap import write_atomic
+from tl_fast.atomic import write_atomic
 from tl_fast.pipeline import Loader
 
 PANEL = 224  # pixels: side of a crop's panel, and height of an original's beside it
