@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import itertools
 import re
 import time
@@ -17,14 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 
+from tl_fast.image import open_rgb
 from tl_fast.kernels.jpeg_restarts import splice
 from tl_fast.regions import RegionDecoder
 
 HW_DECODER_LOAD = 0.65  # share of the images for the GPU's JPEG engine, the others go to its cores; DALI's default
 MEASURE_SECONDS = 0.5  # for each way to decode
-UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises for damaged files
 GAIN = 1.1  # what nvJPEG must gain to be chosen: its CUDA half takes time from the training step
 
 
@@ -139,9 +137,8 @@ class Decoder:
         if region is None:
             (top, left), (bottom, right) = start, start + shape
             try:
-                with Image.open(io.BytesIO(jpeg)) as image:
-                    region = np.asarray(image.convert("RGB").crop((left, top, right, bottom)))
-            except UNREADABLE as error:
+                region = np.asarray(open_rgb(jpeg)[0].crop((left, top, right, bottom)))
+            except ValueError as error:
                 raise self._error(sample_id) from error
         return region
 
@@ -197,8 +194,8 @@ class Decoder:
             return int(ids[int(numbered.group(1))])
         for i in ids:
             try:
-                Image.open(io.BytesIO(self.samples.jpeg(i))).load()
-            except UNREADABLE:
+                open_rgb(self.samples.jpeg(i))
+            except ValueError:
                 return int(i)
         return None
 

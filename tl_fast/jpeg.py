@@ -18,17 +18,13 @@ import simplejpeg
 from PIL import Image
 
 from tl_fast.crc import crc32
+from tl_fast.image import REMEDY, check_size, open_rgb
 from tl_fast.kernels import jpeg as scans
 from tl_fast.kernels import jpeg_markers as marks
 from tl_fast.kernels import jpeg_restarts as restarts
 from tl_fast.turbojpeg_transform import lossless_baseline
 
-Image.init()  # loads Pillow's plugins now, not in several worker threads at once
-
-# What an image folder may hold. Others (EPS, PDF ...) are parsers one does not want to run over a million files of unknown origin.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 TRANSFORMABLE = {marks.SOF0, marks.SOF1, marks.SOF2, marks.SOF9, marks.SOF10}
-REMEDY = "replace or remove the file"
 
 # What to say of a file on which libjpeg has nothing to say, being laxer (`tl_fast.kernels.jpeg.check_scan`), or need not be asked.
 TRUNCATED = {
@@ -276,11 +272,7 @@ def _refuse_damaged(data: bytes, record: list[int], status: int, decode: bool) -
         raise ValueError(f"truncated JPEG: {TRUNCATED[status]} ({where}); {REMEDY}")
     if record[marks.PRECISION] not in (0, 8):
         raise ValueError(f"a JPEG of {record[marks.PRECISION]} bits a sample; convert the file to 8 bit")
-    pixels, limit = record[marks.HEIGHT] * record[marks.WIDTH], 2 * (Image.MAX_IMAGE_PIXELS or marks.MAX_SIDE**2)
-    if record[marks.FRAME] <= marks.SOF2:  # Huffman codes, so at least one bit for each 8 × 8 pixels
-        limit = min(limit, 512 * len(data))
-    if pixels > limit:
-        raise ValueError(f"damaged JPEG: {record[marks.WIDTH]} × {record[marks.HEIGHT]} pixels from {len(data)} bytes; {REMEDY}")
+    check_size(record[marks.WIDTH], record[marks.HEIGHT], len(data), huffman=record[marks.FRAME] <= marks.SOF2)
     if decode and record[marks.KNOWN_SAMPLING]:  # TurboJPEG's interface knows no other; set when the header is whole
         check_entropy(data, record[marks.COMPONENTS])
         if status == marks.BAD_RESTART:
@@ -333,38 +325,13 @@ def _segment(marker: int, payload: bytes) -> bytes:
     return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Pillow's RGB conversion, as torchvision's image folder does it (alpha dropped); 16-bit greys are scaled, not clipped at 255."""
-    if image.mode.startswith("I"):  # I;16 and its byte orders, or I where Pillow widens 16-bit files
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65_535:
-            raise ValueError(f"grey values {grey.min()}..{grey.max()} are outside 16 bit; convert the file to 8 bit")
-        image = Image.fromarray((grey.astype(np.uint16) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("a floating-point image has no fixed range; convert the file to 8 bit")
-    return image.convert("RGB")
-
-
 def _encode(data: bytes, limit: int, quality: int, record: list[int] | None = None) -> Prepared:
-    """Decode with Pillow, shrink to `limit` where needed, encode. record: of a JPEG."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            image = to_rgb(opened)
-            exif = opened.info.get("exif", b"")
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"not an image that can be read ({len(data)} bytes; readable formats: {', '.join(FORMATS)})") from error
-    except (ValueError, MemoryError):
-        raise
-    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, EOFError, IndexError, TypeError ... on damaged files
-        raise ValueError(f"damaged image: {error}; {REMEDY}") from error
+    """Decode (`open_rgb`), shrink to `limit` where needed, encode. record: of a JPEG."""
+    image, orientation = open_rgb(data)
     longest, action = max(image.size), "re-encoded"
     if longest > limit:
         image = image.resize([max(1, (side * limit + longest // 2) // longest) for side in image.size], Image.Resampling.LANCZOS)
         action = "resized"
     encoded = simplejpeg.encode_jpeg(np.asarray(image), quality=quality, colorspace="RGB", colorsubsampling="420")
-    if record is None:
-        exif = exif if exif.startswith(b"Exif\0\0") else b"Exif\0\0" + exif
-        stripped, orientation = 0, marks.exif_orientation(np.frombuffer(exif, np.uint8), 0, len(exif))
-    else:
-        stripped, orientation = _left_out(data, record), record[marks.ORIENTATION]
+    stripped = _left_out(data, record) if record is not None else 0
     return Prepared((encoded,), image.height, image.width, action, stripped, orientation > 1, crc32(encoded))

@@ -9,7 +9,6 @@ that class's probability.
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from tl_fast import sheet
 from tl_fast.decode import DecodeError
+from tl_fast.image import open_rgb
 from tl_fast.pipeline import Loader, crop_fractions
 from tl_fast.sheet import GAP, LINE, MARGIN, PANEL, PAPER, SWATCH, Cells, best_of_map, best_of_targets
 
@@ -81,9 +81,9 @@ def _row(loader: Loader, sample_id: int) -> Row:
     batch, plan = loader.batch(one), loader.draw(one)[0]
     reader, index = samples.locate(sample_id)
     try:
-        original = Image.open(io.BytesIO(samples.jpeg(sample_id))).convert("RGB")
-    except OSError as error:
-        raise DecodeError(f"cannot decode {samples.name(sample_id)}: {error}; convert again") from error
+        original, _ = open_rgb(samples.jpeg(sample_id))
+    except ValueError as error:
+        raise DecodeError(f"cannot decode {samples.name(sample_id)}: {error}, then convert again") from error
     height, width = original.height, original.width
     scale = min(PANEL / height, WIDEST / width)
     drawn = max(round(width * scale), 1), max(round(height * scale), 1)

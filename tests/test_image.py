@@ -1,0 +1,299 @@
+"""`tl_fast.image.open_rgb`: every kind of pixel alike in annotation, conversion and the loader; files it refuses."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import EpsImagePlugin, Image
+
+from tl_fast import jpeg, show
+from tl_fast.beton_write import Sample, write_beton
+from tl_fast.decode import DecodeError, Decoder
+from tl_fast.image import FORMATS, check_size, open_rgb
+from tl_fast.pipeline import Loader
+from tl_fast.samples import Samples
+
+HEIGHT, WIDTH = 48, 64
+
+
+def waves(channels: int, phase: float = 0.0) -> np.ndarray:
+    """Smooth values 0..1, [HEIGHT, WIDTH, channels], which JPEG keeps well."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    planes = [0.5 + 0.45 * np.sin(x * (0.05 + 0.02 * c) + y * 0.04 * (c + 1) + phase + c) for c in range(channels)]
+    return np.stack(planes, axis=-1)
+
+
+COLOUR = (255 * waves(3)).round().astype(np.uint8)
+GREY = COLOUR[:, :, 0]
+DEEP = (65_535 * waves(1)[:, :, 0]).round().astype(np.uint16)
+ALPHA = (255 * waves(1, 2.0)).round().astype(np.uint8)
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def tiff(pixels: bytes, bits: int | tuple[int, ...], photometric: int, order: str = "<", **tags: int) -> bytes:
+    """An uncompressed TIFF of HEIGHT x WIDTH. tags: TIFF tags by number as `t274`, one SHORT each."""
+    bits = bits if isinstance(bits, tuple) else (bits,)
+    fields = {256: WIDTH, 257: HEIGHT, 258: bits, 259: 1, 262: photometric, 277: len(bits), 278: HEIGHT}
+    fields |= {279: len(pixels)} | {int(name[1:]): value for name, value in tags.items()}
+    start = 8 + 2 + 12 * (len(fields) + 1) + 4
+    wide = b"".join(struct.pack(f"{order}H", value) for value in bits)
+    fields[273] = start + len(wide)
+    entries = b""
+    for tag, value in sorted(fields.items()):
+        if tag == 258 and len(bits) > 2:
+            entries += struct.pack(f"{order}HHII", tag, 3, len(bits), start)
+        elif tag == 258:
+            entries += struct.pack(f"{order}HHI4s", tag, 3, len(bits), wide.ljust(4, b"\0"))
+        elif tag in (273, 279):
+            entries += struct.pack(f"{order}HHII", tag, 4, 1, value)
+        else:
+            entries += struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0)
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(fields))
+    return head + entries + bytes(4) + wide + pixels
+
+
+def twelve_bits(values: np.ndarray) -> bytes:
+    """Two 12-bit values in three bytes."""
+    a, b = values.reshape(-1, 2).T.astype(np.uint32)
+    return np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], axis=-1).astype(np.uint8).tobytes()
+
+
+def repeat(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[:, :, None], 3, axis=-1).astype(np.uint8)
+
+
+def with_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def cmyk_pixels(inks: np.ndarray) -> np.ndarray:
+    """Pillow's simple conversion of CMYK, 0 for no ink: what is left of each colour, less black."""
+    return np.asarray(Image.fromarray(inks, "CMYK").convert("RGB"))
+
+
+def kinds() -> dict[str, tuple[bytes, np.ndarray | None]]:
+    """Name → (file, its RGB pixels; None: what Pillow makes of it)."""
+    rgb, grey = Image.fromarray(COLOUR), Image.fromarray(GREY)
+    bilevel = Image.fromarray(np.where(np.mgrid[:HEIGHT, :WIDTH][1] < 30, 255, 0).astype(np.uint8)).convert("1")
+    rgba, inks = np.concatenate([COLOUR, ALPHA], axis=-1), np.concatenate([COLOUR, ALPHA // 4], axis=-1)
+    palette = rgb.quantize(64, dither=Image.Dither.NONE)
+    palette_rgb = np.asarray(palette.convert("RGB"))
+    palette_alpha = palette.convert("PA")
+    palette_alpha.putalpha(Image.fromarray(ALPHA[:, :, 0]))
+    luma = np.array(rgb.convert("YCbCr"))
+    return {
+        "1.png": (encode(bilevel, "PNG"), repeat(np.asarray(bilevel) * 255)),
+        "1.tiff": (encode(bilevel, "TIFF"), repeat(np.asarray(bilevel) * 255)),
+        "L.png": (encode(grey, "PNG"), repeat(GREY)),
+        "L.jpg": (encode(grey, "JPEG", quality=95), None),
+        "LA.png": (encode(Image.fromarray(np.concatenate([GREY[:, :, None], ALPHA], -1), "LA"), "PNG"), repeat(GREY)),
+        "I;16.png": (encode(Image.fromarray(DEEP), "PNG"), repeat(DEEP >> 8)),
+        "I;16.tiff": (tiff(DEEP.astype("<u2").tobytes(), 16, 1), repeat(DEEP >> 8)),
+        "I;16B.tiff": (tiff(DEEP.astype(">u2").tobytes(), 16, 1, ">"), repeat(DEEP >> 8)),
+        "I;16 white is zero.tiff": (tiff(DEEP.astype("<u2").tobytes(), 16, 0), repeat(255 - (DEEP >> 8))),
+        "I;16 compressed.tiff": (encode(Image.fromarray(DEEP), "TIFF", compression="tiff_lzw"), repeat(DEEP >> 8)),
+        "I;12.tiff": (tiff(twelve_bits(DEEP >> 4), 12, 1), repeat(DEEP >> 8)),
+        "I of signed 16 bit.tiff": (tiff((DEEP >> 1).astype("<i2").tobytes(), 16, 1, t339=2), repeat(DEEP >> 9)),
+        "I.pgm": (b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + DEEP.astype(">u2").tobytes(), repeat(DEEP >> 8)),
+        "P transparent colour.png": (encode(palette, "PNG", transparency=3), palette_rgb),
+        "P transparent bytes.png": (encode(palette, "PNG", transparency=bytes(range(0, 256, 4))), palette_rgb),
+        "P.gif": (encode(palette, "GIF", transparency=3), palette_rgb),
+        "PA.tiff": (encode(palette_alpha, "TIFF"), palette_rgb),
+        "RGB.png": (encode(rgb, "PNG"), COLOUR),
+        "RGB.webp": (encode(rgb, "WEBP", lossless=True), COLOUR),
+        "RGB.bmp": (encode(rgb, "BMP"), COLOUR),
+        "RGB.ppm": (encode(rgb, "PPM"), COLOUR),
+        "RGB named otherwise.jpg": (encode(rgb, "JPEG", quality=95, keep_rgb=True), None),
+        "RGB, usual.jpg": (encode(rgb, "JPEG", quality=95), None),
+        "RGBA.png": (encode(Image.fromarray(rgba), "PNG"), COLOUR),
+        "RGBA.webp": (encode(Image.fromarray(rgba), "WEBP", lossless=True, exact=True), COLOUR),
+        "CMYK.jpg": (encode(Image.fromarray(inks, "CMYK"), "JPEG", quality=95), None),
+        "CMYK.tiff": (encode(Image.fromarray(inks, "CMYK"), "TIFF"), cmyk_pixels(inks)),
+        "YCCK.jpg": (simplejpeg.encode_jpeg(255 - inks, quality=95, colorspace="CMYK", colorsubsampling="444"), None),
+        "LAB.tiff": (tiff((COLOUR // np.array([1, 8, 8], np.uint8)).tobytes(), (8, 8, 8), 8), None),
+        "YCbCr.tiff": (tiff(luma.tobytes(), (8, 8, 8), 6), np.asarray(Image.fromarray(luma, "YCbCr").convert("RGB"))),
+    }
+
+
+KINDS = kinds()
+
+
+class Files:
+    """What a Decoder reads: the files as they are, as if a beton held them."""
+
+    def __init__(self, files: list[bytes]):
+        self.files = files
+
+    def jpeg(self, sample_id: int) -> np.ndarray:
+        return np.frombuffer(self.files[sample_id], np.uint8)
+
+    def name(self, sample_id: int) -> str:
+        return f"sample {sample_id}"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_annotator_converter_and_loader_see_the_same_pixels(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, expected = KINDS[name]
+    image, orientation = open_rgb(data)  # what the annotator shows to its network
+    seen = np.asarray(image)
+    assert image.mode == "RGB" and orientation == 1 and not image.info
+    np.testing.assert_array_equal(seen, with_pillow(data) if expected is None else expected)
+
+    jpeg.compile_kernels()
+    encoded: list[np.ndarray] = []
+    encoder = simplejpeg.encode_jpeg
+
+    def note(pixels: np.ndarray, **options) -> bytes:
+        encoded.append(pixels)
+        return encoder(pixels, **options)
+
+    monkeypatch.setattr(simplejpeg, "encode_jpeg", note)
+    write_beton(tmp_path / "one.beton", [Sample("one", 0, lambda: data)], class_names=["class"], workers=1, quality=95)
+    if name in ("L.jpg", "RGB, usual.jpg"):
+        assert not encoded
+    else:
+        np.testing.assert_array_equal(encoded[0], seen)
+
+    decoder = Decoder(Samples(tmp_path / "one.beton"), 1, 1)
+    region = decoder.region(0, np.array([0, 0]), np.array([HEIGHT, WIDTH])).astype(int)
+    decoder.close()
+    stored = seen if not encoded else with_pillow(encode(image, "JPEG", quality=95, subsampling=2))  # 4:2:0
+    difference = np.abs(region - stored)
+    assert difference.mean() <= (1.5 if encoded else 0), (difference.mean(), difference.max())
+    # Bytes that our decoder leaves to Pillow, as a beton of stock FFCV may hold them.
+    fallback = Decoder(Files([data]), 1, 1)
+    np.testing.assert_array_equal(fallback.region(0, np.array([5, 9]), np.array([20, 30])), seen[5:25, 9:39])
+    fallback.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (tiff(DEEP.astype("<u4").tobytes(), 32, 1), "32-bit integers have no fixed range"),
+        (tiff(DEEP.astype("<i4").tobytes(), 32, 1, t339=2), "32-bit integers have no fixed range"),
+        (tiff(DEEP.astype("<f4").tobytes(), 32, 1, t339=3), "floating-point image has no fixed range"),
+        (tiff((-1 - (DEEP >> 1).astype("<i2")).tobytes(), 16, 1, t339=2), r"grey values -\d+..-\d+ are outside 16 bit"),
+        (b"P5 9 9 65535\n" + bytes(100), "damaged image: .*truncated|damaged image: .*[Nn]ot enough"),
+        (KINDS["RGB.png"][0][:300], "damaged image: .*truncated"),
+        (KINDS["RGB, usual.jpg"][0][:900], "damaged image: .*truncated"),
+        (tiff(DEEP.tobytes(), 16, 1)[:200], "damaged image|not an image"),
+        (b"", "not an image that can be read .0 bytes; readable formats: JPEG, PNG"),
+        (b"plain text", "not an image that can be read .10 bytes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals_say_why_in_one_line(data: bytes, reason: str) -> None:
+    for reader in (open_rgb, jpeg.prepare):
+        is_jpeg = data.startswith(b"\xff\xd8")  # `prepare` reads JPEGs' markers itself
+        with pytest.raises(ValueError, match="truncated" if is_jpeg else reason) as refusal:
+            reader(data)
+        assert "\n" not in str(refusal.value)
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 20 20
+%%EndComments
+0 0 20 20 rectfill
+showpage
+%%EOF
+"""
+
+
+def test_eps_named_jpg_reaches_no_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands EPS to Ghostscript; each of the doors refuses it by its content."""
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("EPS content was parsed")
+
+    assert Image.open(io.BytesIO(EPS)).format == "EPS"  # so the refusals below are ours
+    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "_open", started)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    for reader in (open_rgb, jpeg.prepare):
+        with pytest.raises(ValueError, match="not an image that can be read"):
+            reader(EPS)
+    decoder = Decoder(Files([EPS]), 1, 1)
+    with pytest.raises(DecodeError, match="cannot decode sample 0"):
+        decoder.region(0, np.array([0, 0]), np.array([8, 8]))
+    assert decoder._damaged(np.array([0]), "DALI's message without a number") == 0
+    decoder.close()
+
+    stored = KINDS["RGB, usual.jpg"][0]
+    write_beton(tmp_path / "one.beton", [Sample("one", 0, lambda: stored)], class_names=["class"], workers=1)
+    with Loader(tmp_path / "one.beton", 1, image_size=32, threads=1) as loader:
+        monkeypatch.setattr(loader, "batch", lambda ids: None)  # which decodes and would refuse first
+        monkeypatch.setattr(loader.samples, "jpeg", lambda sample_id: np.frombuffer(EPS, np.uint8))
+        with pytest.raises(DecodeError, match="cannot decode .*not an image that can be read"):
+            show._row(loader, 0)
+
+
+def sized(width: int, height: int, progressive: bool = False) -> bytes:
+    """A JPEG of about 1 KB that states this size."""
+    data = encode(Image.new("RGB", (64, 64)), "JPEG", progressive=progressive)
+    frame = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
+    return data[: frame + 5] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[frame + 9 :]
+
+
+def test_a_small_jpeg_of_many_pixels_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """13,000 x 13,000 pixels, 507 MB in RGB, are fewer than Pillow refuses."""
+    for progressive in (False, True):
+        bomb = sized(13_000, 13_000, progressive)
+        assert len(bomb) < 1100 and 13_000**2 < 2 * Image.MAX_IMAGE_PIXELS
+        monkeypatch.setattr(Image.core, "new", lambda *_: pytest.fail("memory for the pixels was taken"))
+        with pytest.raises(ValueError, match=f"damaged JPEG: 13000 × 13000 pixels from {len(bomb)} bytes"):
+            open_rgb(bomb)
+        with pytest.raises(ValueError, match="damaged JPEG: 13000 × 13000 pixels from|truncated JPEG"):
+            jpeg.prepare(bomb)
+        decoder = Decoder(Files([bomb]), 1, 1)
+        with pytest.raises(DecodeError):
+            decoder.region(0, np.array([0, 0]), np.array([13_000, 8]))
+        decoder.close()
+        monkeypatch.undo()
+    hidden = sized(13_000, 13_000)
+    with pytest.raises(ValueError, match="13000 × 13000 pixels"):  # bytes between segments, which Pillow skips
+        open_rgb(hidden[:20] + b"\0\0" + hidden[20:])
+
+
+def test_size_limits() -> None:
+    check_size(512, 100, 100, huffman=True)
+    check_size(5_000, 5_000, 100, huffman=False)
+    for width, height, size, huffman in ((513, 100, 100, True), (30_000, 30_000, 10**9, True), (30_000, 30_000, 9, False)):
+        with pytest.raises(ValueError, match=f"{width} × {height} pixels from {size} bytes"):
+            check_size(width, height, size, huffman)
+    with pytest.raises(ValueError, match="damaged image: .*exceeds limit"):
+        open_rgb(b"P5 30000 30000 255\n")
+
+
+def test_large_images_are_opened_without_a_warning() -> None:
+    code = """
+import io
+from PIL import Image
+from tl_fast.image import open_rgb
+Image.MAX_IMAGE_PIXELS = 1000
+for side in range(32, 44):
+    Image.new("RGB", (side, side)).save(file := io.BytesIO(), "PNG")
+    assert open_rgb(file.getvalue())[0].size == (side, side)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_needs_pillow_and_numpy_only() -> None:
+    code = "import sys, tl_fast.image; print(*({'torch', 'numba', 'nvidia', 'ffcv', 'cv2', 'timm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+    assert FORMATS == ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+    with pytest.raises(ValueError, match="exif 'turn' is not one of ignore, apply"):
+        open_rgb(KINDS["RGB.png"][0], exif="turn")
