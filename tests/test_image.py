@@ -1,4 +1,4 @@
-"""`tl_fast.image.open_rgb`: every kind of pixel alike in annotation, conversion and the loader; files it refuses."""
+"""`tl_fast.image.open_rgb`: pixels of every kind, alike in annotation, conversion and the loader; refusals; EXIF."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import io
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import EpsImagePlugin, Image
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from tl_fast import jpeg, show
 from tl_fast.beton_write import Sample, write_beton
 from tl_fast.decode import DecodeError, Decoder
-from tl_fast.image import FORMATS, check_size, open_rgb
+from tl_fast.image import FORMATS, TURNS, check_size, open_rgb, read_jpeg_header, tiff_orientation
+from tl_fast.kernels import jpeg_markers as marks
+from tl_fast.kernels.jpeg_restarts import splice
 from tl_fast.pipeline import Loader
+from tl_fast.regions import RegionDecoder
 from tl_fast.samples import Samples
+from tl_fast.turbojpeg_transform import lossless_baseline
 
 HEIGHT, WIDTH = 48, 64
 
@@ -76,6 +83,11 @@ def repeat(grey: np.ndarray) -> np.ndarray:
 
 def with_pillow(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def reencoded(pixels: np.ndarray, quality: int) -> np.ndarray:
+    """What another encoder, Pillow's, leaves of the pixels in 4:2:0."""
+    return with_pillow(encode(Image.fromarray(pixels), "JPEG", quality=quality, subsampling=2))
 
 
 def cmyk_pixels(inks: np.ndarray) -> np.ndarray:
@@ -171,7 +183,7 @@ def test_annotator_converter_and_loader_see_the_same_pixels(
     decoder = Decoder(Samples(tmp_path / "one.beton"), 1, 1)
     region = decoder.region(0, np.array([0, 0]), np.array([HEIGHT, WIDTH])).astype(int)
     decoder.close()
-    stored = seen if not encoded else with_pillow(encode(image, "JPEG", quality=95, subsampling=2))  # 4:2:0
+    stored = reencoded(seen, 95) if encoded else seen
     difference = np.abs(region - stored)
     assert difference.mean() <= (1.5 if encoded else 0), (difference.mean(), difference.max())
     # Bytes that our decoder leaves to Pillow, as a beton of stock FFCV may hold them.
@@ -270,7 +282,8 @@ def test_a_small_jpeg_of_many_pixels_takes_no_memory(monkeypatch: pytest.MonkeyP
 def test_size_limits() -> None:
     check_size(512, 100, 100, huffman=True)
     check_size(5_000, 5_000, 100, huffman=False)
-    for width, height, size, huffman in ((513, 100, 100, True), (30_000, 30_000, 10**9, True), (30_000, 30_000, 9, False)):
+    too_large = ((513, 100, 100, True), (30_000, 30_000, 10**9, True), (30_000, 30_000, 9, False))
+    for width, height, size, huffman in too_large:
         with pytest.raises(ValueError, match=f"{width} × {height} pixels from {size} bytes"):
             check_size(width, height, size, huffman)
     with pytest.raises(ValueError, match="damaged image: .*exceeds limit"):
@@ -297,3 +310,258 @@ def test_needs_pillow_and_numpy_only() -> None:
     assert FORMATS == ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
     with pytest.raises(ValueError, match="exif 'turn' is not one of ignore, apply"):
         open_rgb(KINDS["RGB.png"][0], exif="turn")
+
+
+# --- EXIF orientation -----------------------------------------------------------------------------------------------
+
+
+def exif_segment(orientation: int, order: str = "big") -> bytes:
+    """The payload of an Exif segment with a maker's tag before the orientation."""
+    entries = ((0x010F, 2, 3, 0), (0x0112, 3, 1, orientation))
+    directory = b"".join(
+        tag.to_bytes(2, order) + kind.to_bytes(2, order) + count.to_bytes(4, order) + value.to_bytes(2, order) + b"\0\0"
+        for tag, kind, count, value in entries
+    )
+    start = b"MM\0*" if order == "big" else b"II*\0"
+    return b"Exif\0\0" + start + (8).to_bytes(4, order) + len(entries).to_bytes(2, order) + directory + bytes(4)
+
+
+def segment(marker: int, payload: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
+
+
+def with_orientation(data: bytes, orientation: int, order: str = "big") -> bytes:
+    """A JPEG with an Exif segment in front."""
+    return data[:2] + segment(0xE1, exif_segment(orientation, order)) + data[2:]
+
+
+def upright(data: bytes) -> np.ndarray:
+    """Pillow's answer."""
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+
+
+def grey_with_factors(size: tuple[int, int]) -> bytes:
+    """A grey JPEG whose only component states 2 x 2 sampling, which means nothing."""
+    data = bytearray(encode(Image.fromarray(GREY).resize(size), "JPEG"))
+    data[data.index(b"\xff\xc0") + 11] = 0x22
+    return bytes(data)
+
+
+def sampled(size: tuple[int, int], sampling: str, **options) -> bytes:
+    image = Image.fromarray(COLOUR).resize(size)
+    if sampling in ("4:4:0", "4:1:1"):
+        return simplejpeg.encode_jpeg(np.asarray(image), 90, "RGB", sampling.replace(":", ""))
+    return encode(image, "JPEG", quality=90, subsampling=sampling, **options)
+
+
+WHOLE, ODD = (64, 48), (61, 43)  # 4 x 3 MCUs of 16 x 16 pixels; no whole number of blocks
+INKS = Image.fromarray(np.concatenate([COLOUR, ALPHA // 4], axis=-1), "CMYK")
+JPEGS = {  # name → (JPEG, EXIF orientations that are turned without loss)
+    "4:2:0": (sampled(WHOLE, "4:2:0"), set(range(2, 9))),
+    "4:2:0 of 8 x 8 more": (sampled((72, 56), "4:2:0"), {5}),
+    "4:2:0, wide MCUs whole": (sampled((64, 43), "4:2:0"), {2, 5, 8}),
+    "4:2:0, high MCUs whole": (sampled((61, 48), "4:2:0"), {4, 5, 6}),
+    "4:2:2": (sampled((64, 40), "4:2:2"), set(range(2, 9))),
+    "4:4:0": (sampled((56, 48), "4:4:0"), set(range(2, 9))),
+    "4:4:4": (sampled((56, 40), "4:4:4"), set(range(2, 9))),
+    "4:1:1": (sampled((64, 40), "4:1:1"), {2, 3, 4}),
+    "odd": (sampled(ODD, "4:2:0"), {5}),
+    "progressive": (sampled(WHOLE, "4:2:0", progressive=True), set(range(2, 9))),
+    "progressive, odd": (sampled(ODD, "4:2:0", progressive=True), {5}),
+    "grey": (encode(Image.fromarray(GREY).resize((56, 40)), "JPEG"), set(range(2, 9))),
+    "grey, odd": (encode(Image.fromarray(GREY).resize(ODD), "JPEG"), {5}),
+    "grey, progressive": (encode(Image.fromarray(GREY).resize((56, 40)), "JPEG", progressive=True), set(range(2, 9))),
+    "grey, 2 x 2": (grey_with_factors((56, 40)), set(range(2, 9))),
+    "CMYK": (encode(INKS, "JPEG", quality=90), set()),
+    "RGB": (encode(Image.fromarray(COLOUR), "JPEG", quality=90, keep_rgb=True), set()),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", JPEGS)
+def test_jpegs_are_turned_upright(name: str, orientation: int) -> None:
+    plain, lossless = JPEGS[name]
+    data = with_orientation(plain, orientation)
+    stored, ignored = jpeg.prepare(plain), jpeg.prepare(data)
+    assert ignored.data == stored.data and ignored.action == stored.action  # `ignore` leaves the image as it lies
+    np.testing.assert_array_equal(np.asarray(open_rgb(data)[0]), with_pillow(plain))
+
+    applied, expected = jpeg.prepare(data, exif="apply"), upright(data)
+    image, stated = open_rgb(data, "apply")
+    np.testing.assert_array_equal(np.asarray(image), expected)
+    assert stated == orientation and applied.rotated == ignored.rotated == (orientation > 1)
+    assert (applied.height, applied.width) == expected.shape[:2] and b"Exif" not in applied.data
+    record = jpeg._workspace.inspect(applied.data, True)
+    assert record[marks.STATUS] == marks.OK and record[marks.FRAME] == marks.SOF0
+    assert record[marks.COLOUR] == marks.YCBCR and record[marks.KNOWN_SAMPLING]
+    assert record[marks.ORIENTATION] == record[marks.METADATA] == 0
+    seen = with_pillow(applied.data)
+    region = RegionDecoder().decode(np.frombuffer(applied.data, np.uint8), np.array([0, 0]), np.array(seen.shape[:2]))
+    np.testing.assert_array_equal(region, seen)  # our decoder reads it, in whatever layout
+
+    difference = np.abs(seen.astype(int) - expected)
+    if orientation == 1:
+        assert applied.data == stored.data
+    elif orientation in lossless:  # the inverse DCT of rows and columns, and of the chroma between, rounds otherwise
+        assert applied.action == "transcoded"
+        assert difference.max() <= (1 if "grey" in name else 4) and difference.mean() < 0.5
+    else:
+        difference = np.abs(seen.astype(int) - reencoded(expected, 90))
+        assert applied.action == "re-encoded" and difference.mean() < 1.5
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("name", JPEGS)
+def test_turning_back_gives_the_same_bytes(name: str, orientation: int) -> None:
+    """So no coefficient was lost."""
+    plain, lossless = JPEGS[name]
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)
+    if orientation not in lossless:
+        return
+    there = jpeg.prepare(with_orientation(plain, orientation), exif="apply")
+    back = jpeg.prepare(with_orientation(there.data, inverse), exif="apply")
+    assert back.action == "transcoded"
+    np.testing.assert_array_equal(with_pillow(back.data), with_pillow(plain))
+    if "grey" not in name:  # which is stored as three components
+        assert back.data == lossless_baseline(plain)
+
+
+OTHERS: dict[str, Callable[[int], bytes]] = {
+    "png": lambda orientation: encode(Image.fromarray(COLOUR), "PNG", exif=exif_segment(orientation)),
+    "grey png": lambda orientation: encode(Image.fromarray(DEEP), "PNG", exif=exif_segment(orientation, "little")),
+    "webp": lambda orientation: encode(
+        Image.fromarray(COLOUR), "WEBP", lossless=True, exif=exif_segment(orientation)[6:]
+    ),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_formats_are_turned_upright(name: str, orientation: int) -> None:
+    data = OTHERS[name](orientation)
+    stored = repeat(DEEP >> 8) if name == "grey png" else COLOUR
+    turned = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    expected = repeat(turned >> 8) if name == "grey png" else turned
+    for exif, pixels in (("ignore", stored), ("apply", expected)):
+        image, stated = open_rgb(data, exif)
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+        assert stated == orientation
+        prepared = jpeg.prepare(data, quality=95, exif=exif)
+        assert prepared.action == "re-encoded" and prepared.rotated == (orientation > 1)
+        assert np.abs(with_pillow(prepared.data).astype(int) - reencoded(pixels, 95)).mean() < 1.5
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tiff_orientation_is_ignored_or_applied(order: str, compression: str | None) -> None:
+    """Pillow itself turns TIFFs when it loads them, by XMP too where the tag is missing."""
+    for orientation in range(1, 9):
+        data = tiff(COLOUR.tobytes(), (8, 8, 8), 2, order, t274=orientation)
+        if compression is not None:
+            data = encode(Image.fromarray(COLOUR), "TIFF", compression=compression, tiffinfo={274: orientation})
+        np.testing.assert_array_equal(np.asarray(open_rgb(data)[0]), COLOUR)
+        image, stated = open_rgb(data, "apply")
+        turned = Image.fromarray(COLOUR).transpose(TURNS[orientation]) if orientation > 1 else Image.fromarray(COLOUR)
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(turned))
+        assert stated == orientation and jpeg.prepare(data, exif="apply").width == turned.width
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encode(Image.fromarray(COLOUR), "TIFF", compression=compression, tiffinfo={700: xmp})
+    for exif in ("ignore", "apply"):
+        image, stated = open_rgb(data, exif)
+        np.testing.assert_array_equal(np.asarray(image), COLOUR)
+        assert stated == 1
+
+
+def test_orientation_together_with_other_options() -> None:
+    data = with_orientation(JPEGS["4:2:2"][0], 6)
+    small = jpeg.prepare(data, max_resolution=32, quality=95, exif="apply")
+    expected = Image.fromarray(upright(data)).resize((20, 32), Image.Resampling.LANCZOS)
+    assert small.action == "resized" and small.rotated and (small.width, small.height) == (20, 32)
+    assert np.abs(with_pillow(small.data).astype(int) - reencoded(np.asarray(expected), 95)).mean() < 1.5
+
+    large = Image.fromarray(COLOUR).resize((512, 384))
+    for options in ({"subsampling": 2}, {"subsampling": 1}, {"subsampling": 1, "progressive": True}):
+        data = with_orientation(encode(large, "JPEG", **options), 8)
+        whole, rows = jpeg.prepare(data, exif="apply"), jpeg.prepare(data, exif="apply", row_index=True)
+        assert rows.row_index and rows.action == "transcoded" and rows.rotated
+        np.testing.assert_array_equal(with_pillow(rows.data), with_pillow(whole.data))
+        part, origin = splice(np.frombuffer(rows.data, np.uint8), np.array([100, 120]), np.array([200, 180]))
+        assert part.size < len(rows.data) / 2
+        offset = np.array([100, 120]) - origin
+        cut = with_pillow(part.tobytes())[offset[0] : offset[0] + 100, offset[1] : offset[1] + 60]
+        np.testing.assert_array_equal(cut, with_pillow(whole.data)[100:200, 120:180])
+
+    for decode_check in (True, False):
+        prepared = jpeg.prepare(data, exif="apply", decode_check=decode_check)
+        assert prepared == jpeg.prepare(data, exif="apply")
+    with pytest.raises(ValueError, match="exif 'rotate' is not one of ignore, apply"):
+        jpeg.prepare(data, exif="rotate")
+
+
+@pytest.mark.parametrize("name", ["4:2:0", "odd", "grey", "grey, odd", "progressive", "CMYK"])
+def test_damaged_jpegs_are_refused_though_they_would_be_turned(name: str) -> None:
+    plain, _ = JPEGS[name]
+    for orientation in (2, 5, 6):
+        data = with_orientation(plain, orientation)
+        scan = data.index(b"\xff\xda") + 14
+        half = scan + (len(data) - scan) // 2
+        restart = data[:half] + bytes(20) + b"\xff\xd4" + data[half + 22 :]
+        for damaged in (data[:half], data[:half] + b"\xff\xd9", restart):
+            with pytest.raises(ValueError, match="truncated|damaged"):
+                jpeg.prepare(damaged, exif="apply")
+
+
+ORDERS = st.sampled_from(["big", "little"])
+
+
+@st.composite
+def exif_payloads(draw: st.DrawFn) -> bytes:
+    """Exif segments, whole or damaged: any directory offset, count, type and value; bytes changed; cut off."""
+    order = draw(ORDERS)
+    payload = bytearray(exif_segment(draw(st.integers(0, 10)), order))
+    if draw(st.booleans()):
+        place, size = draw(st.sampled_from([(10, 4), (14, 2), (28, 2), (30, 2), (32, 4), (36, 4), (6, 4), (0, 6)]))
+        payload[place : place + size] = draw(st.integers(0, 300)).to_bytes(size, draw(ORDERS))
+    for _ in range(draw(st.sampled_from([0, 0, 1, 3]))):
+        payload[draw(st.integers(0, len(payload) - 1))] = draw(st.integers(0, 255))
+    return bytes(payload[: draw(st.sampled_from([len(payload), draw(st.integers(0, len(payload)))]))])
+
+
+XMP = b'http://ns.adobe.com/xap/1.0/\0<x><rdf:Description tiff:Orientation="6"/></x>'
+NO_PAYLOAD = b"\xff\x01"  # a marker that Pillow does not read
+SEGMENTS = st.one_of(
+    exif_payloads().map(lambda payload: segment(0xE1, payload)),
+    exif_payloads().map(lambda payload: segment(0xE1, payload)),
+    st.sampled_from([segment(0xE1, XMP), segment(0xFE, b"comment"), b"\xff"]),
+    st.sampled_from([NO_PAYLOAD, b"\xff\xd0", b"\xff\xe1", b"\0"]),
+    exif_payloads().map(lambda payload: segment(0xE2, payload)),
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF
+@given(st.lists(SEGMENTS, max_size=5), st.integers(0, 40), st.sampled_from(["odd", "progressive"]))
+@example([segment(0xE1, exif_segment(9)), segment(0xE1, XMP), segment(0xE1, exif_segment(6, "little"))], 0, "odd")
+@example([segment(0xE1, exif_segment(1)), segment(0xE1, exif_segment(6))], 0, "odd")
+def test_both_readers_find_the_same_orientation(segments: list[bytes], cut: int, name: str) -> None:
+    """Annotation reads it in Python, conversion in compiled code, of one file the same."""
+    plain = JPEGS[name][0]
+    head = plain[:20] + b"".join(segments) + plain[20:]
+    data = head[: head.index(b"\xff\xda") - cut] if cut > 30 else head
+    record = np.zeros(marks.MARKERS, np.int64)
+    status = marks.read_markers(np.frombuffer(data, np.uint8), record, np.zeros(marks.HEAD_BYTES, np.uint8))
+    frame, orientation = read_jpeg_header(data)
+    assert (orientation, frame) == (max(record[marks.ORIENTATION], 1), record[marks.FRAME])
+    if status == marks.OK and NO_PAYLOAD not in segments:
+        prepared = jpeg.prepare(data, exif="apply")
+        image, stated = open_rgb(data, "apply")
+        assert stated == orientation and prepared.rotated == (orientation > 1)
+        assert (prepared.width, prepared.height) == image.size
+
+
+@settings(max_examples=500, deadline=None)
+@given(exif_payloads())
+def test_both_readers_find_the_same_orientation_in_a_segment(payload: bytes) -> None:
+    compiled = marks.exif_orientation(np.frombuffer(payload, np.uint8), 0, len(payload))
+    plain = tiff_orientation(payload[6:]) if payload.startswith(b"Exif\0\0") else 0
+    assert compiled == plain

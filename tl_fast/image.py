@@ -51,8 +51,8 @@ def open_rgb(data: bytes, exif: str = "ignore") -> tuple[Image.Image, int]:
     not read.
 
     Alpha is dropped, as torchvision's image folder drops it. Greys of 12 and 16 bits are scaled to 8, not clipped at
-    255. Of several frames the first one counts. Raises ValueError that says in one line what is wrong: not of `FORMATS`,
-    truncated or damaged, more pixels than `check_size` lets pass, or values without a fixed range (floating
+    255. Of several frames the first one counts. Raises ValueError that says in one line what is wrong: not one of
+    `FORMATS`, truncated or damaged, more pixels than `check_size` lets pass, or values without a fixed range (floating
     point, 32-bit integers). MemoryError passes. Safe in threads.
     """
     if exif not in EXIF:

@@ -1,8 +1,9 @@
 """Any image file → the JPEG bytes a beton stores: baseline, three components, YCbCr, 8 bit, which every decoder reads alike.
 
-Files that are so already are copied less their metadata, after a full check of their entropy-coded data; other JPEGs become so without
-loss where coefficients allow it; everything else is decoded by Pillow and encoded anew. EXIF orientation is ignored and stripped, as
-torchvision's image folder and tl_fast.annotate ignore it: label maps and stored pixels have the same orientation in every decoder.
+Files that are so already are copied less their metadata, after a full check of their entropy-coded data; other JPEGs
+become so without loss where coefficients allow it; everything else is decoded by Pillow and encoded anew. An EXIF
+orientation is applied or ignored, as by `tl_fast.image.open_rgb`, and never stored: every decoder shows a stored image as
+its label map has it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import simplejpeg
 from PIL import Image
 
 from tl_fast.crc import crc32
-from tl_fast.image import REMEDY, check_size, open_rgb
+from tl_fast.image import EXIF, REMEDY, check_size, open_rgb
 from tl_fast.kernels import jpeg as scans
 from tl_fast.kernels import jpeg_markers as marks
 from tl_fast.kernels import jpeg_restarts as restarts
-from tl_fast.turbojpeg_transform import lossless_baseline
+from tl_fast.turbojpeg_transform import is_lossless, lossless_baseline
 
 TRANSFORMABLE = {marks.SOF0, marks.SOF1, marks.SOF2, marks.SOF9, marks.SOF10}
 
@@ -53,8 +54,9 @@ class Prepared:
 
     parts: its bytes in order, views of the source where they are copied; height, width: pixels; action: `copied` (the image data
     untouched), `transcoded` (without loss), `re-encoded` or `resized`; stripped: bytes of metadata or behind the end left out (0 for
-    files other than JPEGs); rotated: an EXIF orientation other than upright was ignored; crc: CRC-32 (zlib's) of the parts; row_index: its
-    restart markers let regions be cut out of it (`tl_fast.kernels.jpeg_restarts.splice`), asked for and so made or found.
+    files other than JPEGs); rotated: the source states an EXIF orientation other than upright, whether ignored or applied; crc: CRC-32
+    (zlib's) of the parts; row_index: its restart markers let regions be cut out of it (`tl_fast.kernels.jpeg_restarts.splice`), asked for
+    and so made or found.
     """
 
     parts: tuple[bytes | memoryview, ...]
@@ -156,18 +158,26 @@ def compile_kernels() -> None:
 
 
 def prepare(
-    data: bytes, max_resolution: int | None = None, quality: int = 90, decode_check: bool = True, row_index: bool = False
+    data: bytes,
+    max_resolution: int | None = None,
+    quality: int = 90,
+    decode_check: bool = True,
+    row_index: bool = False,
+    exif: str = "ignore",
 ) -> Prepared:
     """The JPEG to store for an image file's bytes.
 
     max_resolution: largest side in pixels (as ffcv's), larger images are shrunk to it with Pillow's antialiased Lanczos filter. quality:
     1..100 of new encodes, which are 4:2:0. decode_check: decode what is copied to know that it is whole; without it only its markers
     are read and its end is found. row_index: with restart markers, so that regions can be cut out of it, where that is possible: the same
-    pixels. Safe in threads; a file that is copied needs the GIL for about 10 µs. Raises ValueError with the
-    reason on anything that is not a whole, undamaged image (any warning of libjpeg counts as damage), and
+    pixels. exif: "apply" turns an image whose EXIF orientation is 2..8 upright, a JPEG without loss where that is possible
+    (`tl_fast.turbojpeg_transform.is_lossless`) and encoded anew elsewhere. Safe in threads; a file that is copied needs
+    the GIL for about 10 µs. Raises ValueError with the reason on anything that is not a whole, undamaged image (any warning of libjpeg counts as damage), and
     `tl_fast.turbojpeg_transform.TurboJpegMissing` where a file needs libturbojpeg and it is missing.
     """
-    prepared = _prepare(data, max_resolution, quality, decode_check)
+    if exif not in EXIF:
+        raise ValueError(f"exif {exif!r} is not one of {', '.join(EXIF)}")
+    prepared = _prepare(data, max_resolution, quality, decode_check, exif)
     return _with_restarts(prepared) if row_index else prepared
 
 
@@ -209,29 +219,30 @@ def _with_all_categories(data: bytes, record: list[int]) -> bytes:
     return b"".join(parts) + data[at:]
 
 
-def _prepare(data: bytes, max_resolution: int | None, quality: int, decode_check: bool) -> Prepared:
+def _prepare(data: bytes, max_resolution: int | None, quality: int, decode_check: bool, exif: str) -> Prepared:
     limit = max_resolution or marks.MAX_SIDE
     if data[:3] != b"\xff\xd8\xff":
-        return _encode(data, limit, quality)
+        return _encode(data, limit, quality, exif)
     data = bytes(data)  # no copy of bytes
     record = _workspace.inspect(data, decode_check)
     height, width, status = record[marks.HEIGHT], record[marks.WIDTH], record[marks.STATUS]
     fits = max(height, width) <= limit
+    turn = exif == "apply" and record[marks.ORIENTATION] > 1
     if status == marks.OK and record[marks.SINGLE]:
-        if fits and record[marks.COLOUR] == marks.YCBCR and record[marks.SURE] and record[marks.KNOWN_SAMPLING]:
+        if fits and not turn and record[marks.COLOUR] == marks.YCBCR and record[marks.SURE] and record[marks.KNOWN_SAMPLING]:
             return _copy(data, record)
         if record[marks.COLOUR] == marks.GREY and (fits or decode_check):
-            status, scan = _workspace.check_grey(data, splice=fits)
-            if fits and status == marks.OK:
+            status, scan = _workspace.check_grey(data, splice=fits and not turn)
+            if fits and not turn and status == marks.OK:
                 return _grey(data, record, scan, _left_out(data, record), record[marks.ORIENTATION] > 1)
-    transform = fits and _transformable(record)
+    transform = fits and _transformable(record) and (not turn or _turns_without_loss(record))
     if status != marks.OK or not record[marks.SINGLE]:
         _refuse_damaged(data, record, status, decode=status != marks.OK or (decode_check and not transform))
     if transform:  # which decodes, with the same verdict
-        prepared = _transcode(data, record)
+        prepared = _transcode(data, record, record[marks.ORIENTATION] if turn else 1)
         if prepared is not None:
             return prepared
-    return _encode(data, limit, quality, record)
+    return _encode(data, limit, quality, exif, record)
 
 
 def _copy(data: bytes, record: list[int]) -> Prepared:
@@ -265,6 +276,12 @@ def _transformable(record: list[int]) -> bool:
     )
 
 
+def _turns_without_loss(record: list[int]) -> bool:
+    grey = record[marks.COMPONENTS] == 1  # whose sampling factors mean nothing
+    across, down = (1, 1) if grey else record[marks.COMPONENT + 1 : marks.COMPONENT + 3]
+    return is_lossless(record[marks.ORIENTATION], record[marks.HEIGHT], record[marks.WIDTH], across, down)
+
+
 def _refuse_damaged(data: bytes, record: list[int], status: int, decode: bool) -> None:
     """Raise ValueError for damage that the markers show and, when `decode`, unless libjpeg decodes all without a warning."""
     where = f"at byte {record[marks.WHERE]} of {len(data)}"
@@ -290,10 +307,13 @@ def check_entropy(data: bytes, components: int) -> None:
         raise ValueError(f"damaged JPEG: {error}; {REMEDY}") from error
 
 
-def _transcode(data: bytes, record: list[int]) -> Prepared | None:
-    """The same coefficients as a baseline file; None where they need quantisation steps that baseline does not have."""
+def _transcode(data: bytes, record: list[int], orientation: int) -> Prepared | None:
+    """The same coefficients, turned upright from `orientation`, as a baseline file.
+
+    None where they need quantisation steps that baseline does not have.
+    """
     stripped, rotated = _left_out(data, record), record[marks.ORIENTATION] > 1
-    baseline = lossless_baseline(data)
+    baseline = lossless_baseline(data, orientation)
     record = _workspace.inspect(baseline, True)
     if record[marks.STATUS] != marks.OK or not record[marks.SINGLE] or not record[marks.SURE]:
         return None
@@ -325,9 +345,9 @@ def _segment(marker: int, payload: bytes) -> bytes:
     return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
 
 
-def _encode(data: bytes, limit: int, quality: int, record: list[int] | None = None) -> Prepared:
+def _encode(data: bytes, limit: int, quality: int, exif: str, record: list[int] | None = None) -> Prepared:
     """Decode (`open_rgb`), shrink to `limit` where needed, encode. record: of a JPEG."""
-    image, orientation = open_rgb(data)
+    image, orientation = open_rgb(data, exif)
     longest, action = max(image.size), "re-encoded"
     if longest > limit:
         image = image.resize([max(1, (side * limit + longest // 2) // longest) for side in image.size], Image.Resampling.LANCZOS)

@@ -1,4 +1,6 @@
-"""libturbojpeg's lossless transform by ctypes: any JPEG that libjpeg reads → baseline with the same coefficients, hence the same pixels.
+"""libturbojpeg's lossless transform by ctypes: any JPEG that libjpeg reads → baseline with the same coefficients.
+
+The pixels stay where they are or are turned upright.
 
 The library is looked for when the first file needs it. The functions used are those of libjpeg-turbo 1.5 to 3.x.
 """
@@ -11,7 +13,25 @@ import functools
 import sys
 from pathlib import Path
 
-NO_OPERATION, COPY_NO_MARKERS = 0, 64  # TJXOP_NONE, TJXOPT_COPYNONE
+PERFECT, COPY_NO_MARKERS = 1, 64  # TJXOPT_PERFECT, TJXOPT_COPYNONE
+# What turns an image of EXIF orientation 1..8 upright: TJXOP_NONE, _HFLIP, _ROT180, _VFLIP, _TRANSPOSE, _ROT90, _TRANSVERSE,
+# _ROT270.
+OPERATIONS = {1: 0, 2: 1, 3: 6, 4: 2, 5: 3, 6: 5, 7: 4, 8: 7}
+WHOLE_ACROSS, WHOLE_DOWN = {2, 3, 7, 8}, {3, 4, 6, 7}  # orientations that need whole MCUs: in width, in height
+TURNED_ASIDE = {5, 6, 7, 8}  # orientations whose upright image has the stored one's rows as columns
+
+
+def is_lossless(orientation: int, height: int, width: int, across: int, down: int) -> bool:
+    """Whether coefficients can be turned upright from an EXIF orientation, pixel for pixel.
+
+    height, width: of the stored image; across, down: sampling factors of its first component; 1, 1 for grey. The right
+    or lower edge can become the left or upper one only if no MCU (8 * across x 8 * down pixels) is cut off there. 4:1:1
+    on its side is a layout that other decoders do not know.
+    """
+    if orientation in TURNED_ASIDE and across == 4:
+        return False
+    fits_across = width % (8 * across) == 0 or orientation not in WHOLE_ACROSS
+    return fits_across and (height % (8 * down) == 0 or orientation not in WHOLE_DOWN)
 
 
 class TurboJpegMissing(RuntimeError):
@@ -63,8 +83,11 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def lossless_baseline(data: bytes) -> bytes:
-    """`data`, a JPEG of 8 bits and known sampling, as baseline JPEG with standard Huffman tables and no metadata, bit-identical in pixels.
+def lossless_baseline(data: bytes, orientation: int = 1) -> bytes:
+    """`data`, a JPEG of 8 bits and known sampling, as baseline JPEG with standard Huffman tables and no metadata.
+
+    Its coefficients stay the same, and so do its pixels, to the bit. orientation: EXIF's; for 2..8 the image is turned
+    upright, which must be possible (`is_lossless`), and decoders round a few pixels to another level.
 
     Safe in threads. Raises ValueError in libjpeg's words on any error or warning, TurboJpegMissing where there is no libturbojpeg.
     (Quantisation steps above 255 do not fit in baseline; such a file comes back as extended sequential.)
@@ -74,7 +97,7 @@ def lossless_baseline(data: bytes) -> bytes:
     if not handle:
         raise MemoryError("libturbojpeg cannot start a transform")
     output, size = ctypes.c_void_p(), ctypes.c_ulong()
-    transform = _Transform(operation=NO_OPERATION, options=COPY_NO_MARKERS)
+    transform = _Transform(operation=OPERATIONS[orientation], options=COPY_NO_MARKERS | PERFECT)
     try:
         failed = library.tjTransform(handle, data, len(data), 1, ctypes.byref(output), ctypes.byref(size), ctypes.byref(transform), 0)
         if failed:
