@@ -528,18 +528,17 @@ def exif_payloads(draw: st.DrawFn) -> bytes:
 
 
 XMP = b'http://ns.adobe.com/xap/1.0/\0<x><rdf:Description tiff:Orientation="6"/></x>'
-NO_PAYLOAD = b"\xff\x01"  # a marker that Pillow does not read
 SEGMENTS = st.one_of(
     exif_payloads().map(lambda payload: segment(0xE1, payload)),
     exif_payloads().map(lambda payload: segment(0xE1, payload)),
     st.sampled_from([segment(0xE1, XMP), segment(0xFE, b"comment"), b"\xff"]),
-    st.sampled_from([NO_PAYLOAD, b"\xff\xd0", b"\xff\xe1", b"\0"]),
+    st.sampled_from([b"\xff\x01", b"\xff\xd0", b"\xff\xe1", b"\0", segment(0xE0, b"JFIF"), segment(0xEE, b"Adobe")]),
     exif_payloads().map(lambda payload: segment(0xE2, payload)),
 )
 
 
 @settings(max_examples=1500, deadline=None)
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF
+@pytest.mark.filterwarnings("error")
 @given(st.lists(SEGMENTS, max_size=5), st.integers(0, 40), st.sampled_from(["odd", "progressive"]))
 @example([segment(0xE1, exif_segment(9)), segment(0xE1, XMP), segment(0xE1, exif_segment(6, "little"))], 0, "odd")
 @example([segment(0xE1, exif_segment(1)), segment(0xE1, exif_segment(6))], 0, "odd")
@@ -550,13 +549,25 @@ def test_both_readers_find_the_same_orientation(segments: list[bytes], cut: int,
     data = head[: head.index(b"\xff\xda") - cut] if cut > 30 else head
     record = np.zeros(marks.MARKERS, np.int64)
     status = marks.read_markers(np.frombuffer(data, np.uint8), record, np.zeros(marks.HEAD_BYTES, np.uint8))
-    frame, orientation = read_jpeg_header(data)
+    frame, orientation, bare = read_jpeg_header(data)
     assert (orientation, frame) == (max(record[marks.ORIENTATION], 1), record[marks.FRAME])
-    if status == marks.OK and NO_PAYLOAD not in segments:
+    if status == marks.OK:
+        np.testing.assert_array_equal(with_pillow(bare), with_pillow(plain))
         prepared = jpeg.prepare(data, exif="apply")
         image, stated = open_rgb(data, "apply")
         assert stated == orientation and prepared.rotated == (orientation > 1)
         assert (prepared.width, prepared.height) == image.size
+
+
+@pytest.mark.parametrize("metadata", [segment(0xE0, b"JFIF"), b"\xff\x01"])
+def test_metadata_alone_makes_no_jpeg_unreadable(metadata: bytes) -> None:
+    """Pillow refuses these, libjpeg reads them, and conversion copies them."""
+    plain = JPEGS["odd"][0]
+    data = plain[:20] + metadata + plain[20:]
+    with pytest.raises(Image.UnidentifiedImageError):
+        Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(np.asarray(open_rgb(data)[0]), with_pillow(plain))
+    assert jpeg.prepare(data).data == plain
 
 
 @settings(max_examples=500, deadline=None)

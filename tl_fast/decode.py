@@ -70,8 +70,8 @@ def decode_graph(device: str, on_gpu: bool = False, hw_decoder_load: float = HW_
     """The DALI graph: JPEG bytes, region start and region shape (rows, columns) -> RGB pixels of the region, uint8 [h, w, 3].
 
     `device` 'cpu' or 'mixed' (nvJPEG) is the only difference between the two; `on_gpu` uploads what the CPU decoded and means nothing to
-    nvJPEG's output, which is there already. EXIF orientation is ignored, as annotation does. The JPEGs' arrays are not copied: they must stay as
-    they are until the pixels are there. options: of DALI's pipeline. ImportError without DALI.
+    nvJPEG's output, which is there already. EXIF orientation is ignored: conversion has dealt with it. The JPEGs' arrays
+    are not copied: they must stay as they are until the pixels are there. options: of DALI's pipeline. ImportError without DALI.
     """
     return graph_definition()(device, on_gpu, hw_decoder_load, **options)
 

@@ -58,26 +58,13 @@ def open_rgb(data: bytes, exif: str = "ignore") -> tuple[Image.Image, int]:
     if exif not in EXIF:
         raise ValueError(f"exif {exif!r} is not one of {', '.join(EXIF)}")
     data = bytes(data)  # no copy of bytes
-    with _in_our_words(len(data)):
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)
     if data.startswith(b"\xff\xd8\xff"):
-        frame, orientation = read_jpeg_header(data)
-        check_size(*opened.size, len(data), huffman=frame <= _LAST_HUFFMAN_FRAME)
-        with _in_our_words(len(data)):
-            opened.load()
-        rgb, stored_as = _to_rgb(opened), 1
-    elif opened.format == "TIFF":
-        rgb, orientation, stored_as = _load_tiff(opened, len(data))
+        rgb, orientation = _open_jpeg(data)
     else:
-        with _in_our_words(len(data)):
-            opened.load()  # PNG may have its EXIF behind the pixels
-        rgb, orientation, stored_as = _to_rgb(opened), _exif_of(opened), 1
+        opened = _open(data, len(data))
+        rgb, orientation = _load_tiff(opened, len(data)) if opened.format == "TIFF" else _load(opened, len(data))
     rgb.info.clear()  # or others would turn the image once more
-    if stored_as != 1:
-        rgb = rgb.transpose(TURNS[stored_as])
-    if exif == "apply" and orientation != 1:
-        rgb = rgb.transpose(TURNS[orientation])
-    return rgb, orientation
+    return rgb.transpose(TURNS[orientation]) if exif == "apply" and orientation != 1 else rgb, orientation
 
 
 def check_size(width: int, height: int, size: int, huffman: bool) -> None:
@@ -90,30 +77,36 @@ def check_size(width: int, height: int, size: int, huffman: bool) -> None:
         raise ValueError(f"damaged JPEG: {width} × {height} pixels from {size} bytes; {REMEDY}")
 
 
-def read_jpeg_header(data: bytes) -> tuple[int, int]:
-    """(code of the frame's marker, EXIF orientation 1..8) from a JPEG's segments before its first scan.
+def read_jpeg_header(data: bytes) -> tuple[int, int, bytes]:
+    """A JPEG up to its first scan → (code of the frame's marker, EXIF orientation 1..8, the JPEG without metadata).
 
     The code is 0 where no frame precedes the scan, or damage. The orientation is that of the first Exif segment which
-    states a valid one, else 1. `tl_fast.kernels.jpeg_markers.read_markers` reads the same in compiled code.
+    states a valid one, else 1. `tl_fast.kernels.jpeg_markers.read_markers` reads and keeps the same in compiled code.
     """
-    frame, orientation, start = 0, 0, 2
-    while start < len(data) and data[start] == 0xFF:
-        while start < len(data) and data[start] == 0xFF:  # fill bytes
-            start += 1
-        if start >= len(data):
-            break
-        code, start = data[start], start + 1
+    frame, orientation, start, kept = 0, 0, 2, [data[:2]]
+    while data[start : start + 1] == b"\xff":
+        body = start
+        while data[body : body + 1] == b"\xff":  # several are allowed
+            body += 1
+        code, body = data[body] if body < len(data) else 0, body + 1
         if code == 0x01 or 0xD0 <= code <= 0xD7:  # markers without a payload
+            start = body
             continue
-        length = int.from_bytes(data[start : start + 2], "big")
-        if code in (0x00, 0xD8, 0xD9, 0xDA) or length < 2 or start + length > len(data):
+        length = int.from_bytes(data[body : body + 2], "big")
+        if code in (0x00, 0xD8, 0xD9, 0xDA) or length < 2 or body + length > len(data):
             break
+        start, payload = body + length, data[body + 2 : body + length]
         if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
             frame = frame or code
-        elif code == 0xE1 and not orientation and data.startswith(b"Exif\0\0", start + 2, start + length):
-            orientation = tiff_orientation(data[start + 8 : start + length])
-        start += length
-    return frame, orientation or 1
+        elif code == 0xE1 and not orientation and payload.startswith(b"Exif\0\0"):
+            orientation = tiff_orientation(payload[6:])
+        colour = (code == 0xE0 and length >= 16 and payload[:5] == b"JFIF\0") or (
+            code == 0xEE and length >= 14 and payload[:5] == b"Adobe"
+        )
+        if colour or not (0xE0 <= code <= 0xEF or code == 0xFE):
+            kept.append(data[body - 2 : start])
+    kept.append(data[start:])
+    return frame, orientation or 1, b"".join(kept)
 
 
 def tiff_orientation(tiff: bytes) -> int:
@@ -135,29 +128,44 @@ def tiff_orientation(tiff: bytes) -> int:
     return 0
 
 
-def _exif_of(image: Image.Image) -> int:
-    """The orientation that a loaded PNG or WebP states."""
-    data = image.info.get("exif", b"")
+def _open(data: bytes, size: int) -> Image.Image:
+    with _in_our_words(size):
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _open_jpeg(data: bytes) -> tuple[Image.Image, int]:
+    """(RGB image as stored, orientation it states)."""
+    frame, orientation, bare = read_jpeg_header(data)  # Pillow refuses some JPEGs for their metadata alone
+    image = _open(bare, len(data))
+    check_size(*image.size, len(data), huffman=frame <= _LAST_HUFFMAN_FRAME)
+    with _in_our_words(len(data)):
+        image.load()
+    return _to_rgb(image), orientation
+
+
+def _load(image: Image.Image, size: int) -> tuple[Image.Image, int]:
+    """The same of an opened PNG, WebP or other image that Pillow does not turn."""
+    with _in_our_words(size):
+        image.load()  # PNG may have its EXIF behind the pixels
+    exif = image.info.get("exif", b"")
     profile = image.info.get("Raw profile type exif")  # as ImageMagick writes it into PNG
-    if not data and isinstance(profile, str):
+    if not exif and isinstance(profile, str):
         with contextlib.suppress(ValueError):
-            data = bytes.fromhex("".join(profile.split("\n")[3:]))
-    return tiff_orientation(data.removeprefix(b"Exif\0\0")) or 1
+            exif = bytes.fromhex("".join(profile.split("\n")[3:]))
+    return _to_rgb(image), tiff_orientation(exif.removeprefix(b"Exif\0\0")) or 1
 
 
-def _load_tiff(image: Image.Image, size: int) -> tuple[Image.Image, int, int]:
-    """(RGB image, orientation it states, orientation that turns the RGB image into the stored one).
-
-    Pillow turns TIFFs upright when it loads them, and removes the tag; others it leaves alone.
-    """
+def _load_tiff(image: Image.Image, size: int) -> tuple[Image.Image, int]:
+    """The same of an opened TIFF. Pillow turns TIFFs upright when it loads them, and removes the tag."""
     image.info.pop("xmp", None)  # which Pillow turns by where the tag is missing
     with _in_our_words(size):
         stated, bits, photometric = (image.tag_v2.get(tag) for tag in (ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC))
         image.load()
-    orientation = stated if stated in TURNS else 1
-    turned = orientation != 1 and ORIENTATION not in image.tag_v2
     rgb = _to_rgb(image, max(bits or [1]), photometric == 0)
-    return rgb, orientation, _INVERSE.get(orientation, orientation) if turned else 1
+    if stated not in TURNS:
+        return rgb, 1
+    turned = ORIENTATION not in image.tag_v2
+    return rgb.transpose(TURNS[_INVERSE.get(stated, stated)]) if turned else rgb, stated
 
 
 def _to_rgb(image: Image.Image, bits: int = 16, white_is_zero: bool = False) -> Image.Image:

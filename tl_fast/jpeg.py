@@ -54,9 +54,9 @@ class Prepared:
 
     parts: its bytes in order, views of the source where they are copied; height, width: pixels; action: `copied` (the image data
     untouched), `transcoded` (without loss), `re-encoded` or `resized`; stripped: bytes of metadata or behind the end left out (0 for
-    files other than JPEGs); rotated: the source states an EXIF orientation other than upright, whether ignored or applied; crc: CRC-32
-    (zlib's) of the parts; row_index: its restart markers let regions be cut out of it (`tl_fast.kernels.jpeg_restarts.splice`), asked for
-    and so made or found.
+    files other than JPEGs); rotated: the source states an EXIF orientation other than upright, whether ignored or
+    applied; crc: CRC-32 (zlib's) of the parts; row_index: its restart markers let regions be cut out of it
+    (`tl_fast.kernels.jpeg_restarts.splice`), asked for and so made or found.
     """
 
     parts: tuple[bytes | memoryview, ...]
@@ -170,9 +170,10 @@ def prepare(
     max_resolution: largest side in pixels (as ffcv's), larger images are shrunk to it with Pillow's antialiased Lanczos filter. quality:
     1..100 of new encodes, which are 4:2:0. decode_check: decode what is copied to know that it is whole; without it only its markers
     are read and its end is found. row_index: with restart markers, so that regions can be cut out of it, where that is possible: the same
-    pixels. exif: "apply" turns an image whose EXIF orientation is 2..8 upright, a JPEG without loss where that is possible
-    (`tl_fast.turbojpeg_transform.is_lossless`) and encoded anew elsewhere. Safe in threads; a file that is copied needs
-    the GIL for about 10 µs. Raises ValueError with the reason on anything that is not a whole, undamaged image (any warning of libjpeg counts as damage), and
+    pixels. exif: one of `tl_fast.image.EXIF`; "apply" turns an image whose EXIF orientation is 2..8 upright, a JPEG
+    without loss where that is possible (`tl_fast.turbojpeg_transform.is_lossless`). Safe in threads; a file that is
+    copied needs the GIL for about 10 µs. Raises ValueError with the reason on anything that is not a whole, undamaged
+    image (any warning of libjpeg counts as damage), and
     `tl_fast.turbojpeg_transform.TurboJpegMissing` where a file needs libturbojpeg and it is missing.
     """
     if exif not in EXIF:
@@ -228,12 +229,13 @@ def _prepare(data: bytes, max_resolution: int | None, quality: int, decode_check
     height, width, status = record[marks.HEIGHT], record[marks.WIDTH], record[marks.STATUS]
     fits = max(height, width) <= limit
     turn = exif == "apply" and record[marks.ORIENTATION] > 1
+    as_it_is = fits and not turn
     if status == marks.OK and record[marks.SINGLE]:
-        if fits and not turn and record[marks.COLOUR] == marks.YCBCR and record[marks.SURE] and record[marks.KNOWN_SAMPLING]:
+        if as_it_is and record[marks.COLOUR] == marks.YCBCR and record[marks.SURE] and record[marks.KNOWN_SAMPLING]:
             return _copy(data, record)
         if record[marks.COLOUR] == marks.GREY and (fits or decode_check):
-            status, scan = _workspace.check_grey(data, splice=fits and not turn)
-            if fits and not turn and status == marks.OK:
+            status, scan = _workspace.check_grey(data, splice=as_it_is)
+            if as_it_is and status == marks.OK:
                 return _grey(data, record, scan, _left_out(data, record), record[marks.ORIENTATION] > 1)
     transform = fits and _transformable(record) and (not turn or _turns_without_loss(record))
     if status != marks.OK or not record[marks.SINGLE]:

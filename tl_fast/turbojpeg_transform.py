@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 PERFECT, COPY_NO_MARKERS = 1, 64  # TJXOPT_PERFECT, TJXOPT_COPYNONE
-# What turns an image of EXIF orientation 1..8 upright: TJXOP_NONE, _HFLIP, _ROT180, _VFLIP, _TRANSPOSE, _ROT90, _TRANSVERSE,
-# _ROT270.
+# What turns an image of EXIF orientation 1..8 upright: TJXOP_NONE, _HFLIP, _ROT180, _VFLIP, _TRANSPOSE, _ROT90,
+# _TRANSVERSE, _ROT270.
 OPERATIONS = {1: 0, 2: 1, 3: 6, 4: 2, 5: 3, 6: 5, 7: 4, 8: 7}
 WHOLE_ACROSS, WHOLE_DOWN = {2, 3, 7, 8}, {3, 4, 6, 7}  # orientations that need whole MCUs: in width, in height
 TURNED_ASIDE = {5, 6, 7, 8}  # orientations whose upright image has the stored one's rows as columns
