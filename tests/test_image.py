@@ -15,6 +15,7 @@ import simplejpeg
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from tl_fast import jpeg, show
 from tl_fast.beton_write import Sample, write_beton
@@ -449,6 +450,17 @@ def test_other_formats_are_turned_upright(name: str, orientation: int) -> None:
         prepared = jpeg.prepare(data, quality=95, exif=exif)
         assert prepared.action == "re-encoded" and prepared.rotated == (orientation > 1)
         assert np.abs(with_pillow(prepared.data).astype(int) - reencoded(pixels, 95)).mean() < 1.5
+
+
+def test_orientation_in_a_png_of_imagemagick() -> None:
+    """Hexadecimal digits in a text, also damaged ones."""
+    digits = exif_segment(6).hex()
+    for text, expected in ((digits, 6), (digits[:40] + "\n" + digits[40:], 6), (digits[:41], 1), ("no digits", 1)):
+        info = PngInfo()
+        info.add_text("Raw profile type exif", f"\nexif\n{len(digits) // 2:8}\n{text}\n", zip=True)
+        data = encode(Image.fromarray(COLOUR), "PNG", pnginfo=info)
+        image, orientation = open_rgb(data, "apply")
+        assert orientation == expected and image.size == ((HEIGHT, WIDTH) if expected == 6 else (WIDTH, HEIGHT))
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
