@@ -411,14 +411,13 @@ def test_jpegs_are_turned_upright(name: str, orientation: int) -> None:
         assert applied.action == "re-encoded" and difference.mean() < 1.5
 
 
-@pytest.mark.parametrize("orientation", range(2, 9))
-@pytest.mark.parametrize("name", JPEGS)
+@pytest.mark.parametrize(
+    ("name", "orientation"), [(name, orientation) for name in JPEGS for orientation in sorted(JPEGS[name][1])]
+)
 def test_turning_back_gives_the_same_bytes(name: str, orientation: int) -> None:
     """So no coefficient was lost."""
-    plain, lossless = JPEGS[name]
+    plain, _ = JPEGS[name]
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
-    if orientation not in lossless:
-        return
     there = jpeg.prepare(with_orientation(plain, orientation), exif="apply")
     back = jpeg.prepare(with_orientation(there.data, inverse), exif="apply")
     assert back.action == "transcoded"
