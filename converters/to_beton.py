@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from tl_fast.beton import BetonError, BetonReader, WriteSummary, verify, write_b
 from tl_fast.beton_layout import HEADER, VERSION
 from tl_fast.beton_write import PAGE_SIZE, reuse_memory
 from tl_fast.conversion import Conversion, Estimate, Shard, annotator_record, check_space, estimate, free_space, open_maps
+from tl_fast.cores import usable_cores
 from tl_fast.labelmap import EXTENTS, LabelMapError
 from tl_fast.partial_file import partial_paths
 from tl_fast.sources import Source, SourceError, open_source
@@ -282,7 +282,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("files", type=Path, metavar="FILE", nargs="+")
         if command == "verify":
             parser.add_argument("--decode", action="store_true", help="decode every image too")
-            parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+            parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N")
         return parser
     parser.add_argument("images", type=Path, metavar="IMAGES", nargs="+", help="folder, tars or parquet files")
     parser.add_argument("out", type=Path, metavar="OUT.beton")

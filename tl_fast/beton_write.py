@@ -16,7 +16,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +30,7 @@ from tl_fast.atomic import write_atomic
 from tl_fast.beton_file import BetonFile, Encoded
 from tl_fast.beton_layout import MAX_INFO, MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
 from tl_fast.block_writer import BlockWriter
+from tl_fast.cores import usable_cores
 from tl_fast.crc import crc32
 from tl_fast.forked import Forked, ProcessDied
 from tl_fast.labelmap import MapSpec
@@ -346,7 +346,7 @@ def write_beton(
         raise BetonError(f"quality {quality}: must be 1 to 100")
     if max_resolution is not None and max_resolution < 1:
         raise BetonError(f"max_resolution {max_resolution}: must be at least 1 pixel")
-    workers = workers if workers is not None else len(os.sched_getaffinity(0))
+    workers = workers if workers is not None else usable_cores()
     if workers < 1:
         raise BetonError(f"workers {workers}: must be at least 1")
     if on_error not in ("stop", "quarantine"):

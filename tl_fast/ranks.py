@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tl_fast.cores import usable_cores
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -90,8 +92,8 @@ class Ranks:
 
 
 def cores_of_this_rank() -> int:
-    """The CPU cores that this process may use, shared among the ranks of its host; at least 1."""
-    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    """The CPU cores that this process may use, quotas included, shared among the ranks of its host; at least 1."""
+    return max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 
 def _own_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
