@@ -131,6 +131,27 @@ def test_foreign_folders_are_refused(tmp_path):
     assert checkpoint.latest(tmp_path / "nothing here") is None
 
 
+def test_a_path_means_the_same_everywhere(tmp_path):
+    """A run's folder (its newest intact checkpoint), a checkpoint's folder, or a weights file; everything else is refused by name."""
+    run, weights = tmp_path / "run", tmp_path / "weights.pth"
+    older, newest = (write(run / "checkpoints", step) for step in (1, 2))
+    weights.touch()
+    assert [checkpoint.find(path) for path in (run, older, weights)] == [newest, older, weights]
+    (newest / checkpoint.EMA).unlink()
+    assert checkpoint.find(newest) == newest  # who asks for it gets it, to be told what is wrong with it
+    with pytest.warns(UserWarning, match=f"falling back to {older}"):
+        assert checkpoint.find(run) == older
+    (older / checkpoint.EMA).unlink()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "run.lock").touch()
+    (tmp_path / "photos").mkdir()
+    for path, named in ((run, "no intact checkpoint in .*checkpoints"), (tmp_path / "nowhere", "nowhere does not exist"),
+                        (tmp_path / "new", "new is the folder of a run that has not saved a checkpoint"),
+                        (tmp_path / "photos", "photos is neither a run's folder, nor a checkpoint's .*, nor a weights file")):
+        with pytest.raises(CheckpointError, match=named):
+            checkpoint.find(path)
+
+
 @pytest.mark.parametrize("victim", ["save_file", "fsync", "rename"])
 def test_a_failed_save_leaves_the_previous_one(tmp_path, monkeypatch, victim):
     old = write(tmp_path, 10)

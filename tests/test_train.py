@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_beton
 import numpy as np
 import pytest
 import safetensors.torch
@@ -170,6 +172,30 @@ def test_a_first_bucket_larger_than_the_others_is_refused(tiny):
 def test_what_has_no_effect_is_said(tiny, capsys):
     training.train(tiny(max_steps=1, compile_mode="max-autotune-no-cudagraphs"))
     assert "compile_mode max-autotune-no-cudagraphs has no effect on the CPU" in capsys.readouterr().out
+
+
+def test_a_label_below_0_is_refused_with_its_sample(tiny, tmp_path):
+    """In a file of stock FFCV's writer: ours refuses such a label, and one with class names is checked when it is opened."""
+    data = bytearray(lzma.decompress((ROOT / "tests" / "stock_ffcv.beton.xz").read_bytes()))
+    offset, size = fuzz_beton.places(data)[0]["row4.f1"]
+    data[offset : offset + size] = (-1).to_bytes(size, "little", signed=True)
+    (tmp_path / "stock.beton").write_bytes(data)
+    config = tiny(train_data=str(tmp_path / "stock.beton"), token_label=False, batch_size=2)
+    with pytest.raises(ValueError, match=f"sample 4 .*{tmp_path}/stock.beton has label -1, and labels start at 0"):
+        training.train(config)
+
+
+def test_init_weights_and_resume_take_a_runs_folder(tiny, betons, tmp_path):
+    """As evaluation's --checkpoint does."""
+    first = training.train(tiny("first", epochs=1))
+    fresh = training.train(tiny("fresh", init_weights=str(tmp_path / "first"), max_steps=1, lr=1e-9, min_lr=0, warmup_lr=0))
+    began, expected = weights(fresh["checkpoint"])["model.safetensors:head.weight"], weights(first["checkpoint"])["ema.safetensors:head.weight"]
+    torch.testing.assert_close(began, expected, rtol=0, atol=1e-6)
+    continued = training.train(tiny("continued", resume=str(tmp_path / "first"), max_steps=6))
+    assert continued["steps"] == 6
+    for changes in ({"init_weights": str(tmp_path / "nowhere")}, {"resume": str(tmp_path / "nowhere")}):
+        with pytest.raises(checkpoint.CheckpointError, match="nowhere does not exist"):
+            training.train(tiny("refused", **changes))
 
 
 def test_missing_data_is_named(tiny):

@@ -32,6 +32,7 @@ from tl_fast.models import resize_pos_embed
 FORMAT = "tl_fast checkpoint 2"
 MODEL, EMA, OPTIMIZER, META = "model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
 _PREFIX, _TEMPORARY, _REPLACED = "step-", ".tmp-", ".tmp-old-"
+_OF_A_RUN = ("config.yaml", "run.json", "run.lock")  # one of these lies in the folder of a run before its first checkpoint
 _DIGITS = 10  # of the step in a name, so that names sort as steps do
 
 
@@ -151,16 +152,21 @@ def latest(folder: Path) -> Path | None:
 
 
 def find(path: Path) -> Path:
-    """What a user's path means: for a run's folder its newest intact checkpoint, else the path itself.
+    """The checkpoint folder or weights file that a user's path means: of a run's folder its newest intact checkpoint, else the path itself.
 
-    Raises CheckpointError for a run without any.
+    Raises CheckpointError naming the path where there is nothing, for a run without an intact checkpoint, and for any other folder. Files are not
+    opened, and a checkpoint's own folder is not verified: `restore` and `read_weights` do that.
     """
-    folder = path / "checkpoints"
-    if not folder.is_dir():
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if not path.is_dir() or path.name.startswith(_PREFIX) or (path / META).exists():
         return path
+    folder = path / "checkpoints"
+    if not folder.is_dir() and not any((path / name).exists() for name in _OF_A_RUN):
+        raise CheckpointError(f"{path} is neither a run's folder, nor a checkpoint's ({_PREFIX}0000000100, say), nor a weights file")
     newest = latest(folder)
     if newest is None:
-        raise CheckpointError(f"{folder} holds no checkpoint yet")
+        raise CheckpointError(f"{path} is the folder of a run that has not saved a checkpoint yet")
     return newest
 
 

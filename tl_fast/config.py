@@ -37,7 +37,8 @@ class TrainConfig:
     num_classes: int | None = None
     """Number of classes; null: the train beton's."""
     init_weights: str | None = None
-    """Weights to start from (a checkpoint of ours, a published .pth.tar, a state dict, safetensors); null: random."""
+    """Weights to start from: a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file (a published .pth.tar, a state dict,
+    safetensors); null: random."""
     drop_path: float = 0.1
     """Drop path rate of the last block, 0..1; it grows linearly with depth. Paper: 0.1 T and S, 0.2 M, 0.3 L."""
     freeze_stem_bn: bool = False
@@ -132,7 +133,8 @@ class TrainConfig:
     """Where JPEGs are decoded: cpu, or mixed (nvJPEG, with device cuda alone); auto: on a GPU the faster, measured at the start, else cpu."""
 
     resume: str | None = None
-    """auto: continue output_dir's newest intact checkpoint, if any; a path: that checkpoint, or a run's newest; null: start afresh."""
+    """auto: continue output_dir's newest intact checkpoint, if any; a path: a run's folder (its newest checkpoint) or a checkpoint's folder; null:
+    start afresh."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; the last epoch always has one."""
     checkpoint_minutes: float | None = 15.0

@@ -106,12 +106,16 @@ _MODELS = "lvvit_t, lvvit_s, lvvit_m and lvvit_l exist"
 
 
 def check_labels(loader: Loader, num_classes: int) -> None:
-    """Raises ValueError naming the files when their labels do not fit a model of `num_classes`."""
+    """Raises ValueError naming the files when their labels do not fit a model of `num_classes`, the sample too where a label is below 0."""
     files = ", ".join(map(str, loader.samples.paths))
     declared = loader.num_classes if loader.samples.class_names or loader.samples.spec is not None else None
     if declared is not None and declared != num_classes:
         raise ValueError(f"{files} has {declared} classes, the model {num_classes}: set num_classes to {declared}, or use the data "
                          "that the model was made for")
+    lowest = int(loader.samples.labels.argmin())
+    if loader.samples.labels[lowest] < 0:
+        raise ValueError(f"{loader.samples.name(lowest)} has label {loader.samples.labels[lowest]}, and labels start at 0: convert again without "
+                         "such samples")
     highest = int(loader.samples.labels.max())
     if highest >= num_classes:
         raise ValueError(f"{files} has label {highest}, the model classes 0..{num_classes - 1}: set num_classes to at least {highest + 1}")

@@ -86,7 +86,7 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     found = choose(config, ranks)
     torch.manual_seed(config.seed)
     model = build_model(config)
-    remarks = checkpoint.load_weights(model, Path(config.init_weights)) if config.init_weights and found is None else []
+    remarks = checkpoint.load_weights(model, checkpoint.find(Path(config.init_weights))) if config.init_weights and found is None else []
     if not config.token_label:
         silence_token_head(model)
     model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
