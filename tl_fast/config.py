@@ -10,7 +10,7 @@ from typing import Any, Literal, Sequence
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from tl_fast.plan import Augment
+from tl_fast.augment import Augment
 
 PATCH = 16  # pixels a side of one token: every LV-ViT has patch 16 (arXiv 2104.10858)
 
@@ -240,7 +240,7 @@ class TrainConfig:
 
 _MODEL_FIELDS = {"img_size": "img_size", "num_classes": "num_classes", "drop_path_rate": "drop_path"}  # the constructor's name -> ours
 _TUPLES = ("mean", "std", "scale", "ratio", "betas")
-_RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; plan.Augment checks its own
+_RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; Augment checks its own
     ("img_size", PATCH, 4096),
     ("num_classes", 1, 65_535),  # label maps hold uint16 classes
     ("cls_weight", 0, 1e6),

@@ -17,12 +17,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tl_fast import demo, sheet
+from tl_fast.augment import INTERPOLATIONS
 from tl_fast.config import PATCH, TrainConfig, parse_config
 from tl_fast.erase import erase
 from tl_fast.evaluate import Normalise
 from tl_fast.pipeline import Batch, Loader
 from tl_fast.samples import expand
-from tl_fast.plan import INTERPOLATIONS
 from tl_fast.rand_augment import OPS
 from tl_fast.scalar import AUTO_CONTRAST, EQUALIZE, INVERT, NO_OP, POSTERIZE, ROTATE, SOLARIZE, SOLARIZE_ADD
 from tl_fast.sheet import GAP, LINE, MARGIN, NO_CLASS, PANEL, PAPER, SWATCH, Cells
