@@ -45,8 +45,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import tl_fast.models  # noqa: F401  registers lvvit_*
 from tl_fast.beton_write import reuse_memory
 from tl_fast.config import TrainConfig
-from tl_fast.evaluate import Normalise, autocast
 from tl_fast.loss import TokenLabelLoss
+from tl_fast.normalise import Normalise, autocast
 from tl_fast.pipeline import Loader
 from tl_fast.plan import Augment, mix_box
 from tl_fast.step import TrainStep, compiled

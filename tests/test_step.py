@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 import tl_fast.compat  # noqa: F401  before timm
 from timm.utils import ModelEmaV3
-from tl_fast.evaluate import Normalise
 from tl_fast.loss import TokenLabelLoss, soft_cross_entropy
 from tl_fast.models import LVViT
+from tl_fast.normalise import Normalise
 from tl_fast.plan import mix_box
 from tl_fast.step import TrainStep, compiled
 

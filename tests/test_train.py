@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import CLASSES, ROOT, TINY, betons, flags, tiny, torchrun, weights  # noqa: F401  two of them are fixtures
 from torch._dynamo.utils import counters
 
-from tl_fast import checkpoint, evaluate
+from tl_fast import accuracy, checkpoint, evaluate
 from tl_fast import step as training_step
 from tl_fast import train as training
 from tl_fast.beton import BetonReader, Sample, write_beton
@@ -232,7 +232,7 @@ def test_evaluation_refuses_other_class_names(tiny, betons, tmp_path):
         samples = [Sample(str(i), int(reader.labels[i]), reader.jpeg(i).tobytes) for i in range(4)]
     write_beton(tmp_path / "other.beton", samples, class_names=["fish", "animal", "monument", "tool"])
     with pytest.raises(ValueError, match="other.beton has the classes"):
-        evaluate.evaluate(str(tmp_path / "other.beton"), Path(summary["checkpoint"]))
+        accuracy.evaluate(str(tmp_path / "other.beton"), Path(summary["checkpoint"]))
 
 
 def test_a_new_run_does_not_start_among_an_old_ones_checkpoints(tiny):

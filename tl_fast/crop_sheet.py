@@ -20,7 +20,7 @@ from tl_fast import demo, sheet
 from tl_fast.augment import INTERPOLATIONS
 from tl_fast.config import PATCH, TrainConfig, parse_config
 from tl_fast.erase import erase
-from tl_fast.evaluate import Normalise
+from tl_fast.normalise import Normalise
 from tl_fast.pipeline import Batch, Loader
 from tl_fast.samples import expand
 from tl_fast.rand_augment import OPS

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tl_fast.erase import erase
-from tl_fast.evaluate import Normalise, autocast
 from tl_fast.loss import TokenLabelLoss
+from tl_fast.normalise import Normalise, autocast
 
 
 class TrainStep(nn.Module):
@@ -23,7 +23,7 @@ class TrainStep(nn.Module):
         model: an LVViT; it stays the caller's, for the optimiser, the moving average and checkpoints.
         criterion: the loss.
         normalise: uint8 images to float32.
-        dtype: autocast type of the model: "float32", "bfloat16", or "auto" (see `evaluate.autocast`).
+        dtype: autocast type of the model: "float32", "bfloat16", or "auto" (see `normalise.autocast`).
     """
 
     def __init__(self, model: nn.Module, criterion: TokenLabelLoss, normalise: Normalise, dtype: str = "auto") -> None:

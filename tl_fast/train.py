@@ -31,12 +31,14 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
 from tl_fast import checkpoint
+from tl_fast.accuracy import accuracy, check_labels
 from tl_fast.beton_write import reuse_memory
+from tl_fast.build_model import build_model
 from tl_fast.config import TrainConfig, parse_config, save_config
-from tl_fast.evaluate import Normalise, accuracy, build_model, check_labels, resolved_dtype
 from tl_fast.loss import TokenLabelLoss
 from tl_fast.meter import Meter
 from tl_fast.nonfinite import NonFinite
+from tl_fast.normalise import Normalise, resolved_dtype
 from tl_fast.pipeline import Loader
 from tl_fast.plan import mix_box
 from tl_fast.ranks import Ranks, join
