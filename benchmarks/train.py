@@ -45,12 +45,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import tl_fast.models  # noqa: F401  registers lvvit_*
 from tl_fast.beton_write import reuse_memory
 from tl_fast.config import TrainConfig
+from tl_fast.loop import seed_step
 from tl_fast.loss import TokenLabelLoss
 from tl_fast.normalise import Normalise, autocast
+from tl_fast.optimiser import build_optimizer
 from tl_fast.pipeline import Loader
 from tl_fast.plan import Augment, mix_box
 from tl_fast.step import TrainStep, compiled
-from tl_fast.train import build_optimizer, seed_step
 
 RESULTS = ROOT / "benchmarks" / "results" / "train.jsonl"
 PHASES = ("data", "forward", "backward", "update")  # update: clipping, optimiser, moving average, reading the loss

@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from tl_fast import checkpoint, stopping
-from tl_fast import train as training
+from tl_fast import checkpoint, stopping, train
+from tl_fast import loop as training
 from tl_fast.config import TrainConfig
 
 PATIENCE = 60  # seconds: "within a minute"
@@ -135,7 +135,7 @@ def rank_main(config: str, rank: int, world_size: int, port: int, trace: Path, o
     if blow is not None and blow.rank == rank:
         strike(blow)
     sys.argv = ["tl_fast/train.py", "--config", config]
-    training.main()
+    train.main()
 
 
 def server() -> Any:

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from tl_fast import checkpoint
-from tl_fast import train as training
+from tl_fast import loop as training
 from tl_fast.config import TrainConfig
 from tl_fast.runlog import read_rows
 

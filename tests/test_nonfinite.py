@@ -13,7 +13,7 @@ from kill_run import Blow
 from tiny_runs import betons, tiny, weights  # noqa: F401  two of them are fixtures
 
 from tl_fast import checkpoint
-from tl_fast import train as training
+from tl_fast import loop as training
 from tl_fast.beton import BetonReader
 from tl_fast.meter import Meter
 from tl_fast.nonfinite import NonFiniteError

@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import betons, tiny, weights  # noqa: F401  two of them are fixtures
 
 from tl_fast import checkpoint, resume
-from tl_fast import train as training
+from tl_fast import loop as training
 
 
 def test_a_run_that_fell_back_from_a_torn_checkpoint_keeps_what_it_saves(tiny):

@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 
 from tl_fast import accuracy, checkpoint, evaluate
 from tl_fast import step as training_step
-from tl_fast import train as training
+from tl_fast import loop as training
 from tl_fast.beton import BetonReader, Sample, write_beton
 from tl_fast.erase import erase
 from tl_fast.nonfinite import NonFiniteError
