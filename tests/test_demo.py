@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tl_fast import demo
+from tl_fast import bundled_photos, demo
 from tl_fast.beton import BetonReader, verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +21,7 @@ def test_sparkline_spans_the_values():
 
 def test_a_failing_command_is_named():
     with pytest.raises(SystemExit, match="no_such_module"):
-        demo.run("-m", "tl_fast.no_such_module")
+        bundled_photos.run("-m", "tl_fast.no_such_module")
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):

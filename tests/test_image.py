@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from tl_fast import jpeg, show
+from tl_fast import jpeg, sample_sheet
 from tl_fast.beton_write import Sample, write_beton
 from tl_fast.decode import DecodeError, Decoder
 from tl_fast.image import FORMATS, TURNS, check_size, open_rgb, read_jpeg_header, tiff_orientation
@@ -250,7 +250,7 @@ def test_eps_named_jpg_reaches_no_plugin(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(loader, "batch", lambda ids: None)  # which decodes and would refuse first
         monkeypatch.setattr(loader.samples, "jpeg", lambda sample_id: np.frombuffer(EPS, np.uint8))
         with pytest.raises(DecodeError, match="cannot decode .*not an image that can be read"):
-            show._row(loader, 0)
+            sample_sheet._row(loader, 0)
 
 
 def sized(width: int, height: int, progressive: bool = False) -> bytes:

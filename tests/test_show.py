@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from tests import reference
 
-from tl_fast import demo, plan
+from tl_fast import bundled_photos, plan
 from tl_fast.beton import BetonReader
 from tl_fast.beton_write import Sample, write_beton
 from tl_fast.config import parse_config
@@ -22,7 +22,8 @@ from tl_fast.labelmap import MapSpec, pack
 from tl_fast.pipeline import Loader
 from tl_fast.rand_augment import OPS
 from tl_fast.sheet import NO_CLASS, OTHER, PALETTE, best_of_map, best_of_targets
-from tl_fast.show import main, show
+from tl_fast.sample_sheet import show
+from tl_fast.show import main
 
 # The sheet's measures in pixels and its opacity, written down again: the tests say where things must be.
 MARGIN, GAP, LINE, PANEL, WIDEST, OPACITY = 14, 12, 20, 224, 336, 0.55
@@ -332,7 +333,7 @@ def test_data_of_a_recipe(full, tmp_path, monkeypatch, capsys):
         folder.mkdir()
         (folder / "train.beton").touch()
 
-    monkeypatch.setattr(demo, "annotate_and_pack", annotate_and_pack)
+    monkeypatch.setattr(bundled_photos, "annotate_and_pack", annotate_and_pack)
     recipe = str(RECIPES / "lvvit_s_224.yaml")
     assert find_data(parse_config(["--config", recipe, "--train_data", str(full)])) == [full]
     config = parse_config(["--config", recipe])

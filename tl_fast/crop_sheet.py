@@ -16,18 +16,18 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tl_fast import demo, sheet
+from tl_fast import bundled_photos, sheet
 from tl_fast.augment import INTERPOLATIONS
-from tl_fast.config import PATCH, TrainConfig, parse_config
+from tl_fast.config import TrainConfig, parse_config
 from tl_fast.erase import erase
 from tl_fast.normalise import Normalise
 from tl_fast.pipeline import Batch, Loader
 from tl_fast.samples import expand
 from tl_fast.rand_augment import OPS
 from tl_fast.scalar import AUTO_CONTRAST, EQUALIZE, INVERT, NO_OP, POSTERIZE, ROTATE, SOLARIZE, SOLARIZE_ADD
-from tl_fast.sheet import GAP, LINE, MARGIN, NO_CLASS, PANEL, PAPER, SWATCH, Cells
+from tl_fast.sheet import GAP, LINE, MARGIN, PANEL, PAPER, SWATCH, Cells
 
-RECIPES = demo.ROOT / "recipes"
+RECIPES = bundled_photos.ROOT / "recipes"
 SAMPLES = 24
 COLUMNS = 4
 BETWEEN = 4  # pixels: a crop and its tokens, closer than two tiles are
@@ -69,7 +69,7 @@ def show_recipe(
 ) -> Path:
     """Write the sheet of augmented crops of a recipe (`find_recipe`) and return its path, `out` or runs/show/NAME.png.
 
-    beton: by default what `find_data` finds. samples, first, ids, epoch: as for `show.show`; the others replace what the recipe says.
+    beton: by default what `find_data` finds. samples, first, ids, epoch: as for `sample_sheet.show`; the others replace what the recipe says.
     Raises ValueError for settings, recipes or sample ids that do not fit, FileNotFoundError without the file, DecodeError for a damaged
     JPEG; a recipe that is wrong itself ends the program with train.py's message.
     """
@@ -107,7 +107,7 @@ def find_recipe(name: str, folder: Path = RECIPES) -> Path:
     raise ValueError(f"{problem}; known are {', '.join(known) or 'none'} (in {folder}), and YAML files are taken by their path")
 
 
-def find_data(config: TrainConfig, folder: Path = demo.FOLDER) -> list[Path]:
+def find_data(config: TrainConfig, folder: Path = bundled_photos.FOLDER) -> list[Path]:
     """The recipe's betons where they exist, else the demo's in `folder`, which is made where it is missing; says which it takes."""
     try:
         return expand(config.train_data)
@@ -118,7 +118,7 @@ def find_data(config: TrainConfig, folder: Path = demo.FOLDER) -> list[Path]:
         print(f"{missing}: showing the demo's photos, {beton}", flush=True)
     else:
         print(f"{missing}, nor is the demo's: annotating and packing the bundled photos into {folder} (once; a minute or two)", flush=True)
-        demo.annotate_and_pack(folder)
+        bundled_photos.annotate_and_pack(folder)
     return [beton]
 
 

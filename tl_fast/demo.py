@@ -6,65 +6,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 from tl_fast import evaluate
 from tl_fast.beton import BetonReader
+from tl_fast.bundled_photos import FOLDER, annotate_and_pack, run
 from tl_fast.runlog import read_rows
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "runs" / "demo"
 BARS = " ▁▂▃▄▅▆▇█"
-
-
-def run(*command: str | Path) -> float:
-    """Run one of our commands from the repository's root -> wall time in seconds. SystemExit names the command that failed."""
-    words = [str(word) for word in command]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    start = time.perf_counter()
-    status = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
-    if status:
-        raise SystemExit(f"demo: `python {shlex.join(words)}` ended with exit code {status}; its messages are above")
-    return time.perf_counter() - start
 
 
 def sparkline(values: list[float]) -> str:
     """One character a value, the lowest blank and the highest full."""
     low, high = min(values), max(values)
     return "".join(BARS[round((value - low) / (high - low or 1) * (len(BARS) - 1))] for value in values)
-
-
-def annotate_and_pack(folder: Path) -> dict[str, float]:
-    """Annotate the bundled photos and pack them into `folder`: `label_maps/`, `train.beton`, `val.beton` -> wall time in seconds by stage.
-
-    Replaces an earlier demo's; SystemExit where the folder holds something else.
-    """
-    photos = ROOT / "tests" / "photos"
-    if not photos.is_dir():
-        raise SystemExit(f"demo: the bundled photos are missing at {photos}; run it from a clone of the repository")
-    folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / ".tl_fast-demo"  # without it what lies in the folder is not ours to replace
-    if not marker.exists() and any(folder.iterdir()):
-        raise SystemExit(f"demo: {folder} is not empty and not an earlier demo's folder; give another one with --out")
-    marker.touch()
-    maps, train, val = (folder / name for name in ("label_maps", "train.beton", "val.beton"))
-    shutil.rmtree(maps, ignore_errors=True)
-    for old in (train, val):
-        old.unlink(missing_ok=True)
-    seconds = {}
-    seconds["annotate"] = run(
-        "-m", "tl_fast.annotate", photos / "train", maps, "--model", "efficientnet-lite0", "--fit-head", "--eval-images", photos / "val"
-    )
-    seconds["pack"] = run("converters/to_beton.py", photos / "train", train, "--label-maps", maps)
-    seconds["pack"] += run("converters/to_beton.py", photos / "val", val)
-    return seconds
 
 
 def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list[str] | None = None) -> dict:
