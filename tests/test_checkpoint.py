@@ -132,7 +132,8 @@ def test_foreign_folders_are_refused(tmp_path):
 
 
 def test_a_path_means_the_same_everywhere(tmp_path):
-    """A run's folder (its newest intact checkpoint), a checkpoint's folder, or a weights file; everything else is refused by name."""
+    """A run's folder (its newest intact checkpoint), a checkpoint's folder, or a weights file; everything else is
+    refused by name."""
     run, weights = tmp_path / "run", tmp_path / "weights.pth"
     older, newest = (write(run / "checkpoints", step) for step in (1, 2))
     weights.touch()
@@ -145,11 +146,14 @@ def test_a_path_means_the_same_everywhere(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "run.lock").touch()
     (tmp_path / "photos").mkdir()
-    for path, named in ((run, "no intact checkpoint in .*checkpoints"), (tmp_path / "nowhere", "nowhere does not exist"),
-                        (tmp_path / "new", "new is the folder of a run that has not saved a checkpoint"),
-                        (tmp_path / "photos", "photos is neither a run's folder, nor a checkpoint's .*, nor a weights file")):
+    for name, named in (
+        ("run", "no intact checkpoint in .*checkpoints"),
+        ("nowhere", "nowhere does not exist"),
+        ("new", "new is the folder of a run that has not saved a checkpoint"),
+        ("photos", "photos is neither a run's folder, nor a checkpoint's .*, nor a weights file"),
+    ):
         with pytest.raises(CheckpointError, match=named):
-            checkpoint.find(path)
+            checkpoint.find(tmp_path / name)
 
 
 @pytest.mark.parametrize("victim", ["save_file", "fsync", "rename"])

@@ -1,4 +1,5 @@
-"""How many cores a process may use: control groups' CPU quotas, of both versions, on files as the kernel writes them."""
+"""How many cores a process may use: control groups' CPU quotas, of both versions, on files as the kernel writes
+them."""
 from __future__ import annotations
 
 import os
@@ -38,7 +39,8 @@ def test_the_smallest_quota_of_the_groups_around_counts(tmp_path):
 
 
 def test_a_container_that_sees_its_own_group_as_the_root(tmp_path):
-    """Docker without a namespace of control groups: the kernel names the group as the host does, the mount shows its inside."""
+    """Docker without a namespace of control groups: the kernel names the group as the host does, the mount shows its
+    inside."""
     group(tmp_path / "cgroup", cpu__cfs_quota_us="400000", cpu__cfs_period_us="100000")
     group(tmp_path / "memory", cpu__cfs_quota_us="100000", cpu__cfs_period_us="100000")
     proc = process(tmp_path, "5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n0::/docker/ab\n",
@@ -50,7 +52,8 @@ def test_a_container_that_sees_its_own_group_as_the_root(tmp_path):
 @pytest.mark.parametrize("inside", ["/", "/other", "/../sibling"])
 def test_a_group_outside_of_what_is_mounted_is_the_mounts(tmp_path, inside):
     group(tmp_path / "cgroup", cpu__max="50000 100000")
-    assert cores.cpu_quota(process(tmp_path, f"0::{inside}\n", V2.format(root="/docker/ab", mount=tmp_path / "cgroup"))) == 0.5
+    proc = process(tmp_path, f"0::{inside}\n", V2.format(root="/docker/ab", mount=tmp_path / "cgroup"))
+    assert cores.cpu_quota(proc) == 0.5
 
 
 def test_no_quota_leaves_the_affinity(tmp_path):
@@ -65,8 +68,9 @@ def test_no_quota_leaves_the_affinity(tmp_path):
 
 
 @pytest.mark.parametrize("affinity, quota, usable", [(64, 4.0, 4), (64, 2.5, 3), (8, 0.25, 1), (2, 16.0, 2)])
-def test_threads_and_workers_are_as_many_as_quota_and_affinity_allow(monkeypatch, tmp_path, to_beton, affinity, quota, usable):
-    """A container with 4 of 64 cores: the loader's threads, shared among the ranks of the host, and the converter's processes."""
+def test_threads_and_workers_stay_within_quota_and_affinity(monkeypatch, tmp_path, to_beton, affinity, quota, usable):
+    """A container with 4 of 64 cores: the loader's threads, shared among the ranks of the host, and the converter's
+    processes."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
     monkeypatch.setattr(cores, "cpu_quota", lambda: quota)
     assert cores.usable_cores() == usable

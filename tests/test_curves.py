@@ -83,7 +83,7 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, capsys, content, named):
     with pytest.raises(SystemExit) as exit:
         show.main([str(tmp_path)])
     errors = capsys.readouterr().err
-    assert exit.value.code == 2 and str(tmp_path) in errors and named in errors
+    assert exit.value.code == 1 and str(tmp_path) in errors and named in errors
 
 
 def test_options_of_betons_and_other_formats_are_refused(tmp_path, capsys):

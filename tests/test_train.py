@@ -175,7 +175,8 @@ def test_what_has_no_effect_is_said(tiny, capsys):
 
 
 def test_a_label_below_0_is_refused_with_its_sample(tiny, tmp_path):
-    """In a file of stock FFCV's writer: ours refuses such a label, and one with class names is checked when it is opened."""
+    """In a file of stock FFCV's writer: ours refuses such a label, and one with class names is checked when it is
+    opened."""
     data = bytearray(lzma.decompress((ROOT / "tests" / "stock_ffcv.beton.xz").read_bytes()))
     offset, size = fuzz_beton.places(data)[0]["row4.f1"]
     data[offset : offset + size] = (-1).to_bytes(size, "little", signed=True)
@@ -188,8 +189,10 @@ def test_a_label_below_0_is_refused_with_its_sample(tiny, tmp_path):
 def test_init_weights_and_resume_take_a_runs_folder(tiny, betons, tmp_path):
     """As evaluation's --checkpoint does."""
     first = training.train(tiny("first", epochs=1))
-    fresh = training.train(tiny("fresh", init_weights=str(tmp_path / "first"), max_steps=1, lr=1e-9, min_lr=0, warmup_lr=0))
-    began, expected = weights(fresh["checkpoint"])["model.safetensors:head.weight"], weights(first["checkpoint"])["ema.safetensors:head.weight"]
+    still = dict(max_steps=1, lr=1e-9, min_lr=0, warmup_lr=0)
+    fresh = training.train(tiny("fresh", init_weights=str(tmp_path / "first"), **still))
+    began = weights(fresh["checkpoint"])["model.safetensors:head.weight"]
+    expected = weights(first["checkpoint"])["ema.safetensors:head.weight"]
     torch.testing.assert_close(began, expected, rtol=0, atol=1e-6)
     continued = training.train(tiny("continued", resume=str(tmp_path / "first"), max_steps=6))
     assert continued["steps"] == 6

@@ -21,6 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["animal", "fish", "monument", "tool"]
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "stem_width": 8}
 
+# train.py on ranks that see different folders, as on two nodes: node0 and node1 in a folder. It stands where train.py
+# does in the command.
+SCATTERED = """
+import os, sys
+sys.path.insert(0, {root!r})
+os.chdir(os.path.join({folder!r}, "node" + os.environ["RANK"]))
+from tl_fast import train
+train.main()
+"""
+
 
 def write_photos(path: Path, folder: Path, maps: bool) -> None:
     """A beton of the photos under `folder`, with label maps whose strongest class is the photo's own, more so in the middle."""
@@ -54,6 +64,16 @@ def tiny(betons, tmp_path):
         return tiny_config(betons, tmp_path / name, **changes)
 
     return make
+
+
+@pytest.fixture
+def scattered(tmp_path) -> Path:
+    """The script; and folders node0 and node1 beside it."""
+    for rank in range(2):
+        (tmp_path / f"node{rank}").mkdir()
+    script = tmp_path / "scattered.py"
+    script.write_text(SCATTERED.format(root=str(ROOT), folder=str(tmp_path)))
+    return script
 
 
 def tiny_config(betons: Path, output_dir: Path, **changes) -> TrainConfig:

@@ -15,6 +15,7 @@ from torch import nn
 from tl_fast import checkpoint
 from tl_fast.build_model import build_model
 from tl_fast.config import TrainConfig
+from tl_fast.mistakes import InputError
 from tl_fast.normalise import Normalise, autocast
 from tl_fast.pipeline import Batch, Loader
 from tl_fast.ranks import Ranks, join
@@ -41,24 +42,26 @@ def accuracy(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, config: T
     model.train(was_training)
     top1, top5, loss, samples = ranks.sum(totals).tolist()
     if samples == 0:
-        raise ValueError("no samples to evaluate")
+        raise InputError("no samples to evaluate")
     return {"top1": 100 * top1 / samples, "top5": 100 * top5 / samples, "loss": loss / samples, "samples": int(samples)}
 
 
 def check_labels(loader: Loader, num_classes: int) -> None:
-    """Raises ValueError naming the files when their labels do not fit a model of `num_classes`, the sample too where a label is below 0."""
+    """Raises ValueError naming the files when their labels do not fit a model of `num_classes`, the sample too where a
+    label is below 0."""
     files = ", ".join(map(str, loader.samples.paths))
     declared = loader.num_classes if loader.samples.class_names or loader.samples.spec is not None else None
     if declared is not None and declared != num_classes:
-        raise ValueError(f"{files} has {declared} classes, the model {num_classes}: set num_classes to {declared}, or use the data "
-                         "that the model was made for")
+        raise InputError(f"{files} has {declared} classes, the model {num_classes}: set num_classes to {declared}, or "
+                         "use the data that the model was made for")
     lowest = int(loader.samples.labels.argmin())
     if loader.samples.labels[lowest] < 0:
-        raise ValueError(f"{loader.samples.name(lowest)} has label {loader.samples.labels[lowest]}, and labels start at 0: convert again without "
-                         "such samples")
+        raise InputError(f"{loader.samples.name(lowest)} has label {loader.samples.labels[lowest]}, and labels start "
+                         "at 0: convert again without such samples")
     highest = int(loader.samples.labels.max())
     if highest >= num_classes:
-        raise ValueError(f"{files} has label {highest}, the model classes 0..{num_classes - 1}: set num_classes to at least {highest + 1}")
+        raise InputError(f"{files} has label {highest}, the model classes 0..{num_classes - 1}: set num_classes to at "
+                         f"least {highest + 1}")
 
 
 def evaluate(
@@ -86,31 +89,18 @@ def evaluate(
 
     Raises CheckpointError, FileNotFoundError or ValueError naming what does not fit.
     """
-    weights = checkpoint.find(weights)
     with join(device) as ranks, contextlib.ExitStack() as stack:
-        meta = checkpoint.read_meta(weights) if weights.is_dir() else {}
-        config = TrainConfig.from_dict(meta["config"]) if meta else None
-        if config is None and model is None:
-            raise ValueError(f"{weights} does not say which model it is: give --model (lvvit_t, lvvit_s, lvvit_m or lvvit_l)")
-        values = config.to_dict() if config else {"train_data": "unused: evaluation only", "model": model}
-        values |= {name: value for name, value in (("model", model), ("img_size", img_size), ("crop_pct", crop_pct)) if value is not None}
-        values |= {"dtype": dtype, "drop_path": 0.0, "resume": None}
-        config = TrainConfig.from_dict(values)
-        loader = Loader(data, batch_size, image_size=config.img_size, grid=config.grid, train=False, threads=threads,
-                        crop_pct=config.crop_pct, device=ranks.device, decode=decode, rank=ranks.rank, world_size=ranks.world_size)
+        changes = {"model": model, "img_size": img_size, "crop_pct": crop_pct}
+        path, config, trained_classes = ranks.on_main(_open, weights, use_ema, dtype, changes)
+        loader = ranks.agree(lambda: Loader(
+            data, batch_size, image_size=config.img_size, grid=config.grid, train=False, threads=threads,
+            crop_pct=config.crop_pct, device=ranks.device, decode=decode, rank=ranks.rank, world_size=ranks.world_size,
+        ))  # fmt: skip
         stack.callback(loader.close)
-        if config.num_classes is None:  # a bare file: its head says
-            state, _ = checkpoint.read_weights(weights, use_ema)
-            if "head.weight" not in state:
-                raise ValueError(f"{weights} has no head.weight, so no class count: it is not a classifier")
-            config = dataclasses.replace(config, num_classes=state["head.weight"].shape[0])
-        check_labels(loader, config.num_classes)
-        trained, names = meta.get("class_names"), loader.samples.class_names
-        if trained and names and trained != names:
-            raise ValueError(f"{', '.join(map(str, loader.samples.paths))} has the classes {names[:5]}..., {weights} was trained on "
-                             f"{trained[:5]}...: convert the data with the same class list")
-        network = build_model(config)
-        remarks = checkpoint.load_weights(network, weights, use_ema)
+        ranks.agree(_check_classes, loader, config, path, trained_classes)
+        network = ranks.agree(build_model, config)
+        remarks = ranks.on_main(checkpoint.load_weights, network, path, use_ema)
+        ranks.fill_from_main(network.state_dict().values())
         start = time.perf_counter()
         result = accuracy(network.to(ranks.device), loader, ranks, config)
         if result["samples"] != len(loader.samples):
@@ -118,7 +108,42 @@ def evaluate(
         return {
             **result,
             "images_per_second": result["samples"] / (time.perf_counter() - start),
-            "checkpoint": str(weights),
+            "checkpoint": str(path),
             "weights": "ema" if use_ema else "raw",
             "remarks": remarks,
         }
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """What `evaluate` found, for people: its remarks, then a line of figures."""
+    figures = (f"{result['checkpoint']} ({result['weights']}): "
+               f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['samples']} images, "
+               f"{result['images_per_second']:.0f} images/s")
+    return "\n".join([*result["remarks"], figures])
+
+
+def _open(weights: Path, use_ema: bool, dtype: str,
+          changes: dict[str, Any]) -> tuple[Path, TrainConfig, list[str] | None]:
+    """What `weights` means, the config to evaluate it with, and its class names if it has any. `changes` replace what a
+    checkpoint's config says."""
+    path = checkpoint.find(weights)
+    meta = checkpoint.read_meta(path) if path.is_dir() else {}
+    if not meta and changes["model"] is None:
+        raise InputError(f"{path} does not say which model it is: give --model (lvvit_t, lvvit_s, lvvit_m or lvvit_l)")
+    values = meta["config"] if meta else {"train_data": "unused: evaluation only"}
+    values |= {name: value for name, value in changes.items() if value is not None}
+    config = TrainConfig.from_dict(values | {"dtype": dtype, "drop_path": 0.0, "resume": None})
+    if config.num_classes is None:  # a bare file: its head says
+        state, _ = checkpoint.read_weights(path, use_ema)
+        if "head.weight" not in state:
+            raise InputError(f"{path} has no head.weight, so no class count: it is not a classifier")
+        config = dataclasses.replace(config, num_classes=state["head.weight"].shape[0])
+    return path, config, meta.get("class_names")
+
+
+def _check_classes(loader: Loader, config: TrainConfig, weights: Path, trained: list[str] | None) -> None:
+    check_labels(loader, config.num_classes)
+    names = loader.samples.class_names
+    if trained and names and trained != names:
+        raise InputError(f"{', '.join(map(str, loader.samples.paths))} has the classes {names[:5]}..., {weights} was "
+                         f"trained on {trained[:5]}...: convert the data with the same class list")

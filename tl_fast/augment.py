@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tl_fast.mistakes import InputError
 from tl_fast.rand_augment import RandAugment
 
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
@@ -34,18 +35,19 @@ class Augment:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"augment.scale must satisfy 0 < low <= high <= 1, got {self.scale}")
+            raise InputError(f"augment.scale must satisfy 0 < low <= high <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            raise ValueError(f"augment.ratio must satisfy 0 < low <= high, got {self.ratio}")
+            raise InputError(f"augment.ratio must satisfy 0 < low <= high, got {self.ratio}")
         for name in ("flip", "erase", "color_jitter"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} must be in [0, 1], got {getattr(self, name)}")
+                raise InputError(f"augment.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"augment.interpolation must be one of {INTERPOLATIONS}, got {self.interpolation!r}")
+            raise InputError(f"augment.interpolation must be one of {INTERPOLATIONS}, got {self.interpolation!r}")
         if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
-            raise ValueError(f"augment.fill must be three numbers in 0..255, got {self.fill}")
+            raise InputError(f"augment.fill must be three numbers in 0..255, got {self.fill}")
         if self.rand_augment is not None and self.color_jitter:
-            raise ValueError(f"augment.color_jitter {self.color_jitter} and auto_augment {self.auto_augment!r}: choose one of them")
+            raise InputError(f"augment.color_jitter {self.color_jitter} and auto_augment {self.auto_augment!r}: "
+                             "choose one of them")
 
     @property
     def rand_augment(self) -> RandAugment | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tl_fast.labelmap import LabelMapError, MapSpec
+from tl_fast.mistakes import InputError
 
 VERSION = 2  # of the FFCV format
 HEADER = np.dtype(
@@ -51,7 +52,7 @@ INDEX_MAGIC, INDEX = (
 )
 
 
-class BetonError(ValueError):
+class BetonError(InputError):
     """A beton that cannot be written or read; the message names the file, the field or sample, and the remedy."""
 
 

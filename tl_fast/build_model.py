@@ -7,6 +7,7 @@ import tl_fast.compat  # noqa: F401  before timm
 import timm
 
 from tl_fast.config import TrainConfig
+from tl_fast.mistakes import InputError
 from tl_fast.models import LVViT
 
 
@@ -19,15 +20,16 @@ def build_model(config: TrainConfig) -> nn.Module:
         model = timm.create_model(
             config.model, img_size=config.img_size, num_classes=config.num_classes, drop_path_rate=config.drop_path, **config.model_kwargs
         )
-    except TypeError as error:  # an argument the constructor does not have
-        raise ValueError(f"model {config.model} with model_kwargs {config.model_kwargs}: {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:  # the constructor does not have such arguments, or values
+        raise InputError(f"model {config.model} with model_kwargs {config.model_kwargs}: {error}") from error
     except RuntimeError as error:  # timm's "Unknown model"
-        raise ValueError(f"model {config.model!r}: {error}; {_MODELS}") from error
+        raise InputError(f"model {config.model!r}: {error}; {_MODELS}") from error
     if not isinstance(model, LVViT):
-        raise ValueError(f"model {config.model!r} is a {type(model).__name__}, which has no token labeling (a head for patch tokens, MixToken): {_MODELS}")
+        raise InputError(f"model {config.model!r} is a {type(model).__name__}, which has no token labeling (a head "
+                         f"for patch tokens, MixToken): {_MODELS}")
     if model.grid_size != (config.grid, config.grid):
-        raise ValueError(f"model {config.model!r} has a grid of {model.grid_size} tokens, the label maps are cut to {config.grid}x{config.grid} "
-                         f"for img_size {config.img_size}: {_MODELS}")
+        raise InputError(f"model {config.model!r} has a grid of {model.grid_size} tokens, the label maps are cut to "
+                         f"{config.grid}x{config.grid} for img_size {config.img_size}: {_MODELS}")
     return model
 
 

@@ -1,4 +1,5 @@
-"""The bundled photos, annotated and packed by the project's own commands: what the demo starts from, and what a recipe's crops are shown on."""
+"""The bundled photos, annotated and packed by the project's own commands: what the demo starts from, and what a
+recipe's crops are shown on."""
 from __future__ import annotations
 
 import shlex

@@ -27,16 +27,17 @@ from torch import Tensor, nn
 
 from tl_fast.atomic import sync
 from tl_fast.crc import crc32
+from tl_fast.mistakes import InputError
 from tl_fast.models import resize_pos_embed
 
 FORMAT = "tl_fast checkpoint 2"
 MODEL, EMA, OPTIMIZER, META = "model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
 _PREFIX, _TEMPORARY, _REPLACED = "step-", ".tmp-", ".tmp-old-"
-_OF_A_RUN = ("config.yaml", "run.json", "run.lock")  # one of these lies in the folder of a run before its first checkpoint
+_OF_A_RUN = ("config.yaml", "run.json", "run.lock")  # what lies in a run's folder before its first checkpoint
 _DIGITS = 10  # of the step in a name, so that names sort as steps do
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint or weights file that cannot be used; names the file and what is wrong with it."""
 
 
@@ -152,10 +153,12 @@ def latest(folder: Path) -> Path | None:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint folder or weights file that a user's path means: of a run's folder its newest intact checkpoint, else the path itself.
+    """The checkpoint folder or weights file that a user's path means: of a run's folder its newest intact checkpoint,
+    else the path itself.
 
-    Raises CheckpointError naming the path where there is nothing, for a run without an intact checkpoint, and for any other folder. Files are not
-    opened, and a checkpoint's own folder is not verified: `restore` and `read_weights` do that.
+    Raises CheckpointError naming the path where there is nothing, for a run without an intact checkpoint, and for any
+    other folder. Files are not opened, and a checkpoint's own folder is not verified: `restore` and `read_weights` do
+    that.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
@@ -163,7 +166,8 @@ def find(path: Path) -> Path:
         return path
     folder = path / "checkpoints"
     if not folder.is_dir() and not any((path / name).exists() for name in _OF_A_RUN):
-        raise CheckpointError(f"{path} is neither a run's folder, nor a checkpoint's ({_PREFIX}0000000100, say), nor a weights file")
+        raise CheckpointError(f"{path} is neither a run's folder, nor a checkpoint's ({_PREFIX}0000000100, say), nor "
+                              "a weights file")
     newest = latest(folder)
     if newest is None:
         raise CheckpointError(f"{path} is the folder of a run that has not saved a checkpoint yet")
@@ -210,14 +214,20 @@ def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.op
     try:
         model.load_state_dict(safetensors.torch.load_file(path / MODEL))
         ema.load_state_dict(safetensors.torch.load_file(path / EMA))
-        optimizer.load_state_dict(torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True))
-        for parameter, state in optimizer.state.items():  # fused kernels walk memory: moments of channels-last weights must lie as the weights do here
-            for name, value in state.items():
-                if value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter).copy_(value)
+        load_optimizer(optimizer, torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True))
     except (RuntimeError, ValueError) as error:  # torch's words for names, shapes or parameter groups that differ
         raise CheckpointError(f"{path} does not fit the configured model: {error}") from error
     return meta
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimiser's state dict. Fused kernels walk memory: moments of channels-last weights must lie as the
+    weights do here."""
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)
 
 
 def read_weights(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], list[str]]:

@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Sequence
+from typing import Any, Literal, NoReturn, Sequence
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from tl_fast.augment import Augment
+from tl_fast.mistakes import InputError
 
 PATCH = 16  # pixels a side of one token: every LV-ViT has patch 16 (arXiv 2104.10858)
 
@@ -37,8 +39,8 @@ class TrainConfig:
     num_classes: int | None = None
     """Number of classes; null: the train beton's."""
     init_weights: str | None = None
-    """Weights to start from: a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file (a published .pth.tar, a state dict,
-    safetensors); null: random."""
+    """Weights to start from: a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file (a
+    published .pth.tar, a state dict, safetensors); null: random."""
     drop_path: float = 0.1
     """Drop path rate of the last block, 0..1; it grows linearly with depth. Paper: 0.1 T and S, 0.2 M, 0.3 L."""
     freeze_stem_bn: bool = False
@@ -133,8 +135,8 @@ class TrainConfig:
     """Where JPEGs are decoded: cpu, or mixed (nvJPEG, with device cuda alone); auto: on a GPU the faster, measured at the start, else cpu."""
 
     resume: str | None = None
-    """auto: continue output_dir's newest intact checkpoint, if any; a path: a run's folder (its newest checkpoint) or a checkpoint's folder; null:
-    start afresh."""
+    """auto: continue output_dir's newest intact checkpoint, if any; a path: a run's folder (its newest checkpoint) or a
+    checkpoint's folder; null: start afresh."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; the last epoch always has one."""
     checkpoint_minutes: float | None = 15.0
@@ -156,49 +158,54 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if not self.train_data:
-            raise ValueError("train_data is required: the path of a .beton, a glob, or a list (--train_data FILE.beton)")
+            raise InputError("train_data is required: the path of a .beton, a glob, or a list (--train_data "
+                             "FILE.beton)")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+                raise InputError(f"{name} must be in [{low}, {high}], got {value}")
         for name in ("smoothing", "ema_decay", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3 or not all(0 <= v <= 1 for v in getattr(self, name)):
-                raise ValueError(f"{name} must be three numbers on a 0..1 scale, got {getattr(self, name)}")
+                raise InputError(f"{name} must be three numbers on a 0..1 scale, got {getattr(self, name)}")
         if min(self.std) == 0:
-            raise ValueError(f"std must be > 0, got {self.std}")
+            raise InputError(f"std must be > 0, got {self.std}")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+            raise InputError(f"betas must be in [0, 1), got {self.betas}")
         self.augment  # noqa: B018  validates scale, ratio, flip, auto_augment ...
         clash = sorted(set(self.model_kwargs) & set(_MODEL_FIELDS))
         if clash:
-            raise ValueError(f"model_kwargs must not set {', '.join(clash)}: set {', '.join(_MODEL_FIELDS[name] for name in clash)} itself")
+            raise InputError(f"model_kwargs must not set {', '.join(clash)}: set "
+                             f"{', '.join(_MODEL_FIELDS[name] for name in clash)} itself")
         if self.accumulate > 1 and self.compile_mode in ("reduce-overhead", "max-autotune"):
-            raise ValueError(f"compile_mode {self.compile_mode!r} uses CUDA graphs, whose next replay overwrites the gradients that accumulate "
-                             f"{self.accumulate} still adds up: set accumulate 1, or compile_mode default or max-autotune-no-cudagraphs")
+            raise InputError(f"compile_mode {self.compile_mode!r} uses CUDA graphs, whose next replay overwrites the "
+                             f"gradients that accumulate {self.accumulate} still adds up: set accumulate 1, or "
+                             "compile_mode default or max-autotune-no-cudagraphs")
         if self.compile is False and self.compile_mode != "default":
-            raise ValueError(f"compile_mode {self.compile_mode!r} has no effect with compile false: choose one of them")
+            raise InputError(f"compile_mode {self.compile_mode!r} has no effect with compile false: choose one of them")
         if self.sync_bn and self.freeze_stem_bn:
-            raise ValueError("sync_bn gathers statistics that freeze_stem_bn does not use: choose one of them")
+            raise InputError("sync_bn gathers statistics that freeze_stem_bn does not use: choose one of them")
         if self.sync_bn and self.device == "cpu":
-            raise ValueError("sync_bn needs GPUs (torch's SyncBatchNorm has no CPU version): device is cpu")
+            raise InputError("sync_bn needs GPUs (torch's SyncBatchNorm has no CPU version): device is cpu")
         if self.init_weights and self.resume not in (None, "auto"):
-            raise ValueError(f"init_weights {self.init_weights} would be overwritten by resume {self.resume}: choose one of them")
+            raise InputError(f"init_weights {self.init_weights} would be overwritten by resume {self.resume}: choose "
+                             "one of them")
         if self.img_size % PATCH:
-            raise ValueError(f"img_size must be divisible by {PATCH} (the patch), got {self.img_size}")
+            raise InputError(f"img_size must be divisible by {PATCH} (the patch), got {self.img_size}")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} must be divisible by accumulate {self.accumulate}")
+            raise InputError(f"batch_size {self.batch_size} must be divisible by accumulate {self.accumulate}")
         if self.cls_weight == 0 and (self.dense_weight == 0 or not self.token_label):
             weights = f"cls_weight {self.cls_weight}, dense_weight {self.dense_weight}, token_label {self.token_label}"
-            raise ValueError(f"nothing to train on: {weights}")
+            raise InputError(f"nothing to train on: {weights}")
         if self.ground_truth and not self.token_label:
-            raise ValueError("ground_truth mixes the image label into the token labels' class target: it needs token_label true")
+            raise InputError("ground_truth mixes the image label into the token labels' class target: it needs "
+                             "token_label true")
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs is part of epochs: {self.warmup_epochs} > {self.epochs}")
+            raise InputError(f"warmup_epochs is part of epochs: {self.warmup_epochs} > {self.epochs}")
         if self.peak_lr < max(self.min_lr, self.warmup_lr):
-            raise ValueError(
+            raise InputError(
                 f"the peak lr {self.peak_lr:.3g} (= lr {self.lr} * batch_size {self.batch_size} / {self.lr_base_batch}) is below"
                 f" min_lr {self.min_lr} or warmup_lr {self.warmup_lr}: lower those"
             )
@@ -234,7 +241,7 @@ class TrainConfig:
         """The config of a dict such as to_dict's. Raises ValueError for unknown keys."""
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"unknown configuration keys {unknown}")
+            raise InputError(f"unknown configuration keys {unknown}")
         return cls(**{k: tuple(v) if k in _TUPLES and v is not None else v for k, v in values.items()})
 
 
@@ -273,19 +280,39 @@ _RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; Augment checks i
 )
 
 
+class _Parser(ArgumentParser):
+    """A parser that answers mistakes with one sentence, not with the usage of seventy options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        message = re.sub(r"\s*\n\s*", " ", message).strip()
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The config of a command line: `--config recipe.yaml` (repeatable, later ones win) then `--field value`; None reads sys.argv.
 
     Unknown keys, wrong types and values out of range end the program with a message that names them.
     """
-    parser = ArgumentParser(prog="train.py", description="Train a vision transformer with token labeling from .beton files.")
+    return parse_command(arguments)[0]
+
+
+def parse_command(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
+    """The config of a command line, as parse_config has it; and whether `--traceback` is given. It then raises
+    InputError for values out of range."""
+    parser = _Parser(prog="train.py", description="Train a vision transformer with token labeling from .beton files.")
     parser.add_argument("--config", action="config", help="YAML recipe; later flags and files override earlier ones")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
     parser.add_class_arguments(TrainConfig)
     values = parser.parse_args(arguments).as_dict()
     values.pop("config")
+    traceback = values.pop("traceback")
     try:
-        return TrainConfig(**values)
-    except ValueError as error:
+        return TrainConfig(**values), traceback
+    except InputError as error:
+        if traceback:
+            raise
         parser.error(str(error))
 
 

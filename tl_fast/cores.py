@@ -1,4 +1,5 @@
-"""How many CPU cores this process may use: its affinity and the CPU quotas of its control groups. Imports neither torch nor numba."""
+"""How many CPU cores this process may use: its affinity and the CPU quotas of its control groups. Imports neither torch
+nor numba."""
 from __future__ import annotations
 
 import math
@@ -11,7 +12,8 @@ PROC = Path("/proc/self")
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on at a time, at least 1: the smaller of its CPU affinity and its control groups' CPU quota.
+    """Cores that this process may run on at a time, at least 1: the smaller of its CPU affinity and its control groups'
+    CPU quota.
 
     A quota of a part of a core is rounded up: 2.5 cores are 3 threads, of which each may wait now and then.
     """
@@ -19,10 +21,11 @@ def usable_cores() -> int:
 
 
 def cpu_quota(proc: Path = PROC) -> float:
-    """The smallest CPU quota, in cores, of the process's control group and those around it; affinity's count is not looked at.
+    """The smallest CPU quota, in cores, of the process's control group and those around it; affinity's count is not
+    looked at.
 
-    `proc` is the process's folder in /proc. Both versions of control groups count. A number as large as any machine (2**16) where there is no quota,
-    or where the files cannot be read.
+    `proc` is the process's folder in /proc. Both versions of control groups count. A number as large as any machine
+    (2**16) where there is no quota, or where the files cannot be read.
     """
     return min([NO_QUOTA, *(quota for folder in _groups(proc) if (quota := _quota(folder)) is not None)])
 
@@ -48,7 +51,8 @@ def _groups(proc: Path) -> Iterator[Path]:
 
 
 def _memberships(proc: Path) -> Iterator[tuple[str, str]]:
-    """("cgroup2" or "cgroup", the process's group) of /proc/self/cgroup's lines `0::/group` and `4:cpu,cpuacct:/group`."""
+    """("cgroup2" or "cgroup", the process's group) of /proc/self/cgroup's lines `0::/group` and
+    `4:cpu,cpuacct:/group`."""
     for line in _read(proc / "cgroup").splitlines():
         number, controllers, group = line.split(":", 2)
         if number == "0" and not controllers:

@@ -20,6 +20,7 @@ from tl_fast import bundled_photos, sheet
 from tl_fast.augment import INTERPOLATIONS
 from tl_fast.config import TrainConfig, parse_config
 from tl_fast.erase import erase
+from tl_fast.mistakes import InputError
 from tl_fast.normalise import Normalise
 from tl_fast.pipeline import Batch, Loader
 from tl_fast.samples import expand
@@ -69,9 +70,10 @@ def show_recipe(
 ) -> Path:
     """Write the sheet of augmented crops of a recipe (`find_recipe`) and return its path, `out` or runs/show/NAME.png.
 
-    beton: by default what `find_data` finds. samples, first, ids, epoch: as for `sample_sheet.show`; the others replace what the recipe says.
-    Raises ValueError for settings, recipes or sample ids that do not fit, FileNotFoundError without the file, DecodeError for a damaged
-    JPEG; a recipe that is wrong itself ends the program with train.py's message.
+    beton: by default what `find_data` finds. samples, first, ids, epoch: as for `sample_sheet.show`; the others replace
+    what the recipe says. Raises ValueError for settings, recipes or sample ids that do not fit, FileNotFoundError
+    without the file, DecodeError for a damaged JPEG; a recipe that is wrong itself ends the program with train.py's
+    message.
     """
     path = find_recipe(recipe)
     out = Path(out) if out is not None else Path("runs", "show", f"{Path(recipe).stem}.png")
@@ -104,7 +106,8 @@ def find_recipe(name: str, folder: Path = RECIPES) -> Path:
     if len(found) == 1:
         return known[found[0]]
     problem = f"recipe {name!r} may be any of {', '.join(found)}" if found else f"there is no recipe {name!r}"
-    raise ValueError(f"{problem}; known are {', '.join(known) or 'none'} (in {folder}), and YAML files are taken by their path")
+    raise InputError(f"{problem}; known are {', '.join(known) or 'none'} (in {folder}), and YAML files are taken by "
+                     "their path")
 
 
 def find_data(config: TrainConfig, folder: Path = bundled_photos.FOLDER) -> list[Path]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from tl_fast.atomic import write_atomic
+from tl_fast.mistakes import InputError
 from tl_fast.resume import read_record
 from tl_fast.runlog import read_rows
 
@@ -55,13 +56,13 @@ def draw_curves(folder: Path, out: Path | None = None) -> Path:
     """
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
-        raise ValueError(f"{folder} is not the folder of a run: it has no metrics.jsonl")
+        raise InputError(f"{folder} is not the folder of a run: it has no metrics.jsonl")
     rows = read_rows(metrics)
     if not rows:
-        raise ValueError(f"{metrics} has no rows yet: the first comes after log_every steps")
+        raise InputError(f"{metrics} has no rows yet: the first comes after log_every steps")
     out = out or folder / "curves.png"
     if out.suffix.lower() != ".png":
-        raise ValueError(f"the picture's name must end in .png, got {out}")
+        raise InputError(f"the picture's name must end in .png, got {out}")
     panels = [(panel, found) for panel in PANELS if (found := _lines(panel, rows))]
     resumed = [start["step"] for start in read_record(folder) if start["step"]]
     last = max(row["step"] for row in rows)

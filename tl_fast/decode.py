@@ -19,6 +19,7 @@ import torch
 
 from tl_fast.image import open_rgb
 from tl_fast.kernels.jpeg_restarts import splice
+from tl_fast.mistakes import Mistake
 from tl_fast.regions import RegionDecoder
 
 HW_DECODER_LOAD = 0.65  # share of the images for the GPU's JPEG engine, the others go to its cores; DALI's default
@@ -26,7 +27,7 @@ MEASURE_SECONDS = 0.5  # for each way to decode
 GAIN = 1.1  # what nvJPEG must gain to be chosen: its CUDA half takes time from the training step
 
 
-class DecodeError(RuntimeError):
+class DecodeError(Mistake, RuntimeError):
     """An image could not be decoded; the message names the sample and its file."""
 
 

@@ -9,12 +9,8 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-
-from tl_fast import evaluate
-from tl_fast.beton import BetonReader
 from tl_fast.bundled_photos import FOLDER, annotate_and_pack, run
-from tl_fast.runlog import read_rows
+from tl_fast.mistakes import in_a_sentence
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -30,6 +26,12 @@ def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list
 
     `options` are passed on to train.py.
     """
+    import numpy as np  # these here, because they take seconds
+
+    from tl_fast.accuracy import evaluate, in_words
+    from tl_fast.beton import BetonReader
+    from tl_fast.runlog import read_rows
+
     folder = folder.resolve()
     train, val, run_dir, picture = (folder / name for name in ("train.beton", "val.beton", "train", "picture.png"))
     seconds = annotate_and_pack(folder)
@@ -40,7 +42,8 @@ def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list
         "--seed", str(seed), "--token_label", str(token_label).lower(), *(options or []),
     )  # fmt: skip
     print(f"\n$ python -m tl_fast.evaluate {val} --checkpoint {run_dir}", flush=True)
-    result = evaluate.main([str(val), "--checkpoint", str(run_dir)])
+    result = evaluate(str(val), run_dir)
+    print(in_words(result))
     seconds["show"] = run("-m", "tl_fast.show", train, "--out", picture)
 
     with BetonReader(val) as reader:
@@ -96,8 +99,10 @@ def main() -> None:
     parser.add_argument("--no-token-label", dest="token_label", action="store_false", help="the control: train on image labels alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for all results (default: runs/demo)")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
     arguments, options = parser.parse_known_args()
-    figures = demo(arguments.out, token_label=arguments.token_label, seed=arguments.seed, options=options)
+    with in_a_sentence("demo", arguments.traceback):
+        figures = demo(arguments.out, token_label=arguments.token_label, seed=arguments.seed, options=options)
     print(f"\nreport: {arguments.out / 'report.md'}\nloss: {figures['loss'][0]:.3f} -> {figures['loss'][-1]:.3f}  {sparkline(figures['loss'])}")
     print(
         f"demo: val top-1 {figures['top1']:.1f} % (majority {figures['majority']:.1f} %), {figures['images_per_second']:.0f} images/s, "

@@ -3,7 +3,8 @@
     python -m tl_fast.evaluate FILE.beton --checkpoint runs/x [--raw] [--img-size 288] [--crop-pct 1.0] [--batch-size 64]
 
 `--checkpoint` takes a run's folder (its newest checkpoint), a checkpoint folder, or a weights file such as a published .pth.tar, for which
-`--model` is needed. Under torchrun the ranks share the set; every sample counts exactly once.
+`--model` is needed. Under torchrun the ranks share the set; every sample counts exactly once. Rank 0 alone reads the
+weights. Mistakes end it with one sentence: exit code 2 for the command line, 1 for data and files.
 """
 from __future__ import annotations
 
@@ -12,8 +13,7 @@ import os
 from pathlib import Path
 from typing import Any, Sequence
 
-from tl_fast.accuracy import evaluate
-from tl_fast.decode import DecodeError
+from tl_fast.mistakes import in_a_sentence, one_speaks_for_its_node
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m tl_fast.evaluate", description="Top-1 and top-5 accuracy of a checkpoint on a beton.")
     parser.add_argument("data", nargs="+", help="the beton(s), paths or globs")
     parser.add_argument("--checkpoint", type=Path, required=True,
-                        help="run folder (its newest checkpoint), checkpoint folder, or weights file")
+                        help="a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--ema", dest="use_ema", action="store_true", default=True, help="the weights' moving average (default)")
     which.add_argument("--raw", dest="use_ema", action="store_false", help="the weights themselves")
@@ -33,18 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--decode", choices=("auto", "cpu", "mixed"), default="auto", help="mixed: nvJPEG, on GPUs; auto: the faster")
-    options = vars(parser.parse_args(arguments))
-    try:
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
+    with one_speaks_for_its_node():
+        options = vars(parser.parse_args(arguments))
+    with in_a_sentence(parser.prog, options.pop("traceback")):
+        from tl_fast.accuracy import evaluate, in_words  # when the command line is in order: it takes seconds
+
         result = evaluate(options.pop("data"), options.pop("checkpoint"), **options)
-    except (ValueError, OSError, DecodeError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
     if int(os.environ.get("RANK", 0)) == 0:
-        for remark in result["remarks"]:
-            print(remark)
-        print(
-            f"{result['checkpoint']} ({result['weights']}): top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %,"
-            f" {result['samples']} images, {result['images_per_second']:.0f} images/s"
-        )
+        print(in_words(result))
     return result
 
 

@@ -17,6 +17,7 @@ from numba import cuda as numba_cuda
 
 from tl_fast.kernels import cuda
 from tl_fast.kernels.cuda_device import SIMULATED
+from tl_fast.mistakes import InputError
 from tl_fast.pipeline import Batch
 from tl_fast.samples import Samples
 
@@ -31,7 +32,8 @@ def find_device(name: str | torch.device) -> torch.device:
     device = torch.device(name)
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ValueError(f"device {str(name)!r}: this machine has {count} CUDA devices that torch can use; use device='cpu'")
+        raise InputError(f"device {str(name)!r}: this machine has {count} CUDA devices that torch can use; use "
+                         "device='cpu'")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from tl_fast.atomic import write_atomic
+from tl_fast.mistakes import InputError
 
 if TYPE_CHECKING:  # opening a beton takes 0.2 s without torch, 2.5 s with it
     import torch
@@ -36,7 +37,7 @@ MAX_OPEN = 256  # part files kept open by a reader; a store of ImageNet has 1,25
 EXTENTS = ("full", "center_square")
 
 
-class LabelMapError(ValueError):
+class LabelMapError(InputError):
     """A label map, or a store of them, that cannot be used; the message names the value or file and the remedy."""
 
 

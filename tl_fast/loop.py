@@ -30,6 +30,7 @@ from tl_fast.build_model import build_model
 from tl_fast.config import TrainConfig, save_config
 from tl_fast.loss import TokenLabelLoss
 from tl_fast.meter import Meter
+from tl_fast.mistakes import InputError
 from tl_fast.nonfinite import NonFinite
 from tl_fast.normalise import Normalise, resolved_dtype
 from tl_fast.optimiser import build_optimizer, build_schedule
@@ -54,8 +55,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     validation), `data_wait` (share of that time), `skipped` (steps), `stopped` (number of the signal that ended it early, after a checkpoint; 0:
     none), `checkpoint`, `best_checkpoint`, `metrics` (paths).
 
-    Raises ValueError for data or options that do not fit one another, FileNotFoundError for missing data, CheckpointError for a checkpoint
-    that cannot be resumed, NonFiniteError (see nonfinite), DecodeError naming a damaged sample, OSError when a checkpoint cannot be written.
+    Raises InputError (a ValueError) for data or options that do not fit one another, FileNotFoundError for missing
+    data, CheckpointError for a checkpoint that cannot be resumed: what any rank meets before the first step, all raise.
+    Later NonFiniteError (see nonfinite), DecodeError naming a damaged sample, OSError when a checkpoint cannot be
+    written.
     """
     with contextlib.ExitStack() as stack:
         if config.deterministic:
@@ -63,11 +66,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if config.decode == "auto":  # which measures, and nvJPEG's pixels differ from the CPU's
                 config = dataclasses.replace(config, decode="cpu")
         ranks = stack.enter_context(join(config.device, config.timeout_minutes))
-        train_loader, val_loader = make_loaders(config, ranks)
+        train_loader, val_loader = ranks.agree(make_loaders, config, ranks)
         for loader in filter(None, (train_loader, val_loader)):
             stack.callback(loader.close)
         config = dataclasses.replace(config, num_classes=config.num_classes or train_loader.num_classes)
-        check_data(config, train_loader, val_loader)
+        ranks.agree(check_data, config, train_loader, val_loader)
         ranks.on_main(stack.enter_context, sole_writer(Path(config.output_dir)))
         # Innermost, so that a failing process takes signals as any other while the rest is torn down.
         agreement = Agreement(ranks, stack.enter_context(StopSignals()), config.checkpoint_minutes)
@@ -81,8 +84,8 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
 
     found = choose(config, ranks)
     torch.manual_seed(config.seed)
-    model = build_model(config)
-    remarks = checkpoint.load_weights(model, checkpoint.find(Path(config.init_weights))) if config.init_weights and found is None else []
+    model = ranks.agree(build_model, config)
+    remarks = _load_initial(model, config, ranks) if config.init_weights and found is None else []
     if not config.token_label:
         silence_token_head(model)
     model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
@@ -116,9 +119,11 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
         return {"device": str(device), "world_size": ranks.world_size, "dtype": resolved_dtype(device, config.dtype), "compile": compiles(config, device),
                 "threads": train_loader.threads, "decode": train_loader.decode}
 
-    if ranks.main:
+    def record_start() -> None:
         save_config(config, folder / "config.yaml")
         write_record(folder, config, step, running_on, resolved())
+
+    ranks.on_main(record_start)
 
     guard = NonFinite(ranks, config.non_finite, config.max_skipped, folder, train_loader.samples.name, progress["skipped"])
     meter = Meter(ranks, guard, config.batch_size, config.accumulate)
@@ -221,19 +226,30 @@ def _run(config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Lo
     return summary
 
 
+def _load_initial(model: nn.Module, config: TrainConfig, ranks: Ranks) -> list[str]:
+    """Load init_weights on rank 0, which passes them on: the others need not see the file. Remarks on what was
+    adapted."""
+    remarks = ranks.on_main(lambda: checkpoint.load_weights(model, checkpoint.find(Path(config.init_weights))))
+    ranks.fill_from_main(model.state_dict().values())
+    return remarks
+
+
 def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | None]:
     """The training and validation loaders of this rank. Raises ValueError when settings do not fit the number or kind of ranks, FileNotFoundError."""
     per_rank, rest = divmod(config.batch_size, ranks.world_size * config.accumulate)
     if rest:
-        raise ValueError(f"batch_size {config.batch_size} must be a multiple of {ranks.world_size} ranks x accumulate {config.accumulate}")
+        raise InputError(f"batch_size {config.batch_size} must be a multiple of {ranks.world_size} ranks x accumulate "
+                         f"{config.accumulate}")
     if per_rank == 1 and config.mix_token:
-        raise ValueError(f"mix_token mixes the images of a rank's pass, and batch_size {config.batch_size} over {ranks.world_size} ranks x accumulate "
-                         f"{config.accumulate} leaves one: raise batch_size, or set mix_token false")
+        raise InputError(f"mix_token mixes the images of a rank's pass, and batch_size {config.batch_size} over "
+                         f"{ranks.world_size} ranks x accumulate {config.accumulate} leaves one: raise batch_size, or "
+                         "set mix_token false")
     if config.sync_bn and ranks.device.type != "cuda":
-        raise ValueError(f"sync_bn needs GPUs (torch's SyncBatchNorm has no CPU version): device is {ranks.device.type}")
+        raise InputError(f"sync_bn needs GPUs (torch's SyncBatchNorm has no CPU version): device is "
+                         f"{ranks.device.type}")
     if config.bucket_mb < 1 and ranks.world_size > 1 and compiles(config, ranks.device):
-        raise ValueError(f"bucket_mb {config.bucket_mb} is below 1, the size of the first bucket at which torch cuts a compiled step on several ranks: "
-                         "raise it, or set compile false")
+        raise InputError(f"bucket_mb {config.bucket_mb} is below 1, the size of the first bucket at which torch cuts "
+                         "a compiled step on several ranks: raise it, or set compile false")
     common = dict(image_size=config.img_size, grid=config.grid, seed=config.seed, threads=config.threads, decode=config.decode,
                   device=ranks.device, rank=ranks.rank, world_size=ranks.world_size)
     train_loader = Loader(config.train_data, per_rank, augment=config.augment, geometry=config.geometry, smoothing=config.smoothing,
@@ -251,18 +267,18 @@ def check_data(config: TrainConfig, train_loader: Loader, val_loader: Loader | N
     """Refuse at the start what would fail, or silently mislead, later. Raises ValueError naming the file and the remedy."""
     files = ", ".join(map(str, train_loader.samples.paths))
     if config.token_label and train_loader.samples.spec is None:
-        raise ValueError(f"{files} has no label maps: convert with --label-maps DIR, or train on image labels alone with "
-                         "--token_label false")
+        raise InputError(f"{files} has no label maps: convert with --label-maps DIR, or train on image labels alone "
+                         "with --token_label false")
     check_labels(train_loader, config.num_classes)
     if len(train_loader) < config.accumulate:
-        raise ValueError(f"{files} has {len(train_loader.samples)} samples, less than one global batch of {config.batch_size}: "
-                         "lower batch_size")
+        raise InputError(f"{files} has {len(train_loader.samples)} samples, less than one global batch of "
+                         f"{config.batch_size}: lower batch_size")
     if val_loader is not None:
         check_labels(val_loader, config.num_classes)
         names, val_names = train_loader.samples.class_names, val_loader.samples.class_names
         if names and val_names and names != val_names:
-            raise ValueError(f"val_data has the classes {val_names[:5]}..., train_data {names[:5]}...: convert both with the same "
-                             "class list")
+            raise InputError(f"val_data has the classes {val_names[:5]}..., train_data {names[:5]}...: convert both "
+                             "with the same class list")
 
 
 def silence_token_head(model: nn.Module) -> None:

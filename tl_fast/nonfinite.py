@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tl_fast.mistakes import Mistake
 from tl_fast.ranks import Ranks
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(Mistake, RuntimeError):
     """Loss or gradient norm became infinite or NaN; names step, epoch, lr, loss and samples. No weights of that step were saved."""
 
 

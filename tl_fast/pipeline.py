@@ -20,6 +20,7 @@ from tl_fast import plan, scalar
 from tl_fast.decode import HW_DECODER_LOAD, Decoder, choose, graph_definition
 from tl_fast.kernels import cpu, warp
 from tl_fast.labelmap import EXTENTS
+from tl_fast.mistakes import InputError
 from tl_fast.ranks import cores_of_this_rank
 from tl_fast.samples import Samples
 
@@ -66,7 +67,7 @@ def crop_fractions(boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray, e
     elif extent == "full":
         covered = size
     else:
-        raise ValueError(f"label map extent must be one of {EXTENTS}, got {extent!r}")
+        raise InputError(f"label map extent must be one of {EXTENTS}, got {extent!r}")
     start = (size - covered) / 2
     return np.concatenate([(boxes[:, :2] - start) / covered, boxes[:, 2:] / covered], axis=1).astype(np.float32)
 
@@ -154,22 +155,23 @@ class Loader:
     ):
         device = torch.device(device)
         if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device must be 'cpu' or a CUDA device, got {str(device)!r}")
+            raise InputError(f"device must be 'cpu' or a CUDA device, got {str(device)!r}")
         if decode not in DECODES or (decode == "mixed" and device.type == "cpu"):
-            raise ValueError(f"decode must be one of {DECODES}, 'mixed' (nvJPEG) with device='cuda' alone; got {decode!r}, device={str(device)!r}")
+            raise InputError(f"decode must be one of {DECODES}, 'mixed' (nvJPEG) with device='cuda' alone; got "
+                             f"{decode!r}, device={str(device)!r}")
         if not 0 <= hw_decoder_load <= 1:
-            raise ValueError(f"hw_decoder_load must be in 0..1, got {hw_decoder_load}")
+            raise InputError(f"hw_decoder_load must be in 0..1, got {hw_decoder_load}")
         if decode == "mixed":
             graph_definition()  # without DALI an error now, not in a thread when the first batch is made
         if min(batch_size, image_size, grid, prefetch, world_size) < 1 or not 0 <= rank < world_size:
-            raise ValueError(
+            raise InputError(
                 f"batch_size, image_size, grid, prefetch >= 1 and 0 <= rank < world_size needed, got batch_size={batch_size}, "
                 f"image_size={image_size}, grid={grid}, prefetch={prefetch}, rank={rank}, world_size={world_size}"
             )
         if not 0 < crop_pct <= 1 or not 0 <= smoothing < 1:
-            raise ValueError(f"crop_pct must be in (0, 1] and smoothing in [0, 1), got {crop_pct} and {smoothing}")
+            raise InputError(f"crop_pct must be in (0, 1] and smoothing in [0, 1), got {crop_pct} and {smoothing}")
         if geometry not in GEOMETRIES:
-            raise ValueError(f"geometry must be one of {GEOMETRIES}, got {geometry!r}")
+            raise InputError(f"geometry must be one of {GEOMETRIES}, got {geometry!r}")
         self.samples = Samples(paths)
         self.batch_size, self.image_size, self.grid, self.train = batch_size, image_size, grid, train
         self.augment, self.geometry = augment or plan.Augment(), geometry
@@ -178,7 +180,7 @@ class Loader:
         self.check, self.prefetch = check, prefetch
         self.threads = threads or cores_of_this_rank()
         if train and len(self.samples) < batch_size * world_size:
-            raise ValueError(
+            raise InputError(
                 f"{len(self.samples)} samples do not fill one global batch of {batch_size} x {world_size} ranks; lower the batch size"
             )
         self._epoch, self._start_step = 0, 0
@@ -215,7 +217,7 @@ class Loader:
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose the epoch of the next iteration, and the step in it to start from (for resuming)."""
         if epoch < 0 or not 0 <= start_step <= len(self):
-            raise ValueError(f"epoch must be >= 0 and start_step in 0..{len(self)}, got {epoch} and {start_step}")
+            raise InputError(f"epoch must be >= 0 and start_step in 0..{len(self)}, got {epoch} and {start_step}")
         self._epoch, self._start_step = epoch, start_step
 
     def draw(self, sample_ids: np.ndarray) -> np.ndarray:
@@ -227,7 +229,8 @@ class Loader:
         """These samples as the chosen epoch has them, at most `batch_size` of them; for looking at, not for training."""
         ids = np.asarray(sample_ids, np.int64)
         if ids.ndim != 1 or not 1 <= ids.size <= self.batch_size or ids.min() < 0 or ids.max() >= len(self.samples):
-            raise ValueError(f"sample ids must be 1..{self.batch_size} numbers in 0..{len(self.samples) - 1}, got {sample_ids}")
+            raise InputError(f"sample ids must be 1..{self.batch_size} numbers in 0..{len(self.samples) - 1}, got "
+                             f"{sample_ids}")
         batch = self._finished(self._driver.submit(self._produce, ids, self._epoch))
         if self._gpu is not None:
             self._gpu.check(wait=True)

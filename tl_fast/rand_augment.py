@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from tl_fast import scalar
+from tl_fast.mistakes import InputError
 
 OPS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness",
        "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -34,24 +35,26 @@ class RandAugment:
 
     def __post_init__(self) -> None:
         if not 1 <= self.layers <= MAX_LAYERS:
-            raise ValueError(f"n{self.layers}: the number of layers must be 1 to {MAX_LAYERS}")
+            raise InputError(f"n{self.layers}: the number of layers must be 1 to {MAX_LAYERS}")
         if not 0 <= self.probability <= 1:
-            raise ValueError(f"p{self.probability}: a probability must be in 0..1")
+            raise InputError(f"p{self.probability}: a probability must be in 0..1")
         if self.magnitude < 0 or not self.std >= 0 or not 1 <= self.ceiling <= 100:
-            raise ValueError(f"m{self.magnitude}, mstd{self.std}, mmax{self.ceiling}: m and mstd must be >= 0 and mmax 1 to 100")
+            raise InputError(f"m{self.magnitude}, mstd{self.std}, mmax{self.ceiling}: m and mstd must be >= 0 and "
+                             "mmax 1 to 100")
 
     @classmethod
     def parse(cls, text: str) -> RandAugment:
         """`rand-m9-n2-p0.5-mstd0.5-mmax10-inc1`, any part but the first left out for timm's default. Raises ValueError naming the part."""
         name, *parts = text.split("-")
         if name != "rand":
-            raise ValueError(f"auto_augment {text!r}: only RandAugment is known, as in rand-m9-mstd0.5-inc1")
+            raise InputError(f"auto_augment {text!r}: only RandAugment is known, as in rand-m9-mstd0.5-inc1")
         kinds = {"m": ("magnitude", int), "n": ("layers", int), "p": ("probability", float), "mstd": ("std", float), "mmax": ("ceiling", int)}
         values: dict[str, float | bool] = {}
         for part in parts:
             found = _PART.fullmatch(part)
             if found is not None and found[1] in "tw":
-                raise ValueError(f"auto_augment {text!r}: the set of operations cannot be chosen ({part}), all {len(OPS)} are used")
+                raise InputError(f"auto_augment {text!r}: the set of operations cannot be chosen ({part}), all "
+                                 f"{len(OPS)} are used")
             try:
                 if found is None:
                     raise ValueError("unknown part")
@@ -61,13 +64,14 @@ class RandAugment:
                     key, kind = kinds[found[1]]
                     values[key] = kind(found[2])
             except ValueError as error:
-                raise ValueError(f"auto_augment {text!r}: {part!r} is none of m9, n2, p0.5, mstd0.5, mmax10, inc1") from error
+                raise InputError(f"auto_augment {text!r}: {part!r} is none of m9, n2, p0.5, mstd0.5, mmax10, "
+                                 "inc1") from error
         if values.get("std", 0) > 100:
             values["std"] = math.inf
         try:
             return cls(**values)
         except ValueError as error:
-            raise ValueError(f"auto_augment {text!r}: {error}") from error
+            raise InputError(f"auto_augment {text!r}: {error}") from error
 
 
 assert len(OPS) == scalar.TRANSLATE_Y + 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tl_fast.cores import usable_cores
+from tl_fast.mistakes import EXPECTED, InputError, share
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,44 @@ class Ranks:
         return box[0]
 
     def on_main(self, function: Callable, *arguments: Any) -> Any:
-        """What the function returns on rank 0, picklable, on every rank; or the ValueError or OSError that it raises there, on every rank: the
-        others would wait for a rank that left alone."""
+        """What the function returns on rank 0, picklable, on every rank; or the mistake, ValueError or OSError that it
+        raises there, on every rank: the others would wait for a rank that left alone."""
         found = None
         if self.main:
             try:
                 found = function(*arguments)
-            except (ValueError, OSError) as error:
-                found = error
+            except (*EXPECTED, ValueError) as error:
+                found = share(error)
         found = self.from_main(found)
         if isinstance(found, Exception):
             raise found
         return found
+
+    def agree(self, function: Callable, *arguments: Any) -> Any:
+        """What the function returns here, called on every rank; the mistake or OSError of the lowest rank that meets
+        one is raised on all of them."""
+        result = mistake = None
+        try:
+            result = function(*arguments)
+        except EXPECTED as error:
+            mistake = error
+        answers = self.gather((mistake, f"rank {self.rank} on {socket.gethostname()}: "))
+        first = next((rank for rank, (error, _) in enumerate(answers) if error is not None), None)
+        if first is None:
+            return result
+        error = mistake if first == self.rank else answers[first][0]  # this rank's own has its traceback
+        everybodys = len({str(error) for error, _ in answers}) == 1
+        raise share(error, "" if everybodys else answers[first][1])
+
+    def fill_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors, of any device and type, by rank 0's, one at a time over the host."""
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            host = tensor.detach().cpu().contiguous()
+            dist.broadcast(host.view(-1).view(torch.uint8), src=0, group=self.control)
+            if not self.main:
+                tensor.detach().copy_(host)
 
     def average_buffers(self, *modules: nn.Module) -> None:
         """Replace the floating-point buffers (batch norm's running statistics) by their mean over ranks, in place."""
@@ -146,8 +174,8 @@ def join(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Ranks]:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         if local_rank >= gpus:
-            raise ValueError(f"device cuda: local rank {local_rank} has no GPU, this host has {gpus}; lower --nproc_per_node or use "
-                             "--device cpu")
+            raise InputError(f"device cuda: local rank {local_rank} has no GPU, this host has {gpus}; lower "
+                             "--nproc_per_node or use --device cpu")
         torch.cuda.set_device(local_rank)
     place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if world_size == 1:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from tl_fast.atomic import write_atomic
+from tl_fast.mistakes import InputError
 
 
 class RunLog:
@@ -85,5 +86,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):  # no newline after it: torn
                 break
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            raise InputError(f"{path}, line {number} is not JSON: {error}") from error
     return rows

@@ -1,8 +1,9 @@
 """The sheet of a beton's samples: `python -m tl_fast.show FILE.beton --out picture.png`.
 
-One row a sample: the original with its crop box, the crop as the loader hands it to training, the label map over the original and the token
-targets over the crop. Image and labels come from `pipeline.Loader` itself, so what looks aligned here is aligned in training. Cells and tokens
-are coloured by their best class, over a grey image and the more opaque the higher that class's probability.
+One row a sample: the original with its crop box, the crop as the loader hands it to training, the label map over the
+original and the token targets over the crop. Image and labels come from `pipeline.Loader` itself, so what looks aligned
+here is aligned in training. Cells and tokens are coloured by their best class, over a grey image and the more opaque
+the higher that class's probability.
 """
 from __future__ import annotations
 

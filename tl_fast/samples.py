@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tl_fast.beton import BetonError, BetonReader
+from tl_fast.mistakes import InputError
 
 
 class Samples:
@@ -20,9 +21,11 @@ class Samples:
         first = self.readers[0]
         for reader in self.readers[1:]:
             if reader.spec != first.spec:
-                raise ValueError(f"{reader.path}: label maps are {reader.spec}, but {first.path} has {first.spec}; convert both alike")
+                raise InputError(f"{reader.path}: label maps are {reader.spec}, but {first.path} has {first.spec}; "
+                                 "convert both alike")
             if reader.class_names != first.class_names:
-                raise ValueError(f"{reader.path}: class names differ from those of {first.path}; convert both from the same classes")
+                raise InputError(f"{reader.path}: class names differ from those of {first.path}; convert both from "
+                                 "the same classes")
         self.spec = first.spec
         self.class_names = first.class_names
         self.heights = np.concatenate([reader.heights for reader in self.readers]).astype(np.int64)

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tl_fast.atomic import write_atomic
+from tl_fast.mistakes import InputError
 from tl_fast.pipeline import Loader
 
 PANEL = 224  # pixels: side of a crop's panel, and height of an original's beside it
@@ -46,19 +47,19 @@ def choose(count: int, samples: int, first: int | None, ids: Sequence[int] | Non
     ValueError names an id that is not in the file.
     """
     if ids is not None and first is not None:
-        raise ValueError("give either ids or first, not both")
+        raise InputError("give either ids or first, not both")
     if ids is not None:
         chosen = np.array(list(ids), np.int64)
         if not chosen.size:
-            raise ValueError("ids is empty; name at least one sample")
+            raise InputError("ids is empty; name at least one sample")
     elif samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+        raise InputError(f"samples must be at least 1, got {samples}")
     elif first is not None:
         chosen = np.arange(first, max(min(first + samples, count), first + 1), dtype=np.int64)
     else:
         chosen = np.linspace(0, count - 1, min(samples, count)).round().astype(np.int64)
     if (bad := chosen[(chosen < 0) | (chosen >= count)]).size:
-        raise ValueError(f"sample {bad[0]} is not in {name}, which has samples 0..{count - 1}")
+        raise InputError(f"sample {bad[0]} is not in {name}, which has samples 0..{count - 1}")
     return chosen
 
 
@@ -230,7 +231,7 @@ class Top:
 def check_name(out: Path) -> None:
     """Raises ValueError unless Pillow can write a picture under this name."""
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"{out}: no picture can be written under the name ending {out.suffix!r}; use .png")
+        raise InputError(f"{out}: no picture can be written under the name ending {out.suffix!r}; use .png")
 
 
 def save(picture: Image.Image, out: Path) -> None:

@@ -9,8 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tl_fast.decode import DecodeError
-from tl_fast.sample_sheet import show
+from tl_fast.mistakes import in_a_sentence
 
 
 def _ids(text: str) -> list[int]:
@@ -21,7 +20,8 @@ def _ids(text: str) -> list[int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; bad input ends with status 2 and one line that says what to change."""
+    """The command line; a mistake ends it with one line that says what to change, and status 2 where the arguments show
+    it, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m tl_fast.show",
         description="Draw a sheet of a beton's samples with their labels; with --recipe, of crops augmented as that recipe trains on them; "
@@ -42,26 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, help="side of the crops in pixels (default 224, or the recipe's)")
     parser.add_argument("--grid", type=int, help="tokens a side (default 14, with --recipe one for 16 pixels)")
     parser.add_argument("--smoothing", type=float, help="label smoothing of the token targets (default 0, or the recipe's)")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
     settings = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    show_traceback = settings.pop("traceback")
     recipe, beton, out = (settings.pop(name, None) for name in ("recipe", "beton", "out"))
     run = recipe is None and beton is not None and Path(beton).is_dir()
     if recipe is None and not run and (beton is None or out is None):
         parser.error("FILE.beton and --out are needed, or --recipe, or a run's folder")
     if run and settings:
         parser.error(f"{beton} is a run's folder: {', '.join('--' + name.replace('_', '-') for name in settings)} is for betons")
-    try:
+    with in_a_sentence(parser.prog, show_traceback):  # the imports are here because they take seconds
         if run:
-            from tl_fast import curves  # as below
+            from tl_fast.curves import draw_curves
 
-            print(curves.draw_curves(Path(beton), Path(out) if out else None))
+            print(draw_curves(Path(beton), Path(out) if out else None))
         elif recipe is None:
+            from tl_fast.sample_sheet import show
+
             print(show(beton, out, **settings))
         else:
-            from tl_fast import crop_sheet  # here, for it imports timm, which takes seconds
+            from tl_fast.crop_sheet import show_recipe
 
-            print(crop_sheet.show_recipe(recipe, beton, out, **settings))
-    except (ValueError, OSError, DecodeError) as error:
-        parser.error(str(error))
+            print(show_recipe(recipe, beton, out, **settings))
 
 
 if __name__ == "__main__":

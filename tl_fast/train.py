@@ -3,23 +3,34 @@
     torchrun --nproc_per_node 8 tl_fast/train.py --config recipes/lvvit_s_224.yaml [--field value ...]
     python tl_fast/train.py --config recipes/demo_photos.yaml            (one process, no torchrun)
 
-One step is a global batch of `batch_size` images. Everything random in it (order, crops, MixToken's box, drop path) is a function of
-(seed, epoch, step) and, for drop path, the rank: a run continues from a checkpoint as if it had never stopped.
+Mistakes end it with one sentence (`--traceback`: with their traceback too): exit code 2 for the command line and
+recipes, 1 for data, files and checkpoints. A run that a signal ended exits with 128 + its number, as other programs do:
+it is not done.
 """
 from __future__ import annotations
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from tl_fast.beton_write import reuse_memory
-from tl_fast.config import parse_config
-from tl_fast.loop import train
+from tl_fast.config import parse_command
+from tl_fast.mistakes import in_a_sentence, one_speaks_for_its_node
 
 
-@record  # so that torchrun prints the traceback of the rank that failed first
 def main() -> None:
-    """The command line; see config.parse_config. A run that a signal ended exits with 128 + its number, as other programs do: it is not done."""
+    """The command line; see config.parse_config."""
+    with one_speaks_for_its_node():
+        config, show_traceback = parse_command()
+    # Imported when the command line is in order: they take seconds.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from tl_fast.beton_write import reuse_memory
+    from tl_fast.loop import train
+
     reuse_memory()  # the loader's threads take and give back hundreds of KB for every image
-    stopped = train(parse_config())["stopped"]
+
+    @record  # so that torchrun prints the traceback of the rank that failed first
+    def run() -> int:
+        with in_a_sentence("train.py", show_traceback):
+            return train(config)["stopped"]
+
+    stopped = run()
     if stopped:
         raise SystemExit(128 + stopped)
 
