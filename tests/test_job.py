@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ROOT, betons, flags, one_thread, tiny, torchrun, torchrun_command, weights  # noqa: F401  two of them are fixtures
+from tiny_runs import ROOT, flags, one_thread, torchrun, torchrun_command, weights
+from tiny_runs import betons, scattered, tiny  # noqa: F401  fixtures
 
 from tl_fast import checkpoint
 from tl_fast.beton import BetonReader
@@ -115,6 +117,26 @@ def test_a_rank_that_dies_or_hangs_ends_the_job_within_a_minute(tiny, tmp_path, 
     assert run.returncode != 0 and seconds < MINUTE, (seconds, run.stderr[-4000:])
     assert any(words in run.stderr for words in said), run.stderr[-4000:]
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) <= 3
+
+
+def test_rank_0_alone_needs_the_runs_folder_and_the_weights_it_starts_from(tiny, tmp_path, scattered):
+    """As on two nodes that share no folder: rank 1 has an empty one. Resumed, the run ends as it does without a
+    stop."""
+    source = tiny("source", max_steps=1)
+    first = torchrun([SCRIPT, *flags(source, tmp_path / "w.yaml")], 1)
+    assert first.returncode == 0, first.stderr[-3000:]
+    shutil.move(tmp_path / "source", tmp_path / "node0" / "source")
+    config = dataclasses.replace(tiny(), output_dir="run", init_weights="source", max_steps=7)
+    straight = dataclasses.replace(config, output_dir="straight")
+    for taken in (straight, dataclasses.replace(config, max_steps=3), dataclasses.replace(config, resume="auto")):
+        run = torchrun([str(scattered), *flags(taken, tmp_path / "c.yaml")], 2)
+        assert run.returncode == 0, run.stdout + run.stderr[-4000:]
+    assert "from step 3 to 7" in run.stdout and not list((tmp_path / "node1").iterdir())
+    runs = (tmp_path / "node0" / name / "checkpoints" for name in ("run", "straight"))
+    found, expected = (weights(checkpoint.latest(run)) for run in runs)
+    assert found.keys() == expected.keys() and len([name for name in found if name.startswith("optimizer")]) > 50
+    # Of batch norm's running statistics each checkpoint holds the ranks' mean, with which a resumed run goes on.
+    assert not [name for name in expected if "running_" not in name and not torch.equal(expected[name], found[name])]
 
 
 def test_a_refused_run_stays_refused_when_torchrun_restarts_it(tiny, tmp_path):

@@ -28,7 +28,7 @@ class TrainConfig:
     val_data: str | list[str] | None = None
     """Beton(s) for validation, as train_data; null: no validation."""
     output_dir: str = "runs/train"
-    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
+    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. Rank 0 alone reads and writes it."""
 
     model: str = "lvvit_s"
     """timm model name: lvvit_t, lvvit_s, lvvit_m or lvvit_l."""

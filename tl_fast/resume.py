@@ -27,6 +27,7 @@ import tl_fast
 from tl_fast import checkpoint
 from tl_fast.atomic import write_atomic
 from tl_fast.config import TrainConfig
+from tl_fast.mistakes import InputError, share
 from tl_fast.ranks import Ranks
 from tl_fast.samples import Samples
 
@@ -49,16 +50,31 @@ def choose(config: TrainConfig, ranks: Ranks) -> Path | None:
 
 def resume(found: Path | None, config: TrainConfig, ranks: Ranks, steps_per_epoch: int, data: dict[str, Any], *, model: nn.Module, ema: nn.Module,
            optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load the chosen checkpoint; where to continue, with FRESH's keys. None: FRESH.
+    """Load the chosen checkpoint on every rank; where to continue, with FRESH's keys. None: FRESH.
 
-    Raises CheckpointError for a broken one, and when one of FIXED_ON_RESUME or the `data` (see identify) differs from what it was trained with;
-    ValueError when the ranks do not have the same data.
+    Rank 0 alone reads the files, and passes on what it has read: the others need not see output_dir. On every rank
+    raises CheckpointError for a broken checkpoint, and when one of FIXED_ON_RESUME or the `data` (see identify) differs
+    from what it was trained with; InputError when the ranks do not have the same data.
     """
-    for rank, other in enumerate(ranks.gather(data)):
-        if not _same_data(data, other):
-            raise ValueError(f"the ranks have different data: rank {ranks.rank} {_words(data)}, rank {rank} {_words(other)}; give every node the same files")
+    first, *others = ranks.gather(data)
+    for rank, other in enumerate(others, 1):
+        if not _same_data(first, other):
+            raise share(InputError(f"the ranks have different data: rank 0 {_words(first)}, rank {rank} "
+                                   f"{_words(other)}; give every node the same files"))
     if found is None:
         return FRESH
+    settings = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
+    progress = ranks.on_main(_restore, found, config, steps_per_epoch, data, model, ema, optimizer)
+    ranks.fill_from_main([*model.state_dict().values(), *ema.state_dict().values()])
+    _pass_on_moments(optimizer, ranks)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # what this run's config says, not what the checkpoint's optimiser had
+    return progress
+
+
+def _restore(found: Path, config: TrainConfig, steps_per_epoch: int, data: dict[str, Any], model: nn.Module,
+             ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load a checkpoint that is of this run; where to continue. Raises CheckpointError."""
     meta = checkpoint.read_meta(found)
     then, now = meta["config"] | {"steps_per_epoch": meta["steps_per_epoch"]}, config.to_dict() | {"steps_per_epoch": steps_per_epoch}
     different = [f"{name} {then.get(name)!r} -> {now[name]!r}" for name in FIXED_ON_RESUME if then.get(name) != now[name]]
@@ -67,11 +83,24 @@ def resume(found: Path | None, config: TrainConfig, ranks: Ranks, steps_per_epoc
     if different:
         raise checkpoint.CheckpointError(f"{found} is of another run: {', '.join(different)}. Restore these, choose another output_dir, or "
                                          "start from its weights with --init_weights")
-    settings = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
     checkpoint.restore(found, model=model, ema=ema, optimizer=optimizer)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)  # what this run's config says, not what the checkpoint's optimiser had
     return {name: meta[name] for name in FRESH}
+
+
+def _pass_on_moments(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Give every rank the state of rank 0's optimiser."""
+    state = optimizer.state_dict()
+    outline = {index: {name: (value.shape, value.dtype) for name, value in values.items()}
+               for index, values in state["state"].items()}
+    groups, outline = ranks.from_main((state["param_groups"], outline))
+    if ranks.main:
+        moments = state["state"]
+    else:
+        moments = {index: {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in values.items()}
+                   for index, values in outline.items()}
+    ranks.fill_from_main(value for values in moments.values() for value in values.values())
+    if not ranks.main:
+        checkpoint.load_optimizer(optimizer, {"state": moments, "param_groups": groups})
 
 
 def identify(samples: Samples) -> dict[str, Any]:
