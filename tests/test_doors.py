@@ -166,7 +166,7 @@ def test_ranks_that_set_up_together_raise_one_mistake(own, others, raised, said)
 
 @pytest.mark.parametrize("where, option, code, said", [
     ("everywhere", ("--train_data", "nowhere.beton"), 1, "train.py: no beton at nowhere.beton; make one with .*"),
-    ("on one rank", ("--train_data", "train.beton"), 1, r"train.py: rank 1 on \S+: no beton at train.beton; make one .*"),
+    ("on one rank", ("--train_data", "train.beton"), 1, r"train.py: rank 1 on \S+: no beton at train.beton; .*"),
     ("on the command line", ("--img_size", "100"), 2, "train.py: img_size must be divisible by 16 .*"),
 ])
 def test_of_several_ranks_one_says_it(tiny, betons, tmp_path, scattered, where, option, code, said):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import socket
@@ -165,6 +166,7 @@ def test_a_damaged_sample_ends_the_job_within_a_minute_with_its_name(tiny, beton
         start = time.monotonic()
         output, errors = job.communicate(timeout=240)
     assert job.returncode != 0 and read.exists() and time.monotonic() - start < MINUTE
+    assert len(re.findall(rf"^train\.py: rank [01]: cannot decode sample 11 \({name}\)", errors, re.MULTILINE)) == 1, errors
     table = errors[errors.index("Root Cause"):]
     assert f"cannot decode sample 11 ({name}) of {broken}" in table and "DecodeError" in table and "Traceback" in table, errors[-4000:]
 
