@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 
 from tl_fast import tar_files
+from tl_fast.beton import BetonError, write_beton
+from tl_fast.conversion import Conversion
 from tl_fast.image_folder import ImageFolder, ImageFolderError, list_images
-from tl_fast.sources import Source, SourceError, expand_paths, label_classes, open_source, read_class_names
+from tl_fast.sources import Source, SourceChanged, SourceError, expand_paths, label_classes, open_source
+from tl_fast.sources import read_class_names
 
 WNIDS = ["n01440764", "n01443537", "n02110341", "n03000684"]
 
@@ -501,6 +504,16 @@ def test_tar_that_shrinks_is_said(folder, tmp_path):
     source.close()
 
 
+def test_a_tar_that_changes_ends_the_run(folder, tmp_path):
+    """Under quarantine too: the samples of a cut-off or replaced tar are not to blame."""
+    tar = pack_train(tmp_path / "train.tar", folder)
+    with open_source(tar) as source:
+        os.truncate(tar, tar.stat().st_size // 2)
+        with pytest.raises(BetonError, match="shorter than.*not to blame"):
+            conversion = Conversion(source, None, source.order(None))
+            write_beton(tmp_path / "out.beton", conversion, class_names=source.class_names, on_error="quarantine")
+
+
 # WebDataset
 
 
@@ -709,7 +722,7 @@ def test_damaged_parquet(folder, tmp_path):
     with pytest.raises(SourceError, match="good.parquet: has changed"):
         source.read(0)
     good.unlink()
-    with pytest.raises(FileNotFoundError, match="good.parquet"):
+    with pytest.raises(SourceChanged, match="good.parquet: can no longer be opened"):
         source.read(9)
 
 

@@ -36,6 +36,7 @@ from tl_fast.forked import Forked, ProcessDied
 from tl_fast.labelmap import MapSpec
 from tl_fast.labelmap import encode as encode_map
 from tl_fast.partial_file import PartialFile
+from tl_fast.sources import SourceChanged
 
 PAGE_SIZE = 8 << 20  # ffcv's default, bytes
 CHUNK = 16  # samples per task: handing one to a thread and back costs some 50 µs
@@ -161,7 +162,7 @@ def encode(
     except (MemoryError, ImportError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FATAL:
+        if isinstance(error, SourceChanged) or isinstance(error, OSError) and error.errno in FATAL:
             raise BetonError(f"{sample.name}: {error}; the sample is not to blame") from error
         return error
     return Encoded(image, data, score_min, score_step, crc)

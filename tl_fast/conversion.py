@@ -145,7 +145,9 @@ def estimate(
     tried = np.unique(np.linspace(0, len(conversion) - 1, tries).astype(int)).tolist()
     actions: Counter[str] = Counter()
     problems, read, written, started = [], 0, 0, time.perf_counter()
-    for at in tried:
+    for at in sorted(tried, key=conversion.places.__getitem__):
+        # What was decoded beside the samples before would stay in memory during the conversion.
+        conversion.source.release(but_for=int(conversion.places[at]))
         sample = conversion[at]
         result = encode(sample, spec, max_resolution, quality, decode_check, row_index)
         if isinstance(result, Encoded):
@@ -157,6 +159,7 @@ def estimate(
         else:
             problems.append(f"{sample.name}: {reason(result)}")
     seconds = (time.perf_counter() - started) / len(tried) * len(conversion)
+    conversion.source.release()
     images = int(conversion.source.sizes[conversion.places].sum()) * (written / read if read else 1)
     maps = 0 if spec is None else spec.dtype.itemsize + LABEL_MAP.itemsize + ALLOCATION.itemsize
     ids = sum(len(conversion.source.ids[i]) for i in conversion.places.tolist())

@@ -20,13 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tl_fast.sources import MAX_CLASSES, Source, SourceError, check_ids, label_classes, names_beside
+from tl_fast.sources import MAX_CLASSES, Source, SourceChanged, SourceError, check_ids, label_classes, names_beside
 
-CACHE_BYTES = 512 << 20  # decoded row groups kept; two at least
+CACHE_BYTES = 512 << 20  # limit of decoded row groups that are kept; two are kept in any case
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp")
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")
 _HUB_IMAGENET = re.compile(r"(?:.*/)?([^/]+)_(n\d{8})(\.\w+)")  # n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n02110341.JPEG
-_DAMAGE = (pa.ArrowException, OSError, ValueError)  # ArrowInvalid is a ValueError, damaged pages are OSErrors
+# What pyarrow raises for damage. ArrowInvalid is a ValueError; a damaged page is an OSError without errno. An OSError
+# with errno is the machine's.
+_DAMAGE = (pa.ArrowException, OSError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,12 @@ class _RowGroup:
 
 @dataclasses.dataclass(frozen=True)
 class _Images:
-    """Decoded images of a row group: image r is data[offsets[r]:offsets[r + 1]]."""
+    """Decoded images of a row group: image r is data[offsets[r]:offsets[r + 1]]. unread: rows not read so far."""
 
     data: memoryview
     offsets: list[int]
     valid: list[bool]
+    unread: set[int]
 
 
 def _column(names: Sequence[str], features: dict, kind: str, usual: Sequence[str], chosen: str | None, option: str, path: str) -> str:
@@ -78,11 +81,15 @@ class ParquetSource(Source):
     ('n01440764/n01440764_10026.JPEG'), so that label maps of those are found; where a path is missing or not the only one of its name,
     '<file's stem>/<row>' (and the path). Labels: whole numbers with the names that `datasets` left in the file, or texts.
 
-    Images are decoded a row group at a time and kept in a window of `cache_bytes` (at least two row groups), so in the order of `order`
-    each is decoded once, from any number of threads.
+    Images are decoded a row group at a time, and a row group is kept until all its rows have been read. So threads that
+    read in the order of `order` decode each row group once; in listed order only those being read are in memory. At
+    most `cache_bytes` are kept (two row groups at least). Beyond that the row group unused for longest is dropped, and
+    decoded again when its other rows are read; this happens only where more than half of `cache_bytes` are read at the
+    same time. Each process decodes for itself, so one process should read, with threads (`decodes_groups`).
     """
 
     kind = "parquet"
+    decodes_groups = True
 
     def __init__(self, files: Sequence[str], image_column: str | None = None, label_column: str | None = None,
                  class_names: list[str] | None = None, cache_bytes: int = CACHE_BYTES) -> None:
@@ -91,6 +98,7 @@ class ParquetSource(Source):
         self._files: list[_File] = []
         self._groups: list[_RowGroup] = []
         self._cache: OrderedDict[int, Future[_Images]] = OrderedDict()
+        self._damaged: dict[int, str] = {}  # what is wrong with a row group, by its place
         self._lock = threading.Lock()
         self._starts: list[int] = []
         columns, paths, texts = [], [], []
@@ -146,9 +154,11 @@ class ParquetSource(Source):
                 first += group.num_rows
             if not first == metadata.num_rows == len(paths) == len(labels):
                 raise SourceError(f"{path}: {metadata.num_rows} rows announced, {len(paths)} there; it is damaged, fetch it again")
-        except SourceError:
+        except (SourceError, MemoryError):
             raise
         except (*_DAMAGE, AttributeError, RecursionError) as error:  # the last two: features that are no dict, or nested without end
+            if isinstance(error, OSError) and error.errno is not None:
+                raise SourceError(f"{path}: cannot be read ({error})") from error
             raise SourceError(f"{path}: cannot be read as parquet, it is cut off or damaged ({error}); fetch it again") from error
         self._files.append(_File(path, status.st_size, status.st_mtime_ns, metadata, leaf, names))
         return labels, paths
@@ -239,9 +249,10 @@ class ParquetSource(Source):
         return np.column_stack((files, np.concatenate([np.arange(count) for count in counts])))
 
     def order(self, seed: int | None) -> np.ndarray:
-        """As listed for None. With a seed: row groups in random order, and rows shuffled within windows of as many of them as fill half the
-        cache (256 MB: some 2,000 ImageNet photos), so that each row group is still decoded once. Where files are sorted by class, that
-        mixes less than a full permutation does.
+        """As listed for None. With a seed: row groups in random order, rows shuffled within windows of row groups.
+
+        A window has as many row groups as fill half of `cache_bytes` (256 MB: some 2,000 ImageNet photos), so each row
+        group is still decoded once. Where files are sorted by class, that mixes less than a full permutation does.
         """
         if seed is None:
             return np.arange(len(self.ids))
@@ -266,34 +277,80 @@ class ParquetSource(Source):
         return np.concatenate(order)
 
     def read(self, i: int) -> bytes:
+        """Bytes of image i. Thread-safe.
+
+        Raises SourceChanged when the file has changed or is gone, SourceError when the row group is damaged or the row
+        has no label or no bytes, OSError when reading failed; a later read tries again.
+        """
         place, group = self._find(i)
-        images, row = self._decoded(place), i - group.start
+        row = i - group.start
+        images = self._decoded(place, row)
         if self.labels[i] < 0:
             raise SourceError(f"{self.origin(i)}: has no label (null)")
         if not images.valid[row]:
             raise SourceError(f"{self.origin(i)}: has no image bytes (null); embed the images when writing the parquet files")
         return bytes(images.data[images.offsets[row] : images.offsets[row + 1]])
 
-    def _decoded(self, place: int) -> _Images:
-        """Row group from the cache; one thread decodes it, others that want it meanwhile wait."""
-        with self._lock:
-            future = self._cache.get(place)
-            mine = future is None
-            if mine:
-                future = self._cache[place] = Future()
-                self._evict()
-            else:
-                self._cache.move_to_end(place)
-        if mine:
-            try:
-                images = self._decode(self._groups[place])
-                with self._lock:  # a file may state less than it holds
-                    self._sizes[place] = max(self._sizes[place], len(images.data))
+    def _decoded(self, place: int, row: int) -> _Images:
+        """The row group, to read this row of it. One thread decodes it; others that want it meanwhile wait."""
+        while True:
+            with self._lock:
+                future = self._cache.get(place)
+                mine = future is None
+                if mine:
+                    future = self._cache[place] = Future()
                     self._evict()
-                future.set_result(images)
-            except BaseException as error:
-                future.set_exception(error)
-        return future.result()
+                else:
+                    self._cache.move_to_end(place)
+            if mine:
+                images = self._fill(place, future)
+            else:
+                try:
+                    images = future.result()
+                except Exception:  # of another thread's attempt, which may succeed in this one
+                    continue
+            with self._lock:
+                images.unread.discard(row)
+                if not images.unread and self._cache.get(place) is future:
+                    del self._cache[place]
+            return images
+
+    def _fill(self, place: int, future: Future[_Images]) -> _Images:
+        """Decode a row group for all who wait for `future`. No error stays in the cache."""
+        try:
+            images = self._decode_again(place)
+        except BaseException as error:
+            with self._lock:
+                if self._cache.get(place) is future:
+                    del self._cache[place]
+            future.set_exception(error)
+            raise
+        with self._lock:  # the footer may state fewer bytes than the row group holds
+            self._sizes[place] = max(self._sizes[place], len(images.data))
+            self._evict()
+        future.set_result(images)
+        return images
+
+    def _decode_again(self, place: int) -> _Images:
+        """`_decode`, a second time where it fails: an error that passes, as on network mounts, must cost no sample.
+
+        Damage that two attempts found is remembered as text: else each of some 1,000 rows would decode the row group.
+        """
+        if place in self._damaged:
+            raise SourceError(self._damaged[place])
+        try:
+            return self._decode(self._groups[place])
+        except SourceChanged:
+            raise
+        except (SourceError, OSError):
+            pass
+        try:
+            return self._decode(self._groups[place])
+        except SourceChanged:
+            raise
+        except SourceError as error:
+            self._damaged[place] = str(error)
+            raise
 
     def _evict(self) -> None:
         size = sum(self._sizes[kept] for kept in self._cache)
@@ -301,11 +358,10 @@ class ParquetSource(Source):
             size -= self._sizes[self._cache.popitem(last=False)[0]]
 
     def _decode(self, group: _RowGroup) -> _Images:
+        """Raises SourceChanged, SourceError for damage, and the machine's OSErrors as they are, but naming the file."""
         file = self._files[group.file]
-        status = os.stat(file.path)
-        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime):
-            raise SourceError(f"{file.path}: has changed since it was listed; run again once nobody changes it")
         try:
+            self._check_unchanged(file)
             with pq.ParquetFile(file.path, metadata=file.metadata, page_checksum_verification=True) as parquet:
                 chunks = parquet.read_row_group(group.place, columns=[file.leaf], use_threads=False).column(0).chunks
             if file.leaf.endswith(".bytes") and pa.types.is_struct(chunks[0].type):
@@ -314,14 +370,34 @@ class ParquetSource(Source):
             column = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)  # several above 2 GiB
             if len(column) != group.rows:
                 raise SourceError(f"{file.path}: row group {group.place} holds {len(column)} of {group.rows} rows; fetch it again")
-        except SourceError:
+        except (SourceError, MemoryError):  # ArrowMemoryError is an ArrowException too, but no damage
             raise
         except (*_DAMAGE, IndexError) as error:  # IndexError: no chunk at all
+            if isinstance(error, OSError) and error.errno is not None:
+                raise OSError(error.errno, f"{file.path}: row group {group.place} cannot be read ({error})") from error
+            self._check_unchanged(file)  # bytes of another file look like damage
             raise SourceError(f"{file.path}: row group {group.place} is damaged ({error}); fetch the file again") from error
         _, offsets, data = column.buffers()
         ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
-        return _Images(memoryview(data if data is not None else b""), ends, column.is_valid().to_pylist())
+        view = memoryview(data if data is not None else b"")
+        return _Images(view, ends, column.is_valid().to_pylist(), set(range(group.rows)))
+
+    @staticmethod
+    def _check_unchanged(file: _File) -> None:
+        """Raises SourceChanged when the file is gone or another, OSError when the machine cannot tell."""
+        try:
+            status = os.stat(file.path)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            message = f"{file.path}: can no longer be opened ({error.strerror}); run again when it is back"
+            raise SourceChanged(message) from error
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime):
+            raise SourceChanged(f"{file.path}: has changed since it was listed; run again once nobody changes it")
+
+    def release(self, but_for: int | None = None) -> None:
+        with self._lock:
+            for place in self._cache.keys() - ({self._find(but_for)[0]} if but_for is not None else set()):
+                del self._cache[place]
+        pa.default_memory_pool().release_unused()  # pyarrow keeps freed memory
 
     def close(self) -> None:
-        with self._lock:
-            self._cache.clear()
+        self.release()  # no file stays open between two reads

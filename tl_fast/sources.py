@@ -26,13 +26,19 @@ class SourceError(ValueError):
     """A data set that is not as its kind should be; the message names the file (and member or row) and the remedy."""
 
 
+class SourceChanged(SourceError):
+    """A file of many samples is gone or not what was listed. That is no fault of a sample: it ends any conversion."""
+
+
 class Source(Protocol):
     """A listed data set of n images. Kinds subclass this; anything of the same shape serves as well.
 
     kind: 'image folder', 'ImageNet tar', 'WebDataset' or 'parquet'. root: what was opened, for messages.
     ids: n different strings, stable between runs. labels: int64 [n], places in `class_names`; -1 where the file has none: `read` says so.
     sizes: int64 [n], bytes of each image (parquet: mean of its row group). stamps: int64 [n, m], rows that change when the input does.
-    ignored: how many other files or archive members were seen.
+    ignored: how many other files or archive members were seen. decodes_groups: reading one image decodes its neighbours
+    too and keeps them for the next reads (parquet). One process should then do all reading, with threads: each process
+    would decode them anew.
     """
 
     kind: str
@@ -42,6 +48,7 @@ class Source(Protocol):
     class_names: list[str]
     sizes: np.ndarray
     ignored: int
+    decodes_groups: bool = False
 
     @property
     def stamps(self) -> np.ndarray: ...
@@ -58,8 +65,11 @@ class Source(Protocol):
         """Order of reading, int64 [n]: as listed for None, else a permutation of that seed (numpy's PCG64)."""
         return np.arange(len(self.ids)) if seed is None else np.random.Generator(np.random.PCG64(seed)).permutation(len(self.ids))
 
+    def release(self, but_for: int | None = None) -> None:
+        """Drop what is kept for the next reads, except what sample `but_for` needs; reads make it again."""
+
     def close(self) -> None:
-        """Give open files back."""
+        """Give open files and memory back."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tl_fast.sources import Source, SourceError, check_ids
+from tl_fast.sources import Source, SourceChanged, SourceError, check_ids
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_EXTENSION = 1 << 20  # bytes of a long name or of pax records; real ones have some hundred
@@ -129,7 +129,7 @@ class Tar:
             yield Member(member_name, data, length, kind)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Thread-safe. Raises SourceError when the file has become shorter, OSError when it is gone."""
+        """Thread-safe. Raises SourceChanged when the file is another or shorter, OSError when it is gone."""
         if self.file is not None:
             data = _pread(self.file, size, offset)
         else:
@@ -137,12 +137,15 @@ class Tar:
             try:
                 status = os.fstat(file)
                 if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime):
-                    raise SourceError(f"{self.path}: has changed since it was listed; run again once nobody changes it")
+                    message = f"{self.path}: has changed since it was listed; run again once nobody changes it"
+                    raise SourceChanged(message)
                 data = _pread(file, size, offset)
             finally:
                 os.close(file)
         if len(data) != size:
-            raise SourceError(f"{self.path}: is shorter than the {self.size} bytes it was listed with; run again with the whole file")
+            raise SourceChanged(
+                f"{self.path}: is shorter than the {self.size} bytes it was listed with; run again with the whole file"
+            )
         return data
 
 
