@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from test_sources import parquet_table, write_parquet
-from tl_fast.beton import BetonError, write_beton
+from tl_fast.beton import BetonError, BetonReader, write_beton
 from tl_fast.conversion import Conversion, estimate
 from tl_fast.image_folder import ImageFolder
 from tl_fast.sources import SourceChanged, SourceError, open_source
@@ -50,8 +50,26 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
 
 def convert(source: ParquetSource, out: Path, seed: int | None = None, **options: object):
     conversion = Conversion(source, None, source.order(seed))
-    options = {"workers": 4, **options}
+    options = {"workers": 4, "processes": True, **options}
     return write_beton(out, conversion, class_names=source.class_names, **options)
+
+
+@pytest.mark.parametrize("seed", (None, 3), ids=("listed", "shuffled"))
+@pytest.mark.parametrize("group_rows", (7, 16, 50, 600))
+def test_all_workers_together_decode_each_row_group_once(photo_folder, tmp_path, monkeypatch, group_rows, seed):
+    """Row groups smaller and larger than the 16 samples that a worker takes at a time, and no multiples of them. The
+    bytes written are those of one worker."""
+    path = write_rows(photo_folder, tmp_path / "s.parquet", group_rows, rows=600)
+    cache = path.stat().st_size // 2  # 300 rows, a window of 150: more than three workers are given ahead
+    convert(ParquetSource([str(path)], cache_bytes=cache), tmp_path / "one.beton", seed, workers=1, decode_check=False)
+    count_decoding(monkeypatch, tmp_path / "decoded")
+    with ParquetSource([str(path)], cache_bytes=cache) as source:
+        convert(source, tmp_path / "three.beton", seed, workers=3, decode_check=False)
+        assert sorted(map(int, (tmp_path / "decoded").read_text().split())) == list(range(len(source._groups)))
+    assert len(source._groups) == -(-600 // group_rows)
+    assert (tmp_path / "three.beton").read_bytes() == (tmp_path / "one.beton").read_bytes()
+    with BetonReader(tmp_path / "three.beton") as reader:
+        assert reader.source_ids == [source.ids[i] for i in source.order(seed)]
 
 
 def test_row_groups_that_were_read_are_given_back(photo_folder, tmp_path, monkeypatch):

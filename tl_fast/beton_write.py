@@ -68,7 +68,11 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """What `write_beton` reads from: a list of Samples, or anything with a length that is iterated once."""
+    """What `write_beton` reads from: a list of Samples, or anything with a length that is iterated once.
+
+    A true attribute `decodes_groups` says that reading one image decodes others too (`tl_fast.sources.Source`); such
+    samples are read by threads.
+    """
 
     def __len__(self) -> int: ...
 
@@ -332,8 +336,9 @@ def write_beton(
     class_names: name of every label; with `spec` as many as the label maps' classes, for token targets and labels are of one kind.
     annotator, conversion: JSON-able records of how the label maps were made and of what was converted, kept in the file. workers: threads,
     by default one per CPU core this process may use. processes: forked processes instead, which do not wait for each other's GIL; `samples`
-    must then be a sequence, and the bytes of its images and label maps are asked for in those processes. max_resolution, quality, decode_check, row_index: see `tl_fast.jpeg.prepare`. page_size: bytes, a
-    power of two; no sample may be larger.
+    must then be a sequence, and the bytes of its images and label maps are asked for in those processes. Samples with
+    `decodes_groups` are read by threads in any case. max_resolution, quality, decode_check, row_index: see
+    `tl_fast.jpeg.prepare`. page_size: bytes, a power of two; no sample may be larger.
     on_error: `stop` at the first bad sample, or `quarantine`: leave it out and list it, a JSON object a line, in `PATH.rejects.jsonl`.
     max_rejects: how many may be left out. resume: go on from what an unfinished run left (`tl_fast.partial_file`), if it left something.
     progress: called with the samples taken from the source, those of them left out, and the bytes written.
@@ -385,6 +390,7 @@ def write_beton(
     if (size := len(json.dumps(info, ensure_ascii=False).encode("utf-8"))) > MAX_INFO:
         raise BetonError(f"{path}: class names and the annotator's record have {size} bytes, at most {MAX_INFO} are read; shorten them")
     rejects_path = path.with_name(path.name + ".rejects.jsonl")
+    processes = processes and not getattr(samples, "decodes_groups", False)
 
     begun: deque[tuple[Sample, ...]] = deque()
 

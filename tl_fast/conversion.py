@@ -86,6 +86,11 @@ class Conversion:
         return Sample(source.ids[i], int(source.labels[i]), functools.partial(source.read, i), label_map, source.origin(i), stamp.hex())
 
     @property
+    def decodes_groups(self) -> bool:
+        """As the source's: `write_beton` reads these in threads."""
+        return self.source.decodes_groups
+
+    @property
     def without_map(self) -> np.ndarray:
         """Indices into the source of the images that have no label map, int64."""
         return self.places[:0] if self.map_places is None else self.places[self.map_places < 0]
