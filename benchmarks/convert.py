@@ -24,9 +24,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from ffcv.fields import IntField, RGBImageField
-from ffcv.writer import DatasetWriter
-from rows import ROOT, measure, write_rows
+from rows import ROOT, measure, stock_ffcv_is_here, write_rows
 from tl_fast.beton import BetonReader
 from tl_fast.beton_write import reuse_memory, write_beton
 from tl_fast.conversion import Conversion
@@ -96,6 +94,9 @@ def contenders(folder: Path, work: Path, workers: int) -> dict[str, Callable[[in
         return run
 
     def stock(number: int) -> int:
+        from ffcv.fields import IntField, RGBImageField  # here, since it may not be installed
+        from ffcv.writer import DatasetWriter
+
         writer = DatasetWriter(str(work / f"stock {number}.beton"), {"image": RGBImageField(write_mode="jpg"), "label": IntField()}, num_workers=workers)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its progress bar
             writer.from_indexed_dataset(StockDataset(source))
@@ -114,7 +115,7 @@ def contenders(folder: Path, work: Path, workers: int) -> dict[str, Callable[[in
     return {
         "tl_fast: every image decoded": ours(True),
         "tl_fast: structure checked": ours(False),
-        "stock FFCV writer": stock,
+        **({"stock FFCV writer": stock} if stock_ffcv_is_here() else {}),
         "cp -r": copy(False),
         "cp -r; sync": copy(True),
     }

@@ -27,16 +27,11 @@ from PIL import Image
 
 import tl_fast.compat  # noqa: F401  before timm and torchvision
 from bars import draw
-from ffcv.fields.basics import IntDecoder
-from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-from ffcv.loader import Loader as FfcvLoader, OrderOption
-from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 from published_style import PublishedStyle, check_roi_align, roi_align_name
-from rows import ROOT, measure, newest_runs, write_rows
+from rows import ROOT, measure, newest_runs, stock_ffcv_is_here, write_rows
 from timm.data import create_transform
 from tl_fast.beton import BetonReader
 from tl_fast.beton_write import Sample, reuse_memory, write_beton
-from tl_fast.ffcv_field import LabelMapField
 from tl_fast.labelmap import MapSpec, pack
 from tl_fast.pipeline import Loader
 from tl_fast.plan import Augment
@@ -179,6 +174,13 @@ def dali(beton: Path, threads: int, decode_only: bool = False) -> Epoch:
 
 
 def ffcv(beton: Path, threads: int) -> Epoch:
+    from ffcv.fields.basics import IntDecoder  # here, since it may not be installed
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader as FfcvLoader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
+
+    from tl_fast.ffcv_field import LabelMapField
+
     loader = FfcvLoader(
         str(beton),
         batch_size=BATCH,
@@ -219,11 +221,12 @@ def contenders(folder: Path, files: list[Path], threads: int, chosen: Callable[[
         OURS_FULL: lambda: ours(beton, threads, augment=Augment(erase=0.25, **FULL)),
         INDEXED: lambda: ours(indexed, threads),
         INDEXED_FULL: lambda: ours(indexed, threads, augment=Augment(erase=0.25, **FULL)),
-        FFCV: lambda: ffcv(beton, threads),
+        FFCV: lambda: ffcv(beton, threads) if stock_ffcv_is_here() else None,
         DALI: lambda: dali(beton, threads),
         DALI_DECODE: lambda: dali(beton, threads, decode_only=True),
     }
-    return {name: builder() for name, builder in builders.items() if chosen(name)} | in_workers
+    built = {name: builder() for name, builder in builders.items() if chosen(name)}
+    return {name: epoch for name, epoch in built.items() if epoch is not None} | in_workers
 
 
 def describe(row: dict) -> str:

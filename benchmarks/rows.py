@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +29,15 @@ def measure(contenders: dict[str, Callable[[int], int]], rounds: int) -> dict[st
             if number:
                 rates[name].append(count / (time.perf_counter() - start))
     return rates
+
+
+def stock_ffcv_is_here() -> bool:
+    """Whether stock FFCV (extra `interop`), a contender of some benchmarks, is installed; says where it is not."""
+    if importlib.util.find_spec("ffcv") and importlib.util.find_spec("cv2"):
+        return True
+    remedy = "`bash .ci/setup --interop` adds it or says what it lacks"
+    print(f"stock FFCV is left out: it is not installed ({remedy})", file=sys.stderr)
+    return False
 
 
 def commit() -> str:

@@ -1,8 +1,10 @@
 """Shared fixtures: the bundled golden answers and photos, and the optional shared data sets."""
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +44,47 @@ def to_beton() -> ModuleType:
     sys.modules["to_beton"] = module
     spec.loader.exec_module(module)
     return module
+
+
+def needs(missing: str) -> None:
+    """Skip the test for the reason `missing`; with TLFAST_REQUIRE_INTEROP set, as on CI, fail it."""
+    if os.environ.get("TLFAST_REQUIRE_INTEROP"):
+        pytest.fail(f"{missing} (an error, since TLFAST_REQUIRE_INTEROP is set)", pytrace=False)
+    pytest.skip(missing)
+
+
+def need_stock_ffcv() -> None:
+    """Return if stock FFCV (extra `interop`) is installed."""
+    missing = [name for name in ("ffcv", "cv2", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = "`bash .ci/setup --interop` adds it or says what it lacks"
+        needs(f"stock FFCV is not set up (no {', '.join(missing)}): {remedy}")
+
+
+@pytest.fixture(scope="session")
+def stock_ffcv() -> None:
+    """For tests against stock FFCV: skips them where it is not installed."""
+    need_stock_ffcv()
+
+
+@pytest.fixture(scope="session")
+def turbojpeg() -> None:
+    """For tests that pack progressive JPEGs: skips them where libturbojpeg cannot be loaded."""
+    from tl_fast.turbojpeg_transform import TurboJpegMissing, lossless_baseline
+
+    try:
+        with contextlib.suppress(ValueError):
+            lossless_baseline(b"")
+    except TurboJpegMissing as error:
+        needs(str(error))
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """For tests in which torch.compile generates code for the CPU: skips them where there is no C++ compiler."""
+    name = os.environ.get("CXX", "g++")  # as torch does
+    if shutil.which(name) is None:
+        needs(f"torch.compile needs a C++ compiler, and there is no {name}: `sudo apt-get install -y g++`, or set CXX")
 
 
 @pytest.fixture

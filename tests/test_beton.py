@@ -147,9 +147,10 @@ def collect(make_loader, seconds: float = 120) -> list[tuple[np.ndarray, ...]]:
     return batches
 
 
+@pytest.mark.usefixtures("stock_ffcv")
 @pytest.mark.parametrize("cache", ["os", "process"])
 def test_stock_ffcv_loader_reads_image_label_and_map(written: Path, jpegs: list[bytes], cache: str) -> None:
-    ffcv = pytest.importorskip("ffcv")
+    import ffcv
     import numba
 
     from tl_fast.ffcv_field import LabelMapField
@@ -197,6 +198,7 @@ print((np.concatenate([batch[2].numpy()[:, 1].copy() for batch in loader]) == ex
 """
 
 
+@pytest.mark.usefixtures("stock_ffcv")
 def test_stock_ffcv_loader_beside_the_reader(written: Path, tmp_path: Path) -> None:
     """In one process, with nothing compiled before: numba once inferred types for ever where both used one compiled function."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -205,8 +207,9 @@ def test_stock_ffcv_loader_beside_the_reader(written: Path, tmp_path: Path) -> N
     assert result.stdout.strip() == "True", result.stderr
 
 
+@pytest.mark.usefixtures("stock_ffcv")
 def test_layout_is_ffcvs() -> None:
-    types = pytest.importorskip("ffcv.types")
+    from ffcv import types
     from ffcv.fields import IntField, RGBImageField
 
     from tl_fast.ffcv_field import LabelMapField
@@ -226,8 +229,8 @@ def test_layout_is_ffcvs() -> None:
 
 
 @pytest.fixture(scope="module")
-def stock_file(jpegs: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    writer = pytest.importorskip("ffcv.writer")
+def stock_file(stock_ffcv: None, jpegs: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from ffcv import writer
     from ffcv.fields import IntField, RGBImageField
 
     path = tmp_path_factory.mktemp("stock") / "stock.beton"
@@ -261,8 +264,9 @@ def test_opens_files_of_the_stock_writer(stock_file: Path, jpegs: list[bytes]) -
         reader.crc(0)
 
 
+@pytest.mark.usefixtures("stock_ffcv")
 def test_raw_images_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    writer = pytest.importorskip("ffcv.writer")
+    from ffcv import writer
     from ffcv.fields import IntField, RGBImageField
 
     path = tmp_path / "raw.beton"

@@ -250,6 +250,7 @@ def test_shard_is_understood(text: str, environment: dict[str, str], expected: t
         assert (shard.index, shard.count) == expected
 
 
+@pytest.mark.usefixtures("turbojpeg")
 def test_dry_run_says_what_would_be_done(to_beton: ModuleType, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = tmp_path / "images"
     shutil.copytree(photos / "val", root)
@@ -372,6 +373,7 @@ def test_pixels_are_those_of_the_source(to_beton: ModuleType, originals: ImageFo
     assert content(tmp_path / "fast.beton") == content(out)
 
 
+@pytest.mark.usefixtures("stock_ffcv")
 def test_stock_ffcv_opens_what_is_written(to_beton: ModuleType, folder: ImageFolder, tmp_path: Path) -> None:
     """Any source, label maps with a palette and without, in shards: ffcv's own loader delivers all of it."""
     maps = published(folder, tmp_path / "maps")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import need_stock_ffcv
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -57,7 +59,17 @@ def test_every_direct_dependency_is_pinned_within_its_range(requirement):
 
 def test_a_training_host_needs_neither_ffcv_nor_opencv():
     assert not names(BASE) & {"ffcv", "opencv-python", "opencv-python-headless", "opencv-contrib-python"}
-    assert {"ffcv", "opencv-python-headless"} <= names(EXTRAS["convert"])
+    assert names(EXTRAS["interop"]) == {"ffcv", "opencv-python-headless", "tqdm"}
+    others = [requirement for name, group in EXTRAS.items() if name != "interop" for requirement in group]
+    assert not names(others) & names(EXTRAS["interop"])
+
+
+def test_set_up_installs_every_extra_but_interop_and_then_interop():
+    script = (ROOT / ".ci/setup").read_text()
+    (extras,) = re.findall(r"pip_install -e '\.\[([a-z,]+)\]'", script)
+    assert {*extras.split(",")} == {*EXTRAS} - {"interop"}
+    (interop,) = re.findall(r"pip_install --no-deps ([a-z -]+) \|\|", script)
+    assert {*interop.split()} == names(EXTRAS["interop"])
 
 
 def test_torch_2_11_is_within_range():
@@ -99,7 +111,9 @@ def test_environment_agrees_with_the_pins():
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not running in .venv, which alone promises the pinned versions")
 @pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
-def test_the_pinned_version_is_installed(requirement):
+def test_the_pinned_version_is_installed(requirement, request):
+    if requirement in EXTRAS["interop"]:
+        request.getfixturevalue("stock_ffcv")
     installed = Version(importlib.metadata.version(requirement.name))
     assert installed.public == PINS[canonicalize_name(requirement.name)]
 
@@ -138,8 +152,14 @@ def test_every_import_is_a_declared_dependency(file):
     allowed = names(DIRECT) if file.is_relative_to(ROOT / "tests") else names(DIRECT) - names(EXTRAS["test"])
     providers = importlib.metadata.packages_distributions()
     for package in imported_packages(file):
+        if package in INTEROP and not importlib.util.find_spec(package):
+            continue  # declared, and not installed here
         offered_by = {canonicalize_name(name) for name in providers.get(package, [])}
         assert offered_by & allowed, f"{file.relative_to(ROOT)} imports {package} (from {offered_by or 'nowhere'}), undeclared"
+
+
+# What the import system calls the packages of the extra `interop`.
+INTEROP = {"ffcv", "cv2", "tqdm"}
 
 
 # Hide the extras from the import system, as if they were not installed, in a process of its own.
@@ -154,26 +174,39 @@ class WithoutExtras(importlib.machinery.PathFinder):
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = WithoutExtras
 for module in {modules}:
     importlib.import_module(module)
-assert importlib.util.find_spec("ffcv") is None and "cv2" not in sys.modules
+assert not set({hidden}) & set(sys.modules)
 """
 
 
-# The modules that only writing and checking betons needs.
-CONVERT_ONLY = {"tl_fast.ffcv_field", "tl_fast.jpeg", "tl_fast.parquet_files"}
+# The modules that only stock FFCV, and that only writing and checking betons needs.
+INTEROP_ONLY = {"tl_fast.ffcv_field"}
+CONVERT_ONLY = {"tl_fast.jpeg", "tl_fast.parquet_files"}
+
+
+def import_without(hidden: set[str], modules: list[str]) -> None:
+    code = WITHOUT_EXTRAS.format(hidden=sorted(hidden), modules=modules)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def test_packing_can_be_imported_without_interop():
+    """So no part of the main job needs stock FFCV: the next test hides it from all other modules."""
+    import_without({"ffcv", "cv2"}, [*sorted(CONVERT_ONLY), "converters.to_beton"])
+    files = [file for file in source_files("tl_fast", "converters") if file.stem != "ffcv_field"]
+    # tqdm comes with other packages too, and so is not hidden.
+    assert not INTEROP & {package for file in files for package in imported_packages(file)}
 
 
 def test_a_host_without_extras_can_import_all_of_training():
     modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in source_files("tl_fast")]
-    modules = [name.removesuffix(".__init__") for name in modules if name not in CONVERT_ONLY]
-    extras = names(EXTRAS["convert"]) | names(EXTRAS["annotators"]) | names(EXTRAS["test"])
+    modules = [name.removesuffix(".__init__") for name in modules if name not in INTEROP_ONLY | CONVERT_ONLY]
+    extras = names([requirement for group in EXTRAS.values() for requirement in group])
     distributions = importlib.metadata.packages_distributions()
     # These come with timm and DALI too, so a training host has them.
     hidden = {package for package, owners in distributions.items() if {canonicalize_name(name) for name in owners} & extras}
     hidden -= {"tqdm", "packaging", "huggingface_hub"}
-    assert {"ffcv", "cv2", "simplejpeg", "pytest", "scipy"} <= hidden
-    code = WITHOUT_EXTRAS.format(hidden=sorted(hidden), modules=modules)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    assert {"simplejpeg", "pytest", "scipy"} <= hidden
+    import_without(hidden | {"ffcv", "cv2"}, modules)
 
 
 # --- make and .ci/setup ----------------------------------------------------------------------------------------------------
@@ -188,10 +221,10 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
-def run_make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess:
+def run_make(checkout: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     # As from a shell: `make test` itself hands its own variables (ARGS, PY) and flags to every make below it.
     inherited = {"MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS", "PY"}
-    environment = {name: value for name, value in os.environ.items() if name not in inherited}
+    environment = {name: value for name, value in os.environ.items() if name not in inherited} | (environment or {})
     return subprocess.run(["make", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -206,11 +239,16 @@ def test_make_sets_up_once(checkout):
         assert ".ci/setup" in dry_run(checkout, target), f"make {target} has to set up a fresh checkout"
     assert dry_run(checkout, "demo").index(".ci/setup") < dry_run(checkout, "demo").index("-m tl_fast.demo")
 
-    ready = checkout / ".venv/.ready"
+    assert "--interop" not in dry_run(checkout, "demo"), "the demo needs no stock FFCV"
+    assert re.search(r"\.ci/setup\n.*\.ci/setup --interop\n.*-m pytest", dry_run(checkout, "test"), re.DOTALL)
+
+    ready, interop = checkout / ".venv/.ready", checkout / ".venv/.interop"
     ready.parent.mkdir()
     ready.touch()
-    for target in ("setup", "demo", "test"):
+    for target in ("setup", "demo"):
         assert ".ci/setup" not in dry_run(checkout, target), f"make {target} sets up a second time"
+    assert dry_run(checkout, "test").count(".ci/setup") == 1, "make test adds stock FFCV to a .venv that has none"
+    interop.touch()
     assert dry_run(checkout, "test").strip() == ".venv/bin/python -m pytest -q"
     assert dry_run(checkout, "demo", "ARGS=--no-token-label").strip() == ".venv/bin/python -m tl_fast.demo --no-token-label"
 
@@ -228,13 +266,14 @@ def test_make_leaves_an_active_environment_alone(checkout):
 def test_bench_without_benchmarks_says_so(checkout):
     (checkout / ".venv").mkdir()
     (checkout / ".venv/.ready").touch()
+    (checkout / ".venv/.interop").touch()
     done = run_make(checkout, "bench")
     assert done.returncode != 0 and "no benchmarks/*.py" in done.stderr
 
 
 def test_ci_runs_the_readmes_test_command():
     commands = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["make test"]
+    assert commands == ["export TLFAST_REQUIRE_INTEROP=1", "make test"], "on CI tests against stock FFCV may not skip"
     assert os.access(ROOT / ".ci/run", os.X_OK)
     readme = ROOT / "README.md"
     assert re.search(r"^\W*make test\b", readme.read_text(), re.MULTILINE), "README.md does not give `make test`"
@@ -256,50 +295,139 @@ def test_readmes_tables_come_from_the_rows(benchmark):
     assert table.count("\n|") > 4 and table.strip() in (ROOT / "README.md").read_text()
 
 
-def run_setup(checkout: Path, tools: dict[str, str], **variables: str) -> subprocess.CompletedProcess:
-    """`.ci/setup --system-only` with shell scripts `tools` in front of PATH; it ends before it builds a venv."""
-    folder = checkout / "shims"
-    folder.mkdir()
+# An interpreter whose `venv` makes a .venv of itself, and whose pip logs what it is asked for.
+FAKE_PYTHON = """
+case "$*" in
+    "-c import ensurepip, venv") {ensurepip} ;;
+    "-c import pip, venv") {pip} ;;
+    *-m*venv*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "$*" >> pip.log ;;
+    *-m*pip*) echo "$*" >> pip.log ;;
+    *_base_executable*) echo "$0" ;;
+    *"print("*) echo 3.11 ;;
+    *sys.base_prefix*) {debians} ;;
+    "-m pytest"*) echo "pytest runs" ;;
+    *) exit 0 ;;
+esac
+"""
+
+
+def fake_python(ensurepip: bool = True, pip: bool = True, debians: bool = True) -> str:
+    return FAKE_PYTHON.format(**{name: "exit 0" if here else "exit 1" for name, here in locals().items()})
+
+
+def put_tools(folder: Path, tools: dict[str, str]) -> None:
+    """Shell scripts `tools`, by name, as executable files of `folder`."""
+    folder.mkdir(parents=True)
     for name, script in tools.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
-    variables = {"PYTHON": sys.executable, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
-    return subprocess.run(["bash", ".ci/setup", "--system-only"], cwd=checkout, env=os.environ | variables,
-                          capture_output=True, text=True, timeout=60)
 
 
+def run_setup(checkout: Path, tools: dict[str, str], *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """`.ci/setup` with a fake interpreter, which installs nothing, and the shell scripts `tools` in front of PATH."""
+    shims = checkout / "shims"
+    put_tools(shims, {"python": fake_python(), "g++": "exit 0"} | tools)
+    path = f"{shims}:{os.environ['PATH']}"
+    environment = os.environ | {"PYTHON": str(shims / "python"), "PATH": path, "TLFAST_REQUIRE_INTEROP": ""} | variables
+    command = ["bash", ".ci/setup", *arguments]
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
+
+
+SYSTEM = ("--interop", "--system-only")
 # pkg-config as it answers before and, once the file `installed` exists, after `apt-get install`.
 PKG_CONFIG = 'test -e installed'
 APT_GET = 'echo "$*" >> apt.log; if [ "$1" = install ]; then touch installed; fi'
+LOGGED = 'echo "$0 $*" >> touched.log; exit 1'
+PLAIN_USER = {"id": "echo 1000"} | {name: LOGGED for name in ("apt-get", "sudo", "g++", "gcc", "cc", "pkg-config")}
+APT_INSTALL = "sudo apt-get update && sudo apt-get install -y --no-install-recommends"
 
 
-def test_a_user_without_root_is_told_the_apt_and_the_conda_commands(checkout):
-    done = run_setup(checkout, {"pkg-config": "exit 1", "id": "echo 1000", "apt-get": APT_GET})
-    assert done.returncode == 1
-    assert "sudo apt-get update && sudo apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev" in done.stderr
+def test_set_up_asks_a_plain_user_for_no_compiler_and_no_apt(checkout):
+    done = run_setup(checkout, PLAIN_USER)
+    assert done.returncode == 0, done.stderr
+    assert not (checkout / "touched.log").exists(), "set-up called a compiler, pkg-config, sudo or apt-get"
+    assert (checkout / ".venv/.ready").exists() and not (checkout / ".venv/.interop").exists()
+    asked = (checkout / "pip.log").read_text()
+    assert "-e .[convert,annotators,test]" in asked and "ffcv" not in asked and "opencv" not in asked
+
+
+def test_a_python_without_ensurepip_uses_its_own_pip(checkout):
+    done = run_setup(checkout, PLAIN_USER | {"python": fake_python(ensurepip=False)})
+    assert done.returncode == 0, done.stderr
+    first, second, *_ = (checkout / "pip.log").read_text().splitlines()
+    assert first == "-m venv --clear --without-pip .venv"
+    assert second.endswith("--python .venv/bin/python install --quiet pip")
+
+
+@pytest.mark.parametrize("debians", [True, False])
+def test_a_python_without_ensurepip_and_pip_is_told_what_helps(checkout, debians):
+    done = run_setup(checkout, PLAIN_USER | {"python": fake_python(ensurepip=False, pip=False, debians=debians)})
+    assert done.returncode == 1 and not (checkout / ".venv").exists()
+    for remedy in ("get-pip.py --user", "make setup PYTHON=...", "conda env create"):
+        assert remedy in done.stderr
+    if Path("/etc/debian_version").exists():
+        assert (f"{APT_INSTALL} python3.11-venv" in done.stderr) == debians
+
+
+def test_a_user_without_root_goes_on_without_stock_ffcv_and_is_told_the_commands(checkout):
+    done = run_setup(checkout, {"pkg-config": "exit 1", "id": "echo 1000", "apt-get": APT_GET}, *SYSTEM)
+    assert done.returncode == 0, done.stderr
+    assert f"{APT_INSTALL} libopencv-dev libturbojpeg0-dev" in done.stderr
     assert "conda env create -f environment.yml && conda activate tl_fast" in done.stderr
+    assert "going on without stock FFCV" in done.stdout
     assert not (checkout / "apt.log").exists() and not (checkout / ".venv").exists()
 
 
+@pytest.mark.parametrize(("required", "status"), [("", 0), ("1", 2)])
+def test_make_test_goes_on_where_stock_ffcv_is_impossible_and_ci_does_not(checkout, required, status):
+    put_tools(checkout / "shims", PLAIN_USER)
+    put_tools(checkout / ".venv/bin", {"python": fake_python()})
+    (checkout / ".venv/.ready").touch()
+    path = f"{checkout / 'shims'}:{os.environ['PATH']}"
+    done = run_make(checkout, "test", environment={"PATH": path, "TLFAST_REQUIRE_INTEROP": required})
+    assert done.returncode == status, done.stderr
+    assert ("pytest runs" in done.stdout) == (status == 0)
+    assert "system packages are missing: libopencv-dev" in done.stderr and not (checkout / ".venv/.interop").exists()
+
+
+def test_stock_ffcv_is_added_where_it_can_be_compiled(checkout):
+    put_tools(checkout / ".venv/bin", {"python": fake_python()})
+    (checkout / ".venv/.ready").touch()
+    done = run_setup(checkout, {"pkg-config": "exit 0"}, "--interop")
+    assert done.returncode == 0, done.stderr
+    assert "--no-deps opencv-python-headless tqdm ffcv" in (checkout / "pip.log").read_text()
+    assert (checkout / ".venv/.interop").exists()
+
+
 def test_root_gets_the_missing_packages_installed(checkout):
-    done = run_setup(checkout, {"pkg-config": PKG_CONFIG, "id": "echo 0", "apt-get": APT_GET})
+    done = run_setup(checkout, {"pkg-config": PKG_CONFIG, "id": "echo 0", "apt-get": APT_GET}, *SYSTEM)
     assert done.returncode == 0, done.stderr
     update, install = (checkout / "apt.log").read_text().splitlines()
-    assert update.startswith("update")
-    assert install.startswith("install -y") and install.endswith("--no-install-recommends libopencv-dev libturbojpeg0-dev")
+    assert update.startswith("update") and install.startswith("install -y --no-install-recommends")
+    assert install.endswith(" libopencv-dev libturbojpeg0-dev")
 
 
-def test_root_is_told_when_apt_fails(checkout):
-    done = run_setup(checkout, {"pkg-config": PKG_CONFIG, "id": "echo 0", "apt-get": "exit 100"})
+def test_ci_stops_where_apt_fails(checkout):
+    tools = {"pkg-config": PKG_CONFIG, "id": "echo 0", "apt-get": "exit 100"}
+    done = run_setup(checkout, tools, *SYSTEM, TLFAST_REQUIRE_INTEROP="1")
     assert done.returncode == 1
-    assert "libopencv-dev" in done.stderr and "conda env create" in done.stderr
+    for word in ("libopencv-dev", "conda env create", "TLFAST_REQUIRE_INTEROP"):
+        assert word in done.stderr
 
 
 def test_nothing_is_installed_when_nothing_is_missing(checkout):
     (checkout / "installed").touch()
-    done = run_setup(checkout, {"pkg-config": PKG_CONFIG, "id": "echo 0", "apt-get": APT_GET})
+    done = run_setup(checkout, {"pkg-config": PKG_CONFIG, "id": "echo 0", "apt-get": APT_GET}, *SYSTEM)
     assert done.returncode == 0, done.stderr
     assert not (checkout / "apt.log").exists()
+
+
+def test_tests_of_stock_ffcv_skip_with_the_command_and_fail_on_ci(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for required, outcome in (("", pytest.skip.Exception), ("1", pytest.fail.Exception)):
+        monkeypatch.setenv("TLFAST_REQUIRE_INTEROP", required)
+        with pytest.raises(outcome, match="stock FFCV is not set up.*`bash .ci/setup --interop`"):
+            need_stock_ffcv()
 
 
 def test_an_unusable_python_is_named(checkout):
