@@ -150,6 +150,7 @@ def test_orientation_tags() -> None:
         assert [orientation(whole[:i]) for i in range(len(whole))] == [0] * len(whole)
 
 
+@pytest.mark.usefixtures("turbojpeg")
 def test_a_stricter_reader_than_libjpeg_is_satisfied(scene: Image.Image) -> None:
     """What libjpeg reads without a warning though other decoders may not is written anew, without loss."""
     plain = encode(scene.resize((83, 61)), restart_marker_rows=2)
@@ -190,6 +191,7 @@ def non_interleaved(image: Image.Image) -> bytes:
     return head + b"".join(b"\xff\xda\0\x08\1" + bytes([i + 1]) + plane[at + 6 : -2] for i, (at, plane) in enumerate(cuts)) + b"\xff\xd9"
 
 
+@pytest.mark.usefixtures("turbojpeg")
 def test_progressive_and_multi_scan_files_keep_their_pixels(scene: Image.Image) -> None:
     image = scene.resize((131, 77))
     files = [encode(image, progressive=True, quality=quality, subsampling=s) for quality in (5, 60, 100) for s in (0, 1, 2)]
@@ -206,6 +208,7 @@ def test_progressive_and_multi_scan_files_keep_their_pixels(scene: Image.Image) 
                     jpeg.prepare(data[:cut], decode_check=decode_check)
 
 
+@pytest.mark.usefixtures("turbojpeg")
 def test_arithmetic_coding(scene: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TJ_ARITHMETIC", "1")  # read by libturbojpeg's compressor
     library = turbojpeg_transform._library()
@@ -232,6 +235,7 @@ def test_missing_scans_look_as_in_pillow(scene: Image.Image) -> None:
     assert prepared.action == "re-encoded" and np.abs(pixels(prepared.data).astype(int) - pixels(cut)).mean() < 2
 
 
+@pytest.mark.usefixtures("turbojpeg")
 def test_grey(scene: Image.Image) -> None:
     from nvidia.dali import fn, pipeline_def, types
 
@@ -266,15 +270,27 @@ def test_grey(scene: Image.Image) -> None:
 
 def test_without_libturbojpeg(scene: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     turbojpeg_transform._library.cache_clear()
-    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
-    monkeypatch.setattr(Path, "glob", lambda path, pattern: iter(()))
+    monkeypatch.setattr(turbojpeg_transform, "_find_library", lambda: "libturbojpeg-of-nobody.so.0")
+    remedies = "apt-get install libturbojpeg0.*without root.*apt-get download libturbojpeg0 && dpkg -x.*conda.*LD_LIB"
     try:
-        with pytest.raises(turbojpeg_transform.TurboJpegMissing, match="apt-get install libturbojpeg0.*conda install"):
+        with pytest.raises(turbojpeg_transform.TurboJpegMissing, match=remedies):
             jpeg.prepare(encode(scene.resize((64, 64)), progressive=True))
         assert jpeg.prepare(encode(scene.resize((64, 64)))).action == "copied"
         assert jpeg.prepare(encode(scene.resize((64, 64)).convert("L"))).action == "transcoded"
     finally:
         turbojpeg_transform._library.cache_clear()
+
+
+@pytest.mark.parametrize("place", ["lib", "usr/lib/x86_64-linux-gnu"])
+def test_libturbojpeg_is_found_where_a_user_without_root_can_put_it(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    library = tmp_path / place / "libturbojpeg.so.0.2.0"
+    assert turbojpeg_transform._find_library() != str(library)
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert turbojpeg_transform._find_library() == str(library)
 
 
 # --- everything else -------------------------------------------------------------------------------------------------------
@@ -452,6 +468,7 @@ def test_verdicts_equal_libjpegs_or_are_stricter(scene: Image.Image, seed: int) 
     assert outcomes["whole"] > 1000 and outcomes["damaged"] > 3000 and outcomes["stricter"] < 1000
 
 
+@pytest.mark.usefixtures("turbojpeg")
 def test_the_transform_refuses_what_libjpeg_warns_of(scene: Image.Image) -> None:
     rng, outcomes = random.Random(5), Counter()
     whole = [encode(scene.resize((61, 43)), progressive=True, quality=quality) for quality in (30, 95)]
@@ -474,6 +491,7 @@ def test_the_transform_refuses_what_libjpeg_warns_of(scene: Image.Image) -> None
     assert outcomes["accepted"] > 50 and outcomes["refused"] > 50
 
 
+@pytest.mark.usefixtures("turbojpeg")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.filterwarnings("ignore")
 def test_hostile_files_of_every_kind(scene: Image.Image, seed: int, capfd: pytest.CaptureFixture) -> None:
@@ -504,6 +522,7 @@ def test_hostile_files_of_every_kind(scene: Image.Image, seed: int, capfd: pytes
 # --- how it runs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("turbojpeg")
 def test_threads_do_not_share_working_memory(scene: Image.Image) -> None:
     files = [encode(scene.resize((150 + i, 100)), quality=80 + i, optimize=i % 2 == 0, progressive=i % 5 == 0) for i in range(12)]
     files += [encode(scene.resize((90, 120 + i)).convert("L"), optimize=True) for i in range(6)]

@@ -107,7 +107,11 @@ def test_photos_keep_their_pixels(files: list[bytes]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"optimize": True}, {"quality": 100}, {"quality": 5, "optimize": True}, {"progressive": True}])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-def test_samplings_sizes_tables(scene: Image.Image, subsampling: int, options: dict) -> None:
+def test_samplings_sizes_tables(
+    request: pytest.FixtureRequest, scene: Image.Image, subsampling: int, options: dict
+) -> None:
+    if "progressive" in options:
+        request.getfixturevalue("turbojpeg")
     rng = np.random.default_rng(subsampling)
     cut = []
     for size in ((1, 1), (8, 8), (16, 16), (17, 9), (33, 31), (64, 64), (65, 200), (211, 97), (496, 50), (320, 240)):
@@ -172,6 +176,7 @@ def test_what_is_not_spliced(files: list[bytes]) -> None:
     assert splice(cut, (50, 50), (60, 60))[0].size < cut.size / 2
 
 
+@pytest.mark.usefixtures("turbojpeg")
 def test_damaged_ones_do_no_harm(files: list[bytes]) -> None:
     """Any bytes in, at most as many out, and the source where a marker is missing."""
     rng = random.Random(0)

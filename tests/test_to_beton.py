@@ -98,6 +98,7 @@ def test_verify_command(to_beton: ModuleType, photos: Path, tmp_path: Path, caps
     assert "out.beton: alloc_table_ptr" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("turbojpeg")
 def test_every_kind_of_image(to_beton: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = tmp_path / "images"
     rgb = scene()
@@ -181,8 +182,10 @@ def test_antialiasing(to_beton: ModuleType, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "restart_marker_rows": 1}])
 def test_truncated_and_damaged_jpegs_end_the_run_by_name(
-    to_beton: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, options: dict
+    to_beton: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, request: pytest.FixtureRequest, options: dict
 ) -> None:
+    if "progressive" in options:
+        request.getfixturevalue("turbojpeg")
     folder = tmp_path / "images" / "a"
     save(scene(), folder / "good.jpg")
     whole = save(scene(200, 150), folder / "x.jpg", quality=95, **options).read_bytes()

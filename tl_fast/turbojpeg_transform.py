@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import functools
+import shlex
 import sys
 from pathlib import Path
 
@@ -53,14 +54,19 @@ class _Transform(ctypes.Structure):
     ]
 
 
+def _find_library() -> str:
+    """Path or name of libturbojpeg: beside Python (conda's, or Debian's package unpacked there), else the system's."""
+    for pattern in ("lib/libturbojpeg.so*", "usr/lib/*/libturbojpeg.so*"):
+        if beside_python := sorted(Path(sys.prefix).glob(pattern)):
+            return str(beside_python[0])
+    # dlopen looks for the bare name in LD_LIBRARY_PATH too; find_library does so only where binutils are installed.
+    return ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0"
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
-    beside_python = sorted(Path(sys.prefix, "lib").glob("libturbojpeg.so*"))  # conda's, which find_library does not see
-    name = str(beside_python[0]) if beside_python else ctypes.util.find_library("turbojpeg")
     try:
-        if name is None:
-            raise OSError("no libturbojpeg found")
-        library = ctypes.CDLL(name)  # its functions run without the GIL
+        library = ctypes.CDLL(_find_library())  # its functions run without the GIL
         library.tjInitTransform.restype = ctypes.c_void_p
         library.tjGetErrorStr2.argtypes, library.tjGetErrorStr2.restype = [ctypes.c_void_p], ctypes.c_char_p
         library.tjDestroy.argtypes = [ctypes.c_void_p]
@@ -78,7 +84,10 @@ def _library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise TurboJpegMissing(
             f"progressive, arithmetic and multi-scan JPEGs become baseline ones by libturbojpeg, which cannot be loaded ({error}); "
-            "install it (apt-get install libturbojpeg0, on Ubuntu libturbojpeg; conda install -c conda-forge libjpeg-turbo)"
+            "install it: as root `apt-get install libturbojpeg0`; without root on Debian "
+            f"`cd {shlex.quote(sys.prefix)} && apt-get download libturbojpeg0 && dpkg -x libturbojpeg0_*.deb .` "
+            "(Ubuntu calls it libturbojpeg); with conda `conda install -c conda-forge libjpeg-turbo`; elsewhere put "
+            "the folder of a libturbojpeg.so.0 into LD_LIBRARY_PATH"
         ) from error
     return library
 
