@@ -185,6 +185,7 @@ def test_accumulation_reduces_on_the_last_pass_alone(tiny, job):
 
 @pytest.mark.slow
 @pytest.mark.matrix
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_run_on_two_ranks_is_the_eager_one(tiny, betons, job, tmp_path):
     """DDP around the compiled step: both ranks end with the same weights and EMA, the losses are the eager run's, and nothing compiles twice.
 

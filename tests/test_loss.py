@@ -46,6 +46,7 @@ def test_value_and_gradients_equal_the_golden_file(golden_loss, inputs, case, as
 
 
 @pytest.mark.parametrize("case", [*(pytest.param(case, marks=(pytest.mark.slow, pytest.mark.matrix)) for case in ("nomix", "mix", "nomix_gt")), "mix_gt"])
+@pytest.mark.usefixtures("compiler")
 def test_inductor_gives_the_golden_value_and_gradients(golden_loss, inputs, case):
     """The compiler that trains on GPUs, here generating for the CPU."""
     torch._dynamo.reset()

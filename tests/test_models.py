@@ -333,6 +333,7 @@ def test_resize_pos_embed_is_pillows_bicubic(size):
 @pytest.mark.parametrize("imports", [
     "import tl_fast.compat, torchvision, timm", "import tl_fast.models, torchvision.transforms.v2, tl_fast.compat",
 ])
+@pytest.mark.usefixtures("compiler")  # with it torchvision compiles roi_align where its own does not load
 def test_torchvision_and_timm_import_after_compat(imports):
     check = imports + """
 import torch, torchvision

@@ -169,6 +169,7 @@ def test_eager_loss_allocates_only_the_gradient(dtype):
     torch.testing.assert_close(logits.grad.float(), reference.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-8)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_loss_allocates_only_the_gradient():
     torch._dynamo.reset()
     logits, target = torch.randn(4, 16, 100, requires_grad=True), torch.rand(4, 17, 100).softmax(-1)[:, 1:]

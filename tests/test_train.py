@@ -414,6 +414,7 @@ def test_loss_terms_are_means_of_the_window(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_run_is_the_eager_one_and_compiles_once(tiny, betons, tmp_path, monkeypatch):
     """Two epochs with validation through inductor: the gradients of the first step, and the losses of all, equal the eager run's.
 
