@@ -1,4 +1,5 @@
 """Files are replaced whole, by one function."""
+
 from __future__ import annotations
 
 import errno
@@ -34,7 +35,11 @@ def test_the_mode_is_what_the_umask_leaves(tmp_path, umask):
 def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file"), fsync(handle)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (calls.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file"), fsync(handle)),
+    )
     monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
     write_atomic(tmp_path / "file", lambda file: file.write(b"new"))
     assert calls == ["file", "replace", "folder"]

@@ -1,4 +1,7 @@
-"""Replacing a file whole: readers, and whoever comes after a power cut, see the old file or the new one, never a part."""
+"""Replacing a file whole: readers, and whoever comes after a power cut, see the old file or the new one, never a
+part.
+"""
+
 from __future__ import annotations
 
 import errno
@@ -12,7 +15,8 @@ from typing import BinaryIO
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write(file)` fill a temporary file `.NAME.*.tmp` beside `path`, sync it and give it the name `path`.
 
-    The file's mode is what the umask leaves, as for any new file. What `write` raises is raised, and `path` is as it was. Raises OSError.
+    The file's mode is what the umask leaves, as for any new file. What `write` raises is raised, and `path` is as it
+    was. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -27,7 +31,9 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def replace_synced(temporary: Path, path: Path) -> None:
-    """Give a synced file its final name, and sync the folder, so that the name itself survives a power cut. Raises OSError."""
+    """Give a synced file its final name, and sync the folder, so that the name itself survives a power cut. Raises
+    OSError.
+    """
     os.replace(temporary, path)
     sync(path.parent)
 
