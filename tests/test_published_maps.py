@@ -220,12 +220,22 @@ def test_a_bad_map_is_named_with_its_reason(tmp_path):
         else:
             np.testing.assert_array_equal(maps.record(j)["classes"], values_of(number)[1])
     (tmp_path / "n00000001/01.pt").write_bytes(b"more" * 2000)
-    with pytest.raises(LabelMapError, match="01.pt: has another size than"):
+    with pytest.raises(LabelMapError, match="01.pt: has more than .* when it was listed"):
         maps.record(maps.names.index("n00000001/01.pt"))
     gone = maps.names.index("n00000000/00.pt")
     (tmp_path / "n00000000/00.pt").unlink()
     with pytest.raises(LabelMapError, match="00.pt.*No such file"):
         maps.record(gone)
+
+
+def test_reads_that_come_in_pieces_are_put_together(place, monkeypatch):
+    """As network file systems may answer."""
+    whole = PublishedMaps(place, extent="full", num_classes=1000)
+    read, pread = os.read, os.pread
+    monkeypatch.setattr(os, "read", lambda file, size: read(file, min(size, 1000)))
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 1000), offset))
+    maps = PublishedMaps(place, extent="full", num_classes=1000)
+    assert maps.names == whole.names and maps.record(0) == whole.record(0)
 
 
 def test_places_without_maps_are_refused(tmp_path):

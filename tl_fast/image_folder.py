@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
-import stat
 from pathlib import Path
 
 import numpy as np
 
-from tl_fast.sources import Source, SourceError, check_ids, reorder_classes
+from tl_fast.sources import Source, SourceError, check_ids, read_listed, reorder_classes
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, and .gif
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
@@ -22,7 +22,8 @@ class ImageFolderError(SourceError):
 class ImageList:
     """Images: `ids` relative to `root` (posix), class by class; `labels` int64 `[n]` and `class_names`, both None for a flat folder.
 
-    sizes, mtimes: int64 `[n]`, bytes and nanoseconds. ignored: how many other files lie in the class folders.
+    sizes, mtimes: int64 `[n]`, bytes and nanoseconds, both 0 for a link that leads nowhere. ignored: how many other files lie in the class
+    folders.
     """
 
     root: Path
@@ -32,6 +33,9 @@ class ImageList:
     sizes: np.ndarray
     mtimes: np.ndarray
     ignored: int = 0
+
+
+_ONE_FILE = {errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENOTDIR}  # errors of one link; others are the machine's or the folder's
 
 
 def is_image(name: str) -> bool:
@@ -46,15 +50,18 @@ def _scan(folder: str, prefix: str, found: list[tuple[str, int, int]], deep: boo
     ignored, folders = 0, []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif is_image(entry.name):
-                status = entry.stat()  # of a link's target; a broken link raises
-                if not stat.S_ISREG(status.st_mode):
-                    raise ImageFolderError(f"{entry.path!a}: named like an image, but no file; remove it")
-                found.append((prefix + entry.name, status.st_size, status.st_mtime_ns))
-            else:
-                ignored += 1
+            try:
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif is_image(entry.name):
+                    status = entry.stat()  # of a link's target
+                    found.append((prefix + entry.name, status.st_size, status.st_mtime_ns))
+                else:
+                    ignored += 1
+            except OSError as error:
+                if error.errno not in _ONE_FILE or not is_image(entry.name):
+                    raise
+                found.append((prefix + entry.name, 0, 0))  # one bad sample, of which `read` says what is wrong
     for name in folders if deep else ():
         ignored += _scan(f"{folder}/{name}", f"{prefix}{name}/", found, deep)
     return ignored
@@ -63,8 +70,9 @@ def _scan(folder: str, prefix: str, found: list[tuple[str, int, int]], deep: boo
 def list_images(root: Path) -> ImageList:
     """Class folders in sorted order (torchvision's layout, links followed), or the images right in `root`.
 
-    Raises ImageFolderError naming the folder that does not exist or has no images, the image that lies beside class folders, what cannot
-    be read (a broken link, a folder without permission) or has a name that is not UTF-8.
+    Links that lead nowhere, and whatever else is named like an image, are listed: reading them says what is wrong. Raises ImageFolderError
+    naming the folder that does not exist, cannot be listed or has no images, the image that lies beside class folders, or has a name that
+    is not UTF-8.
     """
     root = Path(root)
     if not root.is_dir():
@@ -107,18 +115,22 @@ def list_images(root: Path) -> ImageList:
 class ImageFolder(Source):
     """One folder per class (torchvision's layout); ids are paths relative to the folder.
 
-    class_names: the classes in the order of their labels, when it is not that of the sorted folders or some have no folder.
-    Raises ImageFolderError (see `list_images`), also for a folder without class folders.
+    class_names: the classes in the order of their labels, when it is not that of the sorted folders or some have no folder. unlabelled: a
+    flat folder of images will do; its labels are -1.
+    Raises ImageFolderError (see `list_images`), also for a folder without class folders, where labels are needed.
     """
 
     kind = "image folder"
 
-    def __init__(self, root: Path, class_names: list[str] | None = None) -> None:
+    def __init__(self, root: Path, class_names: list[str] | None = None, unlabelled: bool = False) -> None:
         images = list_images(root)
-        if images.class_names is None:
-            raise ImageFolderError(f"{root}: has no class folders; put each class's images in a folder of its own")
         self.root, self.ids, self.ignored = str(root), images.ids, images.ignored
-        self.labels, self.class_names = reorder_classes(images.labels, images.class_names, class_names, self.root)
+        if images.class_names is not None:
+            self.labels, self.class_names = reorder_classes(images.labels, images.class_names, class_names, self.root)
+        elif unlabelled:
+            self.labels, self.class_names = np.full(len(self.ids), -1, np.int64), []
+        else:
+            raise ImageFolderError(f"{root}: has no class folders; put each class's images in a folder of its own")
         self.sizes, self._mtimes = images.sizes, images.mtimes
 
     @property
@@ -130,15 +142,4 @@ class ImageFolder(Source):
         return f"{self.root}/{self.ids[i]}"
 
     def read(self, i: int) -> bytes:
-        size = int(self.sizes[i])
-        file = os.open(f"{self.root}/{self.ids[i]}", os.O_RDONLY | os.O_CLOEXEC)  # one call each: Path.read_bytes takes ten
-        try:
-            data = os.read(file, size + 1)
-            while len(data) < size and (more := os.read(file, size + 1 - len(data))):  # network file systems may answer in pieces
-                data += more
-        finally:
-            os.close(file)
-        if len(data) != size:
-            now = f"more than {size}" if len(data) > size else len(data)
-            raise SourceError(f"{self.origin(i)}: has {now} bytes, it had {size} when it was listed; run again once nobody changes it")
-        return data
+        return read_listed(self.origin(i), int(self.sizes[i]))

@@ -19,8 +19,8 @@ import numpy as np
 
 from tl_fast.labelmap import EXTENTS, LabelMapError, LabelMapStore, MapSpec, pack
 from tl_fast.map_match import match_maps
-from tl_fast.sources import SourceError
-from tl_fast.tar_files import Tar
+from tl_fast.sources import SourceError, read_listed
+from tl_fast.tar_files import Tar, pread
 
 SAMPLED = 32  # maps that are read to find the shape
 MAX_BYTES = 64 << 20  # of one .pt file; the published ones have 7 KB
@@ -76,14 +76,7 @@ class _Folder:
         size = int(self.stamps[j, 0])
         if size > MAX_BYTES:
             raise ValueError(f"has more than {MAX_BYTES >> 20} MiB")
-        file = os.open(f"{self.root}/{self.names[j]}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            data = os.read(file, size + 1)
-        finally:
-            os.close(file)
-        if len(data) != size:
-            raise ValueError(f"has another size than the {size} bytes it was listed with; run again once nobody changes it")
-        return data
+        return read_listed(f"{self.root}/{self.names[j]}", size)
 
     def close(self) -> None:
         pass
@@ -121,7 +114,7 @@ class _Zip:
             raise ValueError(f"has more than {MAX_BYTES >> 20} MiB")
         header = os.pread(self.file, self.LOCAL_HEADER.size, offset)
         magic, name, extra = self.LOCAL_HEADER.unpack(header) if len(header) == self.LOCAL_HEADER.size else (b"", 0, 0)
-        data = os.pread(self.file, stored, offset + self.LOCAL_HEADER.size + name + extra)
+        data = pread(self.file, stored, offset + self.LOCAL_HEADER.size + name + extra)
         if method == zipfile.ZIP_DEFLATED:
             try:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
@@ -207,7 +200,7 @@ class PublishedMaps:
             raise
         self.manifest: dict[str, Any] = {
             "model": "published maps", "source": self.path.resolve().name, "format": "one .pt an image, [2, k, H, W]: raw logits, classes",
-            "scores": "logits as published, classes not listed count as 0", "spec": self.spec.to_dict(),
+            "scores": "logits as published, classes not listed count as 0", "spec": self.spec.to_dict(), "exif": "ignore",
         }
 
     def _find_spec(self, extent: str, num_classes: int) -> MapSpec:
@@ -233,7 +226,8 @@ class PublishedMaps:
         try:
             return self._reader.read(self._files.read(j))
         except (OSError, ValueError) as error:
-            raise LabelMapError(f"{self.origin(j)}: {error}") from error
+            named = str(error).startswith(self.origin(j))
+            raise LabelMapError(str(error) if named else f"{self.origin(j)}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.names)

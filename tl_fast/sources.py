@@ -4,16 +4,20 @@ A `Source` is listed once, when it is opened (ids, labels, sizes), and then read
 """
 from __future__ import annotations
 
+import argparse
 import glob
 import itertools
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from tl_fast.mistakes import InputError
 
 MAX_CLASSES = 65_535  # labels above this fit in no label map; a larger one is damage, and names for it would fill the memory
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -22,7 +26,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
-class SourceError(ValueError):
+class SourceError(InputError):
     """A data set that is not as its kind should be; the message names the file (and member or row) and the remedy."""
 
 
@@ -33,12 +37,12 @@ class SourceChanged(SourceError):
 class Source(Protocol):
     """A listed data set of n images. Kinds subclass this; anything of the same shape serves as well.
 
-    kind: 'image folder', 'ImageNet tar', 'WebDataset' or 'parquet'. root: what was opened, for messages.
+    kind: 'image folder', 'ImageNet tar', 'WebDataset', 'parquet' or 'beton'. root: what was opened, for messages.
     ids: n different strings, stable between runs. labels: int64 [n], places in `class_names`; -1 where the file has none: `read` says so.
     sizes: int64 [n], bytes of each image (parquet: mean of its row group). stamps: int64 [n, m], rows that change when the input does.
-    ignored: how many other files or archive members were seen. decodes_groups: reading one image decodes its neighbours
-    too and keeps them for the next reads (parquet). One process should then do all reading, with threads: each process
-    would decode them anew.
+    ignored: how many other files or archive members were seen. exif: what was done about EXIF orientations when the images were converted
+    ('ignore' or 'apply'); None: nothing yet. decodes_groups: reading one image decodes its neighbours too and keeps them
+    for the next reads (parquet). One process should then do all reading, with threads: each process would decode them anew.
     """
 
     kind: str
@@ -48,6 +52,7 @@ class Source(Protocol):
     class_names: list[str]
     sizes: np.ndarray
     ignored: int
+    exif: str | None = None
     decodes_groups: bool = False
 
     @property
@@ -81,6 +86,14 @@ class Source(Protocol):
         self.close()
 
 
+def add_source_options(group: argparse._ArgumentGroup) -> None:
+    """The command-line options that `open_source` takes, alike wherever images are read."""
+    group.add_argument("--labels", type=Path, metavar="FILE", help="of the ImageNet validation tar: its devkit, or a list")
+    group.add_argument("--class-names", type=Path, metavar="FILE", help="in label order, one a line or a JSON list")
+    group.add_argument("--image-column", metavar="NAME", help="of parquet files (default: found)")
+    group.add_argument("--label-column", metavar="NAME", help="of parquet files (default: found)")
+
+
 def open_source(
     paths: Sequence[Path | str] | Path | str,
     *,
@@ -88,12 +101,14 @@ def open_source(
     class_names: Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    unlabelled: bool = False,
 ) -> Source:
     """List the data set at `paths`: an image folder, ImageNet tars, WebDataset shards or parquet shards (see docs/converting.md).
 
     paths: a folder, files, globs or WebDataset's brace patterns ('train-{000..146}.tar'). labels: the classes of ImageNet's validation tar
     (devkit, or a list). class_names: file of names, one per line or a JSON list, in the order of the labels; without it names come from
-    the data, or else from `class_names.txt` or `.json` beside the shards. image_column, label_column: of parquet files.
+    the data, or else from `class_names.txt` or `.json` beside the shards. image_column, label_column: of parquet files. unlabelled: images
+    without labels will do, as a flat folder of images has them.
     Raises SourceError naming the file at fault and the remedy.
     """
     files = expand_paths([paths] if isinstance(paths, (str, Path)) else paths)
@@ -107,7 +122,7 @@ def open_source(
     if kind == "folder":
         from tl_fast.image_folder import ImageFolder
 
-        return ImageFolder(Path(files[0]), class_names=names)
+        return ImageFolder(Path(files[0]), class_names=names, unlabelled=unlabelled)
     if kind == "tar":
         from tl_fast.imagenet_tar import open_tars
 
@@ -117,6 +132,26 @@ def open_source(
     except ModuleNotFoundError as error:
         raise SourceError(f"{files[0]}: reading parquet needs {error.name}, which is not installed; pip install pyarrow") from error
     return ParquetSource(files, image_column=image_column, label_column=label_column, class_names=names)
+
+
+def read_listed(path: str, size: int) -> bytes:
+    """The bytes of a file that had `size` of them when it was listed.
+
+    Raises SourceError when it has more or fewer now, or is no file; OSError.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a pipe that nobody writes to would never open
+    try:
+        if size == 0 and not stat.S_ISREG(os.fstat(file).st_mode):
+            raise SourceError(f"{path}: named like a file of the data set, but no file; remove it")
+        data = os.read(file, size + 1)  # one call each: Path.read_bytes takes ten
+        while len(data) < size and (more := os.read(file, size + 1 - len(data))):  # network file systems may answer in pieces
+            data += more
+    finally:
+        os.close(file)
+    if len(data) != size:
+        now = f"more than {size}" if len(data) > size else len(data)
+        raise SourceError(f"{path}: has {now} bytes, it had {size} when it was listed; run again once nobody changes it")
+    return data
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -131,7 +131,7 @@ class Tar:
     def read(self, offset: int, size: int) -> bytes:
         """Thread-safe. Raises SourceChanged when the file is another or shorter, OSError when it is gone."""
         if self.file is not None:
-            data = _pread(self.file, size, offset)
+            data = pread(self.file, size, offset)
         else:
             file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -139,7 +139,7 @@ class Tar:
                 if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime):
                     message = f"{self.path}: has changed since it was listed; run again once nobody changes it"
                     raise SourceChanged(message)
-                data = _pread(file, size, offset)
+                data = pread(file, size, offset)
             finally:
                 os.close(file)
         if len(data) != size:
@@ -149,7 +149,8 @@ class Tar:
         return data
 
 
-def _pread(file: int, size: int, offset: int) -> bytes:
+def pread(file: int, size: int, offset: int) -> bytes:
+    """`os.pread` until `size` bytes are there or the file ends: network file systems may answer in pieces."""
     data = os.pread(file, size, offset)
     while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
         data += more

@@ -83,7 +83,8 @@ def _library() -> ctypes.CDLL:
         ]
     except (OSError, AttributeError) as error:
         raise TurboJpegMissing(
-            f"progressive, arithmetic and multi-scan JPEGs become baseline ones by libturbojpeg, which cannot be loaded ({error}); "
+            "progressive, arithmetic and multi-scan JPEGs become baseline ones, and others are turned upright, by libturbojpeg, "
+            f"which cannot be loaded ({error}); "
             "install it: as root `apt-get install libturbojpeg0`; without root on Debian "
             f"`cd {shlex.quote(sys.prefix)} && apt-get download libturbojpeg0 && dpkg -x libturbojpeg0_*.deb .` "
             "(Ubuntu calls it libturbojpeg); with conda `conda install -c conda-forge libjpeg-turbo`; elsewhere put "
