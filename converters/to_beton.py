@@ -5,7 +5,7 @@
     python converters/to_beton.py verify FILE.beton ... [--decode]
 
 IMAGES: a folder with one folder per class (torchvision's layout), the official ImageNet tars as downloaded, Hugging Face parquet shards,
-or WebDataset shards; several files, a folder of them, or a pattern in quotes. MAPS: a store that `python -m tl_fast.annotate` made, or the
+WebDataset shards, or betons; several files, a folder of them, or a pattern in quotes. MAPS: a store that `python -m tl_fast.annotate` made, or the
 published label maps (one .pt an image), in a folder or still in their archive. docs/converting.md has the details.
 
 The file appears when it is whole. Killed runs and runs that failed leave `.OUT.beton.partial`, from which --resume goes on.
@@ -15,26 +15,29 @@ Exit code 0: done, sound; 1: an error or a damaged file, said on stderr; 2: wron
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from tl_fast.beton import BetonError, BetonReader, WriteSummary, verify, write_beton
 from tl_fast.beton_layout import HEADER, VERSION
 from tl_fast.beton_write import PAGE_SIZE, reuse_memory
-from tl_fast.conversion import Conversion, Estimate, Shard, annotator_record, check_space, estimate, free_space, open_maps
+from tl_fast.beton_source import open_images, settled_exif
+from tl_fast.conversion import Conversion, Estimate, Shard, annotator_record, check_space, difference, estimate, free_space, open_maps
 from tl_fast.cores import usable_cores
-from tl_fast.labelmap import EXTENTS, LabelMapError
+from tl_fast.image import EXIF
+from tl_fast.labelmap import EXTENTS
+from tl_fast.mistakes import EXPECTED
 from tl_fast.partial_file import partial_paths
-from tl_fast.sources import Source, SourceError, open_source
+from tl_fast.progress import ProgressDisplay
+from tl_fast.rejects import list_beside
+from tl_fast.sources import Source, add_source_options
 
 MIB = 1 << 20
 
@@ -57,6 +60,7 @@ def convert(
     max_resolution: int | None = None,
     decode_check: bool = True,
     row_index: bool = False,
+    exif: str | None = None,
     page_size: int = PAGE_SIZE,
     on_error: str = "stop",
     max_rejects: int | None = None,
@@ -73,15 +77,12 @@ def convert(
     out = out if shard is None else shard.path(out)
     if overwrite:
         refuse_to_replace(out)
-    source = open_source(
-        [images] if isinstance(images, (str, Path)) else images,
-        labels=labels,
-        class_names=class_names,
-        image_column=image_column,
-        label_column=label_column,
-    )
-    try:
-        maps = None if label_maps is None else open_maps(label_maps, extent, source)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(
+            open_images(images, labels=labels, class_names=class_names, image_column=image_column, label_column=label_column)
+        )
+        exif = settled_exif(source, exif)
+        maps = None if label_maps is None else stack.enter_context(contextlib.closing(open_maps(label_maps, extent, source, exif)))
         places = source.order(seed if order == "shuffled" else None)
         conversion = Conversion(source, maps, places if shard is None else shard.cut(places))
         if len(conversion) == 0:
@@ -93,35 +94,47 @@ def convert(
             "shard": None if shard is None else f"{shard.index}/{shard.count}",
             "quality": quality,
             "max_resolution": max_resolution,
-            **({"row_index": True} if row_index else {}),  # betons of before have no such entry
+            "decode_check": decode_check,
+            "row_index": row_index,
+            "exif": exif,
+            "page_size": page_size,
+            "inputs": conversion.inputs(),
         }
         if on_error == "stop" and len(without := conversion.without_map):
             raise BetonError(
-                f"{source.origin(without[0])}: has no label map in {label_maps}, and so have {len(without) - 1} other images of "
-                f"{len(conversion)}; annotate them, or leave them out with --on-error quarantine"
+                f"{source.origin(without[0])}: {conversion.why_without(without[0])}; {len(without) - 1} other images of {len(conversion)} "
+                "have none either. Annotate them, or leave them out with --on-error quarantine"
             )
-        if resume and out.exists() and not partial_paths(out)[0].exists() and finished(out, conversion, record):
+        if resume and not overwrite and out.exists() and not partial_paths(out)[0].exists():
+            allowed = 0 if on_error == "stop" else max_rejects
+            found = difference(out, conversion, record=record, annotator=annotator_record(maps), max_rejects=allowed)
+            if found is not None:
+                raise BetonError(f"{out}: is finished, but not what this command makes: {found}. Give --overwrite to make it anew")
             console.print(f"{out}: is already there, whole and of these images; nothing to do", highlight=False, markup=False)
             return None
-        with console.status("trying some samples (the first run on a machine compiles for half a minute)"):
-            expected = estimate(
-                conversion,
-                max_resolution=max_resolution,
-                quality=quality,
-                decode_check=decode_check,
-                row_index=row_index,
-                tries=256 if dry_run else 32,
-            )
+        # No spinner: its thread would be running when the workers are forked.
+        console.print("trying some samples (the first run on a machine compiles for half a minute)", highlight=False)
+        expected = estimate(
+            conversion,
+            max_resolution=max_resolution,
+            quality=quality,
+            decode_check=decode_check,
+            row_index=row_index,
+            exif=exif,
+            tries=256 if dry_run else 32,
+        )
         if dry_run:
             print_plan(console, out, conversion, expected)
             return None
         if space_check:
             partial = partial_paths(out)[0]
             check_space(out, expected.size, partial.stat().st_blocks * 512 if partial.exists() else 0)
-        summary = run(
-            console,
-            len(conversion),
-            lambda progress: write_beton(
+        with ProgressDisplay("packing", len(conversion), console) as display:
+
+            def progress(taken: int, rejected: int, size: int) -> None:
+                display.update(taken, f"{rejected:,} rejected" if rejected else "", size)
+
+            summary = write_beton(
                 out,
                 conversion,
                 class_names=source.class_names,
@@ -134,18 +147,16 @@ def convert(
                 quality=quality,
                 decode_check=decode_check,
                 row_index=row_index,
+                exif=exif,
                 page_size=page_size,
                 on_error=on_error,
                 max_rejects=max_rejects,
                 overwrite=overwrite,
                 resume=resume,
                 progress=progress,
-            ),
-        )
-        print_summary(console, out, source, summary, has_maps=maps is not None, row_index=row_index)
+            )
+        print_summary(console, out, source, summary, has_maps=maps is not None, row_index=row_index, exif=exif)
         return summary
-    finally:
-        source.close()
 
 
 def refuse_to_replace(out: Path) -> None:
@@ -155,35 +166,6 @@ def refuse_to_replace(out: Path) -> None:
             head = file.read(HEADER.itemsize)
         if len(head) < HEADER.itemsize or np.frombuffer(head, HEADER)[0]["version"] != VERSION:
             raise BetonError(f"{out}: is there and is no beton, so --overwrite does not replace it; remove it yourself or choose another name")
-
-
-def finished(out: Path, conversion: Conversion, record: dict) -> bool:
-    """True when `out` holds just these samples, converted in this way."""
-    rejects = out.with_name(out.name + ".rejects.jsonl")
-    rejected = {json.loads(line)["id"] for line in rejects.read_text().splitlines()} if rejects.exists() else set()
-    with BetonReader(out) as reader:
-        theirs = {key: value for key, value in (reader.conversion or {}).items() if key != "rejected"}
-        return theirs == record and conversion.same_as(reader.source_ids, rejected)
-
-
-def run(console: Console, total: int, write: Callable[[Callable[[int, int, int], None]], WriteSummary]) -> WriteSummary:
-    """`write(progress)` with a progress bar: images/s, MB/s, time left, samples left out."""
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total, rate="")
-        shown, first = 0.0, None
-
-        def progress(taken: int, rejected: int, size: int) -> None:
-            nonlocal shown, first
-            now = time.monotonic()
-            if first is None:
-                first = now, taken, size  # a resumed run starts with what an earlier one did
-            if now - shown > 0.1 or taken == total:
-                shown, seconds = now, max(now - first[0], 1e-3)
-                rate = f"{(taken - first[1]) / seconds:,.0f} images/s  {(size - first[2]) / seconds / 1e6:,.0f} MB/s"
-                bar.update(task, completed=taken, rate=rate + (f"  {rejected:,} rejected" if rejected else ""))
-
-        return write(progress)
 
 
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -211,7 +193,9 @@ def print_plan(console: Console, out: Path, conversion: Conversion, expected: Es
         console.print(problem, soft_wrap=True, highlight=False, markup=False)
 
 
-def print_summary(console: Console, out: Path, source: Source, summary: WriteSummary, has_maps: bool, row_index: bool) -> None:
+def print_summary(
+    console: Console, out: Path, source: Source, summary: WriteSummary, has_maps: bool, row_index: bool, exif: str
+) -> None:
     seconds, done = summary.seconds, summary.samples + summary.rejected - summary.resumed
     rows = [
         ("samples", f"{summary.samples:,} in {len(source.class_names):,} classes"),
@@ -220,9 +204,9 @@ def print_summary(console: Console, out: Path, source: Source, summary: WriteSum
         ("re-encoded to RGB JPEG", f"{summary.reencoded:,}"),
         ("shrunk", f"{summary.resized:,}"),
         ("stripped of metadata", f"{summary.stripped:,}"),
-        ("EXIF orientation ignored", f"{summary.rotated:,}"),
+        ("EXIF orientation " + ("applied" if exif == "apply" else "ignored"), f"{summary.rotated:,}"),
         *([("with a row index", f"{summary.row_indexed:,}, {summary.samples - summary.row_indexed:,} left as they are")] if row_index else []),
-        ("rejected", f"{summary.rejected:,}" + (f", see {out}.rejects.jsonl" if summary.rejected else "")),
+        ("rejected", f"{summary.rejected:,}" + (f", see {list_beside(out)}" if summary.rejected else "")),
         ("files ignored (no image by name)", f"{source.ignored:,}"),
         ("images", f"{summary.image_bytes / 1e6:,.1f} MB"),
         ("label maps", f"{summary.label_map_bytes / 1e6:,.1f} MB" if has_maps else "none"),
@@ -231,6 +215,13 @@ def print_summary(console: Console, out: Path, source: Source, summary: WriteSum
         *([("taken from an earlier run", f"{summary.resumed:,} samples")] if summary.resumed else []),
     ]
     print_table(console, str(out), rows)
+    if summary.rotated and exif == "ignore":
+        console.print(
+            f"{summary.rotated:,} images say by EXIF that they are to be turned, which was ignored, as ImageNet's training code does: photos of "
+            "phones may lie on their side. --exif apply turns them (in annotation as well)",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def info(path: Path, console: Console | None = None) -> None:
@@ -255,17 +246,19 @@ def info(path: Path, console: Console | None = None) -> None:
                 ("label maps", f"top {spec.k} of {spec.num_classes:,} classes in {spec.height}×{spec.width} cells, extent {spec.extent}")
             )
         rows += [(f"annotator {key}", str(value)) for key, value in (reader.annotator or {}).items()]
-        rows += [(f"conversion {key}", str(value)) for key, value in (reader.conversion or {}).items() if value is not None]
+        record = {key: value for key, value in (reader.conversion or {}).items() if key != "inputs"}  # digests, for --resume
+        rows += [(f"conversion {key}", str(value)) for key, value in record.items() if value is not None]
         rows += [("written by", f"tl_fast {reader.tl_fast_version}")] if reader.has_crc else []
         rows += [("first, last id", f"{reader.source_ids[0]}, {reader.source_ids[-1]}")]
         print_table(console or Console(), str(path), rows)
 
 
 def check(path: Path, decode: bool, workers: int) -> bool:
-    """`verify`, with a progress bar and its findings printed. True when the file is sound."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("verifying", total=None)
-        problems = verify(path, decode, workers, lambda done: bar.update(task, completed=done))
+    """`verify`, with its progress and its findings printed. True when the file is sound."""
+    with BetonReader(path) as reader:
+        count = len(reader)
+    with ProgressDisplay("verifying", count) as display:
+        problems = verify(path, decode, workers, display.update)
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"{path}: {f'{len(problems)} damaged samples' if problems else 'sound'}")
@@ -278,21 +271,19 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
     if command != "convert":
         parser.add_argument("files", type=Path, metavar="FILE", nargs="+")
         if command == "verify":
             parser.add_argument("--decode", action="store_true", help="decode every image too")
             parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N")
         return parser
-    parser.add_argument("images", type=Path, metavar="IMAGES", nargs="+", help="folder, tars or parquet files")
+    parser.add_argument("images", type=Path, metavar="IMAGES", nargs="+", help="folder, tars, parquet files or betons")
     parser.add_argument("out", type=Path, metavar="OUT.beton")
     group = parser.add_argument_group("what goes in")
     group.add_argument("--label-maps", type=Path, metavar="MAPS", help="store of tl_fast.annotate, or the published maps; default: none")
     group.add_argument("--extent", choices=EXTENTS, help="what the published maps span; must be said for them")
-    group.add_argument("--labels", type=Path, metavar="FILE", help="of the ImageNet validation tar: its devkit, or a list")
-    group.add_argument("--class-names", type=Path, metavar="FILE", help="names in label order, one a line or a JSON list")
-    group.add_argument("--image-column", metavar="NAME", help="of parquet files (default: found)")
-    group.add_argument("--label-column", metavar="NAME", help="of parquet files (default: found)")
+    add_source_options(group)
     group.add_argument("--order", choices=("source", "shuffled"), default="source", help="of the samples in the file (default source)")
     group.add_argument("--seed", type=int, default=0, help="of --order shuffled (default 0)")
     group.add_argument("--shard", metavar="i/n", help="write part i of n (from 0) to OUT-i-of-n.beton; auto: as torchrun or SLURM says")
@@ -300,13 +291,15 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     group.add_argument("--quality", type=int, default=90, metavar="Q", help="of images that must be encoded anew, 1 to 100 (default 90)")
     group.add_argument("--max-resolution", type=int, metavar="PX", help="shrink images whose longest side is above this")
     group.add_argument("--no-decode-check", action="store_true", help="look at the structure of JPEGs only, do not decode them")
+    group.add_argument("--exif", choices=EXIF, help="ignore: leave images as they lie in the file, as ImageNet's training code does "
+                       "(default); apply: turn them as their EXIF orientation says, JPEGs without loss where possible")
     group.add_argument("--row-index", action="store_true", help="restart markers, so that crops are decoded without what is around them")
     group = parser.add_argument_group("bad samples")
     group.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="quarantine: leave out, list in OUT.rejects.jsonl")
     group.add_argument("--max-rejects", type=int, metavar="N", help="with quarantine: fail when more are left out (default: no limit)")
     group = parser.add_argument_group("the run")
     group.add_argument("--workers", type=int, metavar="N", help="threads (default: the CPU cores this process may use)")
-    group.add_argument("--resume", action="store_true", help="go on from what an unfinished run left")
+    group.add_argument("--resume", action="store_true", help="go on from what an unfinished run left; a finished file is compared with the inputs")
     group.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
     group.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
     group.add_argument("--no-space-check", action="store_true", help="begin even if the disk seems too small")
@@ -321,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = argv.pop(0) if argv[:1] in (["info"], ["verify"]) else "convert"
     parser = build_parser(command)
     arguments = vars(parser.parse_args(argv))
+    show_traceback = arguments.pop("traceback")
     if command == "verify" and arguments["workers"] < 1:
         parser.error(f"--workers must be at least 1, got {arguments['workers']}")
     try:
@@ -335,7 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 info(file)
         else:
             return 0 if all([check(file, arguments["decode"], arguments["workers"]) for file in arguments["files"]]) else 1
-    except (BetonError, SourceError, LabelMapError, OSError) as error:
+    except EXPECTED as error:
+        if show_traceback:
+            raise
         print("\n".join((f"to_beton.py: {error}", *getattr(error, "__notes__", ()))), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -18,15 +19,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from test_sources import WNIDS, pack_train, pack_val, pack_webdataset, parquet_table, write_parquet
-from tl_fast import beton_write
+from tl_fast import beton_write, progress
 from tl_fast.beton import BetonError, BetonReader, verify
 from tl_fast.conversion import Shard
+from tl_fast.forked import Forked
 from tl_fast.image_folder import ImageFolder
-from tl_fast.labelmap import MapSpec, dequantise, pack, quantise, write_store
+from tl_fast.labelmap import MapSpec, dequantise, pack, quantise, write_manifest, write_store
 from tl_fast.partial_file import partial_paths
 from tl_fast.pipeline import Loader
+from tl_fast.published_maps import PublishedMaps
 from tl_fast.sources import Source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,7 +148,7 @@ def test_published_label_maps(to_beton: ModuleType, folder: ImageFolder, tmp_pat
     assert "--extent" in said and "centre" in said
     assert run(to_beton, folder.root, out, "--label-maps", maps, "--extent", "center_square") == 0
     assert run(to_beton, "info", out) == 0
-    assert "extent center_square" in capsys.readouterr().out
+    assert re.search(r"extent\W+center_square", capsys.readouterr().out)
     with BetonReader(out) as reader:
         classes, scores = reader.label_maps(np.arange(len(reader)))
         for i, sample_id in enumerate(reader.source_ids):
@@ -283,7 +287,6 @@ def test_resume_from_the_command_line(to_beton: ModuleType, folder: ImageFolder,
     shutil.copytree(folder.root, root)
     bad = sorted(root.rglob("*.JPEG"))[35]
     good = bad.read_bytes()
-    assert run(to_beton, root, tmp_path / "expected.beton") == 0
     bad.write_bytes(good[:-3000])
     monkeypatch.setattr(beton_write, "COMMIT_SECONDS", 0)
     assert run(to_beton, root, out) == 1
@@ -292,12 +295,131 @@ def test_resume_from_the_command_line(to_beton: ModuleType, folder: ImageFolder,
     assert all(path.exists() for path in partial_paths(out))
     assert run(to_beton, root, out, "--resume", "--quality", 50) == 1 and "quality" in capsys.readouterr().err
     bad.write_bytes(good)
+    assert run(to_beton, root, tmp_path / "expected.beton") == 0
     assert run(to_beton, root, out, "--resume") == 0
     assert out.read_bytes() == (tmp_path / "expected.beton").read_bytes() and not any(path.exists() for path in partial_paths(out))
     capsys.readouterr()
     before = out.stat().st_mtime_ns
     assert run(to_beton, root, out, "--resume") == 0 and "nothing to do" in capsys.readouterr().err and out.stat().st_mtime_ns == before
-    assert run(to_beton, root, out, "--resume", "--quality", 50) == 1 and "--overwrite" in capsys.readouterr().err
+    assert run(to_beton, root, out, "--resume", "--quality", 50) == 1
+    assert re.search("quality was 90 and is now 50. .*--overwrite", " ".join(capsys.readouterr().err.split()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("maps added", "made without label maps"),
+        ("maps swapped", "the label maps, their sizes or times have changed"),
+        ("maps annotated anew", "the label maps' created was 'monday' and is now 'tuesday'|the label maps' created was monday and is now tuesday"),
+        ("class order", "class 0 was 'n01440764' and is now"),
+        ("an image replaced", "the images' sizes or times have changed"),
+        ("an image touched up, of the same size", "the images' sizes or times have changed"),
+        ("a new image", "the images' names or their order have changed since it was made: n01440764/new.JPEG is new"),
+        ("an image gone", "names or their order have changed since it was made: .* is no longer there"),
+        ("a page size", "page_size was 8388608 and is now 16777216"),
+        ("no check of images", "decode_check was True and is now False"),
+        ("a row index", "row_index was False and is now True"),
+        ("turned photos", "exif was ignore and is now apply"),
+        ("no more rejects", "1 samples were left out of it, 0 may be"),
+    ],
+)
+def test_resume_refuses_a_finished_file_that_the_command_would_not_make(
+    to_beton: ModuleType, folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture, change: str, words: str
+) -> None:
+    root, out, names = tmp_path / "images", tmp_path / "out.beton", tmp_path / "names.txt"
+    shutil.copytree(folder.root, root)
+    image = sorted((root / "n01440764").iterdir())[0]
+    names.write_text("\n".join(folder.class_names))
+    maps: list[object] = []
+    if change == "maps swapped":
+        maps = ["--label-maps", published(folder, tmp_path / "maps"), "--extent", "full"]
+    elif change == "maps annotated anew":
+        spec = MapSpec(2, 2, 2, 4)
+        records = [pack(np.indices((2, 2, 2))[0], np.zeros((2, 2, 2)), spec)] * len(folder.ids)
+        write_store(tmp_path / "store", folder.ids, records, spec, folder.class_names, created="monday")
+        maps = ["--label-maps", tmp_path / "store"]
+    elif change == "no more rejects":
+        image.write_bytes(b"no image")
+    arguments = [root, out, "--class-names", names, *maps, *(["--on-error", "quarantine"] if change == "no more rejects" else [])]
+    assert run(to_beton, *arguments) == 0
+    before = out.stat().st_mtime_ns
+    assert run(to_beton, *arguments, "--resume") == 0 and "nothing to do" in capsys.readouterr().err
+
+    if change == "maps added":
+        arguments += ["--label-maps", published(folder, tmp_path / "maps"), "--extent", "full"]
+    elif change == "maps swapped":
+        shutil.rmtree(tmp_path / "maps")
+        published(folder, tmp_path / "maps", seed=1)
+    elif change == "maps annotated anew":
+        write_manifest(tmp_path / "store", spec, len(folder.ids), folder.class_names, complete=True, created="tuesday")
+    elif change == "class order":
+        names.write_text("\n".join(reversed(folder.class_names)))
+    elif change == "an image replaced":
+        shutil.copy(sorted((root / "n01440764").iterdir())[1], image)
+    elif change == "an image touched up, of the same size":
+        image.write_bytes(image.read_bytes())
+    elif change == "a new image":
+        shutil.copy(image, image.with_name("new.JPEG"))
+    elif change == "an image gone":
+        image.unlink()
+    elif change == "no more rejects":
+        arguments = arguments[:-2]
+    arguments += {
+        "a page size": ["--page-size", 16 << 20], "no check of images": ["--no-decode-check"], "a row index": ["--row-index"],
+        "turned photos": ["--exif", "apply"],
+    }.get(change, [])  # fmt: skip
+    assert run(to_beton, *arguments, "--resume") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(words, said) and "--overwrite" in said and out.stat().st_mtime_ns == before
+    if change not in ("a new image", "no more rejects"):
+        assert run(to_beton, *arguments, "--overwrite") == 0
+        assert run(to_beton, *arguments, "--resume") == 0 and "nothing to do" in capsys.readouterr().err
+
+
+def test_the_converter_closes_what_it_opens(to_beton: ModuleType, folder: ImageFolder, tmp_path: Path, monkeypatch) -> None:
+    maps, closed = published(folder, tmp_path / "maps"), []
+    monkeypatch.setattr(PublishedMaps, "close", lambda self: closed.append(self.path))
+    assert run(to_beton, folder.root, tmp_path / "out.beton", "--label-maps", maps, "--extent", "full", "--dry-run") == 0
+    assert closed == [maps]
+
+
+def test_no_thread_runs_when_the_workers_are_forked(to_beton: ModuleType, folder: ImageFolder, tmp_path: Path, monkeypatch) -> None:
+    """A child has the parent's locks as they were, and none of its threads to release them."""
+    threads, enter = [], Forked.__enter__
+    monkeypatch.setattr(Forked, "__enter__", lambda self: (threads.append(threading.enumerate()), enter(self))[1])
+    monkeypatch.setattr(beton_write, "usable_cores", lambda: 2)
+    before = threading.enumerate()
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    to_beton.convert(folder.root, tmp_path / "out.beton", console=terminal)
+    assert threads == [before] and "images/s" in terminal.file.getvalue()
+
+
+def test_long_conversions_say_how_far_they_are_without_a_terminal(
+    to_beton: ModuleType, folder: ImageFolder, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    assert run(to_beton, folder.root, tmp_path / "out.beton", "--workers", 1) == 0
+    assert re.search(r"^packing: \d+ of 40, [\d.,]+ images/s, \d+ MB/s, \d+ s left$", capsys.readouterr().err, re.MULTILINE)
+    assert run(to_beton, "verify", tmp_path / "out.beton") == 0
+
+
+SLURM = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "14", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "8"}
+
+
+def test_shards_of_slurm_arrays() -> None:
+    shards = [Shard.parse("auto", {**SLURM, "SLURM_ARRAY_TASK_ID": str(task)}) for task in range(0, 15, 2)]
+    assert shards == [Shard(i, 8) for i in range(8)]  # --array=0-14:2
+    plain = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "6", "SLURM_ARRAY_TASK_COUNT": "4"}
+    assert Shard.parse("auto", {**plain, "SLURM_ARRAY_TASK_ID": "5"}) == Shard(2, 4)
+    for environment in (
+        {**SLURM, "SLURM_ARRAY_TASK_ID": "3"},  # of another step
+        {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_COUNT": "3"},  # --array=1,5,7
+        {**SLURM, "SLURM_ARRAY_TASK_ID": "x"},
+        {"RANK": "8", "WORLD_SIZE": "8"},
+        {"SLURM_PROCID": "-1", "SLURM_NTASKS": "4"},
+    ):
+        with pytest.raises(BetonError, match="--shard auto: .*give i/n"):
+            Shard.parse("auto", environment)
 
 
 def test_interrupt_from_the_keyboard(folder: ImageFolder, tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 import tl_fast
-from tl_fast.atomic import write_atomic
 from tl_fast.beton_file import BetonFile, Encoded
 from tl_fast.beton_layout import MAX_INFO, MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
 from tl_fast.block_writer import BlockWriter
@@ -36,6 +35,7 @@ from tl_fast.forked import Forked, ProcessDied
 from tl_fast.labelmap import MapSpec
 from tl_fast.labelmap import encode as encode_map
 from tl_fast.partial_file import PartialFile
+from tl_fast.rejects import list_beside, reason_of, reject_lines, write_rejects
 from tl_fast.sources import SourceChanged
 
 PAGE_SIZE = 8 << 20  # ffcv's default, bytes
@@ -83,8 +83,8 @@ class SampleSource(Protocol):
 class WriteSummary:
     """What `write_beton` did.
 
-    Images `copied`, `transcoded` without loss, `reencoded`, `resized` (and encoded); of those, `stripped` of metadata and `rotated` (with
-    an EXIF orientation, which is ignored) and `row_indexed` (regions can be cut out of them; 0 when not asked for). `rejected`: samples left out. `resumed`: samples taken from an earlier run. Sizes in bytes,
+    Images `copied`, `transcoded` without loss, `reencoded`, `resized` (and encoded); of those, `stripped` of metadata, `rotated` (with
+    an EXIF orientation, ignored or applied as asked) and `row_indexed` (regions can be cut out of them; 0 when not asked for). `rejected`: samples left out. `resumed`: samples taken from an earlier run. Sizes in bytes,
     wall time in seconds.
     """
 
@@ -141,7 +141,8 @@ def ordered_map(workers: int, function: Callable, items: Iterable, ahead: int = 
 
 
 def encode(
-    sample: Sample, spec: MapSpec | None, max_resolution: int | None, quality: int, decode_check: bool, row_index: bool = False
+    sample: Sample, spec: MapSpec | None, max_resolution: int | None, quality: int, decode_check: bool, row_index: bool = False,
+    exif: str = "ignore",
 ) -> Encoded | Exception:
     """Read, check and encode one sample; the exception, not raised, when the sample is bad. Raises what is no fault of the sample."""
     from tl_fast.jpeg import prepare  # here, since reading a beton needs no image library
@@ -149,7 +150,7 @@ def encode(
 
     try:
         sample.source_id.encode("utf-8")  # file names may be any bytes
-        image = prepare(sample.image(), max_resolution, quality, decode_check, row_index)
+        image = prepare(sample.image(), max_resolution, quality, decode_check, row_index, exif)
         crc, data, score_min, score_step = image.crc, b"", 0.0, 0.0
         if sample.label < 0:
             raise ValueError("has no label")
@@ -173,12 +174,6 @@ def encode(
 
 
 COUNTS = ("copied", "transcoded", "re-encoded", "resized", "stripped", "rotated", "row_indexed", "image_bytes", "label_map_bytes")
-
-
-def reason(problem: Exception) -> str:
-    """What is wrong with a sample, in one line."""
-    text = str(problem) if isinstance(problem, (ValueError, OSError)) else f"{type(problem).__name__}: {problem}"
-    return " ".join(text.split())
 
 
 def compile_kernels(spec: MapSpec | None) -> None:
@@ -271,7 +266,7 @@ class Writer:
         self._take(sample)
         self.taken += 1
         if problem is not None:
-            self.rejects.append({"id": sample.source_id, "origin": sample.name, "reason": reason(problem)})
+            self.rejects.append({"id": sample.source_id, "origin": sample.name, "reason": reason_of(problem)})
 
     def commit(self) -> None:
         """Make what was done durable, in the background."""
@@ -300,11 +295,6 @@ class Writer:
         return self.partial.resumable
 
 
-def reject_lines(rejects: list[dict[str, str]]) -> bytes:
-    """One JSON object a line: id, origin, reason."""
-    return "".join(json.dumps(reject) + "\n" for reject in rejects).encode("ascii")
-
-
 def library_versions() -> dict[str, str]:
     """Of everything that decides which bytes a new encode has."""
     return {name: importlib.metadata.version(name) for name in ("Pillow", "simplejpeg")} | {"tl_fast": tl_fast.__version__}
@@ -324,6 +314,7 @@ def write_beton(
     quality: int = 90,
     decode_check: bool = True,
     row_index: bool = False,
+    exif: Literal["ignore", "apply"] = "ignore",
     page_size: int = PAGE_SIZE,
     on_error: Literal["stop", "quarantine"] = "stop",
     max_rejects: int | None = None,
@@ -334,11 +325,12 @@ def write_beton(
     """Write `samples` (with a `len()`; iterated once, in order) to `path`, in one pass, in bounded memory.
 
     class_names: name of every label; with `spec` as many as the label maps' classes, for token targets and labels are of one kind.
-    annotator, conversion: JSON-able records of how the label maps were made and of what was converted, kept in the file. workers: threads,
-    by default one per CPU core this process may use. processes: forked processes instead, which do not wait for each other's GIL; `samples`
-    must then be a sequence, and the bytes of its images and label maps are asked for in those processes. Samples with
-    `decodes_groups` are read by threads in any case. max_resolution, quality, decode_check, row_index: see
-    `tl_fast.jpeg.prepare`. page_size: bytes, a power of two; no sample may be larger.
+    annotator, conversion: JSON-able records of how the label maps were made and of what was converted, kept in the file; a
+    resumed run must have the same, but for conversion["inputs"], as every sample taken is compared by its own stamp.
+    workers: threads, by default one per CPU core this process may use. processes: forked processes instead, which do not
+    wait for each other's GIL; `samples` must then be a sequence, and the bytes of its images and label maps are asked for
+    in those processes. Samples with `decodes_groups` are read by threads in any case. max_resolution, quality,
+    decode_check, row_index, exif: see `tl_fast.jpeg.prepare`. page_size: bytes, a power of two; no sample may be larger.
     on_error: `stop` at the first bad sample, or `quarantine`: leave it out and list it, a JSON object a line, in `PATH.rejects.jsonl`.
     max_rejects: how many may be left out. resume: go on from what an unfinished run left (`tl_fast.partial_file`), if it left something.
     progress: called with the samples taken from the source, those of them left out, and the bytes written.
@@ -372,7 +364,8 @@ def write_beton(
         if not path.is_file():
             raise BetonError(f"{path} is no regular file; choose another name")
     settings = {
-        **(conversion or {}),  # not as one value: a resumed run says which of them differs
+        # Not as one value: a resumed run says which of them differs.
+        **{key: value for key, value in (conversion or {}).items() if key != "inputs"},
         "samples": len(samples),
         "class_names": list(class_names),
         "label maps": None if spec is None else spec.to_dict(),
@@ -381,6 +374,7 @@ def write_beton(
         "quality": quality,
         "decode_check": decode_check,
         "row_index": row_index,
+        "exif": exif,
         "page_size": page_size,
         "versions": library_versions(),
     }
@@ -389,7 +383,7 @@ def write_beton(
         info["conversion"] = conversion
     if (size := len(json.dumps(info, ensure_ascii=False).encode("utf-8"))) > MAX_INFO:
         raise BetonError(f"{path}: class names and the annotator's record have {size} bytes, at most {MAX_INFO} are read; shorten them")
-    rejects_path = path.with_name(path.name + ".rejects.jsonl")
+    rejects_path = list_beside(path)
     processes = processes and not getattr(samples, "decodes_groups", False)
 
     begun: deque[tuple[Sample, ...]] = deque()
@@ -402,11 +396,11 @@ def write_beton(
             start += len(chunk)
 
     def run(chunk: Iterable[Sample]) -> list[Encoded | Exception]:
-        return [encode(sample, spec, max_resolution, quality, decode_check, row_index) for sample in chunk]
+        return [encode(sample, spec, max_resolution, quality, decode_check, row_index, exif) for sample in chunk]
 
     def run_places(places: range) -> list[Encoded | Exception]:
         results = run(samples[place] for place in places)
-        return [ValueError(reason(result)) if isinstance(result, Exception) else result for result in results]
+        return [ValueError(reason_of(result)) if isinstance(result, Exception) else result for result in results]
 
     compile_kernels(spec)
     try:
@@ -425,7 +419,7 @@ def write_beton(
                         for sample, result in zip(begun.popleft(), chunk, strict=True):
                             problem = writer.add(sample, result)
                             if problem is not None and on_error == "stop":
-                                raise BetonError(f"{sample.name}: {reason(problem)}") from problem
+                                raise BetonError(f"{sample.name}: {reason_of(problem)}") from problem
                             writer.took(sample, problem)
                         file.list_rows()
                         writer.commit_at_times()
@@ -477,11 +471,3 @@ def write_beton(
         file_bytes=path.stat().st_size,
         seconds=time.perf_counter() - started,
     )
-
-
-def write_rejects(path: Path, rejects: list[dict[str, str]]) -> None:
-    """`reject_lines` in a file of their own. No file when there are none, also none of an earlier run."""
-    if rejects:
-        write_atomic(path, lambda file: file.write(reject_lines(rejects)))
-    else:
-        path.unlink(missing_ok=True)

@@ -1,9 +1,11 @@
-"""What goes into one beton: which samples of a source, in which order, each with its label map, and how much room they take."""
+"""What goes into one beton: which samples of a source, in which order, each with its label map; how much room they take; and whether a finished
+beton is what would be made."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 import shutil
 import time
@@ -14,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from tl_fast.beton import BetonReader
 from tl_fast.beton_layout import ALLOCATION, IMAGE, LABEL_MAP, BetonError
-from tl_fast.beton_write import Encoded, Sample, encode, reason
+from tl_fast.beton_write import Encoded, Sample, encode
 from tl_fast.labelmap import LabelMapStore
 from tl_fast.published_maps import PublishedMaps, open_label_maps
+from tl_fast.rejects import reason_of
 from tl_fast.sources import Source
 
 MARGIN = 1.02  # of the space that is asked for: holes at page ends, and the estimate itself
@@ -32,21 +36,41 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str, environment: Mapping[str, str] = os.environ) -> Shard:
-        """`3/8`, or `auto`: torchrun's RANK of WORLD_SIZE, or SLURM's task or array task. Raises BetonError."""
+        """`3/8`, or `auto`: torchrun's RANK of WORLD_SIZE, or SLURM's array task or task. Raises BetonError."""
         if text == "auto":
-            first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
-            for index, count, start in (
-                ("RANK", "WORLD_SIZE", 0),
-                ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", first),
-                ("SLURM_PROCID", "SLURM_NTASKS", 0),
-            ):
-                if index in environment and count in environment:
-                    return cls(int(environment[index]) - start, int(environment[count]))
-            raise BetonError("--shard auto: neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give i/n")
+            return cls._of_job(environment)
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise BetonError(f"--shard {text}: must be i/n with 0 <= i < n, or auto")
         return cls(int(index), int(count))
+
+    @classmethod
+    def _of_job(cls, environment: Mapping[str, str]) -> Shard:
+        def number(name: str, default: str | None = None) -> int:
+            text = environment.get(name, default)
+            if text is None or not text.isdecimal():
+                raise BetonError(f"--shard auto: the environment's {name} is {text!r}, no number; give i/n")
+            return int(text)
+
+        if {"RANK", "WORLD_SIZE"} <= environment.keys():
+            words, index, count = "RANK of WORLD_SIZE", number("RANK"), number("WORLD_SIZE")
+        elif {"SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"} <= environment.keys():
+            task, count = number("SLURM_ARRAY_TASK_ID"), number("SLURM_ARRAY_TASK_COUNT")
+            first, step = number("SLURM_ARRAY_TASK_MIN", "0"), max(number("SLURM_ARRAY_TASK_STEP", "1"), 1)
+            last = number("SLURM_ARRAY_TASK_MAX", str(first + step * (count - 1)))
+            if (last - first) // step + 1 != count or (task - first) % step:
+                raise BetonError(
+                    f"--shard auto: SLURM's array of {count} tasks from {first} to {last} has no even steps of {step}, so which shard is "
+                    f"task {task}'s is not known; give i/n, or an array as 0-{count - 1}"
+                )
+            words, index = f"SLURM's array task {task}", (task - first) // step
+        elif {"SLURM_PROCID", "SLURM_NTASKS"} <= environment.keys():
+            words, index, count = "SLURM_PROCID of SLURM_NTASKS", number("SLURM_PROCID"), number("SLURM_NTASKS")
+        else:
+            raise BetonError("--shard auto: neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give i/n")
+        if not 0 <= index < count:
+            raise BetonError(f"--shard auto: {words} would be shard {index} of {count}; give i/n with 0 <= i < n")
+        return cls(index, count)
 
     def path(self, out: Path) -> Path:
         """`train.beton` → `train-003-of-008.beton`."""
@@ -65,6 +89,7 @@ class Conversion:
 
     def __init__(self, source: Source, maps: LabelMapStore | PublishedMaps | None, places: np.ndarray) -> None:
         self.source, self.maps, self.places = source, maps, places
+        self.refused: dict[int, str] = {} if maps is None else getattr(maps, "rejects", {})  # place among the maps -> annotation's reason
         self._stamps = source.stamps, None if maps is None else maps.stamps  # made when asked for
         self.map_places: np.ndarray | None = None
         if maps is not None:
@@ -83,7 +108,9 @@ class Conversion:
             label_map = functools.partial(self.maps.record, j)
             stamp += self._stamps[1][j].tobytes()
         source = self.source
-        return Sample(source.ids[i], int(source.labels[i]), functools.partial(source.read, i), label_map, source.origin(i), stamp.hex())
+        # An image that annotation rejected has no label map, whatever it looks like now: its reason comes first.
+        image = label_map if label_map is not None and j in self.refused else functools.partial(source.read, i)
+        return Sample(source.ids[i], int(source.labels[i]), image, label_map, source.origin(i), stamp.hex())
 
     @property
     def decodes_groups(self) -> bool:
@@ -93,16 +120,111 @@ class Conversion:
     @property
     def without_map(self) -> np.ndarray:
         """Indices into the source of the images that have no label map, int64."""
-        return self.places[:0] if self.map_places is None else self.places[self.map_places < 0]
+        if self.map_places is None:
+            return self.places[:0]
+        return self.places[(self.map_places < 0) | np.isin(self.map_places, list(self.refused))]
 
-    def same_as(self, ids: list[str], rejected: set[str]) -> bool:
-        """True when these are the samples, `rejected` ones left out."""
-        return ids == [self.source.ids[i] for i in self.places.tolist() if self.source.ids[i] not in rejected]
+    def why_without(self, i: int) -> str:
+        """Why image i of the source, one of `without_map`, has no label map."""
+        j = int(self.map_places[np.flatnonzero(self.places == i)[0]])
+        return f"has no label map in {self.maps.path}" if j < 0 else f"has no label map, as annotation rejected it: {self.refused[j]}"
+
+    def inputs(self) -> dict[str, str | None]:
+        """Digests of what the samples are made from: their ids and labels, in order; sizes and times of the images, and of the label maps."""
+        ids = "\n".join(self.source.ids[i] for i in self.places.tolist()).encode("utf-8", "surrogateescape")
+        maps = None
+        if self.map_places is not None:
+            maps = _digest(self._stamps[1][self.map_places], self.map_places < 0)
+        return {"ids": _digest(ids), "labels": _digest(self.source.labels[self.places]), "images": _digest(self._stamps[0][self.places]),
+                "label_maps": maps}
 
 
-def open_maps(path: Path, extent: str | None, source: Source) -> LabelMapStore | PublishedMaps:
-    """Open the label maps of `source`. Raises BetonError unless they are of its classes, LabelMapError when they cannot be used."""
+def _digest(*parts: bytes | np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part))
+    return digest.hexdigest()
+
+
+_INPUTS = {
+    "ids": "the images' names or their order",
+    "labels": "the images' classes",
+    "images": "the images' sizes or times",
+    "label_maps": "the label maps, their sizes or times",
+}
+
+
+def difference(
+    out: Path, conversion: Conversion, *, record: dict[str, Any], annotator: dict[str, Any] | None, max_rejects: int | None
+) -> str | None:
+    """What the finished beton `out` has first that these inputs and options would not give, in words; None: it is what they give.
+
+    record: as `write_beton` is told in `conversion`. max_rejects: how many samples may have been left out; None: any number.
+    Raises BetonError when `out` is no beton, or damaged.
+    """
+    source, spec = conversion.source, None if conversion.maps is None else conversion.maps.spec
+    with BetonReader(out) as reader:
+        then = reader.conversion or {}
+        if "inputs" not in then:
+            return "it does not say what it was made from (an earlier version of tl_fast wrote it, or another program)"
+        if reader.class_names != list(source.class_names):
+            pairs = zip(reader.class_names, source.class_names, strict=False)
+            first = next((f"class {i} was {a!r} and is now {b!r}" for i, (a, b) in enumerate(pairs) if a != b), None)
+            return f"its classes are others: {first or f'it has {len(reader.class_names)}, now there are {len(source.class_names)}'}"
+        if (reader.spec is None) != (spec is None):
+            return f"it was made with{'out' if reader.spec is None else ''} label maps"
+        if reader.spec != spec:
+            return f"its label maps were {reader.spec} and are now {spec}"
+        for key, before, now in _changed(reader.annotator, annotator):
+            return f"the label maps' {key} was {before!s:.100} and is now {now!s:.100}"
+        for key, before, now in _changed(then, record, "inputs", "rejected"):
+            return f"{key} was {before} and is now {now}"
+        for key, _, _ in _changed(then["inputs"], record["inputs"]):
+            return f"{_INPUTS[key]} have changed since it was made{_which(reader, conversion) if key == 'ids' else ''}"
+        if max_rejects is not None and then.get("rejected", 0) > max_rejects:
+            return f"{then['rejected']} samples were left out of it, {max_rejects} may be"
+    return None
+
+
+def _changed(before: dict[str, Any] | None, now: dict[str, Any] | None, *apart: str) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value before, value now) of all keys with different values, but for the keys `apart`."""
+    before, now = before or {}, now or {}
+    for key in [*now, *(key for key in before if key not in now)]:
+        if key not in apart and before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
+
+
+def _which(reader: BetonReader, conversion: Conversion) -> str:
+    """The first sample that is new or gone, in words; nothing where only the order differs."""
+    ids = [conversion.source.ids[i] for i in conversion.places.tolist()]
+    now = set(ids)
+    if gone := next((name for name in reader.source_ids if name not in now), None):
+        return f": {gone} is no longer there"
+    before = set(reader.source_ids)
+    new = [name for name in ids if name not in before]
+    return f": {new[0]} is new" if len(new) > (reader.conversion or {}).get("rejected", 0) else ""
+
+
+def open_maps(path: Path, extent: str | None, source: Source, exif: str = "ignore") -> LabelMapStore | PublishedMaps:
+    """Open the label maps of `source`, whose images' EXIF orientations `exif` (ignore or apply) settles.
+
+    Raises BetonError unless they are of its classes and of images of the same orientation, LabelMapError when they cannot be used.
+    """
     maps = open_label_maps(path, extent=extent, num_classes=len(source.class_names))
+    try:
+        _check_maps(maps, path, source, exif)
+    except BaseException:
+        maps.close()
+        raise
+    return maps
+
+
+def _check_maps(maps: LabelMapStore | PublishedMaps, path: Path, source: Source, exif: str) -> None:
+    if (theirs := maps.manifest.get("exif", "ignore")) != exif:  # stores of before the option ignored orientations
+        raise BetonError(
+            f"{path}: its label maps were made with --exif {theirs}, the images are to be packed with --exif {exif}, so a turned photo and its "
+            f"map would not fit; pack with --exif {theirs}, or annotate again"
+        )
     remedy = (
         "token targets and labels must be of the same classes: annotate this data set with --classes (keep the logits of its classes) or "
         "--fit-head (a head for them), or name all classes of the label maps with --class-names"
@@ -119,12 +241,11 @@ def open_maps(path: Path, extent: str | None, source: Source) -> LabelMapStore |
             f"{path}: {len(maps.missing_parts)} parts are missing ({maps.missing_parts[0]} first); run the same tl_fast.annotate command "
             "again to finish it"
         )
-    return maps
 
 
 def annotator_record(maps: LabelMapStore | PublishedMaps | None) -> dict[str, Any] | None:
     """What the manifest says about how the maps were made."""
-    known_elsewhere = {"class_names", "num_samples", "complete", "spec"}
+    known_elsewhere = {"class_names", "num_samples", "complete", "spec", "exif"}
     return None if maps is None else {key: value for key, value in maps.manifest.items() if key not in known_elsewhere}
 
 
@@ -143,7 +264,8 @@ class Estimate:
 
 
 def estimate(
-    conversion: Conversion, *, max_resolution: int | None, quality: int, decode_check: bool, row_index: bool = False, tries: int = 32
+    conversion: Conversion, *, max_resolution: int | None, quality: int, decode_check: bool, row_index: bool = False, exif: str = "ignore",
+    tries: int = 32,
 ) -> Estimate:
     """Convert `tries` samples, evenly spread, to nowhere, and scale by the sizes of the inputs."""
     spec = None if conversion.maps is None else conversion.maps.spec
@@ -154,7 +276,7 @@ def estimate(
         # What was decoded beside the samples before would stay in memory during the conversion.
         conversion.source.release(but_for=int(conversion.places[at]))
         sample = conversion[at]
-        result = encode(sample, spec, max_resolution, quality, decode_check, row_index)
+        result = encode(sample, spec, max_resolution, quality, decode_check, row_index, exif)
         if isinstance(result, Encoded):
             actions[result.image.action] += 1
             actions["stripped"] += result.image.stripped > 0
@@ -162,7 +284,7 @@ def estimate(
             read += int(conversion.source.sizes[conversion.places[at]])
             written += sum(map(len, result.image.parts))
         else:
-            problems.append(f"{sample.name}: {reason(result)}")
+            problems.append(f"{sample.name}: {reason_of(result)}")
     seconds = (time.perf_counter() - started) / len(tried) * len(conversion)
     conversion.source.release()
     images = int(conversion.source.sizes[conversion.places].sum()) * (written / read if read else 1)

@@ -9,6 +9,7 @@ A store is a folder:
     manifest.json         what made the maps, their `spec`, `class_names`, `num_samples`, `complete`
     ids.jsonl             one JSON string a line: the image's path relative to the annotated folder (posix, with suffix)
     maps-00000.npy ...    structured arrays of `MapSpec.dtype`, 1,024 records each (the last one shorter); sample i is in part i // 1024
+    rejects-00000.jsonl   where a part has images that could not be read: which, and why (`tl_fast.rejects`); their records are `blank`
 
 Parts appear by rename and are never touched again, so a part that exists is whole.
 """
@@ -26,6 +27,7 @@ import numpy as np
 
 from tl_fast.atomic import write_atomic
 from tl_fast.mistakes import InputError
+from tl_fast.rejects import read_rejects
 
 if TYPE_CHECKING:  # opening a beton takes 0.2 s without torch, 2.5 s with it
     import torch
@@ -232,6 +234,17 @@ def part_path(folder: Path, part: int) -> Path:
     return folder / f"maps-{part:05d}.npy"
 
 
+def rejects_path(folder: Path, part: int) -> Path:
+    return folder / f"rejects-{part:05d}.jsonl"
+
+
+def blank(spec: MapSpec, count: int) -> np.ndarray:
+    """`count` records of `spec.dtype` for images without a label map: their score_min is not a number, so that `encode` refuses them."""
+    records = np.zeros(count, spec.dtype)
+    records["score_min"] = np.nan
+    return records
+
+
 def write_part(folder: Path, part: int, records: np.ndarray) -> None:
     """records: `[n]` of `MapSpec.dtype`, samples part·1024 to part·1024 + n − 1."""
     write_atomic(part_path(folder, part), lambda file: np.save(file, records, allow_pickle=False))
@@ -282,8 +295,8 @@ class _Part:
 class LabelMapStore:
     """Read access to a store folder, from any thread.
 
-    `spec`, `manifest` (dict), `class_names` (list or None), `ids` (list of str), `path`, `len()`. Part files are opened, and checked, on
-    first use. Raises LabelMapError if the folder is not a store, or its files contradict each other.
+    `spec`, `manifest` (dict), `class_names` (list or None), `ids` (list of str), `path`, `len()`; `rejects` (dict: place in `ids` of an image
+    that annotation left out -> reason). Part files are opened, and checked, on first use. Raises LabelMapError if the folder is not a store, or its files contradict each other.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -353,6 +366,17 @@ class LabelMapStore:
         return bool(self.manifest["complete"]) and not self.missing_parts
 
     @functools.cached_property
+    def rejects(self) -> dict[int, str]:
+        """Why annotation left out an image, by its place in `ids`. Raises LabelMapError naming a damaged list."""
+        try:
+            rejects = [reject for path in sorted(self.path.glob("rejects-*.jsonl")) for reject in read_rejects(path)]
+            return {self._index[reject["id"]]: reject["reason"] for reject in rejects}
+        except KeyError as error:
+            raise LabelMapError(f"{self.path}: its lists of rejects name {error}, which ids.jsonl does not") from error
+        except InputError as error:
+            raise LabelMapError(str(error)) from error
+
+    @functools.cached_property
     def stamps(self) -> np.ndarray:
         """Size and modification time (ns) of the part that each map is in, int64 `[n, 2]`. Raises OSError when a part is missing."""
         status = [path.stat() for path in self._parts]
@@ -382,7 +406,7 @@ class LabelMapStore:
     def record(self, sample: int | str) -> np.void:
         """The packed label map of one image, by its place in `ids` or by its id.
 
-        Raises LabelMapError naming the id, or the part file, that is missing or damaged.
+        Raises LabelMapError naming the id, or the part file, that is missing or damaged; and for an image that annotation rejected.
         """
         if isinstance(sample, str):
             index = self._index.get(sample)
@@ -393,6 +417,8 @@ class LabelMapStore:
             index = int(sample)
             if not 0 <= index < len(self):
                 raise LabelMapError(f"{self.path} has no label map {index}, it has {len(self)}")
+        if index in self.rejects:
+            raise LabelMapError(f"annotation rejected it: {self.rejects[index]}")
         part, row = divmod(index, PART_SIZE)
         file = self._open.get(part) or self._open_part(part)
         size = self.spec.dtype.itemsize
@@ -400,6 +426,10 @@ class LabelMapStore:
         if len(data) != size:
             raise LabelMapError(f"{part_path(self.path, part)} is damaged (cut off while it was in use)")
         return np.frombuffer(data, self.spec.dtype)[0]
+
+    def close(self) -> None:
+        """Give the open part files back."""
+        self._open = {}
 
     def _open_part(self, part: int) -> _Part:
         path = part_path(self.path, part)
