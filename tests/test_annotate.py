@@ -17,8 +17,9 @@ from torch import nn
 import tl_fast.compat  # noqa: F401  before timm
 import timm
 
-from tl_fast import labelmap, linear_probe
-from tl_fast.annotate import AnnotateConfig, annotate, main
+from tl_fast import checkpoint, labelmap, linear_probe
+from tl_fast.annotate import main
+from tl_fast.annotation import AnnotateConfig, annotate
 from tl_fast.annotator import AnnotateError, Annotator, Preprocessing, build_annotator
 from tl_fast.image_folder import ImageFolderError, list_images
 from tl_fast.labelmap import LabelMapStore, unpack
@@ -153,6 +154,17 @@ def test_checkpoint_of_lvvit_keeps_its_heads(tmp_path):
     torch.testing.assert_close(loaded.network.aux_head.weight, network.aux_head.weight, rtol=0, atol=0)
 
 
+def test_checkpoint_means_a_runs_folder_a_checkpoints_or_a_file(tmp_path):
+    network = randomised("lvvit_t", img_size=64, num_classes=7)
+    optimizer = torch.optim.SGD(network.parameters())
+    with pytest.raises(AnnotateError, match="run does not exist"):
+        build_annotator("lvvit_t", checkpoint=tmp_path / "run", img_size=64)
+    saved = checkpoint.save(tmp_path / "run" / "checkpoints", model=network, ema=network, optimizer=optimizer, meta={"global_step": 3})
+    for path in (tmp_path / "run", saved, saved / "ema.safetensors"):
+        loaded = build_annotator("lvvit_t", checkpoint=path, img_size=64)
+        torch.testing.assert_close(loaded.network.aux_head.weight, network.aux_head.weight, rtol=0, atol=0)
+
+
 def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
     import huggingface_hub.constants
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -188,7 +200,7 @@ def test_probe_recovers_classes_with_calibrated_logits():
 
 def test_fit_head_on_the_photos(tmp_path, photos):
     manifest = annotate(AnnotateConfig(photos / "train", tmp_path / "maps", "efficientnet-lite0", img_size=96, fit_head=True,
-                                       eval_images=photos / "val", workers=0, device="cpu"))
+                                       eval_images=photos / "val", workers=1, device="cpu"))
     report = manifest["probe_report"]
     assert report["eval_top1"] > 75 and report["cv_top1"] > 75  # majority class: 28 %
     assert manifest["pooled_top1"] == pytest.approx(report["train_top1"]) and manifest["complete"]
@@ -216,7 +228,7 @@ def test_cells_lie_where_the_things_are(tmp_path, photos, lite0):
         above.paste(half, (0, 300 * i))
     beside.save(tmp_path / "images" / "beside.png")
     above.save(tmp_path / "images" / "above.png")
-    manifest = annotate(AnnotateConfig(tmp_path / "images", tmp_path / "maps", "efficientnet-lite0", img_size=256, topk=1000, workers=0,
+    manifest = annotate(AnnotateConfig(tmp_path / "images", tmp_path / "maps", "efficientnet-lite0", img_size=256, topk=1000, workers=1,
                                        device="cpu"))
     assert manifest["class_counts"] is None and "pooled_top1" not in manifest and manifest["class_names"][281] == "n02123045"
     store = LabelMapStore(tmp_path / "maps")
@@ -247,7 +259,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_resume_and_two_ranks_give_the_same_store(tmp_path, photos, monkeypatch):
     monkeypatch.setattr(labelmap, "PART_SIZE", 8)
     arguments = [str(photos / "val"), "OUT", "--eval-images", str(photos / "val")]
-    arguments += "--model efficientnet-lite0 --img-size 64 --fit-head --batch-size 3 --workers 0 --device cpu".split()
+    arguments += "--model efficientnet-lite0 --img-size 64 --fit-head --batch-size 3 --workers 1 --device cpu".split()
     one, two = tmp_path / "one", tmp_path / "two"
     main([argument.replace("OUT", str(one)) for argument in arguments])
     whole = content(one)
@@ -281,7 +293,7 @@ def few(tmp_path, photos) -> Path:
 
 
 def test_classes_keep_the_folders_logits(tmp_path, few):
-    common = dict(images=few, model="efficientnet-lite0", img_size=64, workers=0, device="cpu", topk=1000)
+    common = dict(images=few, model="efficientnet-lite0", img_size=64, workers=1, device="cpu", topk=1000)
     everything = annotate(AnnotateConfig(out=tmp_path / "all", **common))
     kept = annotate(AnnotateConfig(out=tmp_path / "kept", classes="auto", **common))
     assert kept["kept_classes"] == [281, 435] and kept["class_names"] == ["n02123045", "n02808440"] and "pooled_top1" in kept
@@ -307,7 +319,7 @@ def test_classes_keep_the_folders_logits(tmp_path, few):
 
 
 def test_another_way_of_annotating_is_refused_until_overwritten(tmp_path, few, capsys):
-    arguments = [str(few), str(tmp_path / "maps"), *"--model efficientnet-lite0 --workers 0 --device cpu --img-size".split()]
+    arguments = [str(few), str(tmp_path / "maps"), *"--model efficientnet-lite0 --workers 1 --device cpu --img-size".split()]
     assert main([*arguments, "64"])["preprocessing"]["img_size"] == 64
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, "96", "--topk", "3"])
@@ -320,14 +332,14 @@ def test_another_way_of_annotating_is_refused_until_overwritten(tmp_path, few, c
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("precious")
     with pytest.raises(AnnotateError, match="not empty"):
-        annotate(AnnotateConfig(few, tmp_path / "other", "efficientnet-lite0", img_size=64, workers=0, overwrite=True))
+        annotate(AnnotateConfig(few, tmp_path / "other", "efficientnet-lite0", img_size=64, workers=1, overwrite=True))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_broken_image_ends_the_run_with_its_name(tmp_path, few, workers):
     broken = sorted(few.rglob("*.jpg"))[4]
     broken.write_bytes(broken.read_bytes()[:2000])
-    with pytest.raises(AnnotateError, match=f"{broken.name} cannot be read"):
+    with pytest.raises(AnnotateError, match=f"{broken.name}: damaged image: .*--on-error quarantine"):
         annotate(AnnotateConfig(few, tmp_path / "maps", "efficientnet-lite0", img_size=64, workers=workers, device="cpu"))
     assert not LabelMapStore(tmp_path / "maps").complete and not list((tmp_path / "maps").glob("maps-*"))
 
@@ -337,7 +349,7 @@ def test_any_image_mode_is_annotated(tmp_path):
     for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
         Image.new(mode, (40, 30)).save(tmp_path / "images" / f"{mode.replace(';', '')}.png")
     Image.new("CMYK", (40, 30)).save(tmp_path / "images" / "cmyk.jpg")
-    annotate(AnnotateConfig(tmp_path / "images", tmp_path / "maps", "efficientnet-lite0", img_size=32, workers=0, device="cpu"))
+    annotate(AnnotateConfig(tmp_path / "images", tmp_path / "maps", "efficientnet-lite0", img_size=32, workers=1, device="cpu"))
     assert len(LabelMapStore(tmp_path / "maps")) == 7
 
 
@@ -359,8 +371,8 @@ def test_listing(tmp_path):
             list_images(folder)
 
 
-@pytest.mark.parametrize("bad", [dict(topk=0), dict(batch_size=0), dict(workers=-1), dict(img_size=0), dict(dtype="int8"),
-                                 dict(device="tpu"), dict(classes="auto", fit_head=True), dict(eval_images="x")])
+@pytest.mark.parametrize("bad", [dict(topk=0), dict(batch_size=0), dict(workers=0), dict(img_size=0), dict(dtype="int8"),
+                                 dict(device="tpu"), dict(max_rejects=3), dict(on_error="skip"), dict(exif="turn"), dict(timeout_minutes=0), dict(classes="auto", fit_head=True), dict(eval_images="x")])
 def test_config_refuses(bad):
     with pytest.raises(AnnotateError, match=next(iter(bad))):
         AnnotateConfig(**{**dict(images="i", out="o", model="m"), **bad})

@@ -16,6 +16,9 @@ from tl_fast.ranks import Ranks
 
 HEAVY = ("torch", "torchvision", "timm", "numba", "nvidia.dali", "cupy", "pyarrow", "cv2", "ffcv")
 COMMANDS = {  # as they are typed, without `python`
+    "annotate": "-m tl_fast.annotate",
+    "to_beton": "converters/to_beton.py",
+    "to_beton verify": "converters/to_beton.py verify",
     "train": "tl_fast/train.py",
     "evaluate": "-m tl_fast.evaluate",
     "show": "-m tl_fast.show",
@@ -26,7 +29,7 @@ COMMANDS = {  # as they are typed, without `python`
 HELP = """
 import runpy, sys
 command = sys.argv[1:]
-sys.argv = [command[-1], "--help"]
+sys.argv = [*command[command[0] == "-m":], "--help"]
 try:
     if command[0] == "-m":
         runpy.run_module(command[1], run_name="__main__")

@@ -21,9 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import tl_fast.compat  # noqa: F401  before timm
 import timm
@@ -32,7 +30,8 @@ from timm.data.transforms import str_to_pil_interp
 
 import tl_fast.models  # noqa: F401  registers lvvit_* with timm
 from tl_fast import checkpoint as checkpoints
-from tl_fast.image_folder import ImageList
+from tl_fast.image import open_rgb
+from tl_fast.mistakes import InputError
 from tl_fast.models import LVViT
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,7 +39,7 @@ DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BUNDLED = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
 
 
-class AnnotateError(ValueError):
+class AnnotateError(InputError):
     """Annotation cannot start or go on; the message names the model, file or value and the remedy."""
 
 
@@ -60,7 +59,8 @@ class Annotator(nn.Module):
     network: a timm model. preprocessing: how its input is made. name, source: the model's name and where its weights come from, for the
     record. device, dtype: where and in what type the features are computed; the head always runs in float32.
 
-    After construction: `grid` (H, W), `num_classes` (C of `forward`; 0 for a network without classifier, which needs `set_probe`).
+    After construction: `grid` (H, W), `feature_size` (D of `pre_logits`), `num_classes` (C of `forward`; 0 for a network without classifier,
+    which needs `set_probe`).
     `keep_classes` or `set_probe` change what `forward` classifies. Raises AnnotateError for a network that cannot be applied densely.
     """
 
@@ -81,7 +81,7 @@ class Annotator(nn.Module):
                 features = self.features(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
                 cells, self.grid = self._cells(features)
                 dense = self._on_cells(cells, self.grid, pre_logits=self.num_classes == 0)
-                self.pre_logits(features)
+                self.feature_size = self.pre_logits(features).shape[-1]
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
             raise AnnotateError(f"model {name} at {size} px cannot be applied to every cell ({type(error).__name__}: {error}); try another "
                                 "--img-size (a multiple of 32 suits most models) or another model") from error
@@ -173,8 +173,8 @@ def build_annotator(model: str, *, img_size: int | None = None, checkpoint: Path
                     device: torch.device | str = "cpu", dtype: str = "float32") -> Annotator:
     """A ready annotator.
 
-    model: `efficientnet-lite0|1|2` (weights from their PyPI packages) or any timm name (weights from the hub, or from `checkpoint`:
-    safetensors, a state dict, a training checkpoint). img_size: input side in pixels; None: the model's own. num_classes: of the
+    model: `efficientnet-lite0|1|2` (weights from their PyPI packages) or any timm name (weights from the hub, or from `checkpoint`: a run's
+    folder, a checkpoint's, a weights file: `checkpoint.find`). img_size: input side in pixels; None: the model's own. num_classes: of the
     checkpoint's head; None: as its head says.
 
     Raises AnnotateError when the model is unknown, its weights cannot be had or do not fit, or it cannot be applied densely.
@@ -185,6 +185,10 @@ def build_annotator(model: str, *, img_size: int | None = None, checkpoint: Path
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise AnnotateError(f"model {model!r} is neither bundled ({', '.join(BUNDLED)}) nor known to timm{hint}")
     if checkpoint is not None:
+        try:
+            checkpoint = checkpoints.find(checkpoint)
+        except checkpoints.CheckpointError as error:
+            raise AnnotateError(str(error)) from error
         network, source = _from_checkpoint(architecture, img_size, checkpoint, num_classes), checkpoint.name
     elif num_classes is not None:
         raise AnnotateError(f"num_classes {num_classes} is given without a checkpoint whose head has them; give both or none")
@@ -277,29 +281,11 @@ def _bundled(model: str) -> nn.Module:
     return network
 
 
-class SquashedImages(Dataset):
-    """Item i: image i as uint8 RGB `[3, S, S]`, or the AnnotateError that says what is wrong with it, to be raised by the caller.
+def squash(data: bytes, preprocessing: Preprocessing, exif: str = "ignore") -> tuple[np.ndarray, int]:
+    """An image file's bytes -> (what the annotator sees, uint8 RGB `[3, S, S]`; the EXIF orientation that the file states, 1..8).
 
-    (Raised in a worker it would reach the caller buried in the worker's traceback.) EXIF orientation is ignored.
+    exif: see `tl_fast.image.open_rgb`, whose ValueError says what is wrong with the file.
     """
-
-    def __init__(self, images: ImageList, preprocessing: Preprocessing) -> None:
-        self.images, self.size = images, preprocessing.img_size
-        self.resample = str_to_pil_interp(preprocessing.interpolation)
-
-    def __len__(self) -> int:
-        return len(self.images.ids)
-
-    def __getitem__(self, index: int) -> Tensor | AnnotateError:
-        path = self.images.root / self.images.ids[index]
-        try:
-            with Image.open(path) as image:
-                squashed = image.convert("RGB").resize((self.size, self.size), self.resample)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's for files it cannot read
-            return AnnotateError(f"{path} cannot be read as an image ({error}); repair or remove it, then run the same command again")
-        return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
-
-
-def stack(items: list[Tensor | AnnotateError]) -> Tensor | AnnotateError:
-    """Collate items to `[B, 3, S, S]`, or to the first error among them."""
-    return next((item for item in items if isinstance(item, AnnotateError)), None) or torch.stack(items)
+    image, orientation = open_rgb(data, exif)
+    squashed = image.resize((preprocessing.img_size,) * 2, str_to_pil_interp(preprocessing.interpolation))
+    return np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1)), orientation

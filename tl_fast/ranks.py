@@ -19,6 +19,9 @@ from tl_fast.cores import usable_cores
 from tl_fast.mistakes import EXPECTED, InputError, share
 
 
+JOINING = datetime.timedelta(minutes=10)  # how long a rank waits for the others to join, who have only to start
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among all: `rank` of `world_size`, the device it computes on, and a gloo group for what has nothing to do with devices."""
@@ -157,13 +160,14 @@ def _own_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.t
 
 
 @contextlib.contextmanager
-def join(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Ranks]:
+def join(device: str = "auto", timeout_minutes: float = 10, backend: str | None = None) -> Iterator[Ranks]:
     """This process's place in the job that torchrun's environment describes; without torchrun a world of one, and no process group.
 
     Args:
         device: "cpu", "cuda", or "auto" (cuda when there is one). Gloo connects ranks on the CPU, NCCL on GPUs.
         timeout_minutes: how long a collective waits for a rank that lives but does not come. (One that dies ends it at once: its connections
             close.) The slowest legitimate wait is for another rank's torch.compile, or for rank 0's checkpoint.
+        backend: what connects the ranks where not NCCL or Gloo by the device: "gloo" for jobs on GPUs that exchange next to nothing.
 
     Raises ValueError for "cuda" without a GPU, or with fewer GPUs than local ranks.
     """
@@ -186,9 +190,11 @@ def join(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Ranks]:
     if ours:
         options = {}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-            options = {"store": _own_part(store, rank, world_size, timeout), "rank": rank, "world_size": world_size}
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout, device_id=place if device == "cuda" else None, **options)
+            joining = min(timeout, JOINING)
+            store, *_ = next(dist.rendezvous("env://", timeout=joining))
+            options = {"store": _own_part(store, rank, world_size, joining), "rank": rank, "world_size": world_size}
+        backend = backend or ("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group(backend, timeout=timeout, device_id=place if backend == "nccl" else None, **options)
     control = dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield Ranks(rank, world_size, place, control)
@@ -197,7 +203,7 @@ def join(device: str = "auto", timeout_minutes: float = 10) -> Iterator[Ranks]:
         if isinstance(error, RuntimeError) and "by peer" in str(error):
             time.sleep(2)
         # Another rank may be gone. Gloo's threads must end before the process does; NCCL's would wait for that rank.
-        dist.destroy_process_group(None if ours and device == "cpu" else control)
+        dist.destroy_process_group(None if ours and backend == "gloo" else control)
         raise
     if ours:
         dist.destroy_process_group()
