@@ -4,12 +4,13 @@
     python converters/to_beton.py info FILE.beton ...
     python converters/to_beton.py verify FILE.beton ... [--decode]
 
-IMAGES: a folder with one folder per class (torchvision's layout), the official ImageNet tars as downloaded, Hugging Face parquet shards,
-WebDataset shards, or betons; several files, a folder of them, or a pattern in quotes. MAPS: a store that `python -m tl_fast.annotate` made, or the
-published label maps (one .pt an image), in a folder or still in their archive. docs/converting.md has the details.
+IMAGES: a folder with one folder per class (torchvision's layout), the official ImageNet tars as downloaded, Hugging
+Face parquet shards, WebDataset shards, or betons; several files, a folder of them, or a pattern in quotes. MAPS: a
+store that `python -m tl_fast.annotate` made, or the published label maps (one .pt an image), in a folder or still in
+their archive. docs/converting.md has the details.
 
-The file appears when it is whole. Killed runs and runs that failed leave `.OUT.beton.partial`, from which --resume goes on.
-Exit code 0: done, sound; 1: an error or a damaged file, said on stderr; 2: wrong usage.
+The file appears when it is whole. Killed runs and runs that failed leave `.OUT.beton.partial`, from which --resume goes
+on. Exit code 0: done, sound; 1: an error or a damaged file, said on stderr; 2: wrong usage.
 """
 
 from __future__ import annotations
@@ -29,9 +30,19 @@ from tl_fast.beton import BetonError, BetonReader, WriteSummary, verify, write_b
 from tl_fast.beton_layout import HEADER, VERSION
 from tl_fast.beton_write import PAGE_SIZE, reuse_memory
 from tl_fast.beton_source import open_images, settled_exif
-from tl_fast.conversion import Conversion, Estimate, Shard, annotator_record, check_space, difference, estimate, free_space, open_maps
+from tl_fast.conversion import (
+    Conversion,
+    Estimate,
+    Shard,
+    annotator_record,
+    check_space,
+    difference,
+    estimate,
+    free_space,
+    open_maps,
+)
 from tl_fast.cores import usable_cores
-from tl_fast.image import EXIF
+from tl_fast.image import EXIF, ignored_orientations
 from tl_fast.labelmap import EXTENTS
 from tl_fast.mistakes import EXPECTED
 from tl_fast.partial_file import partial_paths
@@ -70,8 +81,9 @@ def convert(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> WriteSummary | None:
-    """Convert a data set, with progress bar and summary on `console`; None when there was nothing to do (`dry_run`, or `resume` of a run
-    that had finished). The options are those of the command line. Raises SourceError, LabelMapError or BetonError naming the file at fault.
+    """Convert a data set, with progress bar and summary on `console`; None when there was nothing to do (`dry_run`, or
+    `resume` of a run that had finished). The options are those of the command line. Raises SourceError, LabelMapError
+    or BetonError naming the file at fault.
     """
     console = console or Console(stderr=True)
     out = out if shard is None else shard.path(out)
@@ -79,14 +91,22 @@ def convert(
         refuse_to_replace(out)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(
-            open_images(images, labels=labels, class_names=class_names, image_column=image_column, label_column=label_column)
+            open_images(
+                images, labels=labels, class_names=class_names, image_column=image_column, label_column=label_column
+            )
         )
         exif = settled_exif(source, exif)
-        maps = None if label_maps is None else stack.enter_context(contextlib.closing(open_maps(label_maps, extent, source, exif)))
+        maps = (
+            None
+            if label_maps is None
+            else stack.enter_context(contextlib.closing(open_maps(label_maps, extent, source, exif)))
+        )
         places = source.order(seed if order == "shuffled" else None)
         conversion = Conversion(source, maps, places if shard is None else shard.cut(places))
         if len(conversion) == 0:
-            raise BetonError(f"{out}: {len(places)} images are too few for {shard.count} shards; give a smaller n in --shard i/n")
+            raise BetonError(
+                f"{out}: {len(places)} images are too few for {shard.count} shards; give a smaller n in --shard i/n"
+            )
         record = {
             "source": source.kind,
             "order": order,
@@ -105,13 +125,18 @@ def convert(
                 f"{source.origin(without[0])}: {conversion.why_without(without[0])}; {len(without) - 1} other images of {len(conversion)} "
                 "have none either. Annotate them, or leave them out with --on-error quarantine"
             )
-        if resume and not overwrite and out.exists() and not partial_paths(out)[0].exists():
+        if resume and out.exists() and not partial_paths(out)[0].exists():
             allowed = 0 if on_error == "stop" else max_rejects
             found = difference(out, conversion, record=record, annotator=annotator_record(maps), max_rejects=allowed)
-            if found is not None:
-                raise BetonError(f"{out}: is finished, but not what this command makes: {found}. Give --overwrite to make it anew")
-            console.print(f"{out}: is already there, whole and of these images; nothing to do", highlight=False, markup=False)
-            return None
+            if found is None:
+                console.print(
+                    f"{out}: is already there, whole and of these images; nothing to do", highlight=False, markup=False
+                )
+                return None
+            if not overwrite:
+                raise BetonError(
+                    f"{out}: is finished, but not what this command makes: {found}. Give --overwrite to make it anew"
+                )
         # No spinner: its thread would be running when the workers are forked.
         console.print("trying some samples (the first run on a machine compiles for half a minute)", highlight=False)
         expected = estimate(
@@ -165,7 +190,9 @@ def refuse_to_replace(out: Path) -> None:
         with open(out, "rb") as file:
             head = file.read(HEADER.itemsize)
         if len(head) < HEADER.itemsize or np.frombuffer(head, HEADER)[0]["version"] != VERSION:
-            raise BetonError(f"{out}: is there and is no beton, so --overwrite does not replace it; remove it yourself or choose another name")
+            raise BetonError(
+                f"{out}: is there and is no beton, so --overwrite does not replace it; remove it yourself or choose another name"
+            )
 
 
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -182,8 +209,17 @@ def print_plan(console: Console, out: Path, conversion: Conversion, expected: Es
         ("source", f"{source.kind} {source.root}"),
         ("samples", f"{len(conversion):,} of {len(source.ids):,} in {len(source.class_names):,} classes"),
         ("files ignored", f"{source.ignored:,}"),
-        ("label maps", "none" if maps is None else f"{len(conversion) - len(conversion.without_map):,} found, {len(conversion.without_map):,} missing"),
-        *((f"of {expected.tried} tried, {action}", f"{count:,}") for action, count in expected.actions.items() if count),
+        (
+            "label maps",
+            "none"
+            if maps is None
+            else f"{len(conversion) - len(conversion.without_map):,} found, {len(conversion.without_map):,} missing",
+        ),
+        *(
+            (f"of {expected.tried} tried, {action}", f"{count:,}")
+            for action, count in expected.actions.items()
+            if count
+        ),
         (f"of {expected.tried} tried, bad", f"{len(expected.problems):,}"),
         ("file", f"about {expected.size / 1e9:,.3g} GB; {free_space(out) / 1e9:,.3g} GB are free"),
         ("time", f"about {expected.seconds / 60:,.1f} minutes on one core, when the disk keeps up"),
@@ -205,23 +241,30 @@ def print_summary(
         ("shrunk", f"{summary.resized:,}"),
         ("stripped of metadata", f"{summary.stripped:,}"),
         ("EXIF orientation " + ("applied" if exif == "apply" else "ignored"), f"{summary.rotated:,}"),
-        *([("with a row index", f"{summary.row_indexed:,}, {summary.samples - summary.row_indexed:,} left as they are")] if row_index else []),
+        *(
+            [
+                (
+                    "with a row index",
+                    f"{summary.row_indexed:,}, {summary.samples - summary.row_indexed:,} left as they are",
+                )
+            ]
+            if row_index
+            else []
+        ),
         ("rejected", f"{summary.rejected:,}" + (f", see {list_beside(out)}" if summary.rejected else "")),
         ("files ignored (no image by name)", f"{source.ignored:,}"),
         ("images", f"{summary.image_bytes / 1e6:,.1f} MB"),
         ("label maps", f"{summary.label_map_bytes / 1e6:,.1f} MB" if has_maps else "none"),
         ("file", f"{summary.file_bytes / 1e6:,.1f} MB"),
-        ("speed", f"{done / seconds:,.0f} images/s, {summary.file_bytes * done / max(done + summary.resumed, 1) / seconds / 1e6:,.0f} MB/s, {seconds:,.1f} s"),
+        (
+            "speed",
+            f"{done / seconds:,.0f} images/s, {summary.file_bytes * done / max(done + summary.resumed, 1) / seconds / 1e6:,.0f} MB/s, {seconds:,.1f} s",
+        ),
         *([("taken from an earlier run", f"{summary.resumed:,} samples")] if summary.resumed else []),
     ]
     print_table(console, str(out), rows)
     if summary.rotated and exif == "ignore":
-        console.print(
-            f"{summary.rotated:,} images say by EXIF that they are to be turned, which was ignored, as ImageNet's training code does: photos of "
-            "phones may lie on their side. --exif apply turns them (in annotation as well)",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(ignored_orientations(summary.rotated), highlight=False, soft_wrap=True)
 
 
 def info(path: Path, console: Console | None = None) -> None:
@@ -232,7 +275,12 @@ def info(path: Path, console: Console | None = None) -> None:
         rows = [
             ("fields", ", ".join(reader.fields)),
             ("samples", f"{len(reader):,}"),
-            ("classes", f"{len(names):,}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "names not recorded"),
+            (
+                "classes",
+                f"{len(names):,}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+                if names
+                else "names not recorded",
+            ),
             ("labels", f"{reader.labels.min()}..{reader.labels.max()}, {len(np.unique(reader.labels)):,} different"),
             ("widths", f"{reader.widths.min()}..{reader.widths.max()} px"),
             ("heights", f"{reader.heights.min()}..{reader.heights.max()} px"),
@@ -243,10 +291,15 @@ def info(path: Path, console: Console | None = None) -> None:
         if reader.spec is not None:
             spec = reader.spec
             rows.append(
-                ("label maps", f"top {spec.k} of {spec.num_classes:,} classes in {spec.height}×{spec.width} cells, extent {spec.extent}")
+                (
+                    "label maps",
+                    f"top {spec.k} of {spec.num_classes:,} classes in {spec.height}×{spec.width} cells, extent {spec.extent}",
+                )
             )
         rows += [(f"annotator {key}", str(value)) for key, value in (reader.annotator or {}).items()]
-        record = {key: value for key, value in (reader.conversion or {}).items() if key != "inputs"}  # digests, for --resume
+        record = {
+            key: value for key, value in (reader.conversion or {}).items() if key != "inputs"
+        }  # digests, for --resume
         rows += [(f"conversion {key}", str(value)) for key, value in record.items() if value is not None]
         rows += [("written by", f"tl_fast {reader.tl_fast_version}")] if reader.has_crc else []
         rows += [("first, last id", f"{reader.source_ids[0]}, {reader.source_ids[-1]}")]
@@ -281,30 +334,72 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("images", type=Path, metavar="IMAGES", nargs="+", help="folder, tars, parquet files or betons")
     parser.add_argument("out", type=Path, metavar="OUT.beton")
     group = parser.add_argument_group("what goes in")
-    group.add_argument("--label-maps", type=Path, metavar="MAPS", help="store of tl_fast.annotate, or the published maps; default: none")
+    group.add_argument(
+        "--label-maps",
+        type=Path,
+        metavar="MAPS",
+        help="store of tl_fast.annotate, or the published maps; default: none",
+    )
     group.add_argument("--extent", choices=EXTENTS, help="what the published maps span; must be said for them")
     add_source_options(group)
-    group.add_argument("--order", choices=("source", "shuffled"), default="source", help="of the samples in the file (default source)")
+    group.add_argument(
+        "--order", choices=("source", "shuffled"), default="source", help="of the samples in the file (default source)"
+    )
     group.add_argument("--seed", type=int, default=0, help="of --order shuffled (default 0)")
-    group.add_argument("--shard", metavar="i/n", help="write part i of n (from 0) to OUT-i-of-n.beton; auto: as torchrun or SLURM says")
+    group.add_argument(
+        "--shard", metavar="i/n", help="write part i of n (from 0) to OUT-i-of-n.beton; auto: as torchrun or SLURM says"
+    )
     group = parser.add_argument_group("images")
-    group.add_argument("--quality", type=int, default=90, metavar="Q", help="of images that must be encoded anew, 1 to 100 (default 90)")
-    group.add_argument("--max-resolution", type=int, metavar="PX", help="shrink images whose longest side is above this")
-    group.add_argument("--no-decode-check", action="store_true", help="look at the structure of JPEGs only, do not decode them")
-    group.add_argument("--exif", choices=EXIF, help="ignore: leave images as they lie in the file, as ImageNet's training code does "
-                       "(default); apply: turn them as their EXIF orientation says, JPEGs without loss where possible")
-    group.add_argument("--row-index", action="store_true", help="restart markers, so that crops are decoded without what is around them")
+    group.add_argument(
+        "--quality",
+        type=int,
+        default=90,
+        metavar="Q",
+        help="of images that must be encoded anew, 1 to 100 (default 90)",
+    )
+    group.add_argument(
+        "--max-resolution", type=int, metavar="PX", help="shrink images whose longest side is above this"
+    )
+    group.add_argument(
+        "--no-decode-check", action="store_true", help="look at the structure of JPEGs only, do not decode them"
+    )
+    group.add_argument(
+        "--exif",
+        choices=EXIF,
+        help="ignore: leave images as they lie in the file, as ImageNet's training code does "
+        "(default); apply: turn them as their EXIF orientation says, JPEGs without loss where possible",
+    )
+    group.add_argument(
+        "--row-index",
+        action="store_true",
+        help="restart markers, so that crops are decoded without what is around them",
+    )
     group = parser.add_argument_group("bad samples")
-    group.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help="quarantine: leave out, list in OUT.rejects.jsonl")
-    group.add_argument("--max-rejects", type=int, metavar="N", help="with quarantine: fail when more are left out (default: no limit)")
+    group.add_argument(
+        "--on-error",
+        choices=("stop", "quarantine"),
+        default="stop",
+        help="quarantine: leave out, list in OUT.rejects.jsonl",
+    )
+    group.add_argument(
+        "--max-rejects", type=int, metavar="N", help="with quarantine: fail when more are left out (default: no limit)"
+    )
     group = parser.add_argument_group("the run")
     group.add_argument("--workers", type=int, metavar="N", help="threads (default: the CPU cores this process may use)")
-    group.add_argument("--resume", action="store_true", help="go on from what an unfinished run left; a finished file is compared with the inputs")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from what an unfinished run left; a finished file is compared with the inputs",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
     group.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
     group.add_argument("--no-space-check", action="store_true", help="begin even if the disk seems too small")
     group.add_argument(
-        "--page-size", type=int, default=PAGE_SIZE, metavar="BYTES", help="a power of two; no sample may be larger (default 8 MiB, as ffcv's)"
+        "--page-size",
+        type=int,
+        default=PAGE_SIZE,
+        metavar="BYTES",
+        help="a power of two; no sample may be larger (default 8 MiB, as ffcv's)",
     )
     return parser
 
@@ -328,7 +423,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for file in arguments["files"]:
                 info(file)
         else:
-            return 0 if all([check(file, arguments["decode"], arguments["workers"]) for file in arguments["files"]]) else 1
+            return (
+                0 if all([check(file, arguments["decode"], arguments["workers"]) for file in arguments["files"]]) else 1
+            )
     except EXPECTED as error:
         if show_traceback:
             raise

@@ -92,3 +92,12 @@ def eager():
     """No torch.compile: torchvision's `roi_align` compiles itself for minutes where its C++ operators are missing."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in another order differ in the last bit; torchrun gives each rank one thread, so compare with one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -25,15 +25,7 @@ from tl_fast.image_folder import ImageFolderError, list_images
 from tl_fast.labelmap import LabelMapStore, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in another order differ in the last bit; torchrun gives each rank one thread, so compare with one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from test_converting import SHAPE, published, run
@@ -27,16 +26,8 @@ from tl_fast.image_folder import ImageFolder
 from tl_fast.labelmap import LabelMapError, LabelMapStore
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = "--model efficientnet-lite0 --img-size 32 --device cpu --workers 1".split()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in another order differ in the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

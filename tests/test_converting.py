@@ -372,7 +372,9 @@ def test_resume_refuses_a_finished_file_that_the_command_would_not_make(
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(words, said) and "--overwrite" in said and out.stat().st_mtime_ns == before
     if change not in ("a new image", "no more rejects"):
-        assert run(to_beton, *arguments, "--overwrite") == 0
+        assert run(to_beton, *arguments, "--overwrite", "--resume") == 0 and out.stat().st_mtime_ns != before
+        before = out.stat().st_mtime_ns
+        assert run(to_beton, *arguments, "--overwrite", "--resume") == 0 and out.stat().st_mtime_ns == before
         assert run(to_beton, *arguments, "--resume") == 0 and "nothing to do" in capsys.readouterr().err
 
 

@@ -35,7 +35,7 @@ from tl_fast.annotation_classes import class_indices, name_classes
 from tl_fast.annotator import DTYPES, AnnotateError, Annotator, build_annotator
 from tl_fast.atomic import write_atomic
 from tl_fast.beton_source import open_images, settled_exif
-from tl_fast.image import EXIF
+from tl_fast.image import EXIF, ignored_orientations
 from tl_fast.image_reader import ImageReader
 from tl_fast.labelmap import LabelMapError, MapSpec, top_k_relative
 from tl_fast.mistakes import share
@@ -245,10 +245,7 @@ def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source) -> dict[str,
     _write_maps(work, spec)
     if rotated := int(ranks.sum(torch.tensor([reader.rotated]))):
         if exif == "ignore":
-            say(
-                f"{rotated:,} images say by EXIF that they are to be turned, which was ignored, as ImageNet's training "
-                "code does: photos of phones may lie on their side. --exif apply turns them (in conversion as well)"
-            )
+            say(ignored_orientations(rotated))
         else:
             say(f"{rotated:,} images were turned as their EXIF orientation says")
     rejects = ranks.on_main(store.list_rejects, config.out, work.parts, config.max_rejects)

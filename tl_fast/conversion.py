@@ -1,5 +1,6 @@
-"""What goes into one beton: which samples of a source, in which order, each with its label map; how much room they take; and whether a finished
-beton is what would be made."""
+"""What goes into one beton: which samples of a source, in which order, each with its label map; how much room they
+take; and whether a finished beton is what would be made.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +68,9 @@ class Shard:
         elif {"SLURM_PROCID", "SLURM_NTASKS"} <= environment.keys():
             words, index, count = "SLURM_PROCID of SLURM_NTASKS", number("SLURM_PROCID"), number("SLURM_NTASKS")
         else:
-            raise BetonError("--shard auto: neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give i/n")
+            raise BetonError(
+                "--shard auto: neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give i/n"
+            )
         if not 0 <= index < count:
             raise BetonError(f"--shard auto: {words} would be shard {index} of {count}; give i/n with 0 <= i < n")
         return cls(index, count)
@@ -82,18 +85,24 @@ class Shard:
 
 
 class Conversion:
-    """The samples of one beton as `write_beton` takes them: sized, iterable; images and label maps are read when a worker asks for them.
+    """The samples of one beton as `write_beton` takes them: sized, iterable; images and label maps are read when a
+    worker asks for them.
 
-    places: int64 `[n]`, indices into `source`. map_places: int64 `[n]`, indices into `maps`, -1 where an image has none; or None.
+    places: int64 `[n]`, indices into `source`. map_places: int64 `[n]`, indices into `maps`, -1 where an image has
+    none; or None.
     """
 
     def __init__(self, source: Source, maps: LabelMapStore | PublishedMaps | None, places: np.ndarray) -> None:
         self.source, self.maps, self.places = source, maps, places
-        self.refused: dict[int, str] = {} if maps is None else getattr(maps, "rejects", {})  # place among the maps -> annotation's reason
+        self.refused: dict[int, str] = (
+            {} if maps is None else getattr(maps, "rejects", {})
+        )  # place among the maps -> annotation's reason
         self._stamps = source.stamps, None if maps is None else maps.stamps  # made when asked for
         self.map_places: np.ndarray | None = None
         if maps is not None:
-            self.map_places = maps.locate([source.ids[i] for i in places.tolist()], source.class_names, source.labels[places])
+            self.map_places = maps.locate(
+                [source.ids[i] for i in places.tolist()], source.class_names, source.labels[places]
+            )
 
     def __len__(self) -> int:
         return len(self.places)
@@ -127,16 +136,26 @@ class Conversion:
     def why_without(self, i: int) -> str:
         """Why image i of the source, one of `without_map`, has no label map."""
         j = int(self.map_places[np.flatnonzero(self.places == i)[0]])
-        return f"has no label map in {self.maps.path}" if j < 0 else f"has no label map, as annotation rejected it: {self.refused[j]}"
+        return (
+            f"has no label map in {self.maps.path}"
+            if j < 0
+            else f"has no label map, as annotation rejected it: {self.refused[j]}"
+        )
 
     def inputs(self) -> dict[str, str | None]:
-        """Digests of what the samples are made from: their ids and labels, in order; sizes and times of the images, and of the label maps."""
+        """Digests of what the samples are made from: their ids and labels, in order; sizes and times of the images, and
+        of the label maps.
+        """
         ids = "\n".join(self.source.ids[i] for i in self.places.tolist()).encode("utf-8", "surrogateescape")
         maps = None
         if self.map_places is not None:
             maps = _digest(self._stamps[1][self.map_places], self.map_places < 0)
-        return {"ids": _digest(ids), "labels": _digest(self.source.labels[self.places]), "images": _digest(self._stamps[0][self.places]),
-                "label_maps": maps}
+        return {
+            "ids": _digest(ids),
+            "labels": _digest(self.source.labels[self.places]),
+            "images": _digest(self._stamps[0][self.places]),
+            "label_maps": maps,
+        }
 
 
 def _digest(*parts: bytes | np.ndarray) -> str:
@@ -155,12 +174,18 @@ _INPUTS = {
 
 
 def difference(
-    out: Path, conversion: Conversion, *, record: dict[str, Any], annotator: dict[str, Any] | None, max_rejects: int | None
+    out: Path,
+    conversion: Conversion,
+    *,
+    record: dict[str, Any],
+    annotator: dict[str, Any] | None,
+    max_rejects: int | None,
 ) -> str | None:
-    """What the finished beton `out` has first that these inputs and options would not give, in words; None: it is what they give.
+    """What the finished beton `out` has first that these inputs and options would not give, in words; None: it is what
+    they give.
 
-    record: as `write_beton` is told in `conversion`. max_rejects: how many samples may have been left out; None: any number.
-    Raises BetonError when `out` is no beton, or damaged.
+    record: as `write_beton` is told in `conversion`. max_rejects: how many samples may have been left out; None: any
+    number. Raises BetonError when `out` is no beton, or damaged.
     """
     source, spec = conversion.source, None if conversion.maps is None else conversion.maps.spec
     with BetonReader(out) as reader:
@@ -208,7 +233,8 @@ def _which(reader: BetonReader, conversion: Conversion) -> str:
 def open_maps(path: Path, extent: str | None, source: Source, exif: str = "ignore") -> LabelMapStore | PublishedMaps:
     """Open the label maps of `source`, whose images' EXIF orientations `exif` (ignore or apply) settles.
 
-    Raises BetonError unless they are of its classes and of images of the same orientation, LabelMapError when they cannot be used.
+    Raises BetonError unless they are of its classes and of images of the same orientation, LabelMapError when they
+    cannot be used.
     """
     maps = open_label_maps(path, extent=extent, num_classes=len(source.class_names))
     try:
@@ -234,7 +260,11 @@ def _check_maps(maps: LabelMapStore | PublishedMaps, path: Path, source: Source,
             f"{path}: its label maps know {maps.spec.num_classes} classes, {source.root} has {len(source.class_names)}; {remedy}"
         )
     if maps.class_names is not None and list(maps.class_names) != list(source.class_names):
-        i, (theirs, ours) = next((i, pair) for i, pair in enumerate(zip(maps.class_names, source.class_names, strict=True)) if pair[0] != pair[1])
+        i, (theirs, ours) = next(
+            (i, pair)
+            for i, pair in enumerate(zip(maps.class_names, source.class_names, strict=True))
+            if pair[0] != pair[1]
+        )
         raise BetonError(f"{path}: its class {i} is {theirs!r}, that of {source.root} is {ours!r}; {remedy}")
     if isinstance(maps, LabelMapStore) and maps.missing_parts:
         raise BetonError(
@@ -251,7 +281,8 @@ def annotator_record(maps: LabelMapStore | PublishedMaps | None) -> dict[str, An
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a conversion will do, from `tried` samples: how many of them got which `actions`; `problems` are those that would be rejected.
+    """What a conversion will do, from `tried` samples: how many of them got which `actions`; `problems` are those that
+    would be rejected.
 
     size: bytes of the file. seconds: on one core.
     """
@@ -264,7 +295,13 @@ class Estimate:
 
 
 def estimate(
-    conversion: Conversion, *, max_resolution: int | None, quality: int, decode_check: bool, row_index: bool = False, exif: str = "ignore",
+    conversion: Conversion,
+    *,
+    max_resolution: int | None,
+    quality: int,
+    decode_check: bool,
+    row_index: bool = False,
+    exif: str = "ignore",
     tries: int = 32,
 ) -> Estimate:
     """Convert `tries` samples, evenly spread, to nowhere, and scale by the sizes of the inputs."""

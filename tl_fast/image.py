@@ -67,6 +67,14 @@ def open_rgb(data: bytes, exif: str = "ignore") -> tuple[Image.Image, int]:
     return rgb.transpose(TURNS[orientation]) if exif == "apply" and orientation != 1 else rgb, orientation
 
 
+def ignored_orientations(count: int) -> str:
+    """What a run says that ignored the EXIF orientation of `count` images."""
+    return (
+        f"{count:,} images say by EXIF that they are to be turned, which was ignored, as ImageNet's training code does: "
+        "photos of phones may lie on their side. --exif apply turns them, in annotation and in conversion"
+    )
+
+
 def check_size(width: int, height: int, size: int, huffman: bool) -> None:
     """Raise ValueError for a JPEG of more pixels than Pillow opens (2 * Image.MAX_IMAGE_PIXELS) or `size` bytes hold.
 
