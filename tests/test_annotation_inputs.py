@@ -206,6 +206,28 @@ def test_rejects_are_limited_and_remembered(damaged, tmp_path: Path, capsys) -> 
     assert "counts what on_error quarantine leaves out" in refused(capsys, folder.root, maps, "--max-rejects", 1)
 
 
+def test_a_held_out_image_that_cannot_be_read_is_named(damaged, photos: Path, tmp_path: Path, capsys) -> None:
+    """By its own path, not by that of the training image in its place; other classes are refused before any work."""
+    folder, bad = damaged
+    train = tmp_path / "train"
+    shutil.copytree(photos / "val" / "animal", train / WNIDS[0])
+    shutil.copytree(photos / "val" / "tool", train / WNIDS[1])
+    said = refused(capsys, train, tmp_path / "maps", "--fit-head", "--eval-images", folder.root)
+    assert f"{folder.root}/{next(iter(bad))}" in said and "--on-error quarantine" in said
+    said = refused(capsys, train, tmp_path / "other", "--fit-head", "--eval-images", photos / "val")
+    assert "its classes ['animal'" in said and not (tmp_path / "other").exists()
+
+
+def test_a_data_set_that_cannot_be_read_at_all_is_an_error(damaged, tmp_path: Path, capsys) -> None:
+    folder, _ = damaged
+    for sample_id in folder.ids:
+        path = Path(folder.root) / sample_id
+        path.unlink()
+        path.write_text("no image")
+    said = refused(capsys, folder.root, tmp_path / "maps", "--on-error", "quarantine")
+    assert "none of the 10 images can be read" in said and not LabelMapStore(tmp_path / "maps").complete
+
+
 def test_errors_of_the_machine_are_no_images_fault(folder: ImageFolder, tmp_path: Path, monkeypatch, capsys) -> None:
     def full(self, i):
         raise OSError(24, "Too many open files")

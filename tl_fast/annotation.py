@@ -142,7 +142,10 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
     # Gloo on GPUs, too: ranks exchange next to nothing, but may wait long for one another, beyond NCCL's watchdog.
     with join(config.device, config.timeout_minutes, backend="gloo") as ranks, contextlib.ExitStack() as stack:
         images = stack.enter_context(ranks.agree(_open, config, config.images, config.labels))
-        return _annotate(config, ranks, images)
+        held_out = None
+        if config.eval_images is not None:
+            held_out = stack.enter_context(ranks.agree(_open, config, config.eval_images))
+        return _annotate(config, ranks, images, held_out)
 
 
 def _open(config: AnnotateConfig, paths: Path | Sequence[Path], labels: Path | None = None) -> Source:
@@ -163,6 +166,7 @@ class _Work:
     config: AnnotateConfig
     ranks: Ranks
     images: Source
+    held_out: Source | None
     annotator: Annotator
     reader: ImageReader
     console: Console
@@ -175,17 +179,8 @@ class _Work:
         if self.ranks.world_size > 1:
             dist.barrier()
 
-    def refuse_bad(self, bad: dict[int, str]) -> None:
-        """Raise AnnotateError for the first image that cannot be read, unless such images are to be left out."""
-        if bad and self.config.on_error == "stop":
-            i, reason = next(iter(bad.items()))
-            raise AnnotateError(
-                f"{self.images.origin(i)}: {reason}. Repair it, or give --on-error quarantine to leave out such images; "
-                "the same command goes on from what is done"
-            )
 
-
-def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source) -> dict[str, Any]:
+def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source, held_out: Source | None) -> dict[str, Any]:
     console = Console(stderr=True, quiet=not ranks.main)
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
 
@@ -194,6 +189,13 @@ def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source) -> dict[str,
     ids_sha256 = hashlib.sha256(json.dumps(images.ids).encode()).hexdigest()
     if len(set(ranks.gather(ids_sha256))) > 1:
         raise share(AnnotateError(f"{images.root}: the ranks list different images; give every node the same files"))
+    if held_out is not None and held_out.class_names != images.class_names:
+        raise share(
+            AnnotateError(
+                f"{held_out.root}: its classes {held_out.class_names} differ from those of {images.root}: "
+                f"{images.class_names}"
+            )
+        )
     annotator = ranks.agree(_annotator_for, images, config, ranks.device)
     class_names, labelled = name_classes(images, annotator, config.fit_head or config.classes is not None)
     num_classes = len(class_names) if config.fit_head else annotator.num_classes
@@ -204,8 +206,9 @@ def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source) -> dict[str,
         exif,
         config.workers or cores_of_this_rank(),
         config.batch_size or (64 if ranks.device.type == "cuda" else 2),
+        stop=config.on_error == "stop",
     )
-    work = _Work(config, ranks, images, annotator, reader, console)
+    work = _Work(config, ranks, images, held_out, annotator, reader, console)
 
     # --- the store
     labels = images.labels[images.labels >= 0]
@@ -248,7 +251,7 @@ def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source) -> dict[str,
             say(ignored_orientations(rotated))
         else:
             say(f"{rotated:,} images were turned as their EXIF orientation says")
-    rejects = ranks.on_main(store.list_rejects, config.out, work.parts, config.max_rejects)
+    rejects = ranks.on_main(store.list_rejects, config.out, len(images), config.max_rejects)
     record["rejected"] = len(rejects)
     if rejects:
         say(f"{len(rejects):,} of {len(images):,} images were left out, see {list_beside(config.out)}")
@@ -320,11 +323,7 @@ def _write_maps(work: _Work, spec: MapSpec) -> None:
         write_atomic(store.pooled_path(out, part), lambda file: np.save(file, pooled))
         labelmap.write_part(out, part, records)  # last: a part that is there is whole
         rejected += len(rejects)
-        if config.max_rejects is not None and rejected > config.max_rejects:
-            raise AnnotateError(
-                f"{out}: {rejected} images cannot be read and --max-rejects allows {config.max_rejects}; they are "
-                f"listed in {out}/rejects-*.jsonl. Mend them, or allow more, and run again"
-            )
+        store.refuse_too_many(out, rejected, config.max_rejects, f"{out}/rejects-*.jsonl")
 
     _write_parts(
         work,
@@ -355,13 +354,13 @@ def _write_parts(
     mine = missing[ranks.rank :: ranks.world_size]
     groups = [range(part * size, min(len(images), (part + 1) * size)) for part in mine]
     label += f" (the first of {ranks.world_size} shares)" if ranks.world_size > 1 else ""
+    stamps = images.stamps  # made when asked for
     done, rejected, total = 0, 0, sum(map(len, groups))
     with ProgressDisplay(label, total, work.console, enabled=ranks.main) as display, torch.inference_mode():
         display.update(0)
         rows: list[list[np.ndarray]] = []
         bad: dict[int, str] = {}  # of the part at hand
         for position, piece, batch, problems in work.reader.batches(groups):
-            work.refuse_bad(problems)
             columns = blank(len(piece))
             if batch is not None:
                 good = np.array([i not in problems for i in piece])
@@ -375,7 +374,7 @@ def _write_parts(
             rows.append(columns)
             bad |= problems
             if piece[-1] == groups[position][-1]:
-                store.write_stamps(work.config.out, mine[position], images)
+                store.write_stamps(work.config.out, mine[position], stamps)
                 save(mine[position], [np.concatenate(column) for column in zip(*rows, strict=True)], bad)
                 rows, bad = [], {}
             done, rejected = done + len(piece), rejected + len(problems)
@@ -410,7 +409,7 @@ def _fit_head(work: _Work) -> dict[str, float]:
         annotator.set_probe(file.get_tensor("weight"), file.get_tensor("bias"))
         report = json.loads(file.metadata()["probe"])
     del report["class_names"]
-    if config.eval_images is not None:
+    if work.held_out is not None:
         report["eval_top1"] = _held_out_top1(work)
     return report
 
@@ -428,9 +427,8 @@ def _fit_and_save(work: _Work) -> None:
         )
     except ValueError as error:
         raise AnnotateError(f"--fit-head on {images.root}: {error}") from error
-    metadata = {
-        "probe": json.dumps({**probe.report(), "class_names": images.class_names})
-    }  # one key: their order is random
+    # One key: the order of several is random.
+    metadata = {"probe": json.dumps({**probe.report(), "class_names": images.class_names})}
     blob = safetensors.torch.save({"weight": probe.weight, "bias": probe.bias}, metadata)
     write_atomic(store.head_path(config.out), lambda file: file.write(blob))
     for file in files:
@@ -439,22 +437,16 @@ def _fit_and_save(work: _Work) -> None:
 
 def _held_out_top1(work: _Work) -> float:
     """The probe's accuracy on the held-out images that can be read, in percent."""
-    config, ranks = work.config, work.ranks
-    with _open(config, config.eval_images) as held_out, torch.inference_mode():
-        if held_out.class_names != work.images.class_names:
-            raise AnnotateError(
-                f"{config.eval_images}: its classes {held_out.class_names} differ from those of {work.images.root}: "
-                f"{work.images.class_names}"
-            )
-        reader = dataclasses.replace(work.reader, source=held_out)
-        totals = torch.zeros(2, dtype=torch.int64)  # hits, images
+    ranks, held_out = work.ranks, work.held_out
+    reader = dataclasses.replace(work.reader, source=held_out)
+    totals = torch.zeros(2, dtype=torch.int64)  # hits, images
+    with torch.inference_mode():
         for _, piece, batch, bad in reader.batches([range(ranks.rank, len(held_out), ranks.world_size)]):
-            work.refuse_bad(bad)
             if batch is not None:
                 labels = torch.from_numpy(held_out.labels[[i for i in piece if i not in bad]])
                 hits = work.annotator(batch)[1].argmax(1).cpu() == labels
                 totals += torch.stack([hits.sum(), (labels >= 0).sum()])
     hits, count = ranks.sum(totals).tolist()
     if not count:
-        raise AnnotateError(f"{config.eval_images}: none of its images can be read")
+        raise share(AnnotateError(f"{held_out.root}: none of its images can be read"))
     return 100 * hits / count

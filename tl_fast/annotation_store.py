@@ -9,7 +9,6 @@ it is fitted head.safetensors        the probe
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +54,13 @@ def _stamps_path(out: Path, part: int) -> Path:
     return out / f"stamps-{part:05d}.npy"
 
 
-def _stamps(images: Source, part: int) -> np.ndarray:
-    return images.stamps[part * labelmap.PART_SIZE : (part + 1) * labelmap.PART_SIZE]
+def _of_part(stamps: np.ndarray, part: int) -> np.ndarray:
+    return stamps[part * labelmap.PART_SIZE : (part + 1) * labelmap.PART_SIZE]
 
 
-def write_stamps(out: Path, part: int, images: Source) -> None:
-    """Record of which images a part is made; to be written before the part."""
-    stamps = _stamps(images, part)
-    write_atomic(_stamps_path(out, part), lambda file: np.save(file, stamps))
+def write_stamps(out: Path, part: int, stamps: np.ndarray) -> None:
+    """Record of which images a part is made; to be written before the part. stamps: all images' `Source.stamps`."""
+    write_atomic(_stamps_path(out, part), lambda file: np.save(file, _of_part(stamps, part)))
 
 
 def prepare(
@@ -83,9 +81,8 @@ def prepare(
     path = out / "manifest.json"
     old = _read_manifest(path)
     if old is not None:
-        kinds = "|".join((*_PARTS, "rejects", "head", "ids", "manifest"))
-        for leftover in out.glob(".*.tmp"):  # of a killed run; this rank works before the others start writing
-            if leftover.name.removeprefix(".").partition("-")[0].partition(".")[0] in kinds.split("|"):
+        for kind in (*(f"{kind}-" for kind in (*_PARTS, "rejects")), "head.", "ids.", "manifest."):
+            for leftover in out.glob(f".{kind}*.tmp"):  # of a killed run; this rank works before the others write
                 leftover.unlink()
         if overwrite:
             _empty(out)
@@ -98,7 +95,8 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     if old is not None:
         new = {"spec": spec.to_dict(), "class_names": class_names, "num_samples": len(images), **record}
-        if differing := [key for key in FINGERPRINT if old.get(key, "ignore" if key == "exif" else None) != new[key]]:
+        old = {"exif": "ignore", **old}  # stores of before the option ignored orientations
+        if differing := [key for key in FINGERPRINT if old.get(key) != new[key]]:
             told = "; ".join(f"{key} was {_short(old.get(key))}, is now {_short(new[key])}" for key in differing)
             raise AnnotateError(
                 f"{out} holds label maps made in another way: {told}. Give --overwrite to start afresh, or "
@@ -138,18 +136,14 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 
 def _empty(out: Path) -> None:
     files = [file for kind in _PARTS for file in out.glob(f"{kind}-*.npy")] + list(out.glob("rejects-*.jsonl"))
-    for file in (
-        *files,
-        head_path(out),
-        out / "ids.jsonl",
-        list_beside(out),
-        out / "manifest.json",
-    ):  # the manifest last: without it, no store
+    # The manifest last: what has none is no store.
+    for file in (*files, head_path(out), out / "ids.jsonl", list_beside(out), out / "manifest.json"):
         file.unlink(missing_ok=True)
 
 
 def _check_images(out: Path, images: Source) -> None:
     """Raise AnnotateError naming the first image that is not what it was when its part was made."""
+    stamps = images.stamps
     for part in range(-(-len(images) // labelmap.PART_SIZE)):
         made = [path for path in (part_path(out, part), features_path(out, part)) if path.exists()]
         if not made:
@@ -160,10 +154,9 @@ def _check_images(out: Path, images: Source) -> None:
         if not path.exists():
             raise AnnotateError(
                 f"{path} is missing, so whether the part's images are still the same is not known (earlier versions "
-                "of tl_fast "
-                f"did not record it); {remedy}"
+                f"of tl_fast did not record it); {remedy}"
             )
-        then, now = np.load(path), _stamps(images, part)
+        then, now = np.load(path), _of_part(stamps, part)
         changed = np.flatnonzero((then != now).any(1)) if then.shape == now.shape else np.array([0])
         if len(changed):
             i = part * labelmap.PART_SIZE + int(changed[0])
@@ -184,15 +177,23 @@ def _check_rejects(out: Path, on_error: str) -> None:
                 )
 
 
-def list_rejects(out: Path, parts: Sequence[int], max_rejects: int | None) -> list[Reject]:
-    """The rejects of all parts, written to `OUT.rejects.jsonl`. Raises AnnotateError when they are more than
-    `max_rejects`, or all images.
+def refuse_too_many(out: Path, rejected: int, max_rejects: int | None, listed_in: str | Path) -> None:
+    """Raise AnnotateError when more images were left out than may be."""
+    if max_rejects is not None and rejected > max_rejects:
+        raise AnnotateError(
+            f"{out}: {rejected} images cannot be read and --max-rejects allows {max_rejects}; they are listed in "
+            f"{listed_in}. Mend them, or allow more, and run again"
+        )
+
+
+def list_rejects(out: Path, images: int, max_rejects: int | None) -> list[Reject]:
+    """The rejects of a store of so many images, written to `OUT.rejects.jsonl`. Raises AnnotateError when they are more
+    than `max_rejects`, or all images.
     """
+    parts = range(-(-images // labelmap.PART_SIZE))
     rejects = [reject for part in parts for reject in read_rejects(labelmap.rejects_path(out, part))]
     write_rejects(list_beside(out), rejects)
-    if max_rejects is not None and len(rejects) > max_rejects:
-        raise AnnotateError(
-            f"{out}: {len(rejects)} images cannot be read and --max-rejects allows {max_rejects}; they are listed in "
-            f"{list_beside(out)}. Mend them, or allow more, and run again"
-        )
+    refuse_too_many(out, len(rejects), max_rejects, list_beside(out))
+    if len(rejects) == images:
+        raise AnnotateError(f"{out}: none of the {images} images can be read, the first: {rejects[0]['reason']}")
     return rejects

@@ -19,7 +19,8 @@ from tl_fast.sources import Source, SourceChanged
 class ImageReader:
     """Reads and squashes a data set's images on threads.
 
-    exif: 'ignore' or 'apply'. rotated: how many images met so far state an EXIF orientation other than upright.
+    exif: 'ignore' or 'apply'. stop: whether the first image that cannot be read is an error. rotated: how many images
+    met so far state an EXIF orientation other than upright.
     """
 
     source: Source
@@ -27,6 +28,7 @@ class ImageReader:
     exif: str
     workers: int
     batch_size: int
+    stop: bool
     rotated: int = 0
 
     def batches(
@@ -35,8 +37,8 @@ class ImageReader:
         """All groups of images in order, in pieces of at most `batch_size`, none of which crosses a group.
 
         Yields (position in `groups`, the piece, its images as uint8 `[B, 3, S, S]` or None where none can be read,
-        {image: why it cannot be read}). Raises AnnotateError where the machine is to blame, SourceChanged for a file of
-        many images that has changed.
+        {image: why it cannot be read}). Raises AnnotateError where the machine is to blame, or at the first image that
+        cannot be read where `stop` says so; SourceChanged for a file of many images that has changed.
         """
         pieces = [
             (position, group[i : i + self.batch_size])
@@ -52,6 +54,11 @@ class ImageReader:
                 self.rotated += orientation > 1
                 if isinstance(result, Exception):
                     bad[i] = reason_of(result)
+                    if self.stop:
+                        raise AnnotateError(
+                            f"{self.source.origin(i)}: {bad[i]}. Repair it, or give --on-error quarantine to leave "
+                            "out such images; the same command goes on from what is done"
+                        ) from result
                 else:
                     images.append(result)
             yield position, piece, torch.from_numpy(np.stack(images)) if images else None, bad
