@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tl_fast.beton import BetonReader
+from tl_fast.samples import Samples
 from tl_fast.sources import Source, SourceError, check_ids, expand_paths, open_source, read_class_names
 
 
@@ -17,8 +18,8 @@ class BetonSource(Source):
     """One beton, or the shards of one data set in the order given; samples in the order of the files.
 
     Ids, labels and class names are those that were packed. class_names: other names for the same labels. Each image's
-    CRC-32 is checked when it is read. Raises SourceError for shards with other classes, or a sample that two of them
-    hold.
+    CRC-32 is checked when it is read. Raises InputError for shards that do not belong together, SourceError for a
+    sample that two of them hold.
     """
 
     kind = "beton"
@@ -26,57 +27,44 @@ class BetonSource(Source):
     def __init__(self, files: Sequence[str], class_names: list[str] | None = None) -> None:
         self.root = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
         self.ignored = 0
-        self.readers = [BetonReader(path) for path in files]
-        first = self.readers[0]
-        for reader in self.readers[1:]:
-            for what, ours, theirs in (
-                ("class names", reader.class_names, first.class_names),
-                ("--exif", _exif(reader), _exif(first)),
-            ):
-                if ours != theirs:
-                    raise SourceError(
-                        f"{first.path} and {reader.path}: have different {what}; give the shards of one data set"
-                    )
+        self.samples = Samples(files)
+        first, *others = self.samples.readers
         self.exif = _exif(first)
-        self._starts = np.cumsum([0, *map(len, self.readers)])
-        self.ids = [sample_id for reader in self.readers for sample_id in reader.source_ids]
-        self.labels = np.concatenate([reader.labels for reader in self.readers]).astype(np.int64)
-        highest = int(self.labels.max())
-        names = class_names or first.class_names or [str(label) for label in range(highest + 1)]
-        if highest >= len(names) or first.class_names and len(names) != len(first.class_names):
-            raise SourceError(
-                f"{self.root}: has {len(first.class_names) or highest + 1} classes, --class-names {len(names)}; "
-                "name as many"
-            )
+        for reader in others:
+            if _exif(reader) != self.exif:
+                raise SourceError(
+                    f"{first.path} and {reader.path}: were converted with different --exif; convert both alike"
+                )
+        self.labels = self.samples.labels
+        count, own = self.samples.num_classes, self.samples.class_names
+        names = class_names or own or [str(label) for label in range(count)]
+        if len(names) < count or own and len(names) != len(own):
+            raise SourceError(f"{self.root}: has {count} classes, --class-names {len(names)}; name as many")
         self.class_names = list(names)
-        self.sizes = np.concatenate([reader.jpeg_sizes for reader in self.readers]).astype(np.int64)
+        self.ids = [sample_id for reader in self.samples.readers for sample_id in reader.source_ids]
+        self.sizes = np.concatenate([reader.jpeg_sizes for reader in self.samples.readers])
         check_ids(self.ids, self.origin)
 
-    def _locate(self, i: int) -> tuple[BetonReader, int]:
-        file = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self.readers[file], i - int(self._starts[file])
-
     def origin(self, i: int) -> str:
-        reader, index = self._locate(i)
-        return f"{reader.path}: sample {index} ({reader.source_ids[index]})"
+        return self.samples.name(i)
 
     @property
     def stamps(self) -> np.ndarray:
         """Size and modification time (ns) of the sample's file, its place in it."""
-        status = [os.stat(reader.path) for reader in self.readers]
-        counts = [len(reader) for reader in self.readers]
-        files = np.repeat(np.array([(file.st_size, file.st_mtime_ns) for file in status], np.int64), counts, 0)
-        return np.column_stack((files, np.concatenate([np.arange(count) for count in counts])))
+        rows = []
+        for reader in self.samples.readers:
+            status, count = os.stat(reader.path), len(reader)
+            file = np.array([status.st_size, status.st_mtime_ns], np.int64)
+            rows.append(np.column_stack((np.tile(file, (count, 1)), np.arange(count))))
+        return np.concatenate(rows)
 
     def read(self, i: int) -> bytes:
-        reader, index = self._locate(i)
-        if reader.has_crc:
-            reader.check(index)
-        return reader.jpeg(index).tobytes()
+        if self.samples.locate(i)[0].has_crc:
+            self.samples.check(i)
+        return self.samples.jpeg(i).tobytes()
 
     def close(self) -> None:
-        for reader in self.readers:
-            reader.close()
+        self.samples.close()
 
 
 def _exif(reader: BetonReader) -> str:
@@ -98,8 +86,8 @@ def open_images(paths: Sequence[Path | str] | Path | str, *, class_names: Path |
     for name in ("labels", "image_column", "label_column"):
         if options.get(name) is not None:
             raise SourceError(
-                f"{files[0]}: --{name.replace('_', '-')} {options[name]} is for other files, a beton has its labels "
-                "inside"
+                f"{files[0]}: --{name.replace('_', '-')} {options[name]} is for other files, a beton has its "
+                "labels inside"
             )
     return BetonSource(files, None if class_names is None else read_class_names(class_names))
 

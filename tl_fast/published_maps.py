@@ -178,7 +178,7 @@ class PublishedMaps:
     """Published label maps, listed once, then read in any order from any thread.
 
     `spec`: what most of up to 32 maps spread over all of them look like. `class_names`: None, the format has none. `manifest`; `path`;
-    `names` (paths of the .pt files); `ignored` (number of other files); `stamps` int64 `[n, 2]`: size and mtime (ns) of each file, or
+    `names` (paths of the .pt files); `rejects`: none, the format lists no images that annotation left out; `ignored` (number of other files); `stamps` int64 `[n, 2]`: size and mtime (ns) of each file, or
     `[n, 4]`: of the archive, then two numbers for where in it the map is.
     extent: `full` or `center_square`, required. num_classes: C, of the data set.
     Raises LabelMapError when there are no maps in `path`, or none that can be read.
@@ -193,6 +193,7 @@ class PublishedMaps:
         self._files, self._reader = _open_files(self.path), PtReader(num_classes)
         self.names, self.ignored, self.stamps = self._files.names, self._files.ignored, self._files.stamps
         self.class_names: list[str] | None = None
+        self.rejects: dict[int, str] = {}
         try:
             self.spec = self._find_spec(extent, num_classes)
         except BaseException:
