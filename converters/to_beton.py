@@ -122,8 +122,8 @@ def convert(
         }
         if on_error == "stop" and len(without := conversion.without_map):
             raise BetonError(
-                f"{source.origin(without[0])}: {conversion.why_without(without[0])}; {len(without) - 1} other images of {len(conversion)} "
-                "have none either. Annotate them, or leave them out with --on-error quarantine"
+                f"{source.origin(without[0])}: {conversion.why_without(without[0])}; {len(without) - 1} other images of "
+                f"{len(conversion)} have none either. Annotate them, or leave them out with --on-error quarantine"
             )
         if resume and out.exists() and not partial_paths(out)[0].exists():
             allowed = 0 if on_error == "stop" else max_rejects

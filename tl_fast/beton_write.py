@@ -1,8 +1,9 @@
-"""Writing a .beton: in one pass, on threads or processes, to a temporary file that takes the final name only when it is whole.
+"""Writing a .beton: in one pass, on threads or processes, to a temporary file that takes the final name only when it is
+whole.
 
-ffcv's writer loop is not used: it hangs when a worker dies, leaves torn files that look whole, and its output depends on the workers'
-timing. Here workers read and encode, and one thread lays out and writes in the samples' order, so the bytes are the same for any
-number of workers.
+ffcv's writer loop is not used: it hangs when a worker dies, leaves torn files that look whole, and its output depends
+on the workers' timing. Here workers read and encode, and one thread lays out and writes in the samples' order, so the
+bytes are the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -48,10 +49,12 @@ FATAL = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN,
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One input of `write_beton`. `image()` returns the image file's bytes, `label_map()` its packed record; worker threads call both.
+    """One input of `write_beton`. `image()` returns the image file's bytes, `label_map()` its packed record; worker
+    threads call both.
 
-    source_id: unique in the data set, kept in the file. label: -1 for an unlabelled one, which is a bad sample. origin: what error messages call it (a path, an archive member), by default the id.
-    stamp: changes when the input does (file size and time), so that a resumed run can tell.
+    source_id: unique in the data set, kept in the file. label: -1 for an unlabelled one, which is a bad sample. origin:
+    what error messages call it (a path, an archive member), by default the id. stamp: changes when the input does (file
+    size and time), so that a resumed run can tell.
     """
 
     source_id: str
@@ -83,8 +86,9 @@ class SampleSource(Protocol):
 class WriteSummary:
     """What `write_beton` did.
 
-    Images `copied`, `transcoded` without loss, `reencoded`, `resized` (and encoded); of those, `stripped` of metadata, `rotated` (with
-    an EXIF orientation, ignored or applied as asked) and `row_indexed` (regions can be cut out of them; 0 when not asked for). `rejected`: samples left out. `resumed`: samples taken from an earlier run. Sizes in bytes,
+    Images `copied`, `transcoded` without loss, `reencoded`, `resized` (and encoded); of those, `stripped` of metadata,
+    `rotated` (with an EXIF orientation, ignored or applied as asked) and `row_indexed` (regions can be cut out of them;
+    0 when not asked for). `rejected`: samples left out. `resumed`: samples taken from an earlier run. Sizes in bytes,
     wall time in seconds.
     """
 
@@ -109,10 +113,12 @@ class TooManyRejects(BetonError):
 
 
 def reuse_memory() -> None:
-    """Let malloc keep what is freed (glibc; elsewhere nothing happens), and the garbage collector pass over what is there by now.
+    """Let malloc keep what is freed (glibc; elsewhere nothing happens), and the garbage collector pass over what is
+    there by now.
 
-    By default every buffer of more than 128 KB is mapped anew, and a page fault for each of its pages takes longer than reading it: 117 µs
-    for a 128-KB file, 31 with this. It holds for the whole process, so programs call it, not `write_beton`.
+    By default every buffer of more than 128 KB is mapped anew, and a page fault for each of its pages takes longer than
+    reading it: 117 µs for a 128-KB file, 31 with this. It holds for the whole process, so programs call it, not
+    `write_beton`.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -124,8 +130,8 @@ def reuse_memory() -> None:
 def ordered_map(workers: int, function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
     """`map(function, items)` on threads, in order, with at most `ahead * workers` items begun and not yet consumed.
 
-    Threads suffice: file reads, libjpeg, Pillow and zlib all release the GIL. The first exception, in the order of the items, is raised
-    and the rest cancelled.
+    Threads suffice: file reads, libjpeg, Pillow and zlib all release the GIL. The first exception, in the order of the
+    items, is raised and the rest cancelled.
     """
     pool = ThreadPoolExecutor(workers)
     pending: deque = deque()
@@ -144,7 +150,9 @@ def encode(
     sample: Sample, spec: MapSpec | None, max_resolution: int | None, quality: int, decode_check: bool, row_index: bool = False,
     exif: str = "ignore",
 ) -> Encoded | Exception:
-    """Read, check and encode one sample; the exception, not raised, when the sample is bad. Raises what is no fault of the sample."""
+    """Read, check and encode one sample; the exception, not raised, when the sample is bad. Raises what is no fault of
+    the sample.
+    """
     from tl_fast.jpeg import prepare  # here, since reading a beton needs no image library
     from tl_fast.turbojpeg_transform import TurboJpegMissing
 
@@ -186,7 +194,9 @@ def compile_kernels(spec: MapSpec | None) -> None:
 
 
 class Writer:
-    """One run of `write_beton`: what has been taken from the source, what became of it, and how to go on from there after a kill."""
+    """One run of `write_beton`: what has been taken from the source, what became of it, and how to go on from there
+    after a kill.
+    """
 
     def __init__(self, partial: PartialFile, file: BetonFile, class_names: Sequence[str]) -> None:
         self.partial, self.file, self.class_names = partial, file, class_names
@@ -200,7 +210,9 @@ class Writer:
         self._commit_time = time.monotonic()
 
     def restore(self, source: Iterator[Sample]) -> None:
-        """Go on from the last commit. Raises BetonError when the samples up to there are not those of the earlier run."""
+        """Go on from the last commit. Raises BetonError when the samples up to there are not those of the earlier
+        run.
+        """
         if not self.partial.records:
             return
         head = self.partial.records[-1][0]
@@ -288,7 +300,9 @@ class Writer:
             self.commit()
 
     def keep(self, always: bool) -> bool:
-        """The run ends early: commit what was done, unless it is too little to keep. True when another run can go on from it."""
+        """The run ends early: commit what was done, unless it is too little to keep. True when another run can go on
+        from it.
+        """
         with contextlib.suppress(OSError):  # a full disk: then the earlier commits have to do
             if always or self.partial.resumable:
                 self.commit()
@@ -324,18 +338,18 @@ def write_beton(
 ) -> WriteSummary:
     """Write `samples` (with a `len()`; iterated once, in order) to `path`, in one pass, in bounded memory.
 
-    class_names: name of every label; with `spec` as many as the label maps' classes, for token targets and labels are of one kind.
-    annotator, conversion: JSON-able records of how the label maps were made and of what was converted, kept in the file; a
-    resumed run must have the same, but for conversion["inputs"], as every sample taken is compared by its own stamp.
-    workers: threads, by default one per CPU core this process may use. processes: forked processes instead, which do not
-    wait for each other's GIL; `samples` must then be a sequence, and the bytes of its images and label maps are asked for
-    in those processes. Samples with `decodes_groups` are read by threads in any case. max_resolution, quality,
-    decode_check, row_index, exif: see `tl_fast.jpeg.prepare`. page_size: bytes, a power of two; no sample may be larger.
-    on_error: `stop` at the first bad sample, or `quarantine`: leave it out and list it, a JSON object a line, in `PATH.rejects.jsonl`.
-    max_rejects: how many may be left out. resume: go on from what an unfinished run left (`tl_fast.partial_file`), if it left something.
-    progress: called with the samples taken from the source, those of them left out, and the bytes written.
-    Raises BetonError that names the sample (the first bad one in the samples' order), TooManyRejects at the end; nothing bears the name
-    `path` then.
+    class_names: name of every label; with `spec` as many as the label maps' classes, for token targets and labels are
+    of one kind. annotator, conversion: JSON-able records of how the label maps were made and of what was converted,
+    kept in the file; a resumed run must have the same, but for conversion["inputs"], as every sample taken is compared
+    by its own stamp. workers: threads, by default one per CPU core this process may use. processes: forked processes
+    instead, which do not wait for each other's GIL; `samples` must then be a sequence, and the bytes of its images and
+    label maps are asked for in those processes. Samples with `decodes_groups` are read by threads in any case.
+    max_resolution, quality, decode_check, row_index, exif: see `tl_fast.jpeg.prepare`. page_size: bytes, a power of
+    two; no sample may be larger. on_error: `stop` at the first bad sample, or `quarantine`: leave it out and list it, a
+    JSON object a line, in `PATH.rejects.jsonl`. max_rejects: how many may be left out. resume: go on from what an
+    unfinished run left (`tl_fast.partial_file`), if it left something. progress: called with the samples taken from the
+    source, those of them left out, and the bytes written. Raises BetonError that names the sample (the first bad one in
+    the samples' order), TooManyRejects at the end; nothing bears the name `path` then.
     """
     path, started = Path(path), time.perf_counter()
     if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):

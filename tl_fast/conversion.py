@@ -61,8 +61,8 @@ class Shard:
             last = number("SLURM_ARRAY_TASK_MAX", str(first + step * (count - 1)))
             if (last - first) // step + 1 != count or (task - first) % step:
                 raise BetonError(
-                    f"--shard auto: SLURM's array of {count} tasks from {first} to {last} has no even steps of {step}, so which shard is "
-                    f"task {task}'s is not known; give i/n, or an array as 0-{count - 1}"
+                    f"--shard auto: SLURM's array of {count} tasks from {first} to {last} has no even steps of {step}, so "
+                    f"which shard is task {task}'s is not known; give i/n, or an array as 0-{count - 1}"
                 )
             words, index = f"SLURM's array task {task}", (task - first) // step
         elif {"SLURM_PROCID", "SLURM_NTASKS"} <= environment.keys():
@@ -94,9 +94,7 @@ class Conversion:
 
     def __init__(self, source: Source, maps: LabelMapStore | PublishedMaps | None, places: np.ndarray) -> None:
         self.source, self.maps, self.places = source, maps, places
-        self.refused: dict[int, str] = (
-            {} if maps is None else getattr(maps, "rejects", {})
-        )  # place among the maps -> annotation's reason
+        self.refused = {} if maps is None else maps.rejects  # place among the maps -> annotation's reason
         self._stamps = source.stamps, None if maps is None else maps.stamps  # made when asked for
         self.map_places: np.ndarray | None = None
         if maps is not None:
@@ -195,7 +193,8 @@ def difference(
         if reader.class_names != list(source.class_names):
             pairs = zip(reader.class_names, source.class_names, strict=False)
             first = next((f"class {i} was {a!r} and is now {b!r}" for i, (a, b) in enumerate(pairs) if a != b), None)
-            return f"its classes are others: {first or f'it has {len(reader.class_names)}, now there are {len(source.class_names)}'}"
+            counts = f"it has {len(reader.class_names)}, now there are {len(source.class_names)}"
+            return f"its classes are others: {first or counts}"
         if (reader.spec is None) != (spec is None):
             return f"it was made with{'out' if reader.spec is None else ''} label maps"
         if reader.spec != spec:
@@ -248,8 +247,8 @@ def open_maps(path: Path, extent: str | None, source: Source, exif: str = "ignor
 def _check_maps(maps: LabelMapStore | PublishedMaps, path: Path, source: Source, exif: str) -> None:
     if (theirs := maps.manifest.get("exif", "ignore")) != exif:  # stores of before the option ignored orientations
         raise BetonError(
-            f"{path}: its label maps were made with --exif {theirs}, the images are to be packed with --exif {exif}, so a turned photo and its "
-            f"map would not fit; pack with --exif {theirs}, or annotate again"
+            f"{path}: its label maps were made with --exif {theirs}, the images are to be packed with --exif {exif}, so a "
+            f"turned photo and its map would not fit; pack with --exif {theirs}, or annotate again"
         )
     remedy = (
         "token targets and labels must be of the same classes: annotate this data set with --classes (keep the logits of its classes) or "

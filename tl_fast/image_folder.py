@@ -1,4 +1,6 @@
-"""A folder of images: which ones, in which order, of which class. Annotator and converter read it alike, so that their ids agree."""
+"""A folder of images: which ones, in which order, of which class. Annotator and converter read it alike, so that their
+ids agree.
+"""
 from __future__ import annotations
 
 import dataclasses
@@ -20,10 +22,11 @@ class ImageFolderError(SourceError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageList:
-    """Images: `ids` relative to `root` (posix), class by class; `labels` int64 `[n]` and `class_names`, both None for a flat folder.
+    """Images: `ids` relative to `root` (posix), class by class; `labels` int64 `[n]` and `class_names`, both None for a
+    flat folder.
 
-    sizes, mtimes: int64 `[n]`, bytes and nanoseconds, both 0 for a link that leads nowhere. ignored: how many other files lie in the class
-    folders.
+    sizes, mtimes: int64 `[n]`, bytes and nanoseconds, both 0 for a link that leads nowhere. ignored: how many other
+    files lie in the class folders.
     """
 
     root: Path
@@ -43,7 +46,8 @@ def is_image(name: str) -> bool:
 
 
 def _scan(folder: str, prefix: str, found: list[tuple[str, int, int]], deep: bool) -> int:
-    """Append (prefix + path, size, mtime) of every image in `folder`, below it too when `deep`; returns how many other files there are.
+    """Append (prefix + path, size, mtime) of every image in `folder`, below it too when `deep`; returns how many other
+    files there are.
 
     No Path per file: a million of them would cost minutes and gigabytes. Raises OSError for what cannot be listed.
     """
@@ -70,9 +74,9 @@ def _scan(folder: str, prefix: str, found: list[tuple[str, int, int]], deep: boo
 def list_images(root: Path) -> ImageList:
     """Class folders in sorted order (torchvision's layout, links followed), or the images right in `root`.
 
-    Links that lead nowhere, and whatever else is named like an image, are listed: reading them says what is wrong. Raises ImageFolderError
-    naming the folder that does not exist, cannot be listed or has no images, the image that lies beside class folders, or has a name that
-    is not UTF-8.
+    Links that lead nowhere, and whatever else is named like an image, are listed: reading them says what is wrong.
+    Raises ImageFolderError naming the folder that does not exist, cannot be listed or has no images, the image that
+    lies beside class folders, or has a name that is not UTF-8.
     """
     root = Path(root)
     if not root.is_dir():
@@ -115,9 +119,9 @@ def list_images(root: Path) -> ImageList:
 class ImageFolder(Source):
     """One folder per class (torchvision's layout); ids are paths relative to the folder.
 
-    class_names: the classes in the order of their labels, when it is not that of the sorted folders or some have no folder. unlabelled: a
-    flat folder of images will do; its labels are -1.
-    Raises ImageFolderError (see `list_images`), also for a folder without class folders, where labels are needed.
+    class_names: the classes in the order of their labels, when it is not that of the sorted folders or some have no
+    folder. unlabelled: a flat folder of images will do; its labels are -1. Raises ImageFolderError (see `list_images`),
+    also for a folder without class folders, where labels are needed.
     """
 
     kind = "image folder"
