@@ -47,7 +47,7 @@ from tl_fast.labelmap import EXTENTS
 from tl_fast.mistakes import EXPECTED
 from tl_fast.partial_file import partial_paths
 from tl_fast.progress import ProgressDisplay
-from tl_fast.rejects import list_beside
+from tl_fast.rejects import add_reject_options, list_beside
 from tl_fast.sources import Source, add_source_options
 
 MIB = 1 << 20
@@ -375,15 +375,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         help="restart markers, so that crops are decoded without what is around them",
     )
     group = parser.add_argument_group("bad samples")
-    group.add_argument(
-        "--on-error",
-        choices=("stop", "quarantine"),
-        default="stop",
-        help="quarantine: leave out, list in OUT.rejects.jsonl",
-    )
-    group.add_argument(
-        "--max-rejects", type=int, metavar="N", help="with quarantine: fail when more are left out (default: no limit)"
-    )
+    add_reject_options(group)
     group = parser.add_argument_group("the run")
     group.add_argument("--workers", type=int, metavar="N", help="threads (default: the CPU cores this process may use)")
     group.add_argument(

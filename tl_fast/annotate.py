@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_fast.mistakes import in_a_sentence, one_speaks_for_its_node
+from tl_fast.rejects import add_reject_options
 from tl_fast.sources import add_source_options
 
 
@@ -35,15 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="ignore: annotate images as they lie in the file (default); apply: turned as "
         "their EXIF orientation says. Convert with the same",
     )
-    group.add_argument(
-        "--on-error",
-        choices=("stop", "quarantine"),
-        default="stop",
-        help="quarantine: leave out images that cannot be read, list them in OUT.rejects.jsonl",
-    )
-    group.add_argument(
-        "--max-rejects", type=int, metavar="N", help="with quarantine: fail when more are left out (default: no limit)"
-    )
+    add_reject_options(group)
     group = parser.add_argument_group("the annotator")
     group.add_argument("--model", required=True, help="efficientnet-lite0|1|2 (bundled), or any timm name")
     group.add_argument(

@@ -1,9 +1,10 @@
 """The files of a store that is being annotated beyond those that `tl_fast.labelmap` reads, and whether a run may go on
 with what is there.
 
-pooled-00000.npy ...    uint16 [n]: the class the annotator gives the whole image stamps-00000.npy ...    int64 [n, m]:
-the images' `Source.stamps` when the part was made features-00000.npy ...  float32 [n, D]: features for the probe, until
-it is fitted head.safetensors        the probe
+    pooled-00000.npy ...    uint16 [n]: the class the annotator gives the whole image
+    stamps-00000.npy ...    int64 [n, m]: the images' `Source.stamps` when the part was made
+    features-00000.npy ...  float32 [n, D]: features for the probe, until it is fitted
+    head.safetensors        the probe
 """
 
 from __future__ import annotations

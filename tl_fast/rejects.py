@@ -4,6 +4,7 @@ reason.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,19 @@ from tl_fast.atomic import write_atomic
 from tl_fast.mistakes import InputError
 
 Reject = dict[str, str]
+
+
+def add_reject_options(group: argparse._ArgumentGroup) -> None:
+    """The command-line options on bad samples, alike wherever images are read."""
+    group.add_argument(
+        "--on-error",
+        choices=("stop", "quarantine"),
+        default="stop",
+        help="quarantine: leave out images that cannot be used, list them in OUT.rejects.jsonl",
+    )
+    group.add_argument(
+        "--max-rejects", type=int, metavar="N", help="with quarantine: fail when more are left out (default: no limit)"
+    )
 
 
 def reason_of(problem: Exception) -> str:
