@@ -19,10 +19,12 @@ import numpy as np
 
 from loaders import BATCH, CLASSES, FULL, GRID, SIZE, build, find_images
 from rows import ROOT, write_rows
-from tl_fast.beton_write import reuse_memory
-from tl_fast.kernels import colour, cpu, warp
-from tl_fast.pipeline import Loader, map_affines
-from tl_fast.plan import Augment, epoch_order
+from tl_fast.convert.write import reuse_memory
+from tl_fast.kernels import cpu
+from tl_fast.kernels.colour import cpu as colour
+from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.pipeline.loader import Loader, map_affines
+from tl_fast.plan.records import Augment, epoch_order
 
 RECIPES = {"crop + flip": Augment(), "full recipe": Augment(erase=0.25, **FULL)}
 

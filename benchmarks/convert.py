@@ -25,13 +25,13 @@ from PIL import Image
 from rich.console import Console
 
 from rows import ROOT, measure, stock_ffcv_is_here, write_rows
-from tl_fast.beton import BetonReader
-from tl_fast.beton_write import reuse_memory, write_beton
-from tl_fast.conversion import Conversion
-from tl_fast.labelmap import LabelMapStore, MapSpec, pack, write_store
-from tl_fast.labelmap import encode as encode_map
-from tl_fast.published_maps import open_label_maps
-from tl_fast.sources import Source, open_source
+from tl_fast.beton.reader import BetonReader
+from tl_fast.convert.write import reuse_memory, write_beton
+from tl_fast.convert.selection import Conversion
+from tl_fast.labelmaps.format import LabelMapStore, MapSpec, pack, write_store
+from tl_fast.labelmaps.format import encode as encode_map
+from tl_fast.labelmaps.published import open_label_maps
+from tl_fast.sources.open import Source, open_source
 
 CLASSES, SHAPE = 1000, (5, 18, 18)
 

@@ -31,8 +31,8 @@ from rows import ROOT, write_rows
 CONVERT = """
 import json, resource, sys
 from pathlib import Path
-from tl_fast.beton_write import reuse_memory, write_beton
-from tl_fast.conversion import Conversion, estimate
+from tl_fast.convert.write import reuse_memory, write_beton
+from tl_fast.convert.selection import Conversion, estimate
 from tl_fast.sources import open_source
 
 shard, out, workers, decode_check = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"

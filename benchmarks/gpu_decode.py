@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import tl_fast.compat  # noqa: F401  before torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
 from gpu_rows import add_data, beton_of, need_gpu, parser, without_nvjpeg, write_row
-from tl_fast import plan
-from tl_fast.decode import Decoder, decode_graph
-from tl_fast.kernels import warp
-from tl_fast.samples import Samples
+from tl_fast.plan import records as plan
+from tl_fast.pipeline.decode import Decoder, decode_graph
+from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.beton.samples import Samples
 
 LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
 SIZE = 224

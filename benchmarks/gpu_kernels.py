@@ -15,14 +15,16 @@ import functools
 import numpy as np
 import torch
 
-import tl_fast.compat  # noqa: F401  before torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
 import torchvision
 
 from gpu_rows import SPEC, milliseconds, need_gpu, parser, write_row
-from tl_fast import plan, scalar
-from tl_fast.kernels import cpu, cuda, warp
-from tl_fast.labelmap import encode, pack, unpack
-from tl_fast.pipeline import map_affines
+from tl_fast.maths import scalar
+from tl_fast.plan import records as plan
+from tl_fast.kernels import cpu, cuda
+from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.labelmaps.format import encode, pack, unpack
+from tl_fast.pipeline.loader import map_affines
 
 GRID, SIZE, SMOOTHING, SETS = 14, 224, 0.1, 4
 HEIGHT, WIDTH = 375, 500

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 
 from gpu_rows import add_data, beton_of, need_gpu, parser, without_nvjpeg, write_row
-from tl_fast.pipeline import Batch, Loader
-from tl_fast.plan import Augment
+from tl_fast.pipeline.loader import Batch, Loader
+from tl_fast.plan.records import Augment
 
 RECIPES = {"crop + flip": Augment(), "full recipe": Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25)}
 WAYS = ("cpu", "mixed", "auto")

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from rows import ROOT, commit, percentiles, version
-from tl_fast.labelmap import MapSpec, pack
+from tl_fast.labelmaps.format import MapSpec, pack
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 PACKAGES = ("torch", "torchvision", "timm", "numba", "numba-cuda", "nvidia-dali-cuda130", "numpy")
@@ -61,7 +61,7 @@ def beton_of(arguments: argparse.Namespace) -> Iterator[Path | None]:
         yield arguments.beton
         return
     try:
-        from tl_fast.beton_write import Sample, write_beton
+        from tl_fast.convert.write import Sample, write_beton
         import simplejpeg  # noqa: F401  which checks every JPEG
     except ImportError as error:
         print(f"skipped: writing a beton needs what is not installed ({error}); name one that was made elsewhere with --beton")

@@ -25,16 +25,16 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-import tl_fast.compat  # noqa: F401  before timm and torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 from bars import draw
 from published_style import PublishedStyle, check_roi_align, roi_align_name
 from rows import ROOT, measure, newest_runs, stock_ffcv_is_here, write_rows
 from timm.data import create_transform
-from tl_fast.beton import BetonReader
-from tl_fast.beton_write import Sample, reuse_memory, write_beton
-from tl_fast.labelmap import MapSpec, pack
-from tl_fast.pipeline import Loader
-from tl_fast.plan import Augment
+from tl_fast.beton.reader import BetonReader
+from tl_fast.convert.write import Sample, reuse_memory, write_beton
+from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.pipeline.loader import Loader
+from tl_fast.plan.records import Augment
 
 SIZE, GRID, BATCH, CLASSES = 224, 14, 64, 1000
 SPEC = MapSpec(k=5, height=18, width=18, num_classes=CLASSES)
@@ -179,7 +179,7 @@ def ffcv(beton: Path, threads: int) -> Epoch:
     from ffcv.loader import Loader as FfcvLoader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 
-    from tl_fast.ffcv_field import LabelMapField
+    from tl_fast.beton.ffcv_field import LabelMapField
 
     loader = FfcvLoader(
         str(beton),

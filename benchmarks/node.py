@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-import tl_fast.compat  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm
 import timm
 from rows import ROOT
 from train import RESULTS, flops
 
-from tl_fast.config import TrainConfig, parse_config
+from tl_fast.training.config import TrainConfig, parse_config
 
 IMAGES = 1_281_167  # ImageNet-1k's training set
 GPUS = 8  # of a node

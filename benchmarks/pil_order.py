@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import tl_fast.compat  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm
 from rows import ROOT
 from timm.data import auto_augment
-from tl_fast import plan, scalar
+from tl_fast.maths import scalar
+from tl_fast.plan import records as plan
 from tl_fast.kernels import cpu
-from tl_fast.rand_augment import OPS
+from tl_fast.plan.rand_augment import OPS
 
 SIZE = 224
 FILL = (124, 116, 104)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tl_fast.models import LVViT
+from tl_fast.models.lvvit import LVViT
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:

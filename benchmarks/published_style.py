@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import tl_fast.compat  # noqa: F401  before timm and torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 import torchvision
 from timm.data import auto_augment
 from torchvision.extension import _has_ops

@@ -4,7 +4,7 @@
 
 On 1 and 2 threads, of the same crops (random resized crops, another draw each round): our decoder and DALI's image_slice of the files as they
 are and of those with a row index, which DALI is given whole, and spliced, the splicing included, in one thread. Before anything is measured
-the crops' pixels are compared. Conversion is `tl_fast.jpeg.prepare` in one thread, with a row index and without. Appends one row a contender
+the crops' pixels are compared. Conversion is `tl_fast.convert.image.prepare` in one thread, with a row index and without. Appends one row a contender
 to benchmarks/results/row_index.jsonl.
 """
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from rows import ROOT, measure, write_rows
-from tl_fast import jpeg, plan
-from tl_fast.decode import Decoder, decode_graph
-from tl_fast.kernels import warp
-from tl_fast.kernels.jpeg_restarts import splice
+from tl_fast.convert import image as jpeg
+from tl_fast.plan import records as plan
+from tl_fast.pipeline.decode import Decoder, decode_graph
+from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.jpeg.restarts import splice
 
 IMAGE_SIZE = 224
 

@@ -24,8 +24,8 @@ from PIL import Image
 
 from loaders import BATCH, CLASSES, FULL, build, find_images
 from rows import ROOT, measure, write_rows
-from tl_fast.pipeline import Loader
-from tl_fast.plan import Augment
+from tl_fast.pipeline.loader import Loader
+from tl_fast.plan.records import Augment
 
 SOURCES, OUTPUTS, FILES = (224, 500, 1000, 1600, 2400), (128, 224, 384), (1, 4, 16)
 RECIPES = {"crop + flip": Augment(), "full recipe": Augment(erase=0.25, **FULL)}

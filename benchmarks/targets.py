@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import tl_fast.compat  # noqa: F401  before torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
 import published_style
 import torchvision
 from rows import ROOT, measure, write_rows
-from tl_fast import plan
-from tl_fast.beton_write import reuse_memory
+from tl_fast.plan import records as plan
+from tl_fast.convert.write import reuse_memory
 from tl_fast.kernels import cpu
 
 GRID, K, CELLS, SMOOTHING = 14, 5, 18, 0.1

@@ -35,23 +35,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import tl_fast.compat  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm
 import published_step
 import timm
 from rows import ROOT, write_rows
 from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
-import tl_fast.models  # noqa: F401  registers lvvit_*
-from tl_fast.beton_write import reuse_memory
-from tl_fast.config import TrainConfig
-from tl_fast.loop import seed_step
-from tl_fast.loss import TokenLabelLoss
-from tl_fast.normalise import Normalise, autocast
-from tl_fast.optimiser import build_optimizer
-from tl_fast.pipeline import Loader
-from tl_fast.plan import Augment, mix_box
-from tl_fast.step import TrainStep, compiled
+import tl_fast.models.lvvit  # noqa: F401  registers lvvit_*
+from tl_fast.convert.write import reuse_memory
+from tl_fast.training.config import TrainConfig
+from tl_fast.training.loop import seed_step
+from tl_fast.models.loss import TokenLabelLoss
+from tl_fast.models.normalise import Normalise, autocast
+from tl_fast.training.optimiser import build_optimizer
+from tl_fast.pipeline.loader import Loader
+from tl_fast.plan.records import Augment, mix_box
+from tl_fast.models.step import TrainStep, compiled
 
 RESULTS = ROOT / "benchmarks" / "results" / "train.jsonl"
 PHASES = ("data", "forward", "backward", "update")  # update: clipping, optimiser, moving average, reading the loss

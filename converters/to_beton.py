@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tl_fast.beton import BetonError, BetonReader, WriteSummary, verify, write_beton
-from tl_fast.beton_layout import HEADER, VERSION
-from tl_fast.beton_write import PAGE_SIZE, reuse_memory
-from tl_fast.beton_source import open_images, settled_exif
-from tl_fast.conversion import (
+from tl_fast.beton.reader import BetonError, BetonReader, WriteSummary, verify, write_beton
+from tl_fast.beton.layout import HEADER, VERSION
+from tl_fast.convert.write import PAGE_SIZE, reuse_memory
+from tl_fast.beton.source import open_images, settled_exif
+from tl_fast.convert.selection import (
     Conversion,
     Estimate,
     Shard,
@@ -41,14 +41,14 @@ from tl_fast.conversion import (
     free_space,
     open_maps,
 )
-from tl_fast.cores import usable_cores
-from tl_fast.image import EXIF, ignored_orientations
-from tl_fast.labelmap import EXTENTS
-from tl_fast.mistakes import EXPECTED
-from tl_fast.partial_file import partial_paths
-from tl_fast.progress import ProgressDisplay
-from tl_fast.rejects import add_reject_options, list_beside
-from tl_fast.sources import Source, add_source_options
+from tl_fast.system.cores import usable_cores
+from tl_fast.sources.image import EXIF, ignored_orientations
+from tl_fast.labelmaps.format import EXTENTS
+from tl_fast.system.mistakes import EXPECTED
+from tl_fast.convert.partial_file import partial_paths
+from tl_fast.system.progress import ProgressDisplay
+from tl_fast.sources.rejects import add_reject_options, list_beside
+from tl_fast.sources.open import Source, add_source_options
 
 MIB = 1 << 20
 

@@ -70,7 +70,7 @@ def stock_ffcv() -> None:
 @pytest.fixture(scope="session")
 def turbojpeg() -> None:
     """For tests that pack progressive JPEGs: skips them where libturbojpeg cannot be loaded."""
-    from tl_fast.turbojpeg_transform import TurboJpegMissing, lossless_baseline
+    from tl_fast.convert.lossless import TurboJpegMissing, lossless_baseline
 
     try:
         with contextlib.suppress(ValueError):

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from tl_fast import labelmap, plan, scalar
-from tl_fast.kernels import colour, cpu, cuda, cuda_geometry, cuda_launch, maps, warp
+from tl_fast.labelmaps import format as labelmap
+from tl_fast.maths import scalar
+from tl_fast.plan import records as plan
+from tl_fast.kernels import cpu, cuda, cuda_launch
+from tl_fast.kernels.colour import cpu as colour
+from tl_fast.kernels.geometry import cpu as warp, cuda as cuda_geometry
+from tl_fast.labelmaps import loops as maps
 from tl_fast.kernels.cuda_device import SIMULATED, scalar32
-from tl_fast.rand_augment import OPS
+from tl_fast.plan.rand_augment import OPS
 
 FILL = (124, 116, 104)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -40,9 +40,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tl_fast.beton import BetonError, BetonReader, Sample, verify, write_beton
-from tl_fast.beton_layout import ALLOCATION, CUSTOM, FIELD, HEADER, INDEX, INT, LABEL_MAP, SPEC_ARGUMENTS, STOCK_TYPES, metadata_dtype
-from tl_fast.labelmap import MapSpec, pack
+from tl_fast.beton.reader import BetonError, BetonReader, Sample, verify, write_beton
+from tl_fast.beton.layout import (
+    ALLOCATION,
+    CUSTOM,
+    FIELD,
+    HEADER,
+    INDEX,
+    INT,
+    LABEL_MAP,
+    SPEC_ARGUMENTS,
+    STOCK_TYPES,
+    metadata_dtype,
+)
+from tl_fast.labelmaps.format import MapSpec, pack
 
 BATCH, SECONDS, ADDRESS_SPACE = 2000, 5, 256 << 20  # cases a process, time limit a case, bytes above what the process holds before
 SLACK = 1 << 20  # bytes a reader may take beside the file's size

@@ -22,9 +22,10 @@ from typing import Any
 
 import yaml
 
-from tl_fast import checkpoint, stopping, train
-from tl_fast import loop as training
-from tl_fast.config import TrainConfig
+from tl_fast import train
+from tl_fast.training import checkpoint, stopping
+from tl_fast.training import loop as training
+from tl_fast.training.config import TrainConfig
 
 PATIENCE = 60  # seconds: "within a minute"
 

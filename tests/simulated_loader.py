@@ -18,8 +18,8 @@ COMMON = {"batch_size": 3, "image_size": 16, "grid": 2, "threads": 1}
 
 
 def run(beton: str, device: str) -> dict[str, np.ndarray]:
-    from tl_fast.pipeline import Batch, Loader
-    from tl_fast.plan import Augment
+    from tl_fast.pipeline.loader import Batch, Loader
+    from tl_fast.plan.records import Augment
 
     found = {}
     for name, setting in SETTINGS.items():
@@ -34,9 +34,9 @@ def run(beton: str, device: str) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    from tl_fast.beton_layout import BetonError
+    from tl_fast.beton.layout import BetonError
     from tl_fast.kernels.cuda_device import SIMULATED
-    from tl_fast.pipeline import Loader
+    from tl_fast.pipeline.loader import Loader
 
     assert SIMULATED, "NUMBA_ENABLE_CUDASIM=1 is needed"
     torch.set_num_threads(1)

@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-import tl_fast.compat  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm
 import timm
 
-from tl_fast import checkpoint, labelmap, linear_probe
+from tl_fast.annotation import linear_probe
+from tl_fast.labelmaps import format as labelmap
+from tl_fast.training import checkpoint
 from tl_fast.annotate import main
-from tl_fast.annotation import AnnotateConfig, annotate
-from tl_fast.annotator import AnnotateError, Annotator, Preprocessing, build_annotator
-from tl_fast.image_folder import ImageFolderError, list_images
-from tl_fast.labelmap import LabelMapStore, unpack
+from tl_fast.annotation.run import AnnotateConfig, annotate
+from tl_fast.annotation.annotator import AnnotateError, Annotator, Preprocessing, build_annotator
+from tl_fast.sources.image_folder import ImageFolderError, list_images
+from tl_fast.labelmaps.format import LabelMapStore, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -239,7 +241,7 @@ def test_cells_lie_where_the_things_are(tmp_path, photos, lite0):
         assert lead[:, :3].mean() > 1 and lead[:, -3:].mean() < -1
 
 
-PARTS_OF_8 = "import tl_fast.labelmap as m; m.PART_SIZE = 8; import tl_fast.annotate as a; a.main()"
+PARTS_OF_8 = "import tl_fast.labelmaps.format as m; m.PART_SIZE = 8; import tl_fast.annotate as a; a.main()"
 
 
 def content(folder: Path) -> dict[str, bytes]:

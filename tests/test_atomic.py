@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from tl_fast.atomic import sync, write_atomic
+from tl_fast.system.atomic import sync, write_atomic
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

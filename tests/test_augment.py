@@ -7,14 +7,15 @@ import pytest
 import torch
 from scipy import stats
 
-import tl_fast.compat  # noqa: F401  before timm and torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
-from tl_fast import plan, scalar
-from tl_fast.beton_write import Sample, write_beton
-from tl_fast.labelmap import MapSpec, pack
-from tl_fast.pipeline import Loader
-from tl_fast.rand_augment import MAX_LAYERS, OPS, RandAugment
+from tl_fast.maths import scalar
+from tl_fast.plan import records as plan
+from tl_fast.convert.write import Sample, write_beton
+from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.pipeline.loader import Loader
+from tl_fast.plan.rand_augment import MAX_LAYERS, OPS, RandAugment
 from torchvision.transforms import ColorJitter
 
 RECIPE = plan.Augment(interpolation="random", auto_augment="rand-m9-mstd0.5-inc1", erase=0.25)

@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tl_fast import beton_layout as layout
-from tl_fast import beton_write
-from tl_fast.beton import BetonError, BetonReader, Sample, verify, write_beton
-from tl_fast.labelmap import MapSpec, encode, pack, unpack
+from tl_fast.beton import layout
+from tl_fast.convert import write as beton_write
+from tl_fast.beton.reader import BetonError, BetonReader, Sample, verify, write_beton
+from tl_fast.labelmaps.format import MapSpec, encode, pack, unpack
 
 SPEC = MapSpec(k=3, height=5, width=7, num_classes=300)
 CLASSES = [f"class {i}" for i in range(300)]
@@ -153,7 +153,7 @@ def test_stock_ffcv_loader_reads_image_label_and_map(written: Path, jpegs: list[
     import ffcv
     import numba
 
-    from tl_fast.ffcv_field import LabelMapField
+    from tl_fast.beton.ffcv_field import LabelMapField
 
     shared = numba.uint8[::1], numba.uint8[:, ::1], numba.uint64[::1], numba.uint32[::1]  # numba's own objects, for the whole process
     options = {
@@ -190,7 +190,7 @@ import sys
 import numpy as np
 from ffcv.loader import Loader, OrderOption
 from tl_fast.beton import BetonReader
-from tl_fast.ffcv_field import LabelMapField
+from tl_fast.beton.ffcv_field import LabelMapField
 reader = BetonReader(sys.argv[1])
 expected = reader.label_maps(np.arange(len(reader)))[0]
 loader = Loader(sys.argv[1], batch_size=64, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False, custom_fields={"label_map": LabelMapField})
@@ -212,7 +212,7 @@ def test_layout_is_ffcvs() -> None:
     from ffcv import types
     from ffcv.fields import IntField, RGBImageField
 
-    from tl_fast.ffcv_field import LabelMapField
+    from tl_fast.beton.ffcv_field import LabelMapField
 
     assert layout.HEADER == types.HeaderType and layout.ALLOCATION == types.ALLOC_TABLE_TYPE and layout.VERSION == types.CURRENT_VERSION
     assert layout.FIELD.itemsize == types.FieldDescType.itemsize
@@ -536,7 +536,7 @@ def test_write_error_ends_the_run(jpegs: list[bytes], tmp_path: Path) -> None:
 SLOW_WRITER = """
 import sys, time
 from pathlib import Path
-from tl_fast.beton import Sample, write_beton
+from tl_fast.convert import Sample, write_beton
 data = Path(sys.argv[1]).read_bytes()
 def image():
     time.sleep(0.01)

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from tl_fast import checkpoint
-from tl_fast.checkpoint import CheckpointError
-from tl_fast.models import LVViT
+from tl_fast.training import checkpoint
+from tl_fast.training.checkpoint import CheckpointError
+from tl_fast.models.lvvit import LVViT
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(img_size=64, embed_dim=16, depth=1, num_heads=2, stem_width=4, num_classes=5)

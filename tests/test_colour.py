@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import tl_fast.compat  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm
 from timm.data import auto_augment
-from tl_fast import scalar
-from tl_fast.kernels import colour
-from tl_fast.rand_augment import OPS
+from tl_fast.maths import scalar
+from tl_fast.kernels.colour import cpu as colour
+from tl_fast.plan.rand_augment import OPS
 
 THEIRS = {"AutoContrast": auto_augment.auto_contrast, "Equalize": auto_augment.equalize, "Invert": auto_augment.invert,
           "Posterize": auto_augment.posterize, "Solarize": auto_augment.solarize, "SolarizeAdd": auto_augment.solarize_add,

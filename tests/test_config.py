@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tl_fast.config import TrainConfig, parse_config, save_config
+from tl_fast.training.config import TrainConfig, parse_config, save_config
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 

@@ -22,16 +22,17 @@ from PIL import Image
 from rich.console import Console
 
 from test_sources import WNIDS, pack_train, pack_val, pack_webdataset, parquet_table, write_parquet
-from tl_fast import beton_write, progress
-from tl_fast.beton import BetonError, BetonReader, verify
-from tl_fast.conversion import Shard
-from tl_fast.forked import Forked
-from tl_fast.image_folder import ImageFolder
-from tl_fast.labelmap import MapSpec, dequantise, pack, quantise, write_manifest, write_store
-from tl_fast.partial_file import partial_paths
-from tl_fast.pipeline import Loader
-from tl_fast.published_maps import PublishedMaps
-from tl_fast.sources import Source
+from tl_fast.convert import write as beton_write
+from tl_fast.system import progress
+from tl_fast.beton.reader import BetonError, BetonReader, verify
+from tl_fast.convert.selection import Shard
+from tl_fast.convert.processes import Forked
+from tl_fast.sources.image_folder import ImageFolder
+from tl_fast.labelmaps.format import MapSpec, dequantise, pack, quantise, write_manifest, write_store
+from tl_fast.convert.partial_file import partial_paths
+from tl_fast.pipeline.loader import Loader
+from tl_fast.labelmaps.published import PublishedMaps
+from tl_fast.sources.open import Source
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "converters" / "to_beton.py"
@@ -507,7 +508,7 @@ import sys, numpy as np
 from ffcv.loader import Loader, OrderOption
 from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
 from ffcv.fields.basics import IntDecoder
-from tl_fast.ffcv_field import LabelMapField
+from tl_fast.beton.ffcv_field import LabelMapField
 total = 0
 for file in sys.argv[1:]:
     loader = Loader(file, batch_size=8, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False, custom_fields={"label_map": LabelMapField},

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tl_fast import beton_write, cores, ranks
+from tl_fast.convert import write as beton_write
+from tl_fast.system import cores, ranks
 
 V2 = "29 23 0:26 {root} {mount} rw,nosuid,nodev shared:4 - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "33 29 0:29 {root} {mount} rw,nosuid shared:9 - cgroup cgroup rw,{controllers}"

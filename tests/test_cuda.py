@@ -50,7 +50,7 @@ def test_kernels_on_the_gpu():
 def test_targets_at_real_sizes(num_classes, dtype):
     """A batch of boxes and one of rotated crops, into poisoned torch tensors, twice: every row is written, and sums repeat bit for bit."""
     from tests import cuda_cases
-    from tl_fast import labelmap
+    from tl_fast.labelmaps import format as labelmap
     from tl_fast.kernels import cpu, cuda
 
     rng = np.random.default_rng(0)
@@ -89,7 +89,8 @@ def test_images_at_real_sizes(photos, dtype):
     """The full recipe on photos, 224 pixels, on a stream of its own; normalised channels-last."""
     from PIL import Image
     from tests import cuda_cases
-    from tl_fast import plan, scalar
+    from tl_fast.maths import scalar
+    from tl_fast.plan import records as plan
     from tl_fast.kernels import cuda
 
     images = [np.array(Image.open(file).convert("RGB")) for file in sorted(photos.glob("*/*/*.jpg"))[::4]]

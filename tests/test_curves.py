@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tl_fast import curves, show
+from tl_fast import show
+from tl_fast.pictures import curves
 
 
 def write_run(folder, steps=range(100, 2001, 100), **columns):

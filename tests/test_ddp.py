@@ -16,10 +16,10 @@ from tiny_runs import betons, tiny, weights  # noqa: F401  two of them are fixtu
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from tl_fast import checkpoint
-from tl_fast import loop as training
-from tl_fast.config import TrainConfig
-from tl_fast.runlog import read_rows
+from tl_fast.training import checkpoint
+from tl_fast.training import loop as training
+from tl_fast.training.config import TrainConfig
+from tl_fast.training.runlog import read_rows
 
 SMALL, LARGE = 0.02, 25.0  # MiB a bucket: the tiny model's 0.2 MiB of gradients in several, or in one
 

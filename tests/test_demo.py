@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tl_fast import bundled_photos, demo
-from tl_fast.beton import BetonReader, verify
+from tl_fast import demo
+from tl_fast.pictures import bundled_photos
+from tl_fast.beton.reader import BetonReader, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 

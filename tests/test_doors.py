@@ -10,9 +10,11 @@ import sys
 import pytest
 from tiny_runs import ROOT, betons, flags, scattered, tiny, torchrun  # noqa: F401  three of them are fixtures
 
-from tl_fast import evaluate, loop, mistakes, show, train
-from tl_fast.mistakes import InputError
-from tl_fast.ranks import Ranks
+from tl_fast import evaluate, show, train
+from tl_fast.system import mistakes
+from tl_fast.training import loop
+from tl_fast.system.mistakes import InputError
+from tl_fast.system.ranks import Ranks
 
 HEAVY = ("torch", "torchvision", "timm", "numba", "nvidia.dali", "cupy", "pyarrow", "cv2", "ffcv")
 COMMANDS = {  # as they are typed, without `python`
@@ -176,7 +178,7 @@ def test_of_several_ranks_one_says_it(tiny, betons, tmp_path, scattered, where, 
     """By the real torchrun, whose own report of the failure has no traceback of ours."""
     os.symlink(betons / "train.beton", tmp_path / "node0" / "train.beton")
     run = torchrun([str(scattered), *flags(tiny(), tmp_path / "c.yaml"), *option], 2)
-    assert run.returncode != 0 and "tl_fast/loop.py" not in run.stderr, run.stderr
+    assert run.returncode != 0 and "tl_fast/training/loop.py" not in run.stderr, run.stderr
     assert len(re.findall(rf"^{said}$", run.stderr, re.MULTILINE)) == 1, run.stderr
     assert run.stderr.count("no beton at" if code == 1 else "img_size must be") == 1, run.stderr
     codes = re.findall(r"exitcode +: (-?\d+)", run.stderr)  # torchrun ends the rank that waits for the other to speak

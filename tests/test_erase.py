@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from tl_fast import erase as module
-from tl_fast import plan
-from tl_fast.erase import erase, noise
+from tl_fast.models import erase as module
+from tl_fast.plan import records as plan
+from tl_fast.models.erase import erase, noise
 
 SIZE = 48
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 
 from test_interrupted import NAMES, PAGE, SPEC, jpegs, make_samples  # noqa: F401 (jpegs is a fixture)
-from tl_fast import forked
-from tl_fast.beton import BetonError, write_beton
-from tl_fast.forked import Forked, ProcessDied
+from tl_fast.convert import processes as forked
+from tl_fast.beton.reader import BetonError, write_beton
+from tl_fast.convert.processes import Forked, ProcessDied
 
 
 def sized(number: int):
@@ -48,7 +48,7 @@ def test_a_killed_worker_is_noticed():
 def test_workers_end_with_their_parent():
     code = """
 import os, time
-from tl_fast.forked import Forked
+from tl_fast.convert.processes import Forked
 with Forked(2, lambda _: time.sleep(0.05)) as workers:
     print(*(process.pid for process in workers._processes), flush=True)
     list(workers.map(range(10_000)))

@@ -14,11 +14,21 @@ import numpy as np
 import pytest
 from fuzz_beton import Base, run, run_case
 
-from tl_fast import beton
-from tl_fast.beton import BetonError, BetonReader, verify
-from tl_fast.beton_layout import ALLOCATION, FIELD, HEADER, IMAGE, INDEX, INDEX_MAGIC, LABEL_MAP, metadata_dtype, spec_to_arguments
-from tl_fast.beton_tables import MAX_INFO, BetonTables
-from tl_fast.labelmap import MapSpec
+from tl_fast.beton import reader as beton
+from tl_fast.beton.reader import BetonError, BetonReader, verify
+from tl_fast.beton.layout import (
+    ALLOCATION,
+    FIELD,
+    HEADER,
+    IMAGE,
+    INDEX,
+    INDEX_MAGIC,
+    LABEL_MAP,
+    metadata_dtype,
+    spec_to_arguments,
+)
+from tl_fast.beton.tables import BetonTables, MAX_INFO
+from tl_fast.labelmaps.format import MapSpec
 
 WORKERS = len(os.sched_getaffinity(0))
 FIELDS = {  # what a message may name: every one of these checks is reached by the fuzzer
@@ -88,7 +98,7 @@ def test_a_planted_bug_is_found(bases, tmp_path, monkeypatch, owner, name: str, 
 PLANT = """
 import ctypes, time
 import numpy as np
-from tl_fast.beton_tables import BetonTables
+from tl_fast.beton.tables import BetonTables
 fuzz_beton.SECONDS = 1
 right = BetonTables._error
 def wrong(self, field, problem):
@@ -338,6 +348,6 @@ def test_memory_stays_below_the_files_size_where_tables_are_most_of_it(tmp_path:
 def test_the_reader_that_a_case_needs_is_the_installed_one() -> None:
     """The workers' own process must test this checkout."""
     assert Path(fuzz_beton.__file__).parent == Path(__file__).parent
-    prelude = f"import tl_fast.beton; assert tl_fast.beton.__file__ == {beton.__file__!r}"
+    prelude = f"from tl_fast.beton import reader; assert reader.__file__ == {beton.__file__!r}"
     report = run(seed=0, cases=range(1), workers=1, prelude=prelude)
     assert sum(report.outcomes.values()) == 1

@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 
 from tests import simulated_loader
-from tl_fast import decode, gpu_batches, pipeline, plan
-from tl_fast.beton import BetonReader
-from tl_fast.beton_layout import BetonError
-from tl_fast.beton_write import Sample, write_beton
-from tl_fast.decode import DecodeError, choose, decode_graph, rate
+from tl_fast.pipeline import decode, gpu_batches, loader as pipeline
+from tl_fast.plan import records as plan
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.layout import BetonError
+from tl_fast.convert.write import Sample, write_beton
+from tl_fast.pipeline.decode import DecodeError, choose, decode_graph, rate
 from tl_fast.kernels import cuda_launch
-from tl_fast.labelmap import MapSpec, pack
-from tl_fast.pipeline import Loader
-from tl_fast.samples import Samples
+from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.pipeline.loader import Loader
+from tl_fast.beton.samples import Samples
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25)

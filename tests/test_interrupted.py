@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_fast import beton_write, partial_file
-from tl_fast.beton import BetonError, BetonReader, Sample, verify, write_beton
-from tl_fast.beton_write import TooManyRejects
-from tl_fast.labelmap import MapSpec, pack
+from tl_fast.convert import partial_file, write as beton_write
+from tl_fast.beton.reader import BetonError, BetonReader, Sample, verify, write_beton
+from tl_fast.convert.write import TooManyRejects
+from tl_fast.labelmaps.format import MapSpec, pack
 
 SPEC = MapSpec(k=2, height=3, width=4, num_classes=50)
 NAMES = [f"class {i}" for i in range(50)]

@@ -18,9 +18,9 @@ import torch
 from tiny_runs import ROOT, flags, one_thread, torchrun, torchrun_command, weights
 from tiny_runs import betons, scattered, tiny  # noqa: F401  fixtures
 
-from tl_fast import checkpoint
-from tl_fast.beton import BetonReader
-from tl_fast.runlog import read_rows
+from tl_fast.training import checkpoint
+from tl_fast.beton.reader import BetonReader
+from tl_fast.training.runlog import read_rows
 
 SCRIPT = "tl_fast/train.py"
 
@@ -29,7 +29,7 @@ DYING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from tl_fast import train
-from tl_fast.meter import Meter
+from tl_fast.training.meter import Meter
 add_step = Meter.add_step
 def dies(self, step, *rest):
     if step == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -45,7 +45,7 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tl_fast import train
-from tl_fast.meter import Meter
+from tl_fast.training.meter import Meter
 add_step = Meter.add_step
 def falters(self, step, *rest):
     if step == 2 and os.environ["RANK"] == "1":

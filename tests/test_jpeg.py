@@ -1,4 +1,4 @@
-"""What `tl_fast.jpeg.prepare` stores: pixels against Pillow and DALI, verdicts against libjpeg's (simplejpeg, any warning an error)."""
+"""What `tl_fast.convert.image.prepare` stores: pixels against Pillow and DALI, verdicts against libjpeg's (simplejpeg, any warning an error)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from tl_fast import jpeg, turbojpeg_transform
-from tl_fast.kernels import jpeg as scans
-from tl_fast.kernels import jpeg_markers as marks
+from tl_fast.convert import image as jpeg, lossless as turbojpeg_transform
+from tl_fast.jpeg import huffman as scans
+from tl_fast.jpeg import markers as marks
 
 # `rotated` of orientation 6, as cameras write it: big-endian, one entry.
 EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
@@ -562,5 +562,5 @@ def test_tables_left_by_a_refused_file_are_not_taken_for_the_next(scene: Image.I
 
 
 def test_needs_neither_torch_nor_ffcv() -> None:
-    code = "import sys; import tl_fast.jpeg; print(*sorted({'torch', 'ffcv', 'cv2', 'nvidia'} & set(sys.modules)), 'none')"
+    code = "import sys; import tl_fast.convert.image; print(*sorted({'torch', 'ffcv', 'cv2', 'nvidia'} & set(sys.modules)), 'none')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "none"

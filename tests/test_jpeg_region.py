@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tl_fast.decode import DecodeError, Decoder, decode_graph
-from tl_fast.jpeg import prepare
-from tl_fast.regions import RegionDecoder
+from tl_fast.pipeline.decode import DecodeError, Decoder, decode_graph
+from tl_fast.convert.image import prepare
+from tl_fast.jpeg.region import RegionDecoder
 
 PHOTOS = sorted((Path(__file__).parent / "photos").rglob("*.jpg"))
 CANARY = 0xA5

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tl_fast.compat  # noqa: F401  before torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from PIL import Image
 from tests import reference
 from torchvision.ops import roi_align
 
-from tl_fast import jit
+from tl_fast.maths import compile as jit
 from tl_fast.kernels import cpu
 
 CASES = ["small", "nosmooth", "rect_map", "grid24", "imagenet"]

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from tl_fast import beton_layout as layout
-from tl_fast import labelmap
-from tl_fast.annotator import squash, build_annotator
-from tl_fast.beton import BetonError, BetonReader, Sample, write_beton
-from tl_fast.kernels import maps as kernels
+from tl_fast.beton import layout
+from tl_fast.labelmaps import format as labelmap
+from tl_fast.annotation.annotator import build_annotator, squash
+from tl_fast.beton.reader import BetonError, BetonReader, Sample, write_beton
+from tl_fast.labelmaps import loops as kernels
 from tl_fast.kernels.cpu import token_targets
-from tl_fast.labelmap import (
+from tl_fast.labelmaps.format import (
     LabelMapError,
     LabelMapStore,
     MapSpec,
@@ -37,7 +37,7 @@ from tl_fast.labelmap import (
     unpack,
     write_store,
 )
-from tl_fast.plan import Augment, draw
+from tl_fast.plan.records import Augment, draw
 
 scores_strategy = hnp.arrays(np.float32, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6),
                              elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False))

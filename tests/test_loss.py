@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from tl_fast.loss import TokenLabelLoss, soft_cross_entropy
+from tl_fast.models.loss import TokenLabelLoss, soft_cross_entropy
 
 BATCH, TOKENS, CLASSES = 6, 16, 12
 

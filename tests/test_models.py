@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
-import tl_fast.compat  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm
 import timm
-from tl_fast.models import Block, DropPath, LVViT, resize_pos_embed
+from tl_fast.models.lvvit import Block, DropPath, LVViT, resize_pos_embed
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = json.loads((GOLDEN / "lvvit_state_dict_shapes.json").read_text())
@@ -331,7 +331,8 @@ def test_resize_pos_embed_is_pillows_bicubic(size):
 
 
 @pytest.mark.parametrize("imports", [
-    "import tl_fast.compat, torchvision, timm", "import tl_fast.models, torchvision.transforms.v2, tl_fast.compat",
+    "import tl_fast.system.torchvision_shim, torchvision, timm",
+    "import tl_fast.models.lvvit, torchvision.transforms.v2, tl_fast.system.torchvision_shim",
 ])
 @pytest.mark.usefixtures("compiler")  # with it torchvision compiles roi_align where its own does not load
 def test_torchvision_and_timm_import_after_compat(imports):
@@ -339,7 +340,7 @@ def test_torchvision_and_timm_import_after_compat(imports):
 import torch, torchvision
 boxes, scores = torch.tensor([[0., 0, 2, 2], [0, 0, 2, 2], [5, 5, 6, 6]]), torch.tensor([.9, .8, .7])
 if torchvision.extension._has_ops():  # a torchvision that matches torch keeps its own nms
-    assert tl_fast.compat._library is None and torchvision.ops.nms(boxes, scores, .5).tolist() == [0, 2]
+    assert tl_fast.system.torchvision_shim._library is None and torchvision.ops.nms(boxes, scores, .5).tolist() == [0, 2]
 else:
     assert torch.version.cuda is None and torch.ops.torchvision.nms
 assert torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), [torch.tensor([[0., 0, 2, 2]])], 2).tolist() == [[[[1, 1], [1, 1]]]]

@@ -12,13 +12,13 @@ import torch
 from kill_run import Blow
 from tiny_runs import betons, tiny, weights  # noqa: F401  two of them are fixtures
 
-from tl_fast import checkpoint
-from tl_fast import loop as training
-from tl_fast.beton import BetonReader
-from tl_fast.meter import Meter
-from tl_fast.nonfinite import NonFiniteError
-from tl_fast.plan import epoch_order
-from tl_fast.runlog import read_rows
+from tl_fast.training import checkpoint
+from tl_fast.training import loop as training
+from tl_fast.beton.reader import BetonReader
+from tl_fast.training.meter import Meter
+from tl_fast.training.nonfinite import NonFiniteError
+from tl_fast.plan.records import epoch_order
+from tl_fast.training.runlog import read_rows
 
 
 @pytest.fixture

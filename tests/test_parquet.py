@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from test_sources import parquet_table, write_parquet
-from tl_fast.beton import BetonError, BetonReader, write_beton
-from tl_fast.conversion import Conversion, estimate
-from tl_fast.image_folder import ImageFolder
-from tl_fast.sources import SourceChanged, SourceError, open_source
+from tl_fast.beton.reader import BetonError, BetonReader, write_beton
+from tl_fast.convert.selection import Conversion, estimate
+from tl_fast.sources.image_folder import ImageFolder
+from tl_fast.sources.open import SourceChanged, SourceError, open_source
 
 pytest.importorskip("pyarrow.parquet")
-from tl_fast.parquet_files import ParquetSource  # noqa: E402
+from tl_fast.sources.parquet_files import ParquetSource  # noqa: E402
 
 ROWS = 240
 

@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 
 from tests import reference
-from tl_fast import pipeline, plan, rand_augment, scalar
-from tl_fast.beton import BetonReader
-from tl_fast.beton_layout import BetonError
-from tl_fast.beton_write import Sample, write_beton
+from tl_fast.maths import scalar
+from tl_fast.pipeline import loader as pipeline
+from tl_fast.plan import rand_augment, records as plan
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.layout import BetonError
+from tl_fast.convert.write import Sample, write_beton
 from tl_fast.kernels import cpu
-from tl_fast.labelmap import MapSpec, pack
-from tl_fast.decode import DecodeError
-from tl_fast.pipeline import Loader, center_boxes, crop_fractions
+from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.pipeline.decode import DecodeError
+from tl_fast.pipeline.loader import Loader, center_boxes, crop_fractions
 
 
 def jpeg(pixels: np.ndarray, quality: int = 100) -> bytes:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from scipy import stats
 
-import tl_fast.compat  # noqa: F401  before torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
 from tests import reference
-from tl_fast import plan, scalar
+from tl_fast.maths import scalar
+from tl_fast.plan import records as plan
 from torchvision.transforms import RandomResizedCrop
 
 # Random123's kat_vectors for philox4x32 with 10 rounds.

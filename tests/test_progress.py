@@ -8,8 +8,8 @@ import threading
 import pytest
 from rich.console import Console
 
-from tl_fast import progress
-from tl_fast.progress import ProgressDisplay, duration
+from tl_fast.system import progress
+from tl_fast.system.progress import ProgressDisplay, duration
 
 
 @pytest.fixture

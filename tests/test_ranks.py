@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tl_fast.ranks import _own_part, join
+from tl_fast.system.ranks import _own_part, join
 
 
 def work(rank: int, folder: str) -> None:

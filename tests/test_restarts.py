@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_fast import jpeg
-from tl_fast.beton import BetonReader, Sample, verify, write_beton
-from tl_fast.decode import DecodeError, decode_graph
-from tl_fast.kernels import jpeg_markers as marks
-from tl_fast.kernels.jpeg_restarts import restart_interval, splice
-from tl_fast.pipeline import Loader
+from tl_fast.convert import image as jpeg
+from tl_fast.beton.reader import BetonReader, Sample, verify, write_beton
+from tl_fast.pipeline.decode import DecodeError, decode_graph
+from tl_fast.jpeg import markers as marks
+from tl_fast.jpeg.restarts import restart_interval, splice
+from tl_fast.pipeline.loader import Loader
 
 jpeg.compile_kernels()
 

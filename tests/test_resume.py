@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import betons, tiny, weights  # noqa: F401  two of them are fixtures
 
-from tl_fast import checkpoint, resume
-from tl_fast import loop as training
+from tl_fast.training import checkpoint, resume
+from tl_fast.training import loop as training
 
 
 def test_a_run_that_fell_back_from_a_torn_checkpoint_keeps_what_it_saves(tiny):

@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from tests import reference
 
-from tl_fast import bundled_photos, plan
-from tl_fast.beton import BetonReader
-from tl_fast.beton_write import Sample, write_beton
-from tl_fast.config import parse_config
-from tl_fast.crop_sheet import find_data, find_recipe, inside_image, operations, show_recipe
-from tl_fast.labelmap import MapSpec, pack
-from tl_fast.pipeline import Loader
-from tl_fast.rand_augment import OPS
-from tl_fast.sheet import NO_CLASS, OTHER, PALETTE, best_of_map, best_of_targets
-from tl_fast.sample_sheet import show
+from tl_fast.pictures import bundled_photos
+from tl_fast.plan import records as plan
+from tl_fast.beton.reader import BetonReader
+from tl_fast.convert.write import Sample, write_beton
+from tl_fast.training.config import parse_config
+from tl_fast.pictures.crop_sheet import find_data, find_recipe, inside_image, operations, show_recipe
+from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.pipeline.loader import Loader
+from tl_fast.plan.rand_augment import OPS
+from tl_fast.pictures.sheet import NO_CLASS, OTHER, PALETTE, best_of_map, best_of_targets
+from tl_fast.pictures.sample_sheet import show
 from tl_fast.show import main
 
 # The sheet's measures in pixels and its opacity, written down again: the tests say where things must be.

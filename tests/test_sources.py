@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tl_fast import tar_files
-from tl_fast.beton import BetonError, write_beton
-from tl_fast.conversion import Conversion
-from tl_fast.image_folder import ImageFolder, ImageFolderError, list_images
-from tl_fast.sources import Source, SourceChanged, SourceError, expand_paths, label_classes, open_source
-from tl_fast.sources import read_class_names
+from tl_fast.sources import tar_source as tar_files
+from tl_fast.beton.reader import BetonError, write_beton
+from tl_fast.convert.selection import Conversion
+from tl_fast.sources.image_folder import ImageFolder, ImageFolderError, list_images
+from tl_fast.sources.open import Source, SourceChanged, SourceError, expand_paths, label_classes, open_source
+from tl_fast.sources.open import read_class_names
 
 WNIDS = ["n01440764", "n01443537", "n02110341", "n03000684"]
 
@@ -256,7 +256,7 @@ def test_class_tars_taken_out(folder, tmp_path, monkeypatch):
 
 def test_train_tar_agrees_with_torchvision(folder, tmp_path, monkeypatch):
     """torchvision unpacks the tars and reads the devkit with its own code; what it makes of them is what we read in place."""
-    import tl_fast.compat  # noqa: F401  before torchvision
+    import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
 
     imagenet = pytest.importorskip("torchvision.datasets.imagenet")
     monkeypatch.setattr(imagenet, "_verify_archive", lambda *_: None)  # these are not the originals, so their MD5 differs
@@ -643,7 +643,7 @@ def test_parquet_decodes_each_row_group_once(folder, tmp_path, monkeypatch):
     rows = list(range(len(folder))) * 4
     table = parquet_table(folder, rows, hub=False)
     path = write_parquet(tmp_path / "s.parquet", table, row_group_size=4, compression="none", use_dictionary=False)
-    from tl_fast.parquet_files import ParquetSource
+    from tl_fast.sources.parquet_files import ParquetSource
 
     for cache, seed in ((1, None), (1, 3), (int(folder.sizes.sum()), None), (int(folder.sizes.sum()), 4), (1 << 40, 5)):
         source = ParquetSource([str(path)], cache_bytes=cache)
@@ -787,7 +787,7 @@ def test_missing_packages_are_named(folder, tmp_path, monkeypatch):
     (tmp_path / "x.parquet").touch()
     val, truth = pack_val(tmp_path / "val.tar", folder)
     write_devkit(tmp_path / "kit", WNIDS, truth)
-    monkeypatch.delitem(sys.modules, "tl_fast.parquet_files", raising=False)
+    monkeypatch.delitem(sys.modules, "tl_fast.sources.parquet_files", raising=False)
     for package in ("pyarrow", "scipy.io"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SourceError, match="x.parquet: reading parquet needs pyarrow"):

@@ -15,13 +15,13 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import tl_fast.compat  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm
 from timm.utils import ModelEmaV3
-from tl_fast.loss import TokenLabelLoss, soft_cross_entropy
-from tl_fast.models import LVViT
-from tl_fast.normalise import Normalise
-from tl_fast.plan import mix_box
-from tl_fast.step import TrainStep, compiled
+from tl_fast.models.loss import TokenLabelLoss, soft_cross_entropy
+from tl_fast.models.lvvit import LVViT
+from tl_fast.models.normalise import Normalise
+from tl_fast.plan.records import mix_box
+from tl_fast.models.step import TrainStep, compiled
 
 BATCH, GRID, CLASSES = 4, 4, 50
 SIZE = dict(img_size=64, embed_dim=32, depth=3, num_heads=2, stem_width=8, num_classes=CLASSES)

@@ -6,9 +6,9 @@ import signal
 import pytest
 import torch
 
-from tl_fast import stopping
-from tl_fast.ranks import Ranks
-from tl_fast.stopping import Agreement, StopSignals
+from tl_fast.training import stopping
+from tl_fast.system.ranks import Ranks
+from tl_fast.training.stopping import Agreement, StopSignals
 
 
 class Work:

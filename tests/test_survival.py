@@ -17,8 +17,8 @@ import torch
 from kill_run import Blow
 from tiny_runs import betons, tiny, tiny_config, weights  # noqa: F401  two of them are fixtures
 
-from tl_fast import checkpoint
-from tl_fast.runlog import read_rows
+from tl_fast.training import checkpoint
+from tl_fast.training.runlog import read_rows
 
 PER_EPOCH, EPOCHS, EVERY = 5, 2, 2  # steps, epochs, steps between checkpoints
 SETTINGS = dict(epochs=EPOCHS, checkpoint_steps=EVERY, keep=2, resume="auto", checkpoint_minutes=None)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_fast.beton import BetonReader, verify
-from tl_fast.labelmap import MapSpec, pack, unpack, write_store
+from tl_fast.beton.reader import BetonReader, verify
+from tl_fast.labelmaps.format import MapSpec, pack, unpack, write_store
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "converters" / "to_beton.py"

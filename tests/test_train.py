@@ -19,15 +19,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import CLASSES, ROOT, TINY, betons, flags, tiny, torchrun, weights  # noqa: F401  two of them are fixtures
 from torch._dynamo.utils import counters
 
-from tl_fast import accuracy, checkpoint, evaluate
-from tl_fast import step as training_step
-from tl_fast import loop as training
-from tl_fast.beton import BetonReader, Sample, write_beton
-from tl_fast.erase import erase
-from tl_fast.nonfinite import NonFiniteError
-from tl_fast.pipeline import Loader
-from tl_fast.ranks import Ranks
-from tl_fast.runlog import read_rows
+from tl_fast import evaluate
+from tl_fast.training import accuracy, checkpoint
+from tl_fast.models import step as training_step
+from tl_fast.training import loop as training
+from tl_fast.beton.reader import BetonReader, Sample, write_beton
+from tl_fast.models.erase import erase
+from tl_fast.training.nonfinite import NonFiniteError
+from tl_fast.pipeline.loader import Loader
+from tl_fast.system.ranks import Ranks
+from tl_fast.training.runlog import read_rows
 
 
 def test_a_run_learns_and_leaves_its_record(tiny, betons):

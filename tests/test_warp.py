@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import tl_fast.compat  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm
 from tests import reference
 from timm.data import auto_augment
-from tl_fast import plan, scalar
-from tl_fast.kernels import cpu, warp
-from tl_fast.rand_augment import OPS
+from tl_fast.maths import scalar
+from tl_fast.plan import records as plan
+from tl_fast.kernels import cpu
+from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.plan.rand_augment import OPS
 
 THEIRS = {"Rotate": auto_augment.rotate, "ShearX": auto_augment.shear_x, "ShearY": auto_augment.shear_y,
           "TranslateX": auto_augment.translate_x_rel, "TranslateY": auto_augment.translate_y_rel}  # fmt: skip

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 import yaml
 
-from tl_fast import checkpoint
-from tl_fast.beton import Sample, write_beton
-from tl_fast.config import TrainConfig
-from tl_fast.labelmap import MapSpec, pack
+from tl_fast.training import checkpoint
+from tl_fast.beton.reader import Sample, write_beton
+from tl_fast.training.config import TrainConfig
+from tl_fast.labelmaps.format import MapSpec, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["animal", "fish", "monument", "tool"]

@@ -1,3 +1,20 @@
-"""tl_fast: vision transformers trained with token labeling (LV-ViT, arXiv 2104.10858) from one FFCV .beton file."""
+"""tl_fast: vision transformers trained with token labeling (LV-ViT, arXiv 2104.10858) from one FFCV .beton file.
+
+The everyday names below are imported at their first use; `import tl_fast` alone imports neither torch nor numba.
+"""
+
+import lazy_loader
 
 __version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "beton.reader": ["BetonReader"],
+        "convert.write": ["Sample", "write_beton"],
+        "models.loss": ["TokenLabelLoss"],
+        "models.lvvit": ["LVViT"],
+        "pipeline.loader": ["Batch", "Loader"],
+        "plan.augment": ["Augment"],
+    },
+)

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tl_fast.mistakes import in_a_sentence, one_speaks_for_its_node
-from tl_fast.rejects import add_reject_options
-from tl_fast.sources import add_source_options
+from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
+from tl_fast.sources.rejects import add_reject_options
+from tl_fast.sources.open import add_source_options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,7 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with one_speaks_for_its_node():
         options = vars(parser.parse_args(arguments))
     with in_a_sentence(parser.prog, options.pop("traceback")):
-        from tl_fast.annotation import AnnotateConfig, annotate  # when the command line is in order: it takes seconds
+        from tl_fast.annotation.run import (
+            AnnotateConfig,
+            annotate,
+        )  # when the command line is in order: it takes seconds
 
         return annotate(AnnotateConfig(**options))
 

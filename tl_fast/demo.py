@@ -9,8 +9,8 @@ import json
 import shutil
 from pathlib import Path
 
-from tl_fast.bundled_photos import FOLDER, annotate_and_pack, run
-from tl_fast.mistakes import in_a_sentence
+from tl_fast.pictures.bundled_photos import FOLDER, annotate_and_pack, run
+from tl_fast.system.mistakes import in_a_sentence
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -28,9 +28,9 @@ def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list
     """
     import numpy as np  # these here, because they take seconds
 
-    from tl_fast.accuracy import evaluate, in_words
-    from tl_fast.beton import BetonReader
-    from tl_fast.runlog import read_rows
+    from tl_fast.training.accuracy import evaluate, in_words
+    from tl_fast.beton.reader import BetonReader
+    from tl_fast.training.runlog import read_rows
 
     folder = folder.resolve()
     train, val, run_dir, picture = (folder / name for name in ("train.beton", "val.beton", "train", "picture.png"))

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any, Sequence
 
-from tl_fast.mistakes import in_a_sentence, one_speaks_for_its_node
+from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -37,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with one_speaks_for_its_node():
         options = vars(parser.parse_args(arguments))
     with in_a_sentence(parser.prog, options.pop("traceback")):
-        from tl_fast.accuracy import evaluate, in_words  # when the command line is in order: it takes seconds
+        from tl_fast.training.accuracy import (
+            evaluate,
+            in_words,
+        )  # when the command line is in order: it takes seconds
 
         result = evaluate(options.pop("data"), options.pop("checkpoint"), **options)
     if int(os.environ.get("RANK", 0)) == 0:

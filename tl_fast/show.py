@@ -1,7 +1,7 @@
 """Draw a sheet of samples to look at: `python -m tl_fast.show FILE.beton --out picture.png`; a recipe's crops: `... --recipe lvvit_s`; or the
 curves of a training run: `python -m tl_fast.show RUN_DIR`.
 
-The first is `tl_fast.sample_sheet`'s, the second `tl_fast.crop_sheet`'s, the third `tl_fast.curves`'s.
+The first is `tl_fast.pictures.sample_sheet`'s, the second `tl_fast.pictures.crop_sheet`'s, the third `tl_fast.pictures.curves`'s.
 """
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tl_fast.mistakes import in_a_sentence
+from tl_fast.system.mistakes import in_a_sentence
 
 
 def _ids(text: str) -> list[int]:
@@ -53,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{beton} is a run's folder: {', '.join('--' + name.replace('_', '-') for name in settings)} is for betons")
     with in_a_sentence(parser.prog, show_traceback):  # the imports are here because they take seconds
         if run:
-            from tl_fast.curves import draw_curves
+            from tl_fast.pictures.curves import draw_curves
 
             print(draw_curves(Path(beton), Path(out) if out else None))
         elif recipe is None:
-            from tl_fast.sample_sheet import show
+            from tl_fast.pictures.sample_sheet import show
 
             print(show(beton, out, **settings))
         else:
-            from tl_fast.crop_sheet import show_recipe
+            from tl_fast.pictures.crop_sheet import show_recipe
 
             print(show_recipe(recipe, beton, out, **settings))
 

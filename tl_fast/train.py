@@ -9,8 +9,8 @@ it is not done.
 """
 from __future__ import annotations
 
-from tl_fast.config import parse_command
-from tl_fast.mistakes import in_a_sentence, one_speaks_for_its_node
+from tl_fast.training.config import parse_command
+from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
 
 
 def main() -> None:
@@ -20,8 +20,8 @@ def main() -> None:
     # Imported when the command line is in order: they take seconds.
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from tl_fast.beton_write import reuse_memory
-    from tl_fast.loop import train
+    from tl_fast.convert.write import reuse_memory
+    from tl_fast.training.loop import train
 
     reuse_memory()  # the loader's threads take and give back hundreds of KB for every image
 

@@ -1,1 +1,6 @@
-"""Loops and memory for each backend; the maths they share is `tl_fast.scalar`."""
+"""From decoded crops to training pixels and token targets: one folder an operation, CPU and CUDA side by side.
+
+`tl_fast.kernels.cpu` and `tl_fast.kernels.cuda` are the two faces, `augment` and `token_targets` in both.
+"""
+
+__all__: list[str] = []

@@ -1,4 +1,4 @@
-"""CPU loops of the decode pipeline: images (with `warp` and `colour`) and token targets, compiled by numba from `tl_fast.scalar`.
+"""CPU loops of the decode pipeline: images (with `warp` and `colour`) and token targets, compiled by numba from `tl_fast.maths.scalar`.
 
 Every loop releases the GIL and writes one sample (or a range of samples), so callers split a batch over their own threads.
 """
@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tl_fast import scalar
-from tl_fast.jit import njit
-from tl_fast.kernels import colour, targets, warp
+from tl_fast.maths import scalar
+from tl_fast.maths.compile import njit
+from tl_fast.kernels.colour import cpu as colour
+from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.kernels.targets import cpu as targets
 
 
 def resample(region: np.ndarray, box: tuple[float, float, float, float], flip: bool, out: np.ndarray) -> None:
@@ -32,7 +34,7 @@ def augment(region: np.ndarray, origin_y: int, origin_x: int, height: int, width
     """One sample as its plan says, geometry first, then colours: what `tl_fast.plan.PLAN`'s record describes, but for the erasing.
 
     region: uint8 [h, w, 3], decoded pixels of an image of `height` x `width` pixels from (origin_y, origin_x) on, at least those of
-    `tl_fast.kernels.warp.needed`; fill: uint8 [3], RGB of what lies outside the image; out: uint8 [3, H, W], written.
+    `tl_fast.kernels.geometry.cpu.needed`; fill: uint8 [3], RGB of what lies outside the image; out: uint8 [3, H, W], written.
     """
     crop = float(plan["top"]), float(plan["left"]), float(plan["height"]), float(plan["width"])
     place = int(origin_y), int(origin_x), int(height), int(width)

@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from numba import cuda
 
-from tl_fast.kernels import cuda_colour, cuda_geometry, cuda_launch, cuda_targets
+from tl_fast.kernels import cuda_launch
+from tl_fast.kernels.colour import cuda as cuda_colour
+from tl_fast.kernels.geometry import cuda as cuda_geometry
+from tl_fast.kernels.targets import cuda as cuda_targets
 from tl_fast.kernels.cuda_device import SIMULATED
-from tl_fast.kernels.cuda_geometry import REGION
-from tl_fast.labelmap import MapSpec, encoded_sizes
-from tl_fast.plan import PLAN
+from tl_fast.kernels.geometry.cuda import REGION
+from tl_fast.labelmaps.format import MapSpec, encoded_sizes
+from tl_fast.plan.records import PLAN
 
 SIMULATED_LANES = 8  # threads of a block in the simulator, which makes some 1,700 a second
 ROUNDS = 6  # rows that a warp makes of one sample, about: fewer and reading the map takes the time, more and the last blocks run alone
@@ -105,7 +108,7 @@ def packed_targets(
     maps: uint8 [M], the batch's maps one after the other; starts: int64 [B+1], where each begins, and where the last ends; ranges:
     float32 [B, 2] = (score_min, score_step); affines: float32 [B, 6] and cut: as of `cpu.warped_targets`; spec: of the maps; out: float32
     or bfloat16 [B, 1 + grid**2, C], written; errors: int32 [B], zeros: a sample whose map is damaged (a size that is none of the
-    layouts', a class >= C, a place outside its palette) gets one of `tl_fast.kernels.maps`' codes there and NaN for targets. Nothing is
+    layouts', a class >= C, a place outside its palette) gets one of `tl_fast.labelmaps.loops`' codes there and NaN for targets. Nothing is
     read or written out of bounds whatever the map holds. A class listed twice in one cell may count once. Raises ValueError for shapes
     that do not fit.
     """
@@ -203,7 +206,7 @@ def augment(
     """A batch of images as their plans say, erasing apart: `tl_fast.kernels.cpu.augment`, in two launches and without waiting.
 
     pixels: uint8 [M], memory in which all decoded regions lie; regions: `REGION` records [B] (or their bytes, uint8) with at least the
-    pixels of `tl_fast.kernels.warp.needed` (no others are read); plans: `tl_fast.plan.PLAN` records [B] (or their bytes), each crop and
+    pixels of `tl_fast.kernels.geometry.cpu.needed` (no others are read); plans: `tl_fast.plan.PLAN` records [B] (or their bytes), each crop and
     box with height and width > 0; fill: RGB, 0..255, of what lies outside the image; out: written: uint8 [B, 3, H, W], or, with mean and
     std (of each channel, for values 0..1), (x / 255 - mean) / std as float16 or bfloat16 [B, 3, H, W], contiguous or channels-last
     (torch's memory format; else an array [B, H, W, 3]); scratch: uint8, at least `scratch_bytes`. Raises ValueError for shapes that do

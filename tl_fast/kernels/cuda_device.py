@@ -1,4 +1,4 @@
-"""What the CUDA kernels share: device functions of `tl_fast.scalar` in float32, and the accesses to memory that numba has no words for.
+"""What the CUDA kernels share: device functions of `tl_fast.maths.scalar` in float32, and the accesses to memory that numba has no words for.
 
 Importing it needs no GPU. Under numba's simulator (NUMBA_ENABLE_CUDASIM=1, set before numba is imported) the kernels are plain Python,
 and so are the twins of the intrinsics here. Device functions use `gpu` for `numba.cuda`: the simulator replaces that name in one module
@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numba import cuda
 
-from tl_fast.jit import compile_scalar
+from tl_fast.maths.compile import compile_scalar
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 ALIGNMENT = None if SIMULATED else 16  # bytes, of shared memory that is read 16 bytes at a time

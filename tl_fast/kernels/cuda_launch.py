@@ -13,9 +13,11 @@ from typing import Any
 from numba import cuda, types
 from numba.np import numpy_support
 
-from tl_fast.kernels import cuda_colour, cuda_geometry, cuda_targets
+from tl_fast.kernels.colour import cuda as cuda_colour
+from tl_fast.kernels.geometry import cuda as cuda_geometry
+from tl_fast.kernels.targets import cuda as cuda_targets
 from tl_fast.kernels.cuda_device import SIMULATED
-from tl_fast.plan import PLAN
+from tl_fast.plan.records import PLAN
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""Which classes label maps know: the annotator's own, or those of the data set among them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from tl_fast.annotation.annotator import AnnotateError, Annotator
+from tl_fast.sources.open import Source
+
+
+def class_indices(classes: str, names: list[str], annotator: Annotator) -> list[int]:
+    """The annotator's class of each of the data set's classes. `classes` is "auto" or a JSON file {folder: index or
+    wnid}; see AnnotateConfig.
+    """
+    if classes == "auto":
+        wanted: dict[str, Any] = {name: name for name in names}
+    else:
+        try:
+            wanted = json.loads(Path(classes).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise AnnotateError(
+                f"classes {classes!r} is neither auto nor a JSON file {{class name: index or wnid}}: {error}"
+            ) from error
+        if not isinstance(wanted, dict) or (lacking := [name for name in names if name not in wanted]):
+            raise AnnotateError(
+                f"{classes} must map every class" + (f"; {lacking} are missing" if isinstance(wanted, dict) else "")
+            )
+    wnids = imagenet_wnids(annotator)
+    indices = []
+    for name in names:
+        value = wanted[name]
+        if isinstance(value, str):
+            if value not in wnids:
+                why = (
+                    "is not a wnid of the annotator's"
+                    if wnids
+                    else "cannot be looked up: the annotator's classes are no ImageNet list"
+                )
+                raise AnnotateError(
+                    f"class {name!r}: {value!r} {why}; give --classes a JSON file {{class name: index}}, or use "
+                    "--fit-head"
+                )
+            value = wnids[value]
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < annotator.num_classes:
+            raise AnnotateError(f"class {name!r}: {value!r} is no class index in 0..{annotator.num_classes - 1}")
+        if value in indices:
+            raise AnnotateError(
+                f"classes {names[indices.index(value)]!r} and {name!r} are both mapped to class {value}; "
+                "merge them or use --fit-head"
+            )
+        indices.append(value)
+    return indices
+
+
+def imagenet_wnids(annotator: Annotator) -> dict[str, int]:
+    """wnid → index for a network with one of timm's ImageNet class lists, else empty."""
+    subset = infer_imagenet_subset(annotator.network)
+    return {wnid: index for index, wnid in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
+
+
+def name_classes(images: Source, annotator: Annotator, chosen: bool) -> tuple[list[str] | None, bool]:
+    """The label maps' class names, and whether label i of the images is class i of the maps (so that an accuracy makes
+    sense).
+
+    chosen: the maps are of the images' classes, by `classes` or `fit_head`.
+    """
+    wnids = imagenet_wnids(annotator)
+    if images.class_names:
+        same_count = len(images.class_names) == annotator.num_classes and (
+            not wnids or list(wnids) == images.class_names
+        )
+        if chosen or same_count:
+            return images.class_names, True
+    return (list(wnids) if len(wnids) == annotator.num_classes else None), False

@@ -1,0 +1,12 @@
+"""The `.beton` file as it lies on disk, and its readers."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "layout": ["BetonError"],
+        "reader": ["BetonReader", "verify"],
+        "samples": ["Samples"],
+    },
+)

@@ -1,0 +1,102 @@
+"""The `label_map` field for stock ffcv: `ffcv.Loader(file, ..., custom_fields={"label_map": LabelMapField})`.
+
+Only this module imports ffcv; tl_fast's own writer and reader do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from ffcv.fields.base import ARG_TYPE, Field
+from ffcv.memory_managers import OSCacheManager, ProcessCacheManager
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.operation import Operation
+from ffcv.pipeline.state import State
+from numba import types
+
+from tl_fast.beton.layout import LABEL_MAP, spec_from_arguments, spec_to_arguments
+from tl_fast.labelmaps.loops import expand
+from tl_fast.labelmaps.format import LEVELS, MapSpec, encode, encoded_sizes
+
+# ffcv 1.0.2 declares the memory it reads from by setting `mutable = False` on numba's own type objects, which are keys of every table of
+# compiled functions in the process. Others that use the same types then fail with "Cannot modify readonly array" or KeyError, or their
+# type inference does not end. These declare the same without touching them.
+_READ_ONLY = types.Array(types.uint8, 1, "C", readonly=True)
+
+
+def _compile_os_cache_reader(manager: OSCacheManager) -> Callable:
+    def read(address, mem_state):
+        size = mem_state[2][np.searchsorted(mem_state[1], address)]
+        return mem_state[0][address : address + size]
+
+    return Compiler.compile(read, _READ_ONLY(types.uint64, manager.state_type))
+
+
+OSCacheManager.state_type = property(lambda manager: types.Tuple([_READ_ONLY, *[types.uint64[::1]] * 2]))
+OSCacheManager.compile_reader = _compile_os_cache_reader
+ProcessCacheManager.state_type = property(
+    lambda manager: types.Tuple([types.uint8[:, ::1], *[types.uint64[::1]] * 2, types.uint32[::1]])
+)
+
+
+class LabelMapDecoder(Operation):
+    """Decodes to float32 `[B, 2, k, H, W]`, laid out as the published maps are: `[:, 0]` the dequantised scores, `[:, 1]` the classes."""
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        shape = (2, *self.field.spec.shape)
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("<f4")), AllocationQuery(shape, np.dtype("<f4"))
+
+    def generate_code(self) -> Callable:
+        memory_read, parallel_range = self.memory_read, Compiler.get_iterator()
+        spec, sizes, curve = self.field.spec, encoded_sizes(self.field.spec), LEVELS
+        cells, num_classes = spec.cells, spec.num_classes
+
+        def decode(batch_indices, destination, metadata, storage_state):
+            classes = np.empty((len(batch_indices), cells), np.uint16)
+            for row in parallel_range(len(batch_indices)):
+                sample = metadata[batch_indices[row]]
+                data = memory_read(sample["ptr"], storage_state)
+                values = destination[row].reshape(-1)
+                if expand(data, num_classes, sizes, classes[row]):
+                    values[:] = np.nan  # damaged: stock ffcv has no way to raise; BetonReader and verify do
+                    continue
+                for i in range(cells):
+                    values[i] = curve[data[len(data) - cells + i]] * sample["score_step"] + sample["score_min"]
+                    values[cells + i] = classes[row, i]
+            return destination[: len(batch_indices)]
+
+        decode.is_parallel = True
+        return decode
+
+
+class LabelMapField(Field):
+    """One packed label map per sample (`tl_fast.labelmaps.format`); all maps of a file share one MapSpec, kept in the field's arguments."""
+
+    def __init__(self, spec: MapSpec) -> None:
+        self.spec = spec
+
+    @property
+    def metadata_type(self) -> np.dtype:
+        return LABEL_MAP
+
+    @staticmethod
+    def from_binary(binary: np.ndarray) -> LabelMapField:
+        return LabelMapField(spec_from_arguments(binary))
+
+    def to_binary(self) -> np.ndarray:
+        result = np.zeros(1, dtype=ARG_TYPE)[0]
+        result[0][:] = spec_to_arguments(self.spec)
+        return result
+
+    def encode(self, destination: np.ndarray, record: np.void, malloc: Callable) -> None:
+        """For ffcv's own writer: `record` is one of `labelmap.pack` with this field's spec."""
+        data = np.frombuffer(encode(record, self.spec), np.uint8)
+        destination["ptr"], storage = malloc(data.size)
+        storage[:] = data
+        destination["score_min"], destination["score_step"] = record["score_min"], record["score_step"]
+
+    def get_decoder_class(self) -> type[Operation]:
+        return LabelMapDecoder

@@ -1,0 +1,11 @@
+"""Any source of images to one `.beton` file."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "selection": ["Conversion"],
+        "write": ["Sample", "TooManyRejects", "WriteSummary", "write_beton"],
+    },
+)

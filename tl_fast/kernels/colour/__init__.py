@@ -1,0 +1,3 @@
+"""The colour operations of RandAugment, equal to Pillow's to the bit."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Scalar maths that every backend compiles, and how it is compiled."""
+
+__all__: list[str] = []

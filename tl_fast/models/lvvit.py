@@ -1,0 +1,367 @@
+"""LV-ViT, the vision transformer of token labeling (arXiv 2104.10858), under the published parameter names.
+
+Sizes, names, initialisation and the eval-time sum follow github.com/zihangJiang/TokenLabeling (tlt/models/lvvit.py and models/layers.py at
+9e0d143), so published checkpoints load as they are. Deliberate differences: MixToken's box is an input of `forward`, never drawn inside
+it, so that a restart mixes as the run before it did; and `reset_classifier` resets both heads, where theirs forgets the token head.
+
+Shapes: B images, D channels, h x w the token grid, N = h * w tokens, C classes.
+"""
+from __future__ import annotations
+
+import math
+from typing import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+PATCH = 16  # pixels per token side; the stem's strides (2, then 8) fix it
+MixBox = Tensor | Sequence[int]  # (top, left, bottom, right) in tokens, the end exclusive
+Kept = tuple[Tensor | None, Tensor]  # what drop path keeps in one branch: int64 [K] samples or None for all, their float32 scales [K,1,1]
+# The drop path rate from which a branch computes only the samples it keeps. On a GPU a gather and a scatter must first be earned back: an
+# estimate from memory traffic, not yet measured there.
+SKIP_FROM = {"cpu": 0.0, "cuda": 0.1}
+
+__all__ = ["LVViT", "resize_pos_embed"]
+
+
+def _box_mask(mix_box: MixBox, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Boolean [h,w], true inside the box. A tensor box stays on its device and is not looked at: no host sync, no recompile."""
+    height, width = grid
+    if isinstance(mix_box, Tensor):
+        if mix_box.shape != (4,):
+            raise ValueError(f"mix_box has shape {tuple(mix_box.shape)}; expected (4,): top, left, bottom, right in tokens")
+        top, left, bottom, right = mix_box.to(device).unbind()
+    else:
+        if len(mix_box) != 4:
+            raise ValueError(f"mix_box has {len(mix_box)} numbers; expected 4: top, left, bottom, right in tokens")
+        top, left, bottom, right = mix_box
+        if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
+            raise ValueError(f"mix_box {tuple(mix_box)} is not (top, left, bottom, right) within the {height}x{width} token grid")
+    rows = torch.arange(height, device=device)
+    columns = torch.arange(width, device=device)
+    return ((rows >= top) & (rows < bottom)).unsqueeze(1) & ((columns >= left) & (columns < right))
+
+
+class ConvStem(nn.Module):
+    """Published 4-layer patch embedding: three convolutions at half resolution, then an 8x8 projection. [B,3,H,W] -> [B,D,H/16,W/16]."""
+
+    def __init__(self, in_chans: int, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.proj = nn.Conv2d(width, embed_dim, PATCH // 2, stride=PATCH // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        return self._project(x)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """`proj` as one matrix product, its patches not overlapping: [B,W,8h,8w] -> [B,D,h,w], channels-last in memory."""
+        batch, width, rows, columns = x.shape
+        side, weight = PATCH // 2, self.proj.weight
+        h, w = rows // side, columns // side
+        if x.is_contiguous(memory_format=torch.channels_last):  # pixels of a patch row lie together: few, long copies
+            patches = x.permute(0, 2, 3, 1).reshape(batch, h, side, w, side, width).transpose(2, 3)
+            weight = weight.permute(0, 2, 3, 1)
+        else:
+            patches = x.reshape(batch, width, h, side, w, side).permute(0, 2, 4, 1, 3, 5)
+        tokens = F.linear(patches.reshape(batch, h, w, -1), weight.reshape(weight.shape[0], -1), self.proj.bias)
+        return tokens.permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through `scaled_dot_product_attention`; no bias on qkv, as published. [B,1+N,D] -> [B,1+N,D]."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, 1+N, D/heads]
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU. [..., D] -> [..., D]."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Which samples of a batch a residual branch keeps; the rate of the published stochastic depth, without the work of the dropped.
+
+    Every sample is dropped with probability `drop_prob`, and kept ones are scaled by 1 / (1 - drop_prob), as published. Shapes are static:
+    a branch computes K = ceil(B * (1 - drop_prob)) samples, a random subset of the batch, and scales a few of those by 0 so that the
+    probability is exact. Samples of one batch are therefore not quite independent, which the published ones are.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+    def draw(self, batch: int, device: torch.device) -> Kept:
+        """One branch's draw, from torch's generator of `device`."""
+        survive = 1 - self.drop_prob
+        kept = math.ceil(batch * survive) if self.drop_prob >= SKIP_FROM.get(device.type, 0.0) else batch
+        scales = torch.rand((kept, 1, 1), device=device) < survive * batch / kept
+        index = torch.rand(batch, device=device).argsort()[:kept] if kept < batch else None
+        return index, scales / survive
+
+
+class _Rows(torch.autograd.Function):
+    """x[there], whose gradient is grad[back] * mask instead of a sum over whatever row was taken how often: no atomic additions, so that both
+    directions are gathers that a compiler fuses with what is around them. `there` takes no row twice that the gradient counts."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, there: Tensor, back: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, mask)
+        return x[there]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        back, mask = ctx.saved_tensors
+        grad = grad[back]
+        return grad if mask is None else grad * mask, None, None, None
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose two residual branches are divided by `skip_lam`. [B,1+N,D] -> [B,1+N,D]."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, skip_lam: float) -> None:
+        super().__init__()
+        self.skip_lam = skip_lam
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def _residual(self, x: Tensor, norm: nn.Module, layer: nn.Module) -> Tensor:
+        if not self.training or isinstance(self.drop_path, nn.Identity):
+            return x + layer(norm(x)) / self.skip_lam
+        index, scales = self.drop_path.draw(x.shape[0], x.device)
+        scales = (scales / self.skip_lam).to(x.dtype)
+        if index is None:
+            return x + layer(norm(x)) * scales
+        kept = len(index)
+        place = torch.full((x.shape[0],), kept, device=x.device).index_copy(0, index, torch.arange(kept, device=x.device))
+        mask, place = (place < kept).view(-1, 1, 1).to(x.dtype), place.clamp(max=kept - 1)
+        branch = (layer(norm(_Rows.apply(x, index, place, mask))) * scales).to(x.dtype)
+        return torch.addcmul(x, _Rows.apply(branch, place, index, None), mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._residual(x, self.norm1, self.attn)
+        return self._residual(x, self.norm2, self.mlp)
+
+
+class LVViT(nn.Module):
+    """LV-ViT with a class head and a head for every patch token, trained with MixToken (arXiv 2104.10858, sections 3.2-3.4).
+
+    Args:
+        img_size: side, or (height, width), of the input in pixels; multiples of 16.
+        embed_dim, depth, num_heads, mlp_ratio: transformer size; `embed_dim` is a multiple of `num_heads`.
+        stem_width: channels of the convolutional stem (64; 128 in LV-ViT-L).
+        skip_lam: divisor of both residual branches (1 in T, 2 in S and M, 3 in L).
+        num_classes: C; 0 makes both heads the identity, and eval mode then returns the class token [B,D].
+        drop_path_rate: drop path of the last block; it grows linearly from 0 in the first.
+        in_chans: channels of the input.
+
+    Raises ValueError naming the argument that does not fit.
+    """
+
+    num_prefix_tokens = 1  # timm's word for the class token in front of `forward_features`' patch tokens
+
+    def __init__(self, img_size: int | tuple[int, int] = 224, embed_dim: int = 384, depth: int = 16, num_heads: int = 6,
+                 mlp_ratio: float = 3.0, stem_width: int = 64, skip_lam: float = 2.0, num_classes: int = 1000,
+                 drop_path_rate: float = 0.0, in_chans: int = 3) -> None:
+        super().__init__()
+        self.img_size = height, width = to_2tuple(img_size)
+        if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
+            raise ValueError(f"img_size {img_size}: height and width must be positive multiples of {PATCH}")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate {drop_path_rate} is outside [0, 1)")
+        if skip_lam <= 0:
+            raise ValueError(f"skip_lam {skip_lam} must be positive")
+        if num_classes < 0:
+            raise ValueError(f"num_classes {num_classes} must be 0 (no heads) or positive")
+        self.grid_size = height // PATCH, width // PATCH
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.grad_checkpointing = False
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(self.grid_size), embed_dim))
+        self.patch_embed = ConvStem(in_chans, stem_width, embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, skip_lam)
+                                    for rate in calculate_drop_path_rates(drop_path_rate, depth))
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = self._new_head()
+        self.aux_head = self._new_head()
+
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(self._init_linear)  # convolutions and norms keep torch's defaults, as published
+
+    @staticmethod
+    def _init_linear(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _new_head(self) -> nn.Module:
+        return nn.Linear(self.embed_dim, self.num_classes) if self.num_classes else nn.Identity()
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters besides norms and biases that the optimiser must not decay."""
+        return {"pos_embed", "cls_token"}
+
+    def get_classifier(self) -> nn.Module:
+        """The class token's head; the tokens' is `aux_head`."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace both heads by new ones for `num_classes` (0: identities), on the old ones' device and dtype. timm's signature."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes {num_classes} must be 0 (no heads) or positive")
+        if global_pool not in (None, "", "token"):
+            raise ValueError(f"global_pool {global_pool!r}: LV-ViT classifies from its class token; leave it None")
+        self.num_classes = num_classes
+        for name in ("head", "aux_head"):
+            head = self._new_head().to(device=self.pos_embed.device, dtype=self.pos_embed.dtype)
+            self._init_linear(head)
+            setattr(self, name, head)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """Stem: images [B,3,H,W] -> patch embeddings [B,D,h,w]."""
+        if tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError(f"images are {x.shape[-2]}x{x.shape[-1]} pixels, the model was built for {self.img_size[0]}x"
+                             f"{self.img_size[1]}; build it with img_size=(height, width) and resize the checkpoint's pos_embed")
+        return self.patch_embed(x)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Transformer: patch embeddings [B,D,h,w] -> class and patch tokens after the final norm [B,1+N,D]."""
+        x = x.flatten(2).transpose(1, 2)  # [B,N,D], a view when the stem ran channels-last
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
+        return self.norm(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [B,3,H,W], normalised -> class token and patch tokens after the final norm [B,1+N,D], no MixToken."""
+        return self._encode(self._patches(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features [B,1+N,D] -> logits [B,C]: class logits + 0.5 * max over token logits; the class token [B,D] when `pre_logits`."""
+        if pre_logits or not self.num_classes:
+            return x[:, 0]
+        return self.head(x[:, 0]) + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+
+    def forward(self, x: Tensor, mix_box: MixBox | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Classify images [B,3,H,W] (float, normalised).
+
+        Eval mode returns logits [B,C]. Train mode returns (class logits [B,C], token logits [B,N,C]), tokens row by row.
+        `mix_box` (train mode only) switches MixToken on: inside the box the patch embeddings of the batch-flipped batch replace
+        the image's own, and the token logits are put back to the image they came from. It is (top, left, bottom, right) in tokens, ends
+        exclusive; give it as an integer tensor [4] on the model's device so that a new box neither recompiles nor synchronises.
+
+        Raises ValueError for images of another size than `img_size`, a malformed box, or a box in eval mode.
+        """
+        if mix_box is not None and not self.training:
+            raise ValueError("mix_box is given in eval mode, where nothing is mixed; call model.train() or leave it out")
+        x = self._patches(x)
+        inside = None if mix_box is None else _box_mask(mix_box, self.grid_size, x.device)
+        if inside is not None:
+            x = torch.where(inside, x.flip(0), x)
+        x = self._encode(x)
+        if not self.training:
+            return self.forward_head(x)
+        tokens = x[:, 1:]
+        if inside is not None:  # the token head acts on each token alone, so un-mixing its D inputs equals un-mixing its C outputs
+            tokens = torch.where(inside.view(1, -1, 1), tokens.flip(0), tokens)
+        return self.head(x[:, 0]), self.aux_head(tokens)
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], old_grid: tuple[int, int] | None = None) -> Tensor:
+    """Resample position embeddings [1,1+N,D] to a token grid (h, w): [1,1+h*w,D], the class token's unchanged (bicubic, antialiased).
+
+    `old_grid` is the source's (h, w), a square if not given. Raises ValueError when N does not fit it.
+    """
+    tokens = pos_embed.shape[1] - 1
+    if old_grid is None:
+        old_grid = math.isqrt(tokens), math.isqrt(tokens)
+    if math.prod(old_grid) != tokens:
+        raise ValueError(f"pos_embed {tuple(pos_embed.shape)} holds {tokens} patch positions, not a {old_grid[0]}x{old_grid[1]} grid; "
+                         "give old_grid=(height, width) in tokens")
+    return resample_abs_pos_embed(pos_embed, list(grid), list(old_grid), num_prefix_tokens=1)
+
+
+def _cfg(crop_pct: float) -> dict:
+    return dict(num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True, crop_pct=crop_pct, interpolation="bicubic",
+                mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), first_conv="patch_embed.conv1", classifier=("head", "aux_head"),
+                paper_ids="arXiv:2104.10858", origin_url="https://github.com/zihangJiang/TokenLabeling")
+
+
+default_cfgs = generate_default_cfgs({"lvvit_t": _cfg(0.9), "lvvit_s": _cfg(0.9), "lvvit_m": _cfg(1.0), "lvvit_l": _cfg(1.0)})
+
+
+def _create(name: str, pretrained: bool, size: dict, kwargs: dict) -> LVViT:
+    if pretrained:
+        raise ValueError(f"{name}: no hub holds weights for LV-ViT; build it with pretrained=False and load a file with --checkpoint")
+    return build_model_with_cfg(LVViT, name, False, **{**size, **kwargs})
+
+
+@register_model
+def lvvit_t(pretrained: bool = False, **kwargs) -> LVViT:
+    """LV-ViT-T: 8.53 M parameters at 224 px."""
+    return _create("lvvit_t", pretrained, dict(embed_dim=240, depth=12, num_heads=4, skip_lam=1.0), kwargs)
+
+
+@register_model
+def lvvit_s(pretrained: bool = False, **kwargs) -> LVViT:
+    """LV-ViT-S: 26.15 M parameters at 224 px."""
+    return _create("lvvit_s", pretrained, dict(embed_dim=384, depth=16, num_heads=6, skip_lam=2.0), kwargs)
+
+
+@register_model
+def lvvit_m(pretrained: bool = False, **kwargs) -> LVViT:
+    """LV-ViT-M: 55.83 M parameters at 224 px."""
+    return _create("lvvit_m", pretrained, dict(embed_dim=512, depth=20, num_heads=8, skip_lam=2.0), kwargs)
+
+
+@register_model
+def lvvit_l(pretrained: bool = False, **kwargs) -> LVViT:
+    """LV-ViT-L: 150.02 M parameters at 224 px."""
+    return _create("lvvit_l", pretrained, dict(embed_dim=768, depth=24, num_heads=12, skip_lam=3.0, stem_width=128), kwargs)

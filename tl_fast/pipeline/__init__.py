@@ -1,0 +1,11 @@
+"""The loader: a beton's samples to batches of pixels and token targets."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "decode": ["DecodeError"],
+        "loader": ["Batch", "Loader"],
+    },
+)

@@ -1,0 +1,251 @@
+"""JPEGs -> the pixels of one region each, by our own decoder on the CPU or by DALI with nvJPEG; importing this module does not need DALI.
+
+Pillow decodes what our decoder leaves to others, to the same pixels. Whether nvJPEG is faster depends on the machine's cores and on the
+images, so `choose` measures.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tl_fast.sources.image import open_rgb
+from tl_fast.jpeg.restarts import splice
+from tl_fast.system.mistakes import Mistake
+from tl_fast.jpeg.region import RegionDecoder
+
+HW_DECODER_LOAD = 0.65  # share of the images for the GPU's JPEG engine, the others go to its cores; DALI's default
+MEASURE_SECONDS = 0.5  # for each way to decode
+GAIN = 1.1  # what nvJPEG must gain to be chosen: its CUDA half takes time from the training step
+
+
+class DecodeError(Mistake, RuntimeError):
+    """An image could not be decoded; the message names the sample and its file."""
+
+
+class _Pixels(list):
+    """Tensors of regions. source: what they are made from and lie in, which the GPU may still be reading: kept as long as they are."""
+
+    source: Any
+
+
+class Jpegs(Protocol):
+    """What a decoder reads: `tl_fast.beton.samples.Samples`."""
+
+    def jpeg(self, sample_id: int) -> np.ndarray: ...
+
+    def name(self, sample_id: int) -> str: ...
+
+
+@functools.cache
+def graph_definition() -> Callable:
+    """What `decode_graph` builds. ImportError without DALI."""
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError as error:
+        raise ImportError(f"decoding needs DALI ({error}): pip install nvidia-dali-cuda130") from error
+
+    @pipeline_def
+    def graph(device: str, on_gpu: bool, hw_decoder_load: float):
+        jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)  # read where they lie, in the beton's pages
+        starts = fn.external_source(name="starts", dtype=types.INT32, ndim=1)
+        shapes = fn.external_source(name="shapes", dtype=types.INT32, ndim=1)
+        regions = fn.decoders.image_slice(
+            jpegs, starts, shapes, axis_names="HW", device=device, hw_decoder_load=hw_decoder_load, adjust_orientation=False,
+            output_type=types.RGB,
+        )  # fmt: skip
+        return regions.gpu() if on_gpu else regions
+
+    return graph
+
+
+def decode_graph(device: str, on_gpu: bool = False, hw_decoder_load: float = HW_DECODER_LOAD, **options: Any) -> Any:
+    """The DALI graph: JPEG bytes, region start and region shape (rows, columns) -> RGB pixels of the region, uint8 [h, w, 3].
+
+    `device` 'cpu' or 'mixed' (nvJPEG) is the only difference between the two; `on_gpu` uploads what the CPU decoded and means nothing to
+    nvJPEG's output, which is there already. EXIF orientation is ignored: conversion has dealt with it. The JPEGs' arrays
+    are not copied: they must stay as they are until the pixels are there. options: of DALI's pipeline. ImportError without DALI.
+    """
+    return graph_definition()(device, on_gpu, hw_decoder_load, **options)
+
+
+class Decoder:
+    """Regions of a data set's images, one at a time or a batch.
+
+    samples: where the JPEGs are; batch_size: at most; threads: that decode a batch, or cut its JPEGs to their regions for nvJPEG; way:
+    'cpu' or 'mixed' (nvJPEG); device: the CUDA device that gets a batch's pixels, or None: they stay on the host. One thread at a time may
+    ask for batches, any number for single regions.
+    """
+
+    def __init__(
+        self,
+        samples: Jpegs,
+        batch_size: int,
+        threads: int,
+        way: str = "cpu",
+        device: torch.device | None = None,
+        hw_decoder_load: float = HW_DECODER_LOAD,
+    ):
+        self.samples, self.batch_size, self.threads, self.way, self.device = samples, batch_size, threads, way, device
+        self.hw_decoder_load = hw_decoder_load
+        self._graph = None
+        self._own = RegionDecoder()
+        self._threads = ThreadPoolExecutor(threads, "tl_fast-region")
+        self._compiled = False
+
+    def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None) -> Sequence:
+        """The regions' pixels, uint8 [h, w, 3] each: tensors of torch, or DALI's for nvJPEG, whose memory is their own.
+
+        ids: int64 [B]; starts, shapes: int64 [B, 2], row and column; stream: where the pixels will be used, which is made to wait for them;
+        None: they are there on return. Raises DecodeError naming the sample, ImportError for 'mixed' without DALI.
+        """
+        if self.way == "mixed":
+            return self._with_nvjpeg(ids, starts, shapes, stream)
+        sizes = 3 * shapes.prod(axis=1)
+        ends = np.cumsum(sizes)
+        host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self.device is not None)
+        packed = host.numpy()
+
+        def decode(part: np.ndarray) -> None:
+            for b in part:
+                out = packed[ends[b] - sizes[b] : ends[b]]
+                region = self.region(ids[b], starts[b], shapes[b], out)
+                if not np.may_share_memory(region, out):
+                    out[:] = region.reshape(-1)
+
+        self._in_parts(decode, len(ids))
+        if self.device is not None:
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                host = host.to(self.device, non_blocking=stream is not None)
+        places = zip(ends.tolist(), sizes.tolist(), shapes.tolist(), strict=True)
+        return [host[end - size : end].view(*shape, 3) for end, size, shape in places]
+
+    def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """One region's pixels on the host, uint8 [h, w, 3]. out: as `RegionDecoder.decode` has it; not written where Pillow had to decode.
+
+        Raises DecodeError naming the sample.
+        """
+        jpeg = self.samples.jpeg(sample_id)
+        region = self._own.decode(jpeg, start, start + shape, out)
+        if region is None:
+            (top, left), (bottom, right) = start, start + shape
+            try:
+                region = np.asarray(open_rgb(jpeg)[0].crop((left, top, right, bottom)))
+            except ValueError as error:
+                raise self._error(sample_id) from error
+        return region
+
+    def _error(self, sample_id: int) -> DecodeError:
+        return DecodeError(
+            f"cannot decode {self.samples.name(sample_id)}: the JPEG is damaged; "
+            "check the beton with `converters/to_beton.py verify FILE --decode` and convert again"
+        )
+
+    def _with_nvjpeg(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None) -> Sequence:
+        """DALI's tensors of the regions."""
+        if self._graph is None:
+            # Outputs of DALI's dynamic executor own their memory, so a depth of one is enough: the loader does the prefetching.
+            self._graph = decode_graph(
+                "mixed", hw_decoder_load=self.hw_decoder_load, batch_size=self.batch_size, num_threads=self.threads,
+                device_id=self.device.index, prefetch_queue_depth=1, exec_dynamic=True,
+            )  # fmt: skip
+            self._graph.build()
+        jpegs, origins = self._splice(ids, starts, starts + shapes)
+        starts = starts - origins
+        try:
+            (regions,) = self._graph.run(stream, jpegs=jpegs, starts=starts.astype(np.int32), shapes=shapes.astype(np.int32))
+        except RuntimeError as error:
+            self._graph = None  # DALI's pipeline is unusable after a failure
+            damaged = self._damaged(ids, str(error))
+            if damaged is None:
+                raise DecodeError(f"DALI could not decode samples {ids.tolist()}, though each can be decoded alone: {error}") from error
+            raise self._error(damaged) from error
+        pixels = _Pixels(regions[b] for b in range(len(ids)))
+        pixels.source = regions, jpegs
+        return pixels
+
+    def _in_parts(self, work: Callable[[np.ndarray], Any], count: int) -> list:
+        """`work` of the numbers below `count`, shared among the threads -> its results in order; raises what failed."""
+        parts = np.array_split(np.arange(count), min(self.threads, count))
+        results = list((self._threads.map if self._compiled else map)(work, parts))  # numba bears one compiling thread
+        self._compiled = True
+        return results
+
+    def _splice(self, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """JPEGs that show the regions, smaller ones where the beton has a row index, and which pixel is their first, int64 [B, 2]."""
+
+        def spliced(part: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
+            return [splice(self.samples.jpeg(ids[b]), starts[b], stops[b]) for b in part]
+
+        jpegs, origins = zip(*itertools.chain.from_iterable(self._in_parts(spliced, len(ids))), strict=True)
+        return list(jpegs), np.array(origins, np.int64)
+
+    def _damaged(self, ids: np.ndarray, message: str) -> int | None:
+        """The sample that made DALI fail: from its message where that says it, else by trying each."""
+        numbered = re.search(r"sample #(\d+)", message)
+        if numbered is not None:
+            return int(ids[int(numbered.group(1))])
+        for i in ids:
+            try:
+                open_rgb(self.samples.jpeg(i))
+            except ValueError:
+                return int(i)
+        return None
+
+    def close(self) -> None:
+        """Stop the threads and let go of DALI's memory."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._graph = None
+
+
+Work = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def rate(decoder: Callable, work: Work, seconds: float = MEASURE_SECONDS, warm_up: int = 2) -> float:
+    """Images/s of `decoder` over the batches (ids, starts, shapes) of `work`, for about so many seconds after `warm_up` batches.
+
+    Pixels on the device are included. Ends early where `work` does. Raises ValueError when `work` has no batch beyond the warm-up.
+    """
+    images, begin = 0, 0.0
+    for number, batch in enumerate(work):
+        if number == warm_up:
+            begin = time.perf_counter()
+        decoder(*batch)  # without a stream: the pixels are there on return
+        if number >= warm_up:
+            images += len(batch[0])
+            if time.perf_counter() - begin >= seconds:
+                break
+    if not images:
+        raise ValueError(f"the measurement needs more than {warm_up} batches")
+    return images / (time.perf_counter() - begin)
+
+
+def choose(open_decoder: Callable[[str], Decoder], work: Callable[[], Work]) -> tuple[str, str]:
+    """Which way decodes faster here: ('cpu' or 'mixed', the measurement in words).
+
+    open_decoder: makes the decoder of a way; work: endless batches to decode. 'mixed' must gain 10 %. Where nvJPEG cannot be used at all,
+    the words say why.
+    """
+    rates = {}
+    for way in ("cpu", "mixed"):
+        decoder = open_decoder(way)
+        try:
+            rates[way] = rate(decoder, work())
+        except DecodeError:
+            raise
+        except (RuntimeError, ImportError) as error:  # from building the graph: a driver or GPU without nvJPEG, no DALI
+            if way == "cpu":
+                raise
+            return "cpu", f"decode 'cpu', {rates['cpu']:,.0f} images/s; 'mixed' (nvJPEG) does not work here: {str(error).splitlines()[0]}"
+        finally:
+            decoder.close()
+    way = "mixed" if rates["mixed"] > GAIN * rates["cpu"] else "cpu"
+    return way, f"decode {way!r}: cpu {rates['cpu']:,.0f} images/s, mixed (nvJPEG) {rates['mixed']:,.0f}; mixed is taken from {GAIN:.0%} on"

@@ -1,0 +1,199 @@
+"""The plan: every random decision about one sample in one epoch, drawn once and handed to all who need it.
+
+A record depends on (seed, epoch, sample id) alone: not on batch size, order, workers, ranks or restarts. The decoder, the image kernel
+and the target kernel read the same record, so image and label map cannot drift apart.
+"""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tl_fast.maths import scalar
+from tl_fast.plan.augment import Augment, INTERPOLATIONS
+from tl_fast.maths.compile import compile_scalar, njit
+from tl_fast.plan.rand_augment import MAX_LAYERS, RandAugment
+
+_scalar = compile_scalar(njit)
+
+PLAN = np.dtype(
+    [
+        ("top", "<i4"),
+        ("left", "<i4"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("flip", "?"),
+        ("interpolation", "u1"),
+        ("affine", "<f4", 6),
+        ("ops", "i1", MAX_LAYERS),
+        ("arguments", "<f4", MAX_LAYERS),
+        ("erase", "<f4", 4),
+        ("noise", "<u8"),
+    ],
+    align=True,
+)
+"""One record a sample.
+
+top, left, height, width: the crop in pixels of the stored image; flip: whether it is then mirrored left-right; interpolation: 0 bilinear,
+1 bicubic; affine: (xu, xv, x0, yu, yv, y0), crop, flip and the geometric operations in one: from output coordinates u (along x), v (along y) in 0..1
+to source pixels x = xu u + xv v + x0, y = yu u + yv v + y0; ops: codes of the drawn operations (`tl_fast.plan.rand_augment.OPS`) in their order, -1 for
+none, and their arguments; erase: the box to fill with noise (`tl_fast.maths.scalar.erase_box`), height 0 for none; noise: its seed.
+"""
+
+ERASE_AREA = 0.02, 1 / 3  # of the output; timm's
+ERASE_RATIO = 0.3, 1 / 0.3  # height / width; timm's
+JITTERED = np.array([scalar.BRIGHTNESS, scalar.CONTRAST, scalar.COLOR], np.int8)
+
+
+def draw(seed: int, epoch: int, sample_ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, augment: Augment) -> np.ndarray:
+    """Draw the plans of the samples `sample_ids` [B] with stored sizes `heights`, `widths` [B] in pixels -> PLAN records [B].
+
+    `seed` is taken modulo 2**64, `epoch` must fit 32 bits. Raises ValueError for negative ids or images without pixels.
+    """
+    ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
+    heights = np.ascontiguousarray(heights, dtype=np.int64)
+    widths = np.ascontiguousarray(widths, dtype=np.int64)
+    if not ids.shape == heights.shape == widths.shape or ids.ndim != 1:
+        raise ValueError(f"sample_ids, heights and widths must be [B], got {ids.shape}, {heights.shape}, {widths.shape}")
+    if ids.size and (ids.min() < 0 or heights.min() < 1 or widths.min() < 1):
+        raise ValueError("sample ids must be >= 0 and image sizes >= 1 pixel")
+    plans = np.zeros(ids.shape, PLAN)
+    policy = augment.rand_augment or RandAugment(probability=0.0)
+    ranges = (*augment.scale, math.log(augment.ratio[0]), math.log(augment.ratio[1]))
+    layers = (policy.layers if augment.auto_augment else 0, policy.probability, float(policy.magnitude), float(policy.std),
+              float(policy.ceiling), policy.increasing)
+    erasing = (augment.erase, *ERASE_AREA, math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1]))
+    _draw(_seed(seed), _epoch(epoch), ids, heights, widths, ranges, augment.flip, INTERPOLATIONS.index(augment.interpolation), layers,
+          augment.color_jitter, erasing, plans)
+    return plans
+
+
+def of_boxes(boxes: np.ndarray, interpolation: int = scalar.BILINEAR) -> np.ndarray:
+    """Plans that show `boxes` float [B, 4] = (top, left, height, width) in source pixels and do nothing else -> PLAN records [B]."""
+    boxes = np.asarray(boxes, np.float64)
+    plans = np.zeros(len(boxes), PLAN)
+    plans["ops"] = scalar.NO_OP
+    plans["interpolation"] = interpolation
+    for name, column, whole in zip(("top", "left", "height", "width"), boxes.T, (np.floor, np.floor, np.ceil, np.ceil), strict=True):
+        plans[name] = whole(column)
+    plans["affine"][:, 0], plans["affine"][:, 2] = boxes[:, 3], boxes[:, 1]
+    plans["affine"][:, 4], plans["affine"][:, 5] = boxes[:, 2], boxes[:, 0]
+    return plans
+
+
+def erase_boxes(plans: np.ndarray, size: int) -> np.ndarray:
+    """Where to erase in outputs of `size` x `size` pixels -> int32 [B, 4] = (top, left, height, width), height 0 for nowhere."""
+    boxes = np.empty((len(plans), 4), np.int32)
+    _erase_boxes(plans["erase"], size, boxes)
+    return boxes
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """The epoch's random order: a permutation of 0..num_samples-1, int64 [n], by sorting one 64-bit draw per sample."""
+    keys = np.empty(num_samples, np.uint64)
+    _order_keys(_seed(seed), _epoch(epoch), keys)
+    return np.argsort(keys, kind="stable")
+
+
+def mix_box(seed: int, epoch: int, step: int, grid: int | tuple[int, int]) -> np.ndarray:
+    """MixToken's box of one step -> int32 [4] = (top, left, bottom, right) in tokens, the same on every rank.
+
+    The published draw (CutMix's): lambda ~ Beta(1, 1), sides sqrt(1 - lambda) of the grid, centre uniform, clipped to the grid. The box may
+    be empty.
+    """
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    words = _scalar.draw4(_seed(seed), _epoch(epoch), np.uint64(step), _scalar.DRAW_MIX_BOX)
+    side = math.sqrt(1.0 - _scalar.unit(words[0]))
+    box = np.empty(4, np.int32)
+    for axis, (cells, word) in enumerate(((rows, words[1]), (columns, words[2]))):
+        cut = int(cells * side)
+        centre = _scalar.below(np.uint64(word), cells)
+        box[axis] = min(max(centre - cut // 2, 0), cells)
+        box[axis + 2] = min(max(centre + cut // 2, 0), cells)
+    return box
+
+
+def _seed(seed: int) -> np.uint64:
+    return np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+
+
+def _epoch(epoch: int) -> np.uint64:
+    if not 0 <= epoch < 1 << 32:
+        raise ValueError(f"epoch must be in [0, 2**32), got {epoch}")
+    return np.uint64(epoch)
+
+
+@njit
+def _draw(seed, epoch, ids, heights, widths, ranges, flip, interpolation, layers, jitter, erasing, plans):
+    count, probability, magnitude, std, ceiling, increasing = layers
+    for b in range(ids.size):
+        sample, record = np.uint64(ids[b]), plans[b]
+        top, left, height, width = _random_resized_crop(seed, epoch, sample, heights[b], widths[b], ranges[0], ranges[1], ranges[2], ranges[3])
+        record.top = top
+        record.left = left
+        record.height = height
+        record.width = width
+        flipped = _unit(_draw4(seed, epoch, sample, _DRAW_FLIP)[0]) < flip
+        record.flip = flipped
+        if interpolation == 2:
+            record.interpolation = np.uint8(_below(_draw4(seed, epoch, sample, _DRAW_INTERPOLATION)[0], 2))
+        else:
+            record.interpolation = np.uint8(interpolation)
+        for n in range(record.ops.size):
+            record.ops[n] = _NO_OP
+        # The affine of crop and flip, in unit coordinates of the crop first.
+        a, b_, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+        if flipped:
+            a, c = -1.0, 1.0
+        for n in range(count):
+            op, argument = _rand_augment_layer(seed, epoch, sample, n, probability, magnitude, std, ceiling, increasing)
+            record.ops[n] = op
+            record.arguments[n] = argument
+            a, b_, c, d, e, f = _compose(a, b_, c, d, e, f, op, argument)
+        if jitter > 0.0:
+            _draw_jitter(seed, epoch, sample, jitter, record)
+        x, y = float(left), float(top)
+        w, h = float(width), float(height)
+        record.affine[0], record.affine[1], record.affine[2] = a * w, b_ * w, c * w + x
+        record.affine[3], record.affine[4], record.affine[5] = d * h, e * h, f * h + y
+        box = _erase_fractions(seed, epoch, sample, erasing[0], erasing[1], erasing[2], erasing[3], erasing[4])
+        for n in range(4):
+            record.erase[n] = box[n]
+        words = _draw4(seed, epoch, sample, _DRAW_NOISE)
+        record.noise = words[0] << np.uint64(32) | words[1]
+
+
+@njit
+def _draw_jitter(seed, epoch, sample, jitter, record):
+    """torchvision's ColorJitter: each factor uniform, in one of the six orders."""
+    r0, r1, r2, r3 = _draw4(seed, epoch, sample, _DRAW_JITTER)
+    factors = (_unit(r0), _unit(r1), _unit(r2))
+    order = _below(r3, 6)
+    first, second = order // 2, 1 + order % 2
+    second = (first + second) % 3
+    third = 3 - first - second
+    for n, which in enumerate((first, second, third)):
+        record.ops[n] = _JITTERED[which]
+        record.arguments[n] = 1.0 - jitter + 2.0 * jitter * factors[which]
+
+
+@njit
+def _erase_boxes(shares, size, boxes):
+    for b in range(len(boxes)):
+        top, height = _erase_box(shares[b, 2], shares[b, 0], size)
+        left, width = _erase_box(shares[b, 3], shares[b, 1], size)
+        boxes[b, 0], boxes[b, 1], boxes[b, 2], boxes[b, 3] = top, left, height, width
+
+
+@njit
+def _order_keys(seed, epoch, keys):
+    for i in range(keys.size):
+        words = _draw4(seed, epoch, np.uint64(i), _DRAW_ORDER)
+        keys[i] = (words[0] << np.uint64(32)) | words[1]
+
+
+_random_resized_crop, _draw4, _unit, _below = _scalar.random_resized_crop, _scalar.draw4, _scalar.unit, _scalar.below
+_rand_augment_layer, _compose = _scalar.rand_augment_layer, _scalar.compose
+_erase_fractions, _erase_box = _scalar.erase_fractions, _scalar.erase_box
+_DRAW_FLIP, _DRAW_ORDER, _DRAW_INTERPOLATION = _scalar.DRAW_FLIP, _scalar.DRAW_ORDER, _scalar.DRAW_INTERPOLATION
+_DRAW_NOISE, _DRAW_JITTER, _NO_OP, _JITTERED = _scalar.DRAW_NOISE, _scalar.DRAW_JITTER, _scalar.NO_OP, JITTERED

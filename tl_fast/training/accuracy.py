@@ -1,0 +1,149 @@
+"""Accuracy of a model on a beton's samples, over all ranks; and which data a model can be used with."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tl_fast.training import checkpoint
+from tl_fast.models.build import build_model
+from tl_fast.training.config import TrainConfig
+from tl_fast.system.mistakes import InputError
+from tl_fast.models.normalise import Normalise, autocast
+from tl_fast.pipeline.loader import Batch, Loader
+from tl_fast.system.ranks import Ranks, join
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, config: TrainConfig) -> dict[str, float]:
+    """Evaluate over all ranks: `top1`, `top5` in percent, `loss` (mean cross-entropy in nats), `samples`.
+
+    `batches` are this rank's share; ranks may differ in their number. The last, partial batch counts in full. With fewer than 5 classes
+    top5 is 100 by definition. `model` is put in eval mode and back. Raises ValueError when there are no samples.
+    """
+    was_training = model.training
+    model.eval()
+    normalise = Normalise(config.mean, config.std).to(ranks.device)
+    totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # top-1 hits, top-5 hits, summed loss, samples
+    for batch in batches:
+        labels = batch.labels.to(ranks.device, non_blocking=True)
+        with autocast(ranks.device, config.dtype):
+            logits = model(normalise(batch.images.to(ranks.device, non_blocking=True))).float()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B,5]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        totals += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.ones_like(labels).sum()]).double()
+    model.train(was_training)
+    top1, top5, loss, samples = ranks.sum(totals).tolist()
+    if samples == 0:
+        raise InputError("no samples to evaluate")
+    return {"top1": 100 * top1 / samples, "top5": 100 * top5 / samples, "loss": loss / samples, "samples": int(samples)}
+
+
+def check_labels(loader: Loader, num_classes: int) -> None:
+    """Raises ValueError naming the files when their labels do not fit a model of `num_classes`, the sample too where a
+    label is below 0."""
+    files = ", ".join(map(str, loader.samples.paths))
+    declared = loader.num_classes if loader.samples.class_names or loader.samples.spec is not None else None
+    if declared is not None and declared != num_classes:
+        raise InputError(f"{files} has {declared} classes, the model {num_classes}: set num_classes to {declared}, or "
+                         "use the data that the model was made for")
+    lowest = int(loader.samples.labels.argmin())
+    if loader.samples.labels[lowest] < 0:
+        raise InputError(f"{loader.samples.name(lowest)} has label {loader.samples.labels[lowest]}, and labels start "
+                         "at 0: convert again without such samples")
+    highest = int(loader.samples.labels.max())
+    if highest >= num_classes:
+        raise InputError(f"{files} has label {highest}, the model classes 0..{num_classes - 1}: set num_classes to at "
+                         f"least {highest + 1}")
+
+
+def evaluate(
+    data: str | Sequence[str],
+    weights: Path,
+    *,
+    use_ema: bool = True,
+    model: str | None = None,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    batch_size: int = 64,
+    threads: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    decode: str = "auto",
+) -> dict[str, Any]:
+    """Evaluate `weights` on the beton(s) `data`: accuracy's dict plus `images_per_second` over all ranks, `checkpoint`, `remarks`.
+
+    Args:
+        weights: a run's folder, a checkpoint folder, or a weights file (then `model`, a timm name, is needed).
+        use_ema: the moving average where the file has one, else the raw weights.
+        img_size, crop_pct: pixels and share; None: those of the checkpoint's training (224 and 0.9 for a bare file).
+        batch_size: images per step and rank.
+        decode: where JPEGs are decoded, as `pipeline.Loader` takes it; nvJPEG's pixels differ a little from the CPU's.
+
+    Raises CheckpointError, FileNotFoundError or ValueError naming what does not fit.
+    """
+    with join(device) as ranks, contextlib.ExitStack() as stack:
+        changes = {"model": model, "img_size": img_size, "crop_pct": crop_pct}
+        path, config, trained_classes = ranks.on_main(_open, weights, use_ema, dtype, changes)
+        loader = ranks.agree(lambda: Loader(
+            data, batch_size, image_size=config.img_size, grid=config.grid, train=False, threads=threads,
+            crop_pct=config.crop_pct, device=ranks.device, decode=decode, rank=ranks.rank, world_size=ranks.world_size,
+        ))  # fmt: skip
+        stack.callback(loader.close)
+        ranks.agree(_check_classes, loader, config, path, trained_classes)
+        network = ranks.agree(build_model, config)
+        remarks = ranks.on_main(checkpoint.load_weights, network, path, use_ema)
+        ranks.fill_from_main(network.state_dict().values())
+        start = time.perf_counter()
+        result = accuracy(network.to(ranks.device), loader, ranks, config)
+        if result["samples"] != len(loader.samples):
+            raise RuntimeError(f"evaluated {result['samples']} of {len(loader.samples)} samples: the loader's sharding is broken")
+        return {
+            **result,
+            "images_per_second": result["samples"] / (time.perf_counter() - start),
+            "checkpoint": str(path),
+            "weights": "ema" if use_ema else "raw",
+            "remarks": remarks,
+        }
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """What `evaluate` found, for people: its remarks, then a line of figures."""
+    figures = (f"{result['checkpoint']} ({result['weights']}): "
+               f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['samples']} images, "
+               f"{result['images_per_second']:.0f} images/s")
+    return "\n".join([*result["remarks"], figures])
+
+
+def _open(weights: Path, use_ema: bool, dtype: str,
+          changes: dict[str, Any]) -> tuple[Path, TrainConfig, list[str] | None]:
+    """What `weights` means, the config to evaluate it with, and its class names if it has any. `changes` replace what a
+    checkpoint's config says."""
+    path = checkpoint.find(weights)
+    meta = checkpoint.read_meta(path) if path.is_dir() else {}
+    if not meta and changes["model"] is None:
+        raise InputError(f"{path} does not say which model it is: give --model (lvvit_t, lvvit_s, lvvit_m or lvvit_l)")
+    values = meta["config"] if meta else {"train_data": "unused: evaluation only"}
+    values |= {name: value for name, value in changes.items() if value is not None}
+    config = TrainConfig.from_dict(values | {"dtype": dtype, "drop_path": 0.0, "resume": None})
+    if config.num_classes is None:  # a bare file: its head says
+        state, _ = checkpoint.read_weights(path, use_ema)
+        if "head.weight" not in state:
+            raise InputError(f"{path} has no head.weight, so no class count: it is not a classifier")
+        config = dataclasses.replace(config, num_classes=state["head.weight"].shape[0])
+    return path, config, meta.get("class_names")
+
+
+def _check_classes(loader: Loader, config: TrainConfig, weights: Path, trained: list[str] | None) -> None:
+    check_labels(loader, config.num_classes)
+    names = loader.samples.class_names
+    if trained and names and trained != names:
+        raise InputError(f"{', '.join(map(str, loader.samples.paths))} has the classes {names[:5]}..., {weights} was "
+                         f"trained on {trained[:5]}...: convert the data with the same class list")

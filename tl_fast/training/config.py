@@ -1,0 +1,321 @@
+"""Configuration of a training run: one frozen dataclass, filled from YAML recipes and command-line flags, validated when built."""
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Sequence
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from tl_fast.plan.augment import Augment
+from tl_fast.system.mistakes import InputError
+
+PATCH = 16  # pixels a side of one token: every LV-ViT has patch 16 (arXiv 2104.10858)
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the strings below the fields are what --help prints
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run. Defaults are the paper's LV-ViT recipe (arXiv 2104.10858 and its published code) unless said otherwise."""
+
+    train_data: str | list[str] = ""
+    """Beton(s) to train on: a path, a glob, or a list of them. Required."""
+    val_data: str | list[str] | None = None
+    """Beton(s) for validation, as train_data; null: no validation."""
+    output_dir: str = "runs/train"
+    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. Rank 0 alone reads and writes it."""
+
+    model: str = "lvvit_s"
+    """timm model name: lvvit_t, lvvit_s, lvvit_m or lvvit_l."""
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the model's constructor, e.g. {embed_dim: 32, depth: 2} for a tiny one."""
+    img_size: int = 224
+    """Side of the square input in pixels, divisible by 16."""
+    num_classes: int | None = None
+    """Number of classes; null: the train beton's."""
+    init_weights: str | None = None
+    """Weights to start from: a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file (a
+    published .pth.tar, a state dict, safetensors); null: random."""
+    drop_path: float = 0.1
+    """Drop path rate of the last block, 0..1; it grows linearly with depth. Paper: 0.1 T and S, 0.2 M, 0.3 L."""
+    freeze_stem_bn: bool = False
+    """Keep the conv stem's batch norms on their running statistics (fine-tuning; comparing world sizes)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean RGB of the normalisation on a 0..1 scale. Source: ImageNet, as published."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the normalisation on a 0..1 scale. Source: ImageNet, as published."""
+
+    sync_bn: bool = False
+    """Batch norm's statistics over all ranks in every step (GPUs only); false: local, brought together when weights are validated or saved."""
+
+    token_label: bool = True
+    """Train with token labels; false: cross-entropy on the image label alone, the control."""
+    cls_weight: float = 1.0
+    """Weight of the class token's cross-entropy."""
+    dense_weight: float = 0.5
+    """Weight of the tokens' cross-entropy: beta in the paper, unused without token_label. (The published code's flag defaults to 1.)"""
+    smoothing: float = 0.1
+    """Label smoothing, 0..1 exclusive, of targets of either kind."""
+    ground_truth: bool = False
+    """Mix the image label into the class token's target, as the published code does for its relabelled runs."""
+    mix_token: bool = True
+    """MixToken (from the paper): mix patch embeddings of two images inside one box."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random crop as a share of the image, (low, high)."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio width/height of a random crop, (low, high)."""
+    flip: float = 0.5
+    """Probability of a horizontal mirror."""
+    interpolation: Literal["bilinear", "bicubic", "random"] = "random"
+    """Filter of the resize; random: either, an image. Source: published code."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's notation, its geometry applied to labels too; null: none. Paper: this one, L with rand-n3-m9-mstd0.5-inc1."""
+    color_jitter: float = 0.0
+    """Without auto_augment: brightness, contrast and saturation vary by this share, 0..1."""
+    erase: float = 0.25
+    """Probability of random erasing with noise. Source: published code."""
+    geometry: Literal["correct", "published"] = "correct"
+    """Where label maps are cropped, unused without token_label; published: mirrored across the diagonal, as the published code does, to reproduce its runs."""
+
+    batch_size: int = 1024
+    """Images per optimiser step over all ranks and accumulation steps."""
+    accumulate: int = 1
+    """Forward/backward passes per optimiser step."""
+    epochs: int = 300
+    """Epochs of warm-up and cosine decay."""
+    cooldown_epochs: int = 10
+    """Further epochs at min_lr."""
+    warmup_epochs: float = 5
+    """Epochs of linear warm-up from warmup_lr; the cosine runs from epoch 0 (timm's order), so part of epochs."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps without changing the schedule (short runs); null: never."""
+    lr: float = 1.6e-3
+    """Peak learning rate at a batch of lr_base_batch; scaled linearly to batch_size. Paper: 1.6e-3 (L: 1e-3) at 1,024."""
+    lr_base_batch: int = 1024
+    """Batch size lr is stated for, images."""
+    min_lr: float = 1e-5
+    """Learning rate at the cosine's end and in the cooldown, not scaled. Source: published code."""
+    warmup_lr: float = 1e-6
+    """Learning rate of step 0, not scaled. Source: published code."""
+    weight_decay: float = 0.05
+    """AdamW's decay; none on norms, biases, class token and position embeddings."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays. Source: torch default, as published."""
+    eps: float = 1e-8
+    """AdamW's epsilon. Source: torch default, as published."""
+    clip_grad: float | None = 1.0
+    """Largest global gradient norm; null: no clipping. Source: ours, a guard (the published recipe does not clip)."""
+    ema_decay: float = 0.99992
+    """Decay per step of the weights' moving average, reached via min(ema_decay, (1 + t) / (10 + t)) at step t. Source: published code."""
+
+    seed: int = 0
+    """Seed of initialisation, sample order, crops, MixToken's boxes and drop path."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast type; auto: bfloat16 on cuda, float32 on cpu. Weights stay float32."""
+    compile: bool | None = None
+    """torch.compile the step, from pixels to the loss; null: on cuda only."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's mode on cuda; reduce-overhead replays CUDA graphs, which needs accumulate 1. Not yet measured on a GPU."""
+    deterministic: bool = False
+    """Only operations with the same result every time, on GPUs at a price in speed. (On the CPU runs repeat bit for bit anyway.)"""
+    bucket_mb: float = 25.0
+    """Gradients that ranks exchange at a time, MiB. Source: torch's default."""
+    timeout_minutes: float = 10.0
+    """How long ranks wait for one that lives but does not answer. Above what compiling and writing a checkpoint take."""
+    threads: int | None = None
+    """Loader threads per rank; null: the loader's choice."""
+    decode: Literal["auto", "cpu", "mixed"] = "auto"
+    """Where JPEGs are decoded: cpu, or mixed (nvJPEG, with device cuda alone); auto: on a GPU the faster, measured at the start, else cpu."""
+
+    resume: str | None = None
+    """auto: continue output_dir's newest intact checkpoint, if any; a path: a run's folder (its newest checkpoint) or a
+    checkpoint's folder; null: start afresh."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; the last epoch always has one."""
+    checkpoint_minutes: float | None = 15.0
+    """Minutes between further checkpoints within an epoch, by rank 0's clock: what a crash can cost; null: none."""
+    checkpoint_steps: int | None = None
+    """Optimiser steps between further checkpoints, counted over the run; null: none."""
+    keep: int = 3
+    """Checkpoints kept besides the best one."""
+    eval_every: int = 1
+    """Epochs between validations; the last epoch always has one."""
+    crop_pct: float = 0.9
+    """Validation's centre crop as a share of the resized image's side. Source: published code for 224 px."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop the run, or skip the step; either way its samples are put on record."""
+    max_skipped: int = 10
+    """Steps that non_finite skip may skip in one run, resumptions included; one more stops it."""
+    log_every: int = 50
+    """Steps between rows of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if not self.train_data:
+            raise InputError("train_data is required: the path of a .beton, a glob, or a list (--train_data "
+                             "FILE.beton)")
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"{name} must be in [{low}, {high}], got {value}")
+        for name in ("smoothing", "ema_decay", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3 or not all(0 <= v <= 1 for v in getattr(self, name)):
+                raise InputError(f"{name} must be three numbers on a 0..1 scale, got {getattr(self, name)}")
+        if min(self.std) == 0:
+            raise InputError(f"std must be > 0, got {self.std}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be in [0, 1), got {self.betas}")
+        self.augment  # noqa: B018  validates scale, ratio, flip, auto_augment ...
+        clash = sorted(set(self.model_kwargs) & set(_MODEL_FIELDS))
+        if clash:
+            raise InputError(f"model_kwargs must not set {', '.join(clash)}: set "
+                             f"{', '.join(_MODEL_FIELDS[name] for name in clash)} itself")
+        if self.accumulate > 1 and self.compile_mode in ("reduce-overhead", "max-autotune"):
+            raise InputError(f"compile_mode {self.compile_mode!r} uses CUDA graphs, whose next replay overwrites the "
+                             f"gradients that accumulate {self.accumulate} still adds up: set accumulate 1, or "
+                             "compile_mode default or max-autotune-no-cudagraphs")
+        if self.compile is False and self.compile_mode != "default":
+            raise InputError(f"compile_mode {self.compile_mode!r} has no effect with compile false: choose one of them")
+        if self.sync_bn and self.freeze_stem_bn:
+            raise InputError("sync_bn gathers statistics that freeze_stem_bn does not use: choose one of them")
+        if self.sync_bn and self.device == "cpu":
+            raise InputError("sync_bn needs GPUs (torch's SyncBatchNorm has no CPU version): device is cpu")
+        if self.init_weights and self.resume not in (None, "auto"):
+            raise InputError(f"init_weights {self.init_weights} would be overwritten by resume {self.resume}: choose "
+                             "one of them")
+        if self.img_size % PATCH:
+            raise InputError(f"img_size must be divisible by {PATCH} (the patch), got {self.img_size}")
+        if self.batch_size % self.accumulate:
+            raise InputError(f"batch_size {self.batch_size} must be divisible by accumulate {self.accumulate}")
+        if self.cls_weight == 0 and (self.dense_weight == 0 or not self.token_label):
+            weights = f"cls_weight {self.cls_weight}, dense_weight {self.dense_weight}, token_label {self.token_label}"
+            raise InputError(f"nothing to train on: {weights}")
+        if self.ground_truth and not self.token_label:
+            raise InputError("ground_truth mixes the image label into the token labels' class target: it needs "
+                             "token_label true")
+        if self.warmup_epochs > self.epochs:
+            raise InputError(f"warmup_epochs is part of epochs: {self.warmup_epochs} > {self.epochs}")
+        if self.peak_lr < max(self.min_lr, self.warmup_lr):
+            raise InputError(
+                f"the peak lr {self.peak_lr:.3g} (= lr {self.lr} * batch_size {self.batch_size} / {self.lr_base_batch}) is below"
+                f" min_lr {self.min_lr} or warmup_lr {self.warmup_lr}: lower those"
+            )
+
+    @property
+    def augment(self) -> Augment:
+        """The ranges of the plan's random decisions. Raises ValueError naming the one that is wrong."""
+        return Augment(scale=self.scale, ratio=self.ratio, flip=self.flip, interpolation=self.interpolation,
+                       auto_augment=self.auto_augment or "", color_jitter=self.color_jitter, erase=self.erase,
+                       fill=tuple(min(255, round(255 * value)) for value in self.mean))
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: lr scaled linearly to the batch size."""
+        return self.lr * self.batch_size / self.lr_base_batch
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of schedule and cooldown together."""
+        return self.epochs + self.cooldown_epochs
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side."""
+        return self.img_size // PATCH
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as JSON and YAML hold them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The config of a dict such as to_dict's. Raises ValueError for unknown keys."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise InputError(f"unknown configuration keys {unknown}")
+        return cls(**{k: tuple(v) if k in _TUPLES and v is not None else v for k, v in values.items()})
+
+
+_MODEL_FIELDS = {"img_size": "img_size", "num_classes": "num_classes", "drop_path_rate": "drop_path"}  # the constructor's name -> ours
+_TUPLES = ("mean", "std", "scale", "ratio", "betas")
+_RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; Augment checks its own
+    ("img_size", PATCH, 4096),
+    ("num_classes", 1, 65_535),  # label maps hold uint16 classes
+    ("cls_weight", 0, 1e6),
+    ("dense_weight", 0, 1e6),
+    ("batch_size", 1, 1 << 24),
+    ("accumulate", 1, 1 << 16),
+    ("epochs", 1, 1 << 20),
+    ("cooldown_epochs", 0, 1 << 20),
+    ("warmup_epochs", 0, 1 << 20),
+    ("max_steps", 1, 1 << 40),
+    ("lr", 1e-12, 1e3),
+    ("lr_base_batch", 1, 1 << 24),
+    ("min_lr", 0, 1e3),
+    ("warmup_lr", 0, 1e3),
+    ("weight_decay", 0, 1e3),
+    ("eps", 1e-30, 1),
+    ("clip_grad", 1e-12, math.inf),
+    ("seed", 0, (1 << 63) - 1),
+    ("threads", 1, 4096),
+    ("bucket_mb", 0.01, 1 << 20),
+    ("timeout_minutes", 0.05, 1 << 20),
+    ("checkpoint_minutes", 0, 1 << 20),
+    ("checkpoint_steps", 1, 1 << 40),
+    ("max_skipped", 0, 1 << 30),
+    ("checkpoint_every", 1, 1 << 20),
+    ("keep", 1, 1 << 20),
+    ("eval_every", 1, 1 << 20),
+    ("crop_pct", 0.05, 1),
+    ("log_every", 1, 1 << 30),
+)
+
+
+class _Parser(ArgumentParser):
+    """A parser that answers mistakes with one sentence, not with the usage of seventy options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        message = re.sub(r"\s*\n\s*", " ", message).strip()
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The config of a command line: `--config recipe.yaml` (repeatable, later ones win) then `--field value`; None reads sys.argv.
+
+    Unknown keys, wrong types and values out of range end the program with a message that names them.
+    """
+    return parse_command(arguments)[0]
+
+
+def parse_command(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
+    """The config of a command line, as parse_config has it; and whether `--traceback` is given. It then raises
+    InputError for values out of range."""
+    parser = _Parser(prog="train.py", description="Train a vision transformer with token labeling from .beton files.")
+    parser.add_argument("--config", action="config", help="YAML recipe; later flags and files override earlier ones")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
+    parser.add_class_arguments(TrainConfig)
+    values = parser.parse_args(arguments).as_dict()
+    values.pop("config")
+    traceback = values.pop("traceback")
+    try:
+        return TrainConfig(**values), traceback
+    except InputError as error:
+        if traceback:
+            raise
+        parser.error(str(error))
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved config as YAML that `--config` reads back."""
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
