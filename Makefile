@@ -6,12 +6,13 @@ ARGS ?=
 READY := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 INTEROP := $(if $(READY),.venv/.interop)
 
-.PHONY: help setup demo test bench clean
+.PHONY: help setup demo test lint bench clean
 
 help:
 	@echo 'make setup   build .venv (PYTHON=... chooses the interpreter; Python >= 3.11); no root, no compiler'
 	@echo 'make demo    annotate, pack, train, evaluate and draw the bundled photos'
 	@echo 'make test    run the tests; adds stock FFCV where it can be compiled, else skips its tests'
+	@echo 'make lint    check the code with ruff: formatting, imports, likely mistakes'
 	@echo 'make bench   run the CPU benchmarks; stock FFCV as for make test'
 	@echo 'make clean   remove .venv, caches and build products; runs/ and data stay'
 
@@ -30,6 +31,10 @@ demo: $(READY)
 
 test: $(READY) $(INTEROP)
 	$(PY) -m pytest -q $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 bench: $(READY) $(INTEROP)
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo 'make bench: there is no benchmarks/*.py to run' >&2; exit 1; }

@@ -1,4 +1,6 @@
-"""Horizontal bars of benchmark rows, drawn with Pillow: the median as a bar and a number, the slowest and fastest round as a whisker."""
+"""Horizontal bars of benchmark rows, drawn with Pillow: the median as a bar and a number, the slowest and fastest round
+as a whisker."""
+
 from __future__ import annotations
 
 import math
@@ -19,7 +21,8 @@ def nice_step(highest: float, marks: int = 5) -> float:
 
 
 def draw(panels: dict[str, list[dict]], path: Path, *, title: str, footer: str) -> None:
-    """panels: heading -> rows of `rows.write_rows`, drawn one below the other, each on a scale of its own. Writes a PNG to `path`."""
+    """panels: heading -> rows of `rows.write_rows`, drawn one below the other, each on a scale of its own. Writes a PNG
+    to `path`."""
     size = {"title": 20, "heading": 15, "text": 13, "small": 11}
     fonts = {name: ImageFont.load_default(points * SCALE) for name, points in size.items()}
     height = MARGIN + 40 + sum(34 + ROW * len(rows) + 34 for rows in panels.values()) + 34
@@ -54,7 +57,13 @@ def draw(panels: dict[str, list[dict]], path: Path, *, title: str, footer: str) 
             middle = y + ROW / 2
             text(left - 10, middle, row["contender"], "text", anchor="rm")
             end = left + row["median"] * per_unit
-            box(left, middle - BAR / 2, end, middle + BAR / 2, OURS if row["contender"].startswith("tl_fast") else OTHERS)
+            box(
+                left,
+                middle - BAR / 2,
+                end,
+                middle + BAR / 2,
+                OURS if row["contender"].startswith("tl_fast") else OTHERS,
+            )
             low, high = left + row["min"] * per_unit, left + row["max"] * per_unit
             box(low, middle - 0.75, high, middle + 0.75, INK)
             for x in (low, high):

@@ -1,11 +1,14 @@
-"""Where does the time of one batch go? Microseconds an image on one thread: plan, decode of the crop, geometry, colours, label maps, token targets.
+"""Where does the time of one batch go? Microseconds an image on one thread: plan, decode of the crop, geometry,
+colours, label maps, token targets.
 
     python benchmarks/breakdown.py [--images FOLDER] [--samples 1024] [--row-index]
 
-The loader's own steps, called one after the other for batches of 64 with token targets of 1,000 classes, crop + flip and LV-ViT-S's full
-recipe; medians over the batches of an epoch after one that is not counted. Output memory is that of earlier batches and malloc keeps what is freed, as in
-training. Appends one row a part and recipe to benchmarks/results/breakdown.jsonl.
+The loader's own steps, called one after the other for batches of 64 with token targets of 1,000 classes, crop + flip
+and LV-ViT-S's full recipe; medians over the batches of an epoch after one that is not counted. Output memory is that of
+earlier batches and malloc keeps what is freed, as in training. Appends one row a part and recipe to
+benchmarks/results/breakdown.jsonl.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,9 +19,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-
 from loaders import BATCH, CLASSES, FULL, GRID, SIZE, build, find_images
 from rows import ROOT, write_rows
+
 from tl_fast.convert.write import reuse_memory
 from tl_fast.kernels import cpu
 from tl_fast.kernels.colour import cpu as colour
@@ -38,7 +41,7 @@ def epoch(loader: Loader, number: int, images: np.ndarray, targets: np.ndarray) 
         times: dict[str, float] = defaultdict(float)
         last = time.perf_counter()
 
-        def lap(part: str) -> None:
+        def lap(part: str, times: dict[str, float] = times) -> None:
             nonlocal last
             now = time.perf_counter()
             times[part] += now - last
@@ -68,8 +71,12 @@ def epoch(loader: Loader, number: int, images: np.ndarray, targets: np.ndarray) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)")
-    parser.add_argument("--samples", type=int, default=1024, help="size of the data set; the images are repeated to fill it")
+    parser.add_argument(
+        "--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1024, help="size of the data set; the images are repeated to fill it"
+    )
     parser.add_argument("--row-index", action="store_true", help="convert with restart markers")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "breakdown.jsonl")
     arguments = parser.parse_args()
@@ -80,13 +87,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder) / "bench.beton", files, arguments.row_index)
         for recipe, augment in RECIPES.items():
-            with Loader(Path(folder) / "bench.beton", BATCH, image_size=SIZE, grid=GRID, threads=1, augment=augment) as loader:
+            with Loader(
+                Path(folder) / "bench.beton", BATCH, image_size=SIZE, grid=GRID, threads=1, augment=augment
+            ) as loader:
                 loader.batch(np.arange(BATCH))  # compiles, and opens the decoder
                 epoch(loader, 0, images, targets)
                 for part, seconds in epoch(loader, 1, images, targets).items():
                     microseconds[f"{recipe}: {part}"] = [1e6 * value for value in seconds]
-    write_rows(arguments.results, "breakdown", microseconds, "us an image", ("numba", "Pillow"), images=arguments.images.name, batch=BATCH,
-               mean_bytes=round(sum(file.stat().st_size for file in files) / len(files)), threads=1, row_index=arguments.row_index)  # fmt: skip
+    write_rows(
+        arguments.results,
+        "breakdown",
+        microseconds,
+        "us an image",
+        ("numba", "Pillow"),
+        images=arguments.images.name,
+        batch=BATCH,
+        mean_bytes=round(sum(file.stat().st_size for file in files) / len(files)),
+        threads=1,
+        row_index=arguments.row_index,
+    )
 
 
 if __name__ == "__main__":

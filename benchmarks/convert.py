@@ -1,11 +1,14 @@
-"""How fast does a folder of JPEGs become a beton: ours with and without decoding every image, stock FFCV's writer, and `cp` of the folder?
+"""How fast does a folder of JPEGs become a beton: ours with and without decoding every image, stock FFCV's writer, and
+`cp` of the folder?
 
     python benchmarks/convert.py [--images FOLDER] [--samples 6144] [--rounds 5] [--workers 2]
 
-All read the same files, which lie in the page cache; ours also packs label maps (top 5 of 1,000 classes in 18x18 cells), and has its file on
-the disk when it ends, as `cp -r; sync` has and the others have not. Rounds are interleaved, after one that is not counted. Then the published label maps, one .pt an image: torch.load alone beside the whole import.
-Prints median and spread and appends one row a contender to benchmarks/results/convert.jsonl.
+All read the same files, which lie in the page cache; ours also packs label maps (top 5 of 1,000 classes in 18x18
+cells), and has its file on the disk when it ends, as `cp -r; sync` has and the others have not. Rounds are interleaved,
+after one that is not counted. Then the published label maps, one .pt an image: torch.load alone beside the whole
+import. Prints median and spread and appends one row a contender to benchmarks/results/convert.jsonl.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,12 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-
 from rows import ROOT, measure, stock_ffcv_is_here, write_rows
+
 from tl_fast.beton.reader import BetonReader
-from tl_fast.convert.write import reuse_memory, write_beton
 from tl_fast.convert.selection import Conversion
+from tl_fast.convert.write import reuse_memory, write_beton
 from tl_fast.labelmaps.format import LabelMapStore, MapSpec, pack, write_store
 from tl_fast.labelmaps.format import encode as encode_map
 from tl_fast.labelmaps.published import open_label_maps
@@ -88,7 +90,15 @@ def contenders(folder: Path, work: Path, workers: int) -> dict[str, Callable[[in
             listed = open_source(folder)  # listing the folder is part of the work
             conversion = Conversion(listed, maps, listed.order(None))
             out = work / f"ours {decode_check} {number}.beton"
-            write_beton(out, conversion, class_names=names, spec=maps.spec, workers=workers, processes=True, decode_check=decode_check)
+            write_beton(
+                out,
+                conversion,
+                class_names=names,
+                spec=maps.spec,
+                workers=workers,
+                processes=True,
+                decode_check=decode_check,
+            )
             return len(conversion)
 
         return run
@@ -97,7 +107,11 @@ def contenders(folder: Path, work: Path, workers: int) -> dict[str, Callable[[in
         from ffcv.fields import IntField, RGBImageField  # here, since it may not be installed
         from ffcv.writer import DatasetWriter
 
-        writer = DatasetWriter(str(work / f"stock {number}.beton"), {"image": RGBImageField(write_mode="jpg"), "label": IntField()}, num_workers=workers)
+        writer = DatasetWriter(
+            str(work / f"stock {number}.beton"),
+            {"image": RGBImageField(write_mode="jpg"), "label": IntField()},
+            num_workers=workers,
+        )
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its progress bar
             writer.from_indexed_dataset(StockDataset(source))
         return len(source.ids)
@@ -125,7 +139,9 @@ def importers(folder: Path, count: int) -> dict[str, Callable[[int], int]]:
     """The published format: `count` files of float16 [2, 5, 18, 18]; name -> a function that reads all of them."""
     (folder / "class").mkdir(parents=True)
     for i, (classes, scores) in zip(range(count), itertools.cycle(random_maps(64)), strict=False):
-        torch.save(torch.from_numpy(np.stack([scores, classes.astype(np.float32)])).half(), folder / "class" / f"{i}.pt")
+        torch.save(
+            torch.from_numpy(np.stack([scores, classes.astype(np.float32)])).half(), folder / "class" / f"{i}.pt"
+        )
     maps = open_label_maps(folder, extent="full", num_classes=CLASSES)
     files = [folder / "class" / f"{i}.pt" for i in range(count)]
 
@@ -144,8 +160,12 @@ def importers(folder: Path, count: int) -> dict[str, Callable[[int], int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)")
-    parser.add_argument("--samples", type=int, default=6144, help="files in the folder; the images are repeated to fill it")
+    parser.add_argument(
+        "--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=6144, help="files in the folder; the images are repeated to fill it"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="counted conversions by each contender")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "convert.jsonl")
@@ -159,7 +179,12 @@ def main() -> None:
         with BetonReader(work / "ours True 0.beton") as reader:
             print(f"label maps: {np.mean(reader.label_map_sizes):,.0f} bytes each")
         imports = measure(importers(work / "published", 1000), arguments.rounds)
-    facts = {"images": arguments.images.name, "samples": arguments.samples, "mean_bytes": round(float(np.mean(sizes))), "workers": arguments.workers}
+    facts = {
+        "images": arguments.images.name,
+        "samples": arguments.samples,
+        "mean_bytes": round(float(np.mean(sizes))),
+        "workers": arguments.workers,
+    }
     write_rows(arguments.results, "convert", rates, "images/s", ("ffcv", "simplejpeg", "Pillow", "numba"), **facts)
     write_rows(arguments.results, "published maps", imports, "maps/s", ("torch", "numba"), samples=1000, workers=1)
 

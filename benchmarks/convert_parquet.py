@@ -10,6 +10,7 @@ Peak memory is the largest sum of the PSS of that process and its children, read
 that several processes share once.
 Prints median and spread and appends one row a contender to benchmarks/results/convert.jsonl.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
 from rows import ROOT, write_rows
 
 CONVERT = """
@@ -110,12 +110,14 @@ def main() -> None:
         checkouts[name] = Path(checkout).resolve(strict=True)
     contenders = {
         f"{name}: parquet, {'every image decoded' if check else 'structure checked'}, {workers} workers": (
-            checkout, workers, check,
+            checkout,
+            workers,
+            check,
         )
         for workers in arguments.workers
         for check in (True, False)
         for name, checkout in checkouts.items()
-    }  # fmt: skip
+    }
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     peaks: dict[str, list[float]] = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as folder:
@@ -131,10 +133,17 @@ def main() -> None:
     for name, row in details.items():
         print(f"{name:60} {row['peak_mb']:9,} MB at most")
     write_rows(
-        arguments.results, "convert parquet", rates, "images/s", ("pyarrow", "numba"), details=details,
-        images=arguments.images.name, samples=arguments.samples, mean_bytes=round(mean_bytes),
+        arguments.results,
+        "convert parquet",
+        rates,
+        "images/s",
+        ("pyarrow", "numba"),
+        details=details,
+        images=arguments.images.name,
+        samples=arguments.samples,
+        mean_bytes=round(mean_bytes),
         group_rows=arguments.group_rows,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""How many crops/s reach the GPU decoded: by our decoder or DALI's on the CPU, by nvJPEG, of whole images by torchvision's nvJPEG?
+"""How many crops/s reach the GPU decoded: by our decoder or DALI's on the CPU, by nvJPEG, of whole images by
+torchvision's nvJPEG?
 
     python benchmarks/gpu_decode.py [--images FOLDER | --beton FILE] [--samples 4096] [--batch 256] [--threads 4 8 16]
 
-All decode what random resized crops to 224 px need, DALI's nvJPEG with several shares of the images for the hardware engine; torchvision
-decodes whole images. Pixels are on the GPU when the clock stops.
-Rows go to benchmarks/results/gpu/decode.jsonl.
+All decode what random resized crops to 224 px need, DALI's nvJPEG with several shares of the images for the hardware
+engine; torchvision decodes whole images. Pixels are on the GPU when the clock stops. Rows go to
+benchmarks/results/gpu/decode.jsonl.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -20,12 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 from gpu_rows import add_data, beton_of, need_gpu, parser, without_nvjpeg, write_row
-from tl_fast.plan import records as plan
-from tl_fast.pipeline.decode import Decoder, decode_graph
-from tl_fast.kernels.geometry import cpu as warp
+
 from tl_fast.beton.samples import Samples
+from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.pipeline.decode import Decoder, decode_graph
+from tl_fast.plan import records as plan
 
 LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
 SIZE = 224
@@ -35,7 +40,9 @@ class DaliCpu:
     """DALI's CPU half, and its upload, called as a `Decoder`."""
 
     def __init__(self, samples: Samples, batch: int, threads: int, device: torch.device):
-        options = dict(batch_size=batch, num_threads=threads, device_id=device.index, prefetch_queue_depth=1, exec_dynamic=True)
+        options = dict(
+            batch_size=batch, num_threads=threads, device_id=device.index, prefetch_queue_depth=1, exec_dynamic=True
+        )
         self.samples, self.graph = samples, decode_graph("cpu", True, **options)
         self.graph.build()
 
@@ -71,7 +78,9 @@ def batches(samples: Samples, batch: int) -> Iterator[tuple[np.ndarray, np.ndarr
         for first in range(0, len(order) - batch + 1, batch):
             ids = order[first : first + batch]
             heights, widths = samples.heights[ids], samples.widths[ids]
-            starts, stops = warp.needed(plan.draw(0, epoch, ids, heights, widths, plan.Augment()), heights, widths, SIZE)
+            starts, stops = warp.needed(
+                plan.draw(0, epoch, ids, heights, widths, plan.Augment()), heights, widths, SIZE
+            )
             yield ids, starts, stops - starts
 
 
@@ -106,12 +115,20 @@ def main() -> None:
             return
         samples = Samples(path)
         mean = round(float(np.mean([len(samples.jpeg(i)) for i in range(min(len(samples), 1000))])))
-        facts = {"batch": arguments.batch, "samples": len(samples), "mean_bytes": mean, "images": (arguments.beton or arguments.images).name}
+        facts = {
+            "batch": arguments.batch,
+            "samples": len(samples),
+            "mean_bytes": mean,
+            "images": (arguments.beton or arguments.images).name,
+        }
         contenders: dict[str, tuple[int | None, Callable]] = {}
         for n in arguments.threads:
             contenders[f"cpu, {n} threads"] = n, functools.partial(Decoder, samples, arguments.batch, n, "cpu", device)
         for n in arguments.threads:
-            contenders[f"DALI's cpu half, {n} threads"] = n, functools.partial(DaliCpu, samples, arguments.batch, n, device)
+            contenders[f"DALI's cpu half, {n} threads"] = (
+                n,
+                functools.partial(DaliCpu, samples, arguments.batch, n, device),
+            )
             for load in LOADS:
                 make = functools.partial(Decoder, samples, arguments.batch, n, "mixed", device, load)
                 contenders[f"mixed, {n} threads, hw_decoder_load {load}"] = n, make
@@ -125,7 +142,9 @@ def main() -> None:
                 with contextlib.closing(make()) as decoder:
                     values = rates(decoder, batches(samples, arguments.batch), arguments.seconds)
             except (ImportError, RuntimeError) as error:
-                unable = isinstance(error, ImportError) or name.startswith("torchvision")  # which may be built without nvJPEG
+                unable = isinstance(error, ImportError) or name.startswith(
+                    "torchvision"
+                )  # which may be built without nvJPEG
                 print(f"{name}: {'skipped' if unable else 'FAILED'}: {str(error).splitlines()[0]}", flush=True)
                 failed |= not unable
                 continue

@@ -1,13 +1,17 @@
-"""How fast are the CUDA kernels: token targets beside a device copy and beside torch, images beside the 1.0 ms that 256 may take?
+"""How fast are the CUDA kernels: token targets beside a device copy and beside torch, images beside the 1.0 ms that 256
+may take?
 
     python benchmarks/gpu_kernels.py [--batch 256] [--small]
 
-Token targets: 14 x 14 tokens and the class token, maps of 18 x 18 cells, top 5 of 1,000 classes, as they lie in a beton. Bytes are those of the
-output and of the maps, each once; the copy counts what it reads and what it writes. torch: scatter into dense maps, torchvision's RoIAlign, softmax,
-smoothing, all on the GPU. Images: regions of 500 x 375 images to 224 px; bytes are those of the decoded regions and of the output. Every kernel is
-compared with its CPU twin first: its rows say whether it `matches`, and where one does not the program ends with a failing status. --small runs each
-kernel once on few samples, for compute-sanitizer. Rows go to benchmarks/results/gpu/kernels.jsonl.
+Token targets: 14 x 14 tokens and the class token, maps of 18 x 18 cells, top 5 of 1,000 classes, as they lie in a
+beton. Bytes are those of the output and of the maps, each once; the copy counts what it reads and what it writes.
+torch: scatter into dense maps, torchvision's RoIAlign, softmax, smoothing, all on the GPU. Images: regions of 500 x 375
+images to 224 px; bytes are those of the decoded regions and of the output. Every kernel is
+compared with its CPU twin first: its rows say whether it `matches`, and where one does not the program ends with a
+failing status. --small runs each kernel once on few samples, for compute-sanitizer. Rows go to
+benchmarks/results/gpu/kernels.jsonl.
 """
+
 from __future__ import annotations
 
 import functools
@@ -15,16 +19,18 @@ import functools
 import numpy as np
 import torch
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
-import torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 
+# isort: split
+import torchvision
 from gpu_rows import SPEC, milliseconds, need_gpu, parser, write_row
-from tl_fast.maths import scalar
-from tl_fast.plan import records as plan
+
 from tl_fast.kernels import cpu, cuda
 from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.labelmaps.format import encode, pack, unpack
+from tl_fast.maths import scalar
 from tl_fast.pipeline.loader import map_affines
+from tl_fast.plan import records as plan
 
 GRID, SIZE, SMOOTHING, SETS = 14, 224, 0.1, 4
 HEIGHT, WIDTH = 375, 500
@@ -50,7 +56,9 @@ class Targets:
         rng = np.random.default_rng(number)
         maps, unpacked = [], []
         for _ in range(batch):
-            classes = np.argsort(rng.random((10, SPEC.height, SPEC.width)), axis=0)[: SPEC.k] + rng.integers(0, SPEC.num_classes - 10)
+            classes = np.argsort(rng.random((10, SPEC.height, SPEC.width)), axis=0)[: SPEC.k] + rng.integers(
+                0, SPEC.num_classes - 10
+            )
             record = pack(classes.astype(np.uint16), rng.uniform(0, 12, classes.shape).astype(np.float32), SPEC)
             maps.append((np.frombuffer(encode(record, SPEC), np.uint8), record["score_min"], record["score_step"]))
             unpacked.append(unpack(record, SPEC))
@@ -63,29 +71,50 @@ class Targets:
         self.ranges = device(np.array([each[1:] for each in maps], np.float32))
         self.device_affines, self.errors = device(self.affines), torch.zeros(batch, dtype=torch.int32, device="cuda")
         self.dense = device(self.classes.astype(np.int64)), device(self.scores)
-        left, top = (self.affines[:, 2] + np.minimum(self.affines[:, 0], 0)) * SPEC.width, self.affines[:, 5] * SPEC.height
+        left, top = (
+            (self.affines[:, 2] + np.minimum(self.affines[:, 0], 0)) * SPEC.width,
+            self.affines[:, 5] * SPEC.height,
+        )
         right, bottom = left + np.abs(self.affines[:, 0]) * SPEC.width, top + self.affines[:, 4] * SPEC.height
-        self.boxes = device(np.stack([np.arange(batch), left - 0.5, top - 0.5, right - 0.5, bottom - 0.5], axis=1).astype(np.float32))
+        self.boxes = device(
+            np.stack([np.arange(batch), left - 0.5, top - 0.5, right - 0.5, bottom - 0.5], axis=1).astype(np.float32)
+        )
         self.flips = device(self.affines[:, 0] < 0)
 
     def ours(self, out: torch.Tensor) -> None:
-        cuda.packed_targets(self.maps, self.starts, self.ranges, self.device_affines, SPEC, GRID, SMOOTHING, False, out, self.errors,
-                            stream=torch.cuda.current_stream().cuda_stream)  # fmt: skip
+        cuda.packed_targets(
+            self.maps,
+            self.starts,
+            self.ranges,
+            self.device_affines,
+            SPEC,
+            GRID,
+            SMOOTHING,
+            False,
+            out,
+            self.errors,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
 
     def by_torch(self) -> torch.Tensor:
         classes, scores = self.dense
-        dense = torch.zeros((len(classes), SPEC.num_classes, SPEC.height, SPEC.width), device="cuda").scatter_(1, classes, scores)
+        dense = torch.zeros((len(classes), SPEC.num_classes, SPEC.height, SPEC.width), device="cuda").scatter_(
+            1, classes, scores
+        )
         parts = []
         for bins in (1, GRID):
             aligned = torchvision.ops.roi_align(dense, self.boxes, bins)
             aligned = torch.where(self.flips.view(-1, 1, 1, 1), aligned.flip(3), aligned)
-            parts.append(aligned.flatten(2).transpose(1, 2).softmax(2) * (1 - SMOOTHING + SMOOTHING / SPEC.num_classes) + SMOOTHING / SPEC.num_classes)
+            parts.append(
+                aligned.flatten(2).transpose(1, 2).softmax(2) * (1 - SMOOTHING + SMOOTHING / SPEC.num_classes)
+                + SMOOTHING / SPEC.num_classes
+            )
         return torch.cat(parts, dim=1)
 
 
 class Images:
-    """One batch of decoded regions on the device, of random pixels. tame: without the operations that make many levels of a level's difference,
-    which is to be expected of the geometry; for comparing with the CPU."""
+    """One batch of decoded regions on the device, of random pixels. tame: without the operations that make many levels
+    of a level's difference, which is to be expected of the geometry; for comparing with the CPU."""
 
     def __init__(self, number: int, batch: int, augment: plan.Augment, tame: bool = False):
         self.plans = plans_of(number, batch, augment)
@@ -99,21 +128,39 @@ class Images:
         self.regions["rows"], self.regions["columns"] = shapes.T
         self.regions["top"], self.regions["left"] = starts.T
         self.regions["height"], self.regions["width"] = HEIGHT, WIDTH
-        # Random at 1/8 of the resolution: noise of single pixels has no histogram worth equalising, and no image looks like it.
+        # Random at 1/8 of the resolution: noise of single pixels has no histogram worth equalising, and no image looks
+        # like it.
         coarse = np.random.default_rng(number).integers(0, 256, (-(-int(sizes.sum()) // 8),), np.uint8)
         self.host = np.repeat(coarse, 8)[: int(sizes.sum())]
         self.pixels, self.bytes = device(self.host), int(sizes.sum())
         self.device_regions, self.device_plans = device(self.regions.view(np.uint8)), device(self.plans.view(np.uint8))
 
     def run(self, out: torch.Tensor, scratch: torch.Tensor, **normalise: object) -> None:
-        cuda.augment(self.pixels, self.device_regions, self.device_plans, (124, 116, 104), out, scratch=scratch,
-                     stream=torch.cuda.current_stream().cuda_stream, **normalise)  # fmt: skip
+        cuda.augment(
+            self.pixels,
+            self.device_regions,
+            self.device_plans,
+            (124, 116, 104),
+            out,
+            scratch=scratch,
+            stream=torch.cuda.current_stream().cuda_stream,
+            **normalise,
+        )
 
     def by_cpu(self, b: int) -> np.ndarray:
         region, out = self.regions[b], np.empty((3, SIZE, SIZE), np.uint8)
         rows, columns = int(region["rows"]), int(region["columns"])
         pixels = self.host[int(region["offset"]) :][: 3 * rows * columns].reshape(rows, columns, 3)
-        cpu.augment(pixels, region["top"], region["left"], HEIGHT, WIDTH, self.plans[b], np.array((124, 116, 104), np.uint8), out)
+        cpu.augment(
+            pixels,
+            region["top"],
+            region["left"],
+            HEIGHT,
+            WIDTH,
+            self.plans[b],
+            np.array((124, 116, 104), np.uint8),
+            out,
+        )
         return out
 
 
@@ -129,10 +176,15 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str
 def targets_match(batch: Targets, out: torch.Tensor, tolerance: float, what: str) -> bool:
     batch.ours(out.fill_(float("nan")))
     few = min(8, len(batch.classes))
-    expected = cpu.warped_targets(batch.classes[:few], batch.scores[:few], batch.affines[:few], SPEC.num_classes, GRID, SMOOTHING, cut=False)
+    expected = cpu.warped_targets(
+        batch.classes[:few], batch.scores[:few], batch.affines[:few], SPEC.num_classes, GRID, SMOOTHING, cut=False
+    )
     sound = not batch.errors.any() and bool(torch.isfinite(out.sum()))
     if not sound:
-        print(f"MISMATCH: {what}: codes of damaged maps {batch.errors.unique().tolist()}, or rows that are not finite", flush=True)
+        print(
+            f"MISMATCH: {what}: codes of damaged maps {batch.errors.unique().tolist()}, or rows that are not finite",
+            flush=True,
+        )
     return close(out[:few], torch.from_numpy(expected), tolerance, what) and sound
 
 
@@ -143,7 +195,10 @@ def images_match(batch: Images, out: torch.Tensor, scratch: torch.Tensor, levels
     off = np.abs(np.stack([out[b].cpu().numpy().astype(int) - batch.by_cpu(b) for b in few]))
     worst = (off > levels).mean(axis=(1, 2, 3)).max()
     if worst > share:
-        print(f"MISMATCH: {what}: up to {off.max()} levels, of one image more than {levels} in {worst:.2%} of the pixels", flush=True)
+        print(
+            f"MISMATCH: {what}: up to {off.max()} levels, of one image more than {levels} in {worst:.2%} of the pixels",
+            flush=True,
+        )
     return bool(worst <= share)
 
 
@@ -161,20 +216,29 @@ def main() -> None:
     sets = [Targets(n, batch) for n in range(1 if arguments.small else SETS)]
     shape = (batch, 1 + GRID**2, SPEC.num_classes)
     kinds = {"token targets, float32": (torch.float32, 1e-4), "token targets, bfloat16": (torch.bfloat16, 4e-3)}
-    outs = {label: [torch.empty(shape, dtype=dtype, device="cuda") for _ in sets] for label, (dtype, _) in kinds.items()}
+    outs = {
+        label: [torch.empty(shape, dtype=dtype, device="cuda") for _ in sets] for label, (dtype, _) in kinds.items()
+    }
     for label, (_, tolerance) in kinds.items():
         matches[label] = targets_match(sets[0], outs[label][0], tolerance, label)
-    matches["torch"] = close(sets[0].by_torch(), outs["token targets, float32"][0], 1e-4, "torch's targets against ours")
+    matches["torch"] = close(
+        sets[0].by_torch(), outs["token targets, float32"][0], 1e-4, "torch's targets against ours"
+    )
 
     bandwidth = torch_ms = 0.0
     if not arguments.small:
         size = 1 << 30
-        source, target = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda"), torch.empty(size, dtype=torch.uint8, device="cuda")
+        source, target = (
+            torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda"),
+            torch.empty(size, dtype=torch.uint8, device="cuda"),
+        )
         copy = [2 * size / ms / 1e6 for ms in milliseconds(lambda _: target.copy_(source), 1)]
         bandwidth = write("device copy, 1 GiB", copy, "GB/s")["median"]
         del source, target
         theirs = milliseconds(lambda n: sets[n].by_torch(), SETS, repeats=10, burst=5)
-        torch_ms = write("torch: scatter + RoIAlign + softmax", theirs, "ms", matches=matches["torch"], **facts)["median"]
+        torch_ms = write("torch: scatter + RoIAlign + softmax", theirs, "ms", matches=matches["torch"], **facts)[
+            "median"
+        ]
 
     def figures(label: str, times: list[float], moved: int, **columns: object) -> None:
         """Rows of a kernel: its time, and what it moves beside the device copy."""
@@ -187,17 +251,26 @@ def main() -> None:
         times = milliseconds(lambda n, label=label: sets[n].ours(outs[label][n]), SETS)
         figures(label, times, outs[label][0].nbytes + sets[0].maps.nbytes, **facts)
         write(f"{label}: times torch", [torch_ms / ms for ms in times], "times", matches=matches[label], **facts)
-    del sets, outs
+    sets.clear()  # free the memory for what follows
+    outs.clear()
 
     facts = {"batch": batch, "image_size": SIZE, "source": f"{WIDTH} x {HEIGHT}"}
     out = torch.empty((batch, 3, SIZE, SIZE), dtype=torch.uint8, device="cuda")
     scratch = torch.empty(cuda.scratch_bytes(batch, SIZE, SIZE, True), dtype=torch.uint8, device="cuda")
-    normalised = torch.empty((batch, 3, SIZE, SIZE), dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    normalised = torch.empty(
+        (batch, 3, SIZE, SIZE), dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last
+    )
     normalise = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     for name, augment in RECIPES.items():
         label = f"images, {name}"
         images = [Images(n, batch, augment) for n in range(1 if arguments.small else SETS)]
-        same = images_match(Images(0, batch, augment, tame=True), out, scratch, *((3, 5e-3) if augment.auto_augment else (1, 1e-3)), label)
+        same = images_match(
+            Images(0, batch, augment, tame=True),
+            out,
+            scratch,
+            *((3, 5e-3) if augment.auto_augment else (1, 1e-3)),
+            label,
+        )
         matches[label] = matches[f"{label}, bfloat16 channels-last"] = same
         if arguments.small:
             images[0].run(normalised, scratch, **normalise)

@@ -2,9 +2,11 @@
 
     python benchmarks/gpu_loader.py [--images FOLDER | --beton FILE] [--samples 4096] [--batch 256] [--threads N]
 
-A consumer that does nothing but wait for its batches' kernels; images/s of groups of ten batches, after a warm-up. 'auto' is what the loader chooses
-by itself (the row says what). 'mixed' is skipped where DALI or nvJPEG is missing. Rows go to benchmarks/results/gpu/loader.jsonl.
+A consumer that does nothing but wait for its batches' kernels; images/s of groups of ten batches, after a warm-up.
+'auto' is what the loader chooses by itself (the row says what). 'mixed' is skipped where DALI or nvJPEG is missing.
+Rows go to benchmarks/results/gpu/loader.jsonl.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -14,12 +16,15 @@ import time
 from collections.abc import Iterator
 
 import torch
-
 from gpu_rows import add_data, beton_of, need_gpu, parser, without_nvjpeg, write_row
+
 from tl_fast.pipeline.loader import Batch, Loader
 from tl_fast.plan.records import Augment
 
-RECIPES = {"crop + flip": Augment(), "full recipe": Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25)}
+RECIPES = {
+    "crop + flip": Augment(),
+    "full recipe": Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25),
+}
 WAYS = ("cpu", "mixed", "auto")
 GROUP = 10
 
@@ -65,15 +70,27 @@ def main() -> None:
                     print(f"{recipe}, {way}: skipped: {missing}", flush=True)
                     continue
                 try:
-                    with Loader(path, arguments.batch, threads=arguments.threads, augment=augment, device="cuda", decode=way) as loader:
+                    with Loader(
+                        path, arguments.batch, threads=arguments.threads, augment=augment, device="cuda", decode=way
+                    ) as loader:
                         values = rates(loader, arguments.seconds)
                         chosen, count = loader.decode, len(loader.samples)
                 except (ImportError, RuntimeError) as error:
                     print(f"{recipe}, {way}: FAILED: {str(error).splitlines()[0]}", flush=True)
                     failed = True
                     continue
-                write_row(arguments.results, "loader", f"{recipe}, {way}", values, "images/s", decode=chosen, threads=arguments.threads,
-                          batch=arguments.batch, samples=count, images=(arguments.beton or arguments.images).name)  # fmt: skip
+                write_row(
+                    arguments.results,
+                    "loader",
+                    f"{recipe}, {way}",
+                    values,
+                    "images/s",
+                    decode=chosen,
+                    threads=arguments.threads,
+                    batch=arguments.batch,
+                    samples=count,
+                    images=(arguments.beton or arguments.images).name,
+                )
     sys.exit(failed)
 
 

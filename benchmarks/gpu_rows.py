@@ -1,7 +1,9 @@
-"""What the GPU benchmarks share: their data, CUDA events, JSON rows, and the summary that benchmarks/gpu_check.sh ends with.
+"""What the GPU benchmarks share: their data, CUDA events, JSON rows, and the summary that benchmarks/gpu_check.sh ends
+with.
 
-    python benchmarks/gpu_rows.py [benchmarks/results/gpu]        prints the newest rows of every stage and what they say about the bars
+python benchmarks/gpu_rows.py [benchmarks/results/gpu]    prints every stage's newest rows and what they say of the bars
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,14 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
 from rows import ROOT, commit, percentiles, version
+
 from tl_fast.labelmaps.format import MapSpec, pack
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 PACKAGES = ("torch", "torchvision", "timm", "numba", "numba-cuda", "nvidia-dali-cuda130", "numpy")
 SPEC = MapSpec(k=5, height=18, width=18, num_classes=1000)
-SLEEP = 60_000_000  # cycles, some 30 ms: while the GPU spins, the host queues a burst, so that no launch is waited for between events
+# cycles, some 30 ms: while the GPU spins, the host queues a burst, so that no launch is waited for between events
+SLEEP = 60_000_000
 NO_DEVICE = "skipped: no CUDA device"
 
 
@@ -45,26 +48,36 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
 
 
 def add_data(options: argparse.ArgumentParser) -> None:
-    original = Path(os.environ.get("TLFAST_SHARED", ROOT.parent / "shared")) / "data" / "imagenet_sample"  # as in tests/conftest.py
-    options.add_argument("--images", type=Path, default=original if original.is_dir() else ROOT / "tests" / "photos",
-                         help="folder of JPEGs (default: shared/data/imagenet_sample where it is, else the bundled photos)")  # fmt: skip
+    original = (
+        Path(os.environ.get("TLFAST_SHARED", ROOT.parent / "shared")) / "data" / "imagenet_sample"
+    )  # as in tests/conftest.py
+    options.add_argument(
+        "--images",
+        type=Path,
+        default=original if original.is_dir() else ROOT / "tests" / "photos",
+        help="folder of JPEGs (default: shared/data/imagenet_sample where it is, else the bundled photos)",
+    )
     options.add_argument("--beton", type=Path, help="a beton with label maps, instead of --images")
     options.add_argument("--samples", type=int, default=4096, help="the images are repeated to so many")
 
 
 @contextmanager
 def beton_of(arguments: argparse.Namespace) -> Iterator[Path | None]:
-    """Path of --beton, or of a temporary beton of --images with label maps of 1,000 classes, ten an image as real maps have. None, and the reason
-    printed, where none can be written."""
+    """Path of --beton, or of a temporary beton of --images with label maps of 1,000 classes, ten an image as real maps
+    have. None, and the reason printed, where none can be written."""
     if arguments.beton:
         print(f"data: {arguments.beton}", flush=True)
         yield arguments.beton
         return
     try:
-        from tl_fast.convert.write import Sample, write_beton
         import simplejpeg  # noqa: F401  which checks every JPEG
+
+        from tl_fast.convert.write import Sample, write_beton
     except ImportError as error:
-        print(f"skipped: writing a beton needs what is not installed ({error}); name one that was made elsewhere with --beton")
+        print(
+            f"skipped: writing a beton needs what is not installed ({error}); name one that was made elsewhere with"
+            " --beton"
+        )
         yield None
         return
     files = sorted(path for path in arguments.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
@@ -73,23 +86,41 @@ def beton_of(arguments: argparse.Namespace) -> Iterator[Path | None]:
     print(f"data: {len(files)} JPEGs of {arguments.images.name}, repeated to {arguments.samples} images", flush=True)
     rng, records = np.random.default_rng(0), []
     for _ in range(16):
-        classes = np.argsort(rng.random((10, SPEC.height, SPEC.width)), axis=0)[: SPEC.k] + rng.integers(0, SPEC.num_classes - 10)
+        classes = np.argsort(rng.random((10, SPEC.height, SPEC.width)), axis=0)[: SPEC.k] + rng.integers(
+            0, SPEC.num_classes - 10
+        )
         records.append(pack(classes.astype(np.uint16), rng.uniform(0, 12, classes.shape).astype(np.float32), SPEC))
     chosen = enumerate(itertools.islice(itertools.cycle(files), arguments.samples))
-    samples = [Sample(f"{i}", i % SPEC.num_classes, file.read_bytes, lambda i=i: records[i % 16], origin=str(file)) for i, file in chosen]
+    samples = [
+        Sample(f"{i}", i % SPEC.num_classes, file.read_bytes, lambda i=i: records[i % 16], origin=str(file))
+        for i, file in chosen
+    ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "gpu.beton"
-        write_beton(path, samples, class_names=[str(c) for c in range(SPEC.num_classes)], spec=SPEC, on_error="quarantine", max_rejects=len(samples) // 2)
+        write_beton(
+            path,
+            samples,
+            class_names=[str(c) for c in range(SPEC.num_classes)],
+            spec=SPEC,
+            on_error="quarantine",
+            max_rejects=len(samples) // 2,
+        )
         yield path
 
 
 def without_nvjpeg(device: str = "mixed") -> str | None:
-    """Why DALI cannot decode on this GPU, by a graph of nothing but its decoder; None: it can, and what fails beyond that is a failure."""
+    """Why DALI cannot decode on this GPU, by a graph of nothing but its decoder; None: it can, and what fails beyond
+    that is a failure."""
     try:
         from nvidia.dali import fn, pipeline_def
 
-        @pipeline_def(batch_size=1, num_threads=1, device_id=torch.cuda.current_device() if device == "mixed" else None, prefetch_queue_depth=1,
-                      exec_dynamic=True)
+        @pipeline_def(
+            batch_size=1,
+            num_threads=1,
+            device_id=torch.cuda.current_device() if device == "mixed" else None,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
         def graph():
             return fn.decoders.image(fn.external_source(name="jpegs"), device=device)
 
@@ -104,7 +135,8 @@ def without_nvjpeg(device: str = "mixed") -> str | None:
 
 
 def milliseconds(launch: Callable[[int], object], sets: int, repeats: int = 60, burst: int = 10) -> list[float]:
-    """GPU time of `launch(n)` by CUDA events on the current stream, one figure a call; n runs over 0..sets - 1, so that caches hold no input."""
+    """GPU time of `launch(n)` by CUDA events on the current stream, one figure a call; n runs over 0..sets - 1, so that
+    caches hold no input."""
     for n in range(max(sets, 3)):
         launch(n % sets)
     torch.cuda.synchronize()
@@ -121,16 +153,28 @@ def milliseconds(launch: Callable[[int], object], sets: int, repeats: int = 60, 
     return times
 
 
-def write_row(results: Path, benchmark: str, contender: str, values: Sequence[float], unit: str, **facts: object) -> dict:
+def write_row(
+    results: Path, benchmark: str, contender: str, values: Sequence[float], unit: str, **facts: object
+) -> dict:
     """Append one row and print it: median, 20th and 80th percentile of `values`."""
     results.parent.mkdir(parents=True, exist_ok=True)
     p20, median, p80 = percentiles(values)
     row = {
-        "benchmark": benchmark, "contender": contender, "unit": unit, "median": median, "p20": p20, "p80": p80, "rounds": len(values), **facts,
-        "device": torch.cuda.get_device_name(), "cores": len(os.sched_getaffinity(0)), "cuda": torch.version.cuda,
-        "versions": {package: version(package) for package in PACKAGES}, "commit": commit(),
+        "benchmark": benchmark,
+        "contender": contender,
+        "unit": unit,
+        "median": median,
+        "p20": p20,
+        "p80": p80,
+        "rounds": len(values),
+        **facts,
+        "device": torch.cuda.get_device_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "cuda": torch.version.cuda,
+        "versions": {package: version(package) for package in PACKAGES},
+        "commit": commit(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
     with results.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{contender:64} {median:12,.4g} {unit:9} ({p20:,.4g} to {p80:,.4g}, {len(values)} times)", flush=True)
@@ -138,7 +182,8 @@ def write_row(results: Path, benchmark: str, contender: str, values: Sequence[fl
 
 
 def newest(folder: Path) -> dict[tuple, dict]:
-    """The last row of every (benchmark, contender), and model and size where a row has them, of a folder's .jsonl files."""
+    """The last row of every (benchmark, contender), and model and size where a row has them, of a folder's .jsonl
+    files."""
     found = {}
     for file in sorted(folder.glob("*.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
@@ -154,7 +199,12 @@ BARS = (
     ("loader, crop + flip", ("loader", "crop + flip, auto"), 9200, "at least"),
     ("loader, full recipe", ("loader", "full recipe, auto"), 9200, "at least"),
     ("training LV-ViT-S at 224 px", ("train", "tl_fast, compiled", "lvvit_s", 224), 9200, "at least"),
-    ("training LV-ViT-S at 224 px, fed", ("train", "tl_fast, compiled, fed from a beton", "lvvit_s", 224), 0.97 * 9200, "at least"),
+    (
+        "training LV-ViT-S at 224 px, fed",
+        ("train", "tl_fast, compiled, fed from a beton", "lvvit_s", 224),
+        0.97 * 9200,
+        "at least",
+    ),
 )
 
 
@@ -164,14 +214,20 @@ def main() -> None:
     folder = options.parse_args().folder
     rows = newest(folder)
     for (benchmark, *names), row in rows.items():
-        print(f"{benchmark:10} {', '.join(map(str, names)):64} {row['median']:12,.4g} {row['unit']:9} ({row['p20']:,.4g} to {row['p80']:,.4g})")
+        print(
+            f"{benchmark:10} {', '.join(map(str, names)):64} {row['median']:12,.4g} {row['unit']:9} ({row['p20']:,.4g}"
+            f" to {row['p80']:,.4g})"
+        )
     for name, key, bar, sense in BARS:
         if key not in rows:
             print(f"bar: {name}: {sense} {bar:g}: not measured")
             continue
         value = rows[key]["median"]
         met = value >= bar if sense == "at least" else value <= bar
-        print(f"bar: {name}: {sense} {bar:g} {rows[key]['unit']}: {value:g}, {'met' if met else 'NOT met'} on {rows[key]['device']}")
+        print(
+            f"bar: {name}: {sense} {bar:g} {rows[key]['unit']}: {value:g}, {'met' if met else 'NOT met'} on"
+            f" {rows[key]['device']}"
+        )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_tests.py tests-kernels|tests-loader|tests-training|sanitizer
 
-A row's figure is the seconds it took; passed, failed, errors and skipped count tests, for the sanitizer errors alone. Ends with the status of
-what ran. Rows go to benchmarks/results/gpu/tests.jsonl.
+A row's figure is the seconds it took; passed, failed, errors and skipped count tests, for the sanitizer errors alone.
+Ends with the status of what ran. Rows go to benchmarks/results/gpu/tests.jsonl.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -22,7 +23,10 @@ from gpu_rows import need_gpu, parser, write_row
 from rows import ROOT
 
 TIMED_OUT = 124
-GROUPS = {"tests-kernels": ["test_cuda.py"], "tests-loader": ["test_gpu_loader.py"]}  # tests-training: all others that are marked gpu
+GROUPS = {
+    "tests-kernels": ["test_cuda.py"],
+    "tests-loader": ["test_gpu_loader.py"],
+}  # tests-training: all others that are marked gpu
 NEEDED = {"tests-training": ("jsonargparse", "timm")}  # by the files' imports; tests skip themselves for the rest
 
 
@@ -35,7 +39,13 @@ def files(stage: str) -> list[str]:
 
 def run(command: list[str], limit: float) -> tuple[int, str]:
     """The command's status, TIMED_OUT after `limit` seconds, and what it printed, which is shown as it comes."""
-    process = subprocess.Popen(["timeout", "--kill-after=5", str(limit), *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        ["timeout", "--kill-after=5", str(limit), *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     lines = []
     for line in process.stdout:
         print(line, end="", flush=True)
@@ -46,7 +56,10 @@ def run(command: list[str], limit: float) -> tuple[int, str]:
 def outcomes(report: Path) -> tuple[dict[str, int], Counter[str]]:
     """How many tests of a JUnit report ended how, and the reasons of those that were skipped."""
     cases = list(ElementTree.parse(report).iter("testcase"))
-    counts = {name: sum(case.find(tag) is not None for case in cases) for name, tag in (("failed", "failure"), ("errors", "error"), ("skipped", "skipped"))}
+    counts = {
+        name: sum(case.find(tag) is not None for case in cases)
+        for name, tag in (("failed", "failure"), ("errors", "error"), ("skipped", "skipped"))
+    }
     reasons = Counter(case.find("skipped").get("message", "") for case in cases if case.find("skipped") is not None)
     return {"passed": len(cases) - sum(counts.values()), **counts}, reasons
 
@@ -63,8 +76,18 @@ def main() -> None:
             print("skipped: compute-sanitizer is not installed")
             return
         # Errors of the API are not the kernels': torch and numba try calls to see what the driver can do.
-        command = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", sys.executable,
-                   str(ROOT / "benchmarks" / "gpu_kernels.py"), "--small"]
+        command = [
+            "compute-sanitizer",
+            "--tool",
+            "memcheck",
+            "--report-api-errors",
+            "no",
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            str(ROOT / "benchmarks" / "gpu_kernels.py"),
+            "--small",
+        ]
         status, printed = run(command, arguments.limit)
         if "Device not supported" in printed:
             print("skipped: compute-sanitizer does not support this device")
@@ -72,18 +95,40 @@ def main() -> None:
         said = re.search(r"ERROR SUMMARY: (\d+)", printed)
         facts = {"errors": int(said[1]) if said else None}
     else:
-        missing = [name for name in ("pytest", "pytest_timeout", *NEEDED.get(arguments.stage, ())) if importlib.util.find_spec(name) is None]
+        missing = [
+            name
+            for name in ("pytest", "pytest_timeout", *NEEDED.get(arguments.stage, ()))
+            if importlib.util.find_spec(name) is None
+        ]
         if missing:
             print(f"skipped: {', '.join(missing)} not installed")
             return
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", *files(arguments.stage)]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-m",
+                "gpu",
+                f"--junitxml={report}",
+                *files(arguments.stage),
+            ]
             status, _ = run(command, arguments.limit)
             facts, reasons = outcomes(report) if report.exists() else ({"passed": None}, Counter())
         for reason, count in reasons.items():
             print(f"{count} skipped: {reason}")
-    write_row(arguments.results, "tests", arguments.stage, [time.perf_counter() - begin], "s", status=status, timed_out=status == TIMED_OUT, **facts)
+    write_row(
+        arguments.results,
+        "tests",
+        arguments.stage,
+        [time.perf_counter() - begin],
+        "s",
+        status=status,
+        timed_out=status == TIMED_OUT,
+        **facts,
+    )
     sys.exit(status)
 
 

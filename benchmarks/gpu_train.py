@@ -1,9 +1,12 @@
-"""How many images/s does training LV-ViT-S take on one GPU, from synthetic batches and fed from a beton, beside the published style?
+"""How many images/s does training LV-ViT-S take on one GPU, from synthetic batches and fed from a beton, beside the
+published style?
 
     python benchmarks/gpu_train.py [--images FOLDER | --beton FILE] [--samples 4096] [--models lvvit_s:224]
 
-benchmarks/train.py's contenders in a selection that ends within a stage of gpu_check.sh. Rows go to benchmarks/results/gpu/train.jsonl.
+benchmarks/train.py's contenders in a selection that ends within a stage of gpu_check.sh. Rows go to
+benchmarks/results/gpu/train.jsonl.
 """
+
 from __future__ import annotations
 
 import subprocess
@@ -30,8 +33,22 @@ def main() -> None:
         contenders = ["tl_fast, compiled", train.FED, "tl_fast, compiled, CUDA graphs", "published style, eager"]
         if beton is None:
             contenders.remove(train.FED)
-        command = [sys.executable, str(ROOT / "benchmarks" / "train.py"), "--models", *arguments.models, "--batch", str(arguments.batch),
-                   "--rounds", str(arguments.rounds), "--steps", "20", "--results", str(arguments.results), "--contenders", *contenders]
+        command = [
+            sys.executable,
+            str(ROOT / "benchmarks" / "train.py"),
+            "--models",
+            *arguments.models,
+            "--batch",
+            str(arguments.batch),
+            "--rounds",
+            str(arguments.rounds),
+            "--steps",
+            "20",
+            "--results",
+            str(arguments.results),
+            "--contenders",
+            *contenders,
+        ]
         done = subprocess.run(command + (["--beton", str(beton)] if beton is not None else []))
     sys.exit(done.returncode)
 

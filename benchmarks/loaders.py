@@ -1,16 +1,18 @@
-"""How many images/s do loaders deliver from the same JPEGs: ours with and without token targets, stock FFCV, DALI, timm, published style?
+"""How many images/s do loaders deliver from the same JPEGs: ours with and without token targets, stock FFCV, DALI,
+timm, published style?
 
     python benchmarks/loaders.py [--images FOLDER] [--samples 1024] [--rounds 5] [--threads 2] [--only WORDS] [--table]
 
-"crop + flip" is a random resized crop to 224 px and a flip, bilinear; "full recipe" is LV-ViT-S's: RandAugment, random interpolation and
-erasing with probability 0.25, which is left to the training device, as normalisation is; ours draws its boxes. "row index": from a beton
-converted with --row-index. All deliver uint8 batches
-of 64 with the same number of threads or worker processes, from one set of bytes in the page cache; label maps are of 1,000 classes.
-Rounds are interleaved, after one that is not counted; a round of a loader with worker processes is half the samples. malloc keeps what is freed, for
-all of them, as in training. Appends one row a
-contender to benchmarks/results/loaders.jsonl and draws the newest rows of each data set as loaders.png beside it. --table prints those
-rows as README has them, and measures nothing.
+"crop + flip" is a random resized crop to 224 px and a flip, bilinear; "full recipe" is LV-ViT-S's: RandAugment, random
+interpolation and erasing with probability 0.25, which is left to the training device, as normalisation is; ours draws
+its boxes. "row index": from a beton converted with --row-index. All deliver uint8 batches of 64 with the same number of
+threads or worker processes, from one set of bytes in the page cache; label maps are of 1,000 classes. Rounds are
+interleaved, after one that is not counted; a round of a loader with worker processes is half the samples. malloc keeps
+what is freed, for all of them, as in training. Appends one row a contender to benchmarks/results/loaders.jsonl and
+draws the newest rows of each data set as loaders.png beside it. --table prints those rows as README has them, and
+measures nothing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,10 +28,13 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 from bars import draw
 from published_style import PublishedStyle, check_roi_align, roi_align_name
 from rows import ROOT, measure, newest_runs, stock_ffcv_is_here, write_rows
 from timm.data import create_transform
+
 from tl_fast.beton.reader import BetonReader
 from tl_fast.convert.write import Sample, reuse_memory, write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
@@ -43,15 +48,28 @@ FULL = {"interpolation": "random", "auto_augment": RAND_AUGMENT}
 RESULTS = ROOT / "benchmarks" / "results" / "loaders.jsonl"
 
 OURS, OURS_FULL = "tl_fast: crop + flip, token targets", "tl_fast: full recipe, token targets"
-INDEXED, INDEXED_FULL = "tl_fast, row index: crop + flip, token targets", "tl_fast, row index: full recipe, token targets"
+INDEXED, INDEXED_FULL = (
+    "tl_fast, row index: crop + flip, token targets",
+    "tl_fast, row index: full recipe, token targets",
+)
 DALI_DECODE = "DALI: decode of the crop, nothing else"
 FFCV, DALI = "stock FFCV: crop + flip, no label maps", "DALI: crop + flip, no label maps"
 PUBLISHED, PUBLISHED_FULL = "published style: crop + flip, token targets", "published style: full recipe, token targets"
-PUBLISHED_MAPS, PUBLISHED_FULL_MAPS = "published style: crop + flip, maps only", "published style: full recipe, maps only"
+PUBLISHED_MAPS, PUBLISHED_FULL_MAPS = (
+    "published style: crop + flip, maps only",
+    "published style: full recipe, maps only",
+)
 BARS = [
-    (OURS, FFCV), (INDEXED, FFCV), (OURS, DALI), (INDEXED, DALI), (DALI_DECODE, DALI), (OURS_FULL, OURS), (OURS_FULL, PUBLISHED_FULL),
-    (INDEXED_FULL, PUBLISHED_FULL), (OURS_FULL, PUBLISHED_FULL_MAPS),
-]  # fmt: skip
+    (OURS, FFCV),
+    (INDEXED, FFCV),
+    (OURS, DALI),
+    (INDEXED, DALI),
+    (DALI_DECODE, DALI),
+    (OURS_FULL, OURS),
+    (OURS_FULL, PUBLISHED_FULL),
+    (INDEXED_FULL, PUBLISHED_FULL),
+    (OURS_FULL, PUBLISHED_FULL_MAPS),
+]
 
 Epoch = Callable[[int], int]
 
@@ -64,11 +82,14 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def random_maps(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Classes uint16 and scores float32 [k, H, W]. Neighbouring cells share classes, as in real maps: ten classes an image."""
+    """Classes uint16 and scores float32 [k, H, W]. Neighbouring cells share classes, as in real maps: ten classes an
+    image."""
     rng = np.random.default_rng(0)
     maps = []
     for _ in range(count):
-        classes = np.argsort(rng.random((10, SPEC.height, SPEC.width)), axis=0)[: SPEC.k] + rng.integers(0, CLASSES - 10)
+        classes = np.argsort(rng.random((10, SPEC.height, SPEC.width)), axis=0)[: SPEC.k] + rng.integers(
+            0, CLASSES - 10
+        )
         maps.append((classes.astype(np.uint16), rng.uniform(0, 12, classes.shape).astype(np.float32)))
     return maps
 
@@ -76,7 +97,10 @@ def random_maps(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
 def build(out: Path, files: list[Path], row_index: bool = False) -> None:
     """A beton of the files in this order, with `random_maps`."""
     records = [pack(*values, SPEC) for values in random_maps(16)]
-    samples = [Sample(f"{i}", i % 10, file.read_bytes, lambda i=i: records[i % 16], origin=str(file)) for i, file in enumerate(files)]
+    samples = [
+        Sample(f"{i}", i % 10, file.read_bytes, lambda i=i: records[i % 16], origin=str(file))
+        for i, file in enumerate(files)
+    ]
     write_beton(out, samples, class_names=[str(c) for c in range(CLASSES)], spec=SPEC, row_index=row_index)
 
 
@@ -105,7 +129,8 @@ class TimmStyle(torch.utils.data.Dataset):
 
 
 def forked(folder: Path, files: list[Path], threads: int, chosen: Callable[[str], bool]) -> dict[str, Epoch]:
-    """Contenders in a torch DataLoader. Their worker processes start here, before other contenders have threads, which a fork breaks."""
+    """Contenders in a torch DataLoader. Their worker processes start here, before other contenders have threads, which
+    a fork breaks."""
     files = [files[i] for i in np.random.default_rng(0).permutation(len(files))[: max(len(files) // 2, BATCH)]]
     maps = save_maps(folder / "maps", len(files))
 
@@ -124,7 +149,9 @@ def forked(folder: Path, files: list[Path], threads: int, chosen: Callable[[str]
     for name, dataset in data.items():
         if chosen(name):
             # Workers set torch to one thread themselves.
-            loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, num_workers=threads, drop_last=True, persistent_workers=True)
+            loader = torch.utils.data.DataLoader(
+                dataset, BATCH, shuffle=True, num_workers=threads, drop_last=True, persistent_workers=True
+            )
             next(iter(loader))
             epochs[name] = lambda _, loader=loader: sum(len(batch[0]) for batch in loader)
     return epochs
@@ -132,7 +159,8 @@ def forked(folder: Path, files: list[Path], threads: int, chosen: Callable[[str]
 
 @pipeline_def(enable_conditionals=False)
 def dali_graph(source: Iterable, decode_only: bool):
-    """What DALI's own examples do: a random crop decoded alone, resized and mirrored. No labels. decode_only: what its decoder allows at best."""
+    """What DALI's own examples do: a random crop decoded alone, resized and mirrored. No labels. decode_only: what its
+    decoder allows at best."""
     jpegs = fn.external_source(source=source, dtype=types.UINT8, ndim=1)
     images = fn.decoders.image_random_crop(
         jpegs, device="cpu", output_type=types.RGB, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
@@ -154,12 +182,19 @@ def dali(beton: Path, threads: int, decode_only: bool = False) -> Epoch:
                 yield [reader.jpeg(i) for i in order[step * BATCH : (step + 1) * BATCH]]
 
     graph = dali_graph(
-        source=batches(), decode_only=decode_only, batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2, exec_dynamic=True
+        source=batches(),
+        decode_only=decode_only,
+        batch_size=BATCH,
+        num_threads=threads,
+        device_id=None,
+        prefetch_queue_depth=2,
+        exec_dynamic=True,
     )
     graph.build()
 
     def epoch(_: int) -> int:
-        # As `graph.run()` in a loop, but nothing is under way when the epoch ends, so that no contender pays for another's prefetching.
+        # As `graph.run()` in a loop, but nothing is under way when the epoch ends, so that no contender pays for
+        # another's prefetching.
         count = 0
         for step in range(-2, steps):
             if step + 2 < steps:
@@ -176,7 +211,8 @@ def dali(beton: Path, threads: int, decode_only: bool = False) -> Epoch:
 def ffcv(beton: Path, threads: int) -> Epoch:
     from ffcv.fields.basics import IntDecoder  # here, since it may not be installed
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader as FfcvLoader, OrderOption
+    from ffcv.loader import Loader as FfcvLoader
+    from ffcv.loader import OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 
     from tl_fast.beton.ffcv_field import LabelMapField
@@ -189,7 +225,12 @@ def ffcv(beton: Path, threads: int) -> Epoch:
         os_cache=True,
         drop_last=True,
         pipelines={
-            "image": [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()],
+            "image": [
+                RandomResizedCropRGBImageDecoder((SIZE, SIZE)),
+                RandomHorizontalFlip(),
+                ToTensor(),
+                ToTorchImage(),
+            ],
             "label": [IntDecoder(), ToTensor()],
             "label_map": None,
             "crc": None,
@@ -249,18 +290,29 @@ def plot(runs: dict[str, list[dict]], path: Path) -> None:
     row = next(iter(runs.values()))[0]
     setting = f"{row['device']}, {row['threads']} threads, {row['image_size']} px, batch {row['batch']}"
     footer = f"{setting}; bars are medians, whiskers the slowest and fastest of {row['rounds']} rounds"
-    draw({describe(rows[0]): rows for rows in runs.values()}, path, title="Images/s of loaders on the same JPEGs", footer=footer)
+    draw(
+        {describe(rows[0]): rows for rows in runs.values()},
+        path,
+        title="Images/s of loaders on the same JPEGs",
+        footer=footer,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)")
-    parser.add_argument("--samples", type=int, default=1024, help="size of the data set; the images are repeated to fill it")
+    parser.add_argument(
+        "--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1024, help="size of the data set; the images are repeated to fill it"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="counted epochs of each contender")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", help="run the contenders whose name holds these words, and store nothing")
-    parser.add_argument("--table", action="store_true", help="print README's table from the stored rows, measure nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="print README's table from the stored rows, measure nothing"
+    )
     arguments = parser.parse_args()
     picture = arguments.results.with_suffix(".png")
     if arguments.table:
@@ -271,11 +323,16 @@ def main() -> None:
     check_roi_align()
     files = list(itertools.islice(itertools.cycle(find_images(arguments.images)), arguments.samples))
     with tempfile.TemporaryDirectory() as folder:
-        run = contenders(Path(folder), files, arguments.threads, lambda name: arguments.only is None or arguments.only in name)
+        run = contenders(
+            Path(folder), files, arguments.threads, lambda name: arguments.only is None or arguments.only in name
+        )
         rates = measure(run, arguments.rounds)
     rows = write_rows(
         Path(os.devnull) if arguments.only else arguments.results,
-        "loaders", rates, "images/s", ("torch", "timm", "numba", "nvidia-dali-cuda130", "ffcv", "Pillow"),
+        "loaders",
+        rates,
+        "images/s",
+        ("torch", "timm", "numba", "nvidia-dali-cuda130", "ffcv", "Pillow"),
         images=arguments.images.name,
         samples=arguments.samples,
         mean_bytes=round(sum(file.stat().st_size for file in files) / len(files)),

@@ -1,12 +1,15 @@
-"""How many hours, and at a price how much money, does each recipe take on one node of 8 GPUs and on N, and which part limits?
+"""How many hours, and at a price how much money, does each recipe take on one node of 8 GPUs and on N, and which part
+limits?
 
-    python benchmarks/node.py                                              (rates measured on a GPU, where train.jsonl has them)
+    python benchmarks/node.py                              (rates measured on a GPU, where train.jsonl has them)
     python benchmarks/node.py --rate lvvit_s:224=9200 --price 2.5 --nodes 1 2 4
     python benchmarks/node.py --mfu 0.36 --peak 989
 
-A model of arithmetic, not a measurement: every assumption is printed with the result. Images/s of one GPU come from --rate, else from the
-newest row of benchmarks/train.py on a GPU (fed before synthetic, our compiled step), else from counted FLOPs and an assumed --mfu.
+A model of arithmetic, not a measurement: every assumption is printed with the result. Images/s of one GPU come from
+--rate, else from the newest row of benchmarks/train.py on a GPU (fed before synthetic, our compiled step), else from
+counted FLOPs and an assumed --mfu.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -17,7 +20,9 @@ from pathlib import Path
 
 import torch
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 import timm
 from rows import ROOT
 from train import RESULTS, flops
@@ -44,14 +49,16 @@ class Machine:
 def reduced(parameters: int, nodes: int) -> tuple[float, float, float]:
     """GB of an all-reduce: the float32 gradients, and what each GPU sends of them in its node and among nodes.
 
-    Two levels: within a node, and each GPU's eighth among nodes, each as a ring, which moves 2 (n - 1) / n times the bytes.
+    Two levels: within a node, and each GPU's eighth among nodes, each as a ring, which moves 2 (n - 1) / n times the
+    bytes.
     """
     size = 4 * parameters / 1e9
     return size, 2 * (GPUS - 1) / GPUS * size, 2 * (nodes - 1) / nodes * size / GPUS
 
 
 def parts(config: TrainConfig, rate: float, parameters: int, nodes: int, machine: Machine) -> dict[str, float]:
-    """Seconds of one optimiser step: `compute`, the all-reduce that the backward pass does not hide, `loader` and `storage` (side by side)."""
+    """Seconds of one optimiser step: `compute`, the all-reduce that the backward pass does not hide, `loader` and
+    `storage` (side by side)."""
     per_gpu = config.batch_size / (nodes * GPUS)
     compute = per_gpu / rate
     _, inside, outside = reduced(parameters, nodes)
@@ -79,7 +86,8 @@ def limit(step: dict[str, float]) -> str:
 
 
 def measured(results: Path) -> dict[tuple[str, int], tuple[float, str]]:
-    """(model, size) -> images/s of one GPU and where they are from: the newest rows of our compiled step, fed ones first."""
+    """(model, size) -> images/s of one GPU and where they are from: the newest rows of our compiled step, fed ones
+    first."""
     found: dict[tuple[str, int], tuple[float, str]] = {}
     if results.exists():
         rows = [json.loads(line) for line in results.read_text().splitlines()]
@@ -98,21 +106,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipes", type=Path, nargs="+", default=sorted((ROOT / "recipes").glob("lvvit_*.yaml")))
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rate", nargs="+", default=[], metavar="MODEL:SIZE=IMAGES/S", help="of one GPU")
-    parser.add_argument("--mfu", type=float, default=0.36, help="assumed where nothing was measured; 0.36 is the goal of 9,200 images/s")
-    parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of one GPU that --mfu is a share of (H100, dense bfloat16)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.36, help="assumed where nothing was measured; 0.36 is the goal of 9,200 images/s"
+    )
+    parser.add_argument(
+        "--peak", type=float, default=989, help="TFLOP/s of one GPU that --mfu is a share of (H100, dense bfloat16)"
+    )
     parser.add_argument("--price", type=float, help="of one GPU and hour")
     parser.add_argument("--link", type=float, default=350, help="GB/s, all-reduce bus bandwidth within a node")
     parser.add_argument("--network", type=float, default=40, help="GB/s, one GPU's share of the network")
-    parser.add_argument("--overlap", type=float, default=0.0,
-                        help="share of the backward pass that hides the all-reduce; 0, the worst case: not measured on GPUs")
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        default=0.0,
+        help="share of the backward pass that hides the all-reduce; 0, the worst case: not measured on GPUs",
+    )
     parser.add_argument("--cores", type=int, default=112, help="of a node, for its loaders")
-    parser.add_argument("--loader", type=float, default=740,
-                        help="images/s of a loader on one core; full recipe on original files: 1,481 on 2 threads")
+    parser.add_argument(
+        "--loader",
+        type=float,
+        default=740,
+        help="images/s of a loader on one core; full recipe on original files: 1,481 on 2 threads",
+    )
     parser.add_argument("--storage", type=float, default=10, help="GB/s, reading a node's betons (page cache: more)")
     parser.add_argument("--image-kb", type=float, default=110, help="mean size of a sample in the beton")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    machine = Machine(options.link, options.network, options.overlap, options.cores, options.loader, options.storage, options.image_kb)
+    machine = Machine(
+        options.link, options.network, options.overlap, options.cores, options.loader, options.storage, options.image_kb
+    )
     rates = measured(options.results)
     for text in options.rate:
         try:
@@ -121,8 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except (ValueError, IndexError):
             parser.error(f"--rate {text!r}: expected MODEL:SIZE=IMAGES/S such as lvvit_s:224=9200")
 
-    print(f"{'recipe':18} {'GPUs':>5} {'images/s':>10} {'hours':>7} {'cost':>9}  limit        "
-          "of a step: compute / all-reduce / loader / storage, ms")
+    print(
+        f"{'recipe':18} {'GPUs':>5} {'images/s':>10} {'hours':>7} {'cost':>9}  limit        "
+        "of a step: compute / all-reduce / loader / storage, ms"
+    )
     sources, messages = {}, []
     for path in options.recipes:
         config = parse_config(["--config", str(path)])
@@ -133,10 +157,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rate = rates[key][0]
         sources[path.stem] = f"{rate:,.0f} images/s of one GPU at whatever batch it gets: {rates[key][1]}"
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in timm.create_model(config.model, img_size=config.img_size, num_classes=1000).parameters())
+            parameters = sum(
+                p.numel()
+                for p in timm.create_model(config.model, img_size=config.img_size, num_classes=1000).parameters()
+            )
         size, inside, _ = reduced(parameters, 1)
-        among = (f", {reduced(parameters, nodes)[2] * 1e3:,.1f} MB among {nodes} nodes" for nodes in options.nodes if nodes > 1)
-        messages.append(f"{path.stem}: {size * 1e3:,.1f} MB of gradients a step, of which each GPU sends {inside * 1e3:,.1f} MB within its node{''.join(among)}")
+        among = (
+            f", {reduced(parameters, nodes)[2] * 1e3:,.1f} MB among {nodes} nodes"
+            for nodes in options.nodes
+            if nodes > 1
+        )
+        messages.append(
+            f"{path.stem}: {size * 1e3:,.1f} MB of gradients a step, of which each GPU sends {inside * 1e3:,.1f} MB"
+            f" within its node{''.join(among)}"
+        )
         for nodes in options.nodes:
             if config.batch_size % (nodes * GPUS):
                 print(f"{path.stem:18} {nodes * GPUS:5}  batch_size {config.batch_size} does not divide")
@@ -144,18 +178,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             step = parts(config, rate, parameters, nodes, machine)
             hours = config.total_epochs * (IMAGES // config.batch_size) * seconds(step) / 3600
             cost = f"{hours * nodes * GPUS * options.price:,.0f}" if options.price else "-"
-            print(f"{path.stem:18} {nodes * GPUS:5} {config.batch_size / seconds(step):10,.0f} {hours:7.2f} {cost:>9}  {limit(step):12} "
-                  + " / ".join(f"{1e3 * value:.2f}" for value in step.values()))
+            print(
+                f"{path.stem:18} {nodes * GPUS:5} {config.batch_size / seconds(step):10,.0f} {hours:7.2f} {cost:>9} "
+                f" {limit(step):12} " + " / ".join(f"{1e3 * value:.2f}" for value in step.values())
+            )
     print("\nAssumed:")
     for name, source in sources.items():
         print(f"- {name}: {source}")
     for message in messages:
         print(f"- {message}")
-    print(f"- {IMAGES:,} images an epoch, the recipe's epochs and cooldown; no validation, checkpoints, start-up or restarts")
-    print(f"- float32 gradients; rings of {machine.link:g} GB/s in a node and {machine.network:g} GB/s a GPU between nodes; the "
-          f"backward pass hides {machine.overlap:.0%} of its length; batch-norm statistics stay local")
-    print(f"- loaders: {machine.per_core:g} images/s a core (measured on 2 hyperthreads, CPU decode), {machine.cores} cores a node, "
-          f"perfectly parallel; storage {machine.storage:g} GB/s a node, {machine.image_kb:g} KB an image")
+    print(
+        f"- {IMAGES:,} images an epoch, the recipe's epochs and cooldown; no validation, checkpoints, start-up or"
+        " restarts"
+    )
+    print(
+        f"- float32 gradients; rings of {machine.link:g} GB/s in a node and {machine.network:g} GB/s a GPU between"
+        f" nodes; the backward pass hides {machine.overlap:.0%} of its length; batch-norm statistics stay local"
+    )
+    print(
+        f"- loaders: {machine.per_core:g} images/s a core (measured on 2 hyperthreads, CPU decode), {machine.cores}"
+        f" cores a node, perfectly parallel; storage {machine.storage:g} GB/s a node, {machine.image_kb:g} KB an image"
+    )
 
 
 if __name__ == "__main__":

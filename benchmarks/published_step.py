@@ -1,10 +1,13 @@
-"""The published training step, written for comparison: the model's forward, the loss, the optimiser and the moving average.
+"""The published training step, written for comparison: the model's forward, the loss, the optimiser and the moving
+average.
 
-As github.com/zihangJiang/TokenLabeling does them at 9e0d143, with timm 0.4 for what it takes from there: attention with an explicit
-softmax, MixToken by clones and numpy's random box inside the forward, token targets [B, C, 2+N] transposed in the step, `-sum(target *
-log_softmax)`, drop path by a mask, AdamW without foreach or fused kernels, a moving average that loops over the state dict, and the
-loss read on the host after every step. Weights and parameter names are those of tl_fast's LVViT, so that both compute the same function.
+As github.com/zihangJiang/TokenLabeling does them at 9e0d143, with timm 0.4 for what it takes from there: attention with
+an explicit softmax, MixToken by clones and numpy's random box inside the forward, token targets [B, C, 2+N] transposed
+in the step, `-sum(target * log_softmax)`, drop path by a mask, AdamW without foreach or fused kernels, a moving average
+that loops over the state dict, and the loss read on the host after every step. Weights and parameter names are those of
+tl_fast's LVViT, so that both compute the same function.
 """
+
 from __future__ import annotations
 
 import copy
@@ -80,7 +83,8 @@ class Stem(nn.Module):
 
 
 class PublishedLVViT(nn.Module):
-    """The published module with the sizes and the weights of `model`. Train mode: images -> (class logits, token logits, box)."""
+    """The published module with the sizes and the weights of `model`. Train mode: images -> (class logits, token
+    logits, box)."""
 
     def __init__(self, model: LVViT, drop_path_rate: float) -> None:
         super().__init__()
@@ -105,7 +109,9 @@ class PublishedLVViT(nn.Module):
         left, right = (int(np.clip(column + d, 0, width)) for d in (-(columns // 2), columns // 2))
         return top, left, bottom, right
 
-    def forward(self, x: Tensor, box: tuple[int, int, int, int] | None = None) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
+    def forward(
+        self, x: Tensor, box: tuple[int, int, int, int] | None = None
+    ) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
         x = self.patch_embed(x)
         height, width = x.shape[2:]
         top, left, bottom, right = box = self.random_box(height, width) if box is None else box
@@ -127,8 +133,11 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return torch.sum(-target * F.log_softmax(logits, dim=-1), dim=-1).mean()
 
 
-def token_label_loss(outputs: tuple[Tensor, Tensor, tuple[int, int, int, int]], target: Tensor, dense_weight: float) -> Tensor:
-    """target float32 [B, C, 2+N]: the image label, the class token's target, the tokens' targets, as the published loader gives them."""
+def token_label_loss(
+    outputs: tuple[Tensor, Tensor, tuple[int, int, int, int]], target: Tensor, dense_weight: float
+) -> Tensor:
+    """target float32 [B, C, 2+N]: the image label, the class token's target, the tokens' targets, as the published
+    loader gives them."""
     cls_logits, token_logits, (top, left, bottom, right) = outputs
     _, tokens, classes = token_logits.shape
     cls_target, token_target = target[:, :, 1], target[:, :, 2:]
@@ -136,7 +145,9 @@ def token_label_loss(outputs: tuple[Tensor, Tensor, tuple[int, int, int, int]], 
     if share < 1:
         cls_target = share * cls_target + (1 - share) * cls_target.flip(0)
     token_target = token_target.transpose(1, 2).reshape(-1, classes)
-    return soft_cross_entropy(cls_logits, cls_target) + dense_weight * soft_cross_entropy(token_logits.reshape(-1, classes), token_target)
+    return soft_cross_entropy(cls_logits, cls_target) + dense_weight * soft_cross_entropy(
+        token_logits.reshape(-1, classes), token_target
+    )
 
 
 class ModelEma:

@@ -1,12 +1,15 @@
-"""The published way to load images and label maps, written for comparison: Pillow, one .pt file an image, and RoIAlign of dense maps.
+"""The published way to load images and label maps, written for comparison: Pillow, one .pt file an image, and RoIAlign
+of dense maps.
 
-As in the published token-labeling code, a worker decodes the whole image with Pillow, reads its float16 `[2, k, H, W]` label map (scores,
-classes) with torch.load, flips both, runs RandAugment on the whole image with the map following every geometric op (nearest cell: classes
-cannot be averaged), and crops and resizes the image last. The published code then makes dense maps and token targets on the GPU; here
-that is done in the worker, or left out (`targets=False`), which is the published loader alone. Images stay uint8; normalisation and
-erasing are left to the training device, as tl_fast leaves them. The published code hands a crop to RoIAlign mirrored across the diagonal;
-here the crop is right, which costs the same.
+As in the published token-labeling code, a worker decodes the whole image with Pillow, reads its float16 `[2, k, H, W]`
+label map (scores, classes) with torch.load, flips both, runs RandAugment on the whole image with the map following
+every geometric op (nearest cell: classes cannot be averaged), and crops and resizes the image last. The published code
+then makes dense maps and token targets on the GPU; here that is done in the worker, or left out (`targets=False`),
+which is the published loader alone. Images stay uint8; normalisation and erasing are left to the training device, as
+tl_fast leaves them. The published code hands a crop to RoIAlign mirrored across the diagonal; here the crop is right,
+which costs the same.
 """
+
 from __future__ import annotations
 
 import math
@@ -19,15 +22,20 @@ import torch
 from PIL import Image, ImageOps
 
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 import torchvision
 from timm.data import auto_augment
 from torchvision.extension import _has_ops
-from torchvision.transforms import functional as F
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
 
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's, which timm fills with
 SMOOTHING = 0.1
-RESAMPLING = {"bilinear": (InterpolationMode.BILINEAR,), "random": (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)}
+RESAMPLING = {
+    "bilinear": (InterpolationMode.BILINEAR,),
+    "random": (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC),
+}
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -40,7 +48,8 @@ auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
 
 @numba.njit(nogil=True)
 def _roi_align(planes, left, top, width, height, bins, out):
-    """torchvision's CPU kernel (`aligned=False`, adaptive sampling): the taps of all sampling points once, then every class plane."""
+    """torchvision's CPU kernel (`aligned=False`, adaptive sampling): the taps of all sampling points once, then every
+    class plane."""
     classes, rows, columns = planes.shape
     height, width = max(height, np.float32(1)), max(width, np.float32(1))
     ny, nx = int(np.ceil(height / bins)), int(np.ceil(width / bins))
@@ -85,9 +94,10 @@ def _roi_align(planes, left, top, width, height, bins, out):
 def roi_align(dense: torch.Tensor, box: torch.Tensor, bins: int) -> torch.Tensor:
     """RoIAlign of one box (left, top, right, bottom) in cells of `dense` float32 [C, H, W] -> [C, bins, bins].
 
-    torchvision's operator where it loads. Beside a CPU build of torch torchvision's wheel is without operators and falls back to Python
-    that takes H x W sampling points a bin and masks all but a few (eager 16 s an image of 1,000 classes; compiled, minutes of
-    compilation first): there the operator's own algorithm, compiled by numba, so that the baseline is not slowed by its packaging.
+    torchvision's operator where it loads. Beside a CPU build of torch torchvision's wheel is without operators and
+    falls back to Python that takes H x W sampling points a bin and masks all but a few (eager 16 s an image of 1,000
+    classes; compiled, minutes of compilation first): there the operator's own algorithm, compiled by numba, so that the
+    baseline is not slowed by its packaging.
     """
     if _has_ops():
         return torchvision.ops.roi_align(dense[None], [box[None]], bins)[0]
@@ -118,7 +128,8 @@ def check_roi_align() -> None:
 def token_targets(
     scores: torch.Tensor, classes: torch.Tensor, crop: tuple[float, ...], num_classes: int, grid: int, smoothing: float
 ) -> torch.Tensor:
-    """scores float, classes int64 [k, H, W]; crop (top, left, height, width) as fractions -> targets float32 [1 + grid*grid, C]."""
+    """scores float, classes int64 [k, H, W]; crop (top, left, height, width) as fractions -> targets float32 [1 +
+    grid*grid, C]."""
     rows, columns = scores.shape[1:]
     dense = torch.zeros((num_classes, rows, columns)).scatter_(0, classes, scores.float())
     top, left, height, width = crop
@@ -151,7 +162,9 @@ class JointRandAugment:
     @staticmethod
     def _move(name: str, argument: float, label_map: torch.Tensor, width: int, height: int) -> torch.Tensor:
         rows, columns = label_map.shape[-2:]
-        y, x = np.meshgrid((np.arange(rows) + 0.5) / rows * height, (np.arange(columns) + 0.5) / columns * width, indexing="ij")
+        y, x = np.meshgrid(
+            (np.arange(rows) + 0.5) / rows * height, (np.arange(columns) + 0.5) / columns * width, indexing="ij"
+        )
         if name == "ShearX":
             x = x + argument * y
         elif name == "ShearY":
@@ -172,17 +185,34 @@ class JointRandAugment:
 
 
 class PublishedStyle(torch.utils.data.Dataset):
-    """(image uint8 [3, S, S], label, targets float32 [1 + grid*grid, C] or label map) of files and their .pt label maps.
+    """(image uint8 [3, S, S], label, targets float32 [1 + grid*grid, C] or label map) of files and their .pt label
+    maps.
 
-    auto_augment: timm's RandAugment string, or "" for crop and flip alone; interpolation: "bilinear" or "random"; targets: make token
-    targets on the CPU, or hand on the label map with the crop's coordinates, as the published loader does.
+    auto_augment: timm's RandAugment string, or "" for crop and flip alone; interpolation: "bilinear" or "random";
+    targets: make token targets on the CPU, or hand on the label map with the crop's coordinates, as the published
+    loader does.
     """
 
     def __init__(
-        self, files: list[Path], maps: list[Path], size: int, grid: int, num_classes: int, *, auto_augment: str = "",
-        interpolation: str = "bilinear", targets: bool = True,
-    ):  # fmt: skip
-        self.files, self.maps, self.size, self.grid, self.num_classes, self.targets = files, maps, size, grid, num_classes, targets
+        self,
+        files: list[Path],
+        maps: list[Path],
+        size: int,
+        grid: int,
+        num_classes: int,
+        *,
+        auto_augment: str = "",
+        interpolation: str = "bilinear",
+        targets: bool = True,
+    ):
+        self.files, self.maps, self.size, self.grid, self.num_classes, self.targets = (
+            files,
+            maps,
+            size,
+            grid,
+            num_classes,
+            targets,
+        )
         self.augment = JointRandAugment(auto_augment) if auto_augment else None
         self.interpolation = RESAMPLING[interpolation]
 
@@ -199,10 +229,16 @@ class PublishedStyle(torch.utils.data.Dataset):
             image, label_map = self.augment(image, label_map)
         top, left, height, width = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
         crop = (top / image.height, left / image.width, height / image.height, width / image.width)
-        image = F.resized_crop(image, top, left, height, width, [self.size, self.size], random.choice(self.interpolation))
+        image = F.resized_crop(
+            image, top, left, height, width, [self.size, self.size], random.choice(self.interpolation)
+        )
         pixels = torch.from_numpy(np.array(image).transpose(2, 0, 1))  # a view, as the published code's ToNumpy gives
         if self.targets:
-            return pixels, i % 10, token_targets(label_map[0], label_map[1].long(), crop, self.num_classes, self.grid, SMOOTHING)
+            return (
+                pixels,
+                i % 10,
+                token_targets(label_map[0], label_map[1].long(), crop, self.num_classes, self.grid, SMOOTHING),
+            )
         coordinates = torch.zeros_like(label_map[:1])
         coordinates[0, 0, 0, :4] = torch.tensor(crop)
         return pixels, i % 10, torch.cat([label_map, coordinates])

@@ -1,12 +1,15 @@
-"""How fast are random crops decoded, by our decoder and by DALI, and how much faster when JPEGs have a row index (`to_beton.py --row-index`)?
+"""How fast are random crops decoded, by our decoder and by DALI, and how much faster when JPEGs have a row index
+(`to_beton.py --row-index`)?
 
     python benchmarks/row_index.py [--images tests/photos] [--rounds 7]
 
-On 1 and 2 threads, of the same crops (random resized crops, another draw each round): our decoder and DALI's image_slice of the files as they
-are and of those with a row index, which DALI is given whole, and spliced, the splicing included, in one thread. Before anything is measured
-the crops' pixels are compared. Conversion is `tl_fast.convert.image.prepare` in one thread, with a row index and without. Appends one row a contender
-to benchmarks/results/row_index.jsonl.
+On 1 and 2 threads, of the same crops (random resized crops, another draw each round): our decoder and DALI's
+image_slice of the files as they are and of those with a row index, which DALI is given whole, and spliced, the splicing
+included, in one thread. Before anything is measured the crops' pixels are compared. Conversion is
+`tl_fast.convert.image.prepare` in one thread, with a row index and without. Appends one row a contender to
+benchmarks/results/row_index.jsonl.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -15,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-
 from rows import ROOT, measure, write_rows
+
 from tl_fast.convert import image as jpeg
-from tl_fast.plan import records as plan
-from tl_fast.pipeline.decode import Decoder, decode_graph
-from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.jpeg.restarts import splice
+from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.pipeline.decode import Decoder, decode_graph
+from tl_fast.plan import records as plan
 
 IMAGE_SIZE = 224
 
@@ -141,11 +144,17 @@ def main() -> None:
     }
     results = ROOT / "benchmarks" / "results" / "row_index.jsonl"
     write_rows(results, "row_index", rates, "images/s", ("nvidia-dali-cuda130", "numba", "Pillow"), **facts)
-    print(f"{len(files)} files of {facts['mean_kb']} KB; {facts['with_row_index']} with a row index, {facts['growth_percent']} % larger")
+    print(
+        f"{len(files)} files of {facts['mean_kb']} KB; {facts['with_row_index']} with a row index,"
+        f" {facts['growth_percent']} % larger"
+    )
     for threads in ("1 thread", "2 threads"):
         base = np.array(rates[f"decode of crops, DALI, as it is, {threads}"])
         for name in ("DALI, row index, spliced", "tl_fast, as it is", "tl_fast, row index"):
-            print(f"{threads}: {name}: {np.median(rates[f'decode of crops, {name}, {threads}'] / base):.2f} times DALI's rate")
+            print(
+                f"{threads}: {name}: {np.median(rates[f'decode of crops, {name}, {threads}'] / base):.2f} times DALI's"
+                " rate"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What every benchmark does with its contenders: interleaved rounds, medians, and one JSON row each with what is needed to compare them."""
+"""What every benchmark does with its contenders: interleaved rounds, medians, and one JSON row each with what is needed
+to compare them."""
+
 from __future__ import annotations
 
 import datetime
@@ -19,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(contenders: dict[str, Callable[[int], int]], rounds: int) -> dict[str, list[float]]:
-    """Items/s of every contender, one figure a round, after a round that is not counted. A contender takes the round's number and returns
-    how many items it did."""
+    """Items/s of every contender, one figure a round, after a round that is not counted. A contender takes the round's
+    number and returns how many items it did."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, run in contenders.items():
@@ -41,11 +43,14 @@ def stock_ffcv_is_here() -> bool:
 
 
 def commit() -> str:
-    """Of this checkout; where it is a copy without .git, or git is missing, the environment's TLFAST_COMMIT or 'unknown'."""
+    """Of this checkout; where it is a copy without .git, or git is missing, the environment's TLFAST_COMMIT or
+    'unknown'."""
     if named := os.environ.get("TLFAST_COMMIT"):
         return named
     try:
-        described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
     except OSError:
         described = ""
     return described or "unknown"
@@ -65,7 +70,8 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def newest_runs(results: Path) -> dict[str, list[dict]]:
-    """The rows of the last run on every data set, by the name of its folder of images. FileNotFoundError when nothing was measured yet."""
+    """The rows of the last run on every data set, by the name of its folder of images. FileNotFoundError when nothing
+    was measured yet."""
     runs: dict[str, list[dict]] = {}
     for row in map(json.loads, results.read_text().splitlines()):
         before = runs.get(row["images"], [])
@@ -75,11 +81,20 @@ def newest_runs(results: Path) -> dict[str, list[dict]]:
 
 
 def write_rows(
-    results: Path, benchmark: str, rates: dict[str, list[float]], unit: str, packages: Sequence[str], *,
-    details: dict[str, dict] | None = None, device: str | None = None, run: datetime.datetime | None = None, **facts: object
-) -> list[dict]:  # fmt: skip
-    """Append one row a contender to `results` and print it. facts: what was measured on; details: further columns by contender; device: what
-    did the work, if not all of the CPU; run: when the run began that these rows are of, if others of its rows are written by other calls."""
+    results: Path,
+    benchmark: str,
+    rates: dict[str, list[float]],
+    unit: str,
+    packages: Sequence[str],
+    *,
+    details: dict[str, dict] | None = None,
+    device: str | None = None,
+    run: datetime.datetime | None = None,
+    **facts: object,
+) -> list[dict]:
+    """Append one row a contender to `results` and print it. facts: what was measured on; details: further columns by
+    contender; device: what did the work, if not all of the CPU; run: when the run began that these rows are of, if
+    others of its rows are written by other calls."""
     results.parent.mkdir(parents=True, exist_ok=True)
     now = run or datetime.datetime.now().astimezone()
     spread = {name: percentiles(values) for name, values in rates.items()}
@@ -88,7 +103,7 @@ def write_rows(
             "benchmark": benchmark,
             "contender": name,
             "unit": unit,
-            **dict(zip(("p20", "median", "p80"), spread[name])),
+            **dict(zip(("p20", "median", "p80"), spread[name], strict=False)),
             "min": round(min(values), 1),
             "max": round(max(values), 1),
             "rounds": len(values),
@@ -105,5 +120,8 @@ def write_rows(
     with results.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     for row in rows:
-        print(f"{row['contender']:60} {row['median']:9,.0f} {unit}   ({row['min']:,.0f} to {row['max']:,.0f}, {row['rounds']} rounds)")
+        print(
+            f"{row['contender']:60} {row['median']:9,.0f} {unit}   ({row['min']:,.0f} to {row['max']:,.0f},"
+            f" {row['rounds']} rounds)"
+        )
     return rows

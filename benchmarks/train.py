@@ -1,19 +1,21 @@
 """How many images/s does a training step take in: ours, and the published style written in published_step.py?
 
-    python benchmarks/train.py                                          (lvvit_t at 224 px; on a GPU T, S, M, L at 224 and S at 384)
+    python benchmarks/train.py                    (lvvit_t at 224 px; on a GPU T, S, M, L at 224 and S at 384)
     python benchmarks/train.py --models lvvit_s:224 --batch 256 --beton train.beton
     python benchmarks/train.py --table
 
-Every contender is a process of its own. On the CPU all take turns, a round of --steps steps at a time; on a GPU, whose memory holds one, each makes
-all its rounds before the next one starts, and one that fails costs its own rows alone. Synthetic batches lie on the device; --beton adds a contender
-that is fed by the loader, decoding, LV-ViT-S's whole augmentation and targets included, on a GPU by the loader's half there. A step is what
-train.py does: normalise, erase, forward, loss, backward, clipping, AdamW, moving average, a MixToken box of its own; the published one neither
-erases nor clips, and reads its loss on the host.
-Weights are float32, on a GPU autocast to bfloat16, for all. Our processes keep malloc's memory, as train.py does; the published
-style runs with and without that. Times of a step are split by the clock, on a GPU by events; MFU is counted FLOPs (matrix products and
-convolutions, forward and backward) over the GPU's peak for dense bfloat16, elsewhere over the rate of a 2048 x 2048 matrix product.
-Appends one row a contender to benchmarks/results/train.jsonl.
+Every contender is a process of its own. On the CPU all take turns, a round of --steps steps at a time; on a GPU, whose
+memory holds one, each makes all its rounds before the next one starts, and one that fails costs its own rows alone.
+Synthetic batches lie on the device; --beton adds a contender that is fed by the loader, decoding, LV-ViT-S's whole
+augmentation and targets included, on a GPU by the loader's half there. A step is what train.py does: normalise, erase,
+forward, loss, backward, clipping, AdamW, moving average, a MixToken box of its own; the published one neither erases
+nor clips, and reads its loss on the host. Weights are float32, on a GPU autocast to bfloat16, for all. Our processes
+keep malloc's memory, as train.py does; the published style runs with and without that. Times of a step are split by the
+clock, on a GPU by events; MFU is counted FLOPs (matrix products and convolutions, forward and backward) over the GPU's
+peak for dense bfloat16, elsewhere over the rate of a 2048 x 2048 matrix product. Appends one row a contender to
+benchmarks/results/train.jsonl.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -35,7 +37,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 import published_step
 import timm
 from rows import ROOT, write_rows
@@ -44,23 +48,33 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tl_fast.models.lvvit  # noqa: F401  registers lvvit_*
 from tl_fast.convert.write import reuse_memory
-from tl_fast.training.config import TrainConfig
-from tl_fast.training.loop import seed_step
 from tl_fast.models.loss import TokenLabelLoss
 from tl_fast.models.normalise import Normalise, autocast
-from tl_fast.training.optimiser import build_optimizer
+from tl_fast.models.step import TrainStep, compiled
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.records import Augment, mix_box
-from tl_fast.models.step import TrainStep, compiled
+from tl_fast.training.config import TrainConfig
+from tl_fast.training.loop import seed_step
+from tl_fast.training.optimiser import build_optimizer
 
 RESULTS = ROOT / "benchmarks" / "results" / "train.jsonl"
 PHASES = ("data", "forward", "backward", "update")  # update: clipping, optimiser, moving average, reading the loss
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16 FLOP/s, NVIDIA's data sheets
 FED = "tl_fast, compiled, fed from a beton"
-CPU_CONTENDERS = ("tl_fast, compiled", "tl_fast, eager", "published style, eager", "published style, compiled",
-                  "published style, eager, malloc keeps memory")
-GPU_CONTENDERS = ("tl_fast, compiled", "tl_fast, compiled, CUDA graphs", "tl_fast, eager", "published style, eager",
-                  "published style, compiled")
+CPU_CONTENDERS = (
+    "tl_fast, compiled",
+    "tl_fast, eager",
+    "published style, eager",
+    "published style, compiled",
+    "published style, eager, malloc keeps memory",
+)
+GPU_CONTENDERS = (
+    "tl_fast, compiled",
+    "tl_fast, compiled, CUDA graphs",
+    "tl_fast, eager",
+    "published style, eager",
+    "published style, compiled",
+)
 RECIPE = Augment(interpolation="random", auto_augment="rand-m9-mstd0.5-inc1", erase=0.25)  # LV-ViT-S's
 DENSE_WEIGHT, DROP_PATH, CLIP, DECAY = 0.5, 0.1, 1.0, 0.99992
 PACKAGES = ("torch", "timm", "numba", "numba-cuda", "nvidia-dali-cuda130", "numpy")
@@ -81,11 +95,12 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """One figure a phase; every step has made one mark more than there are phases. On a GPU after a synchronisation."""
+        """One figure a phase; every step has made one mark more than there are phases. On a GPU after a
+        synchronisation."""
         totals, per_step = [0.0] * len(PHASES), len(PHASES) + 1
         for start in range(0, len(self.marks), per_step):
             marks = self.marks[start : start + per_step]
-            for phase, (a, b) in enumerate(zip(marks, marks[1:])):
+            for phase, (a, b) in enumerate(zip(marks, marks[1:], strict=False)):
                 totals[phase] += a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a
         return totals
 
@@ -96,7 +111,9 @@ class Ours:
     def __init__(self, model: nn.Module, name: str, options: argparse.Namespace, device: torch.device) -> None:
         config = TrainConfig(train_data="none", min_lr=0, warmup_lr=0)
         self.device, self.grid = device, options.size // 16
-        self.model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+        self.model = model.to(
+            device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format
+        )
         step = TrainStep(self.model, TokenLabelLoss(1.0, DENSE_WEIGHT), Normalise(config.mean, config.std).to(device))
         mode = "reduce-overhead" if "CUDA graphs" in name else "default"
         self.network = compiled(step, device, mode) if "compiled" in name else step
@@ -106,7 +123,9 @@ class Ours:
 
     def synthetic(self, options: argparse.Namespace) -> tuple[Tensor, ...]:
         targets = torch.rand(options.batch, 1 + self.grid**2, options.classes, device=self.device).softmax(-1)
-        images = torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device)
+        images = torch.randint(
+            256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device
+        )
         boxes = torch.zeros(options.batch, 4, dtype=torch.int32, device=self.device)
         boxes[::4] = options.size // 3  # every fourth image, as the recipe erases
         return images, targets, boxes, torch.arange(options.batch, device=self.device)
@@ -132,7 +151,9 @@ class Published:
         self.device, self.grid = device, options.size // 16
         self.model = published_step.PublishedLVViT(model, DROP_PATH).train().to(device)
         config = TrainConfig(train_data="none")
-        self.mean, self.std = (torch.tensor(rgb, device=device).mul(255).view(1, 3, 1, 1) for rgb in (config.mean, config.std))
+        self.mean, self.std = (
+            torch.tensor(rgb, device=device).mul(255).view(1, 3, 1, 1) for rgb in (config.mean, config.std)
+        )
         self.network, self.criterion = self.model, published_step.token_label_loss
         if "compiled" in name:
             self.network, self.criterion = torch.compile(self.model), torch.compile(self.criterion)
@@ -144,7 +165,10 @@ class Published:
 
     def synthetic(self, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
         targets = torch.rand(options.batch, options.classes, 2 + self.grid**2, device=self.device).softmax(1)
-        return torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device), targets
+        return (
+            torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device),
+            targets,
+        )
 
     def step(self, number: int, clock: Clock, images: Tensor, targets: Tensor) -> None:
         inputs = images.float().sub_(self.mean).div_(self.std)
@@ -169,7 +193,8 @@ def batches(loader: Loader) -> Iterator[tuple[Tensor, ...]]:
 
 
 def work(options: argparse.Namespace) -> None:
-    """One contender's process: warms up, then answers every line on standard input with the figures of one round, as JSON."""
+    """One contender's process: warms up, then answers every line on standard input with the figures of one round, as
+    JSON."""
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may come between
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -179,10 +204,19 @@ def work(options: argparse.Namespace) -> None:
     torch.manual_seed(0), np.random.seed(0)
     loader = feed = None
     if options.worker == FED:
-        loader = Loader(options.beton, options.batch, image_size=options.size, grid=options.size // 16, threads=options.loader_threads, device=device,
-                        augment=RECIPE)
+        loader = Loader(
+            options.beton,
+            options.batch,
+            image_size=options.size,
+            grid=options.size // 16,
+            threads=options.loader_threads,
+            device=device,
+            augment=RECIPE,
+        )
         options.classes, feed = loader.num_classes, batches(loader)
-    model = timm.create_model(options.model, img_size=options.size, num_classes=options.classes, drop_path_rate=DROP_PATH).train()
+    model = timm.create_model(
+        options.model, img_size=options.size, num_classes=options.classes, drop_path_rate=DROP_PATH
+    ).train()
     side = (Ours if options.worker.startswith("tl_fast") else Published)(model, options.worker, options, device)
     data = None if feed else side.synthetic(options)
     counters, number = torch._dynamo.utils.counters["stats"], 0
@@ -210,7 +244,11 @@ def work(options: argparse.Namespace) -> None:
     print("ready", file=answers, flush=True)
     for _ in sys.stdin:
         figures = run(options.steps)
-        figures["memory"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        figures["memory"] = (
+            torch.cuda.max_memory_allocated()
+            if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         figures["recompiled"] = counters["unique_graphs"] - graphs
         if loader is not None:
             figures["decode"] = loader.decode
@@ -220,7 +258,8 @@ def work(options: argparse.Namespace) -> None:
 
 
 def flops(model: str, size: int, classes: int) -> int:
-    """FLOPs (2 a multiply-add) of forward and backward pass of one image, counted on the published modules, which hide no product."""
+    """FLOPs (2 a multiply-add) of forward and backward pass of one image, counted on the published modules, which hide
+    no product."""
     with torch.device("meta"):
         network = published_step.PublishedLVViT(timm.create_model(model, img_size=size, num_classes=classes), 0.0)
         images = torch.empty(2, 3, size, size)
@@ -258,7 +297,10 @@ class Contender:
     """A process that answers with the figures of a round whenever it is asked for one."""
 
     def __init__(self, name: str, command: list[str]) -> None:
-        self.name, self.process = name, subprocess.Popen([*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name, self.process = (
+            name,
+            subprocess.Popen([*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True),
+        )
 
     def __enter__(self) -> Contender:
         if self.process.stdout.readline() != "ready\n":
@@ -282,9 +324,11 @@ class Contender:
         self.process.wait()
 
 
-def measured(names: list[str], command: list[str], rounds: int, together: bool, failed: list[str]) -> Iterator[dict[str, list[dict]]]:
-    """Figures of all contenders' rounds, of all at once (taking turns) or, when not `together`, of one after the other. Those beside which one failed
-    are left out; what happened is added to `failed`."""
+def measured(
+    names: list[str], command: list[str], rounds: int, together: bool, failed: list[str]
+) -> Iterator[dict[str, list[dict]]]:
+    """Figures of all contenders' rounds, of all at once (taking turns) or, when not `together`, of one after the other.
+    Those beside which one failed are left out; what happened is added to `failed`."""
     for group in [names] if together else [[name] for name in names]:
         with contextlib.ExitStack() as stack:
             try:
@@ -293,7 +337,7 @@ def measured(names: list[str], command: list[str], rounds: int, together: bool, 
             except RuntimeError as error:
                 failed.append(str(error))
                 continue
-        yield dict(zip(group, map(list, zip(*turns))))
+        yield dict(zip(group, map(list, zip(*turns, strict=False)), strict=False))
 
 
 def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
@@ -316,24 +360,42 @@ def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
         rates = {name: [images / figures["seconds"] for figures in turns] for name, turns in rounds.items()}
         details = {}
         for name, turns in rounds.items():
-            phases = [statistics.median(1e3 * figures["phases"][i] / options.steps for figures in turns) for i in range(len(PHASES))]
+            phases = [
+                statistics.median(1e3 * figures["phases"][i] / options.steps for figures in turns)
+                for i in range(len(PHASES))
+            ]
             details[name] = {
-                "ms": dict(zip(PHASES, (round(ms, 2) for ms in phases))),
+                "ms": dict(zip(PHASES, (round(ms, 2) for ms in phases), strict=False)),
                 "mfu": round(statistics.median(rates[name]) * per_image / top, 4),
                 "memory_mb": turns[-1]["memory"] // 1_000_000,
                 "recompiled": turns[-1]["recompiled"],
                 **({"decode": turns[-1]["decode"]} if "decode" in turns[-1] else {}),
             }
         rows += write_rows(
-            options.results, "train", rates, "images/s", PACKAGES, details=details, run=begun, model=model, size=size, batch=options.batch,
-            classes=options.classes, gflop_per_image=round(per_image / 1e9, 2), peak_tflops=round(top / 1e12, 3), peak_source=source,
+            options.results,
+            "train",
+            rates,
+            "images/s",
+            PACKAGES,
+            details=details,
+            run=begun,
+            model=model,
+            size=size,
+            batch=options.batch,
+            classes=options.classes,
+            gflop_per_image=round(per_image / 1e9, 2),
+            peak_tflops=round(top / 1e12, 3),
+            peak_source=source,
             device=device,
-        )  # fmt: skip
+        )
         ours = next((row for row in rows if row["contender"] == "tl_fast, compiled"), rows[0])
         for row in rows[-len(rounds) :]:
             split = ", ".join(f"{phase} {ms:.1f}" for phase, ms in row["ms"].items())
-            print(f"{ours['median'] / row['median']:6.2f} times: {ours['contender']} / {row['contender']}; ms {split}; MFU {row['mfu']:.1%}; "
-                  f"{row['memory_mb']:,} MB; recompiled {row['recompiled']}", flush=True)
+            print(
+                f"{ours['median'] / row['median']:6.2f} times: {ours['contender']} / {row['contender']}; ms {split};"
+                f" MFU {row['mfu']:.1%}; {row['memory_mb']:,} MB; recompiled {row['recompiled']}",
+                flush=True,
+            )
     return failed
 
 
@@ -344,14 +406,18 @@ def table(results: Path) -> str:
         key = row["device"], row["model"], row["size"]
         same = newest.get(key) and newest[key][0]["run"] == row["run"]
         newest[key] = [*newest[key], row] if same else [row]
-    lines = ["| model, batch, device | step | images/s | ms: data / forward / backward / update | MFU | peak memory |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        "| model, batch, device | step | images/s | ms: data / forward / backward / update | MFU | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
     for (device, model, size), rows in newest.items():
         for row in rows:
             phases = " / ".join(f"{row['ms'][phase]:,.0f}" for phase in PHASES)
             rate = f"{row['median']:,.1f} ({row['min']:,.1f}–{row['max']:,.1f})"
-            lines.append(f"| {model} {size}, {row['batch']}, {device} | {row['contender']} | {rate} | {phases} "
-                         f"| {row['mfu']:.0%} | {row['memory_mb']:,} MB |")
+            lines.append(
+                f"| {model} {size}, {row['batch']}, {device} | {row['contender']} | {rate} | {phases} "
+                f"| {row['mfu']:.0%} | {row['memory_mb']:,} MB |"
+            )
     return "\n".join(lines)
 
 
@@ -364,7 +430,9 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=30 if gpu else 2, help="steps a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=12 if gpu else 3, help="steps before the first round, compilation among them")
+    parser.add_argument(
+        "--warm-up", type=int, default=12 if gpu else 3, help="steps before the first round, compilation among them"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a step on the CPU")
     parser.add_argument("--beton", help="with label maps; adds a contender that is fed from it")
     parser.add_argument("--loader-threads", type=int)

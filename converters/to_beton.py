@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tl_fast.beton.reader import BetonError, BetonReader, WriteSummary, verify, write_beton
 from tl_fast.beton.layout import HEADER, VERSION
-from tl_fast.convert.write import PAGE_SIZE, reuse_memory
+from tl_fast.beton.reader import BetonError, BetonReader, WriteSummary, verify, write_beton
 from tl_fast.beton.source import open_images, settled_exif
+from tl_fast.convert.partial_file import partial_paths
 from tl_fast.convert.selection import (
     Conversion,
     Estimate,
@@ -41,14 +41,14 @@ from tl_fast.convert.selection import (
     free_space,
     open_maps,
 )
-from tl_fast.system.cores import usable_cores
-from tl_fast.sources.image import EXIF, ignored_orientations
+from tl_fast.convert.write import PAGE_SIZE, reuse_memory
 from tl_fast.labelmaps.format import EXTENTS
-from tl_fast.system.mistakes import EXPECTED
-from tl_fast.convert.partial_file import partial_paths
-from tl_fast.system.progress import ProgressDisplay
-from tl_fast.sources.rejects import add_reject_options, list_beside
+from tl_fast.sources.image import EXIF, ignored_orientations
 from tl_fast.sources.open import Source, add_source_options
+from tl_fast.sources.rejects import add_reject_options, list_beside
+from tl_fast.system.cores import usable_cores
+from tl_fast.system.mistakes import EXPECTED
+from tl_fast.system.progress import ProgressDisplay
 
 MIB = 1 << 20
 
@@ -122,8 +122,8 @@ def convert(
         }
         if on_error == "stop" and len(without := conversion.without_map):
             raise BetonError(
-                f"{source.origin(without[0])}: {conversion.why_without(without[0])}; {len(without) - 1} other images of "
-                f"{len(conversion)} have none either. Annotate them, or leave them out with --on-error quarantine"
+                f"{source.origin(without[0])}: {conversion.why_without(without[0])}; {len(without) - 1} other images of"
+                f" {len(conversion)} have none either. Annotate them, or leave them out with --on-error quarantine"
             )
         if resume and out.exists() and not partial_paths(out)[0].exists():
             allowed = 0 if on_error == "stop" else max_rejects
@@ -191,7 +191,8 @@ def refuse_to_replace(out: Path) -> None:
             head = file.read(HEADER.itemsize)
         if len(head) < HEADER.itemsize or np.frombuffer(head, HEADER)[0]["version"] != VERSION:
             raise BetonError(
-                f"{out}: is there and is no beton, so --overwrite does not replace it; remove it yourself or choose another name"
+                f"{out}: is there and is no beton, so --overwrite does not replace it; remove it yourself or choose"
+                " another name"
             )
 
 
@@ -211,9 +212,11 @@ def print_plan(console: Console, out: Path, conversion: Conversion, expected: Es
         ("files ignored", f"{source.ignored:,}"),
         (
             "label maps",
-            "none"
-            if maps is None
-            else f"{len(conversion) - len(conversion.without_map):,} found, {len(conversion.without_map):,} missing",
+            (
+                "none"
+                if maps is None
+                else f"{len(conversion) - len(conversion.without_map):,} found, {len(conversion.without_map):,} missing"
+            ),
         ),
         *(
             (f"of {expected.tried} tried, {action}", f"{count:,}")
@@ -258,7 +261,11 @@ def print_summary(
         ("file", f"{summary.file_bytes / 1e6:,.1f} MB"),
         (
             "speed",
-            f"{done / seconds:,.0f} images/s, {summary.file_bytes * done / max(done + summary.resumed, 1) / seconds / 1e6:,.0f} MB/s, {seconds:,.1f} s",
+            (
+                f"{done / seconds:,.0f} images/s,"
+                f" {summary.file_bytes * done / max(done + summary.resumed, 1) / seconds / 1e6:,.0f} MB/s,"
+                f" {seconds:,.1f} s"
+            ),
         ),
         *([("taken from an earlier run", f"{summary.resumed:,} samples")] if summary.resumed else []),
     ]
@@ -277,9 +284,11 @@ def info(path: Path, console: Console | None = None) -> None:
             ("samples", f"{len(reader):,}"),
             (
                 "classes",
-                f"{len(names):,}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-                if names
-                else "names not recorded",
+                (
+                    f"{len(names):,}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+                    if names
+                    else "names not recorded"
+                ),
             ),
             ("labels", f"{reader.labels.min()}..{reader.labels.max()}, {len(np.unique(reader.labels)):,} different"),
             ("widths", f"{reader.widths.min()}..{reader.widths.max()} px"),
@@ -293,7 +302,10 @@ def info(path: Path, console: Console | None = None) -> None:
             rows.append(
                 (
                     "label maps",
-                    f"top {spec.k} of {spec.num_classes:,} classes in {spec.height}×{spec.width} cells, extent {spec.extent}",
+                    (
+                        f"top {spec.k} of {spec.num_classes:,} classes in {spec.height}×{spec.width} cells, extent"
+                        f" {spec.extent}"
+                    ),
                 )
             )
         rows += [(f"annotator {key}", str(value)) for key, value in (reader.annotator or {}).items()]
@@ -366,8 +378,10 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--exif",
         choices=EXIF,
-        help="ignore: leave images as they lie in the file, as ImageNet's training code does "
-        "(default); apply: turn them as their EXIF orientation says, JPEGs without loss where possible",
+        help=(
+            "ignore: leave images as they lie in the file, as ImageNet's training code does "
+            "(default); apply: turn them as their EXIF orientation says, JPEGs without loss where possible"
+        ),
     )
     group.add_argument(
         "--row-index",

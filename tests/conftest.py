@@ -1,4 +1,5 @@
 """Shared fixtures: the bundled golden answers and photos, and the optional shared data sets."""
+
 from __future__ import annotations
 
 import contextlib

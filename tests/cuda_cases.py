@@ -1,5 +1,7 @@
-"""The CUDA kernels against their njit twins, Pillow's arithmetic and the golden targets. tests/test_cuda.py runs this file: in numba's
-simulator on small odd shapes, in a process of its own (what is marked gpu there runs these functions on real sizes)."""
+"""The CUDA kernels against their njit twins, Pillow's arithmetic and the golden targets. tests/test_cuda.py runs this
+file: in numba's simulator on small odd shapes, in a process of its own (what is marked gpu there runs these functions
+on real sizes)."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -8,22 +10,32 @@ import numpy as np
 import pytest
 import torch
 
-from tl_fast.labelmaps import format as labelmap
-from tl_fast.maths import scalar
-from tl_fast.plan import records as plan
 from tl_fast.kernels import cpu, cuda, cuda_launch
 from tl_fast.kernels.colour import cpu as colour
-from tl_fast.kernels.geometry import cpu as warp, cuda as cuda_geometry
-from tl_fast.labelmaps import loops as maps
 from tl_fast.kernels.cuda_device import SIMULATED, scalar32
+from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.kernels.geometry import cuda as cuda_geometry
+from tl_fast.labelmaps import format as labelmap
+from tl_fast.labelmaps import loops as maps
+from tl_fast.maths import scalar
+from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import OPS
 
 FILL = (124, 116, 104)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TOLERANCE = 2e-6 if SIMULATED else 1e-5  # of a target; the GPU fuses multiplications with additions, and its exponential is another
+TOLERANCE = (
+    2e-6 if SIMULATED else 1e-5
+)  # of a target; the GPU fuses multiplications with additions, and its exponential is another
 COLOURS = [op for op in range(scalar.AUTO_CONTRAST, scalar.SHARPNESS + 1) if op != scalar.ROTATE]
-ARGUMENTS = {scalar.POSTERIZE: 3.0, scalar.SOLARIZE: 100.0, scalar.SOLARIZE_ADD: 60.0, scalar.COLOR: 1.63, scalar.CONTRAST: 0.37,
-             scalar.BRIGHTNESS: 1.44, scalar.SHARPNESS: 1.9}  # fmt: skip
+ARGUMENTS = {
+    scalar.POSTERIZE: 3.0,
+    scalar.SOLARIZE: 100.0,
+    scalar.SOLARIZE_ADD: 60.0,
+    scalar.COLOR: 1.63,
+    scalar.CONTRAST: 0.37,
+    scalar.BRIGHTNESS: 1.44,
+    scalar.SHARPNESS: 1.9,
+}
 
 
 def put(array):
@@ -60,7 +72,14 @@ def check_warped(classes, scores, affines, num_classes, grid, cut):
 
 @pytest.mark.parametrize(
     "batch, k, rows, columns, num_classes, grid",
-    [(2, 3, 5, 7, 37, 3), (1, 1, 1, 1, 3, 2), (1, 5, 9, 9, 1000, 2), (2, 2, 3, 3, 8, 2), (1, 3, 2, 2, 3, 2), (1, 2, 13, 3, 6, 1)],
+    [
+        (2, 3, 5, 7, 37, 3),
+        (1, 1, 1, 1, 3, 2),
+        (1, 5, 9, 9, 1000, 2),
+        (2, 2, 3, 3, 8, 2),
+        (1, 3, 2, 2, 3, 2),
+        (1, 2, 13, 3, 6, 1),
+    ],
 )
 def test_targets_equal_the_cpus(batch, k, rows, columns, num_classes, grid):
     """Boxes, some thinner than a cell, mirrored ones, rotated ones cut at the edge and not."""
@@ -83,8 +102,16 @@ def test_targets_equal_the_golden_file(golden, case):
         data = {name.split(".")[1]: file[name] for name in file.files if name.startswith(case + ".")}
     some = slice(2, 3) if SIMULATED else slice(None)  # a crop thinner than a cell
     out = put(np.full(data["target"][some].shape, 7, np.float32))
-    cuda.token_targets(put(data["index"][some].astype(np.uint16)), put(data["scores"][some].astype(np.float32)), put(data["boxes"][some]),
-                       put(data["flip"][some]), int(data["num_classes"]), int(data["grid"]), float(data["smoothing"]), out)  # fmt: skip
+    cuda.token_targets(
+        put(data["index"][some].astype(np.uint16)),
+        put(data["scores"][some].astype(np.float32)),
+        put(data["boxes"][some]),
+        put(data["flip"][some]),
+        int(data["num_classes"]),
+        int(data["grid"]),
+        float(data["smoothing"]),
+        out,
+    )
     np.testing.assert_allclose(get(out), data["target"][some], rtol=0, atol=1e-5)
 
 
@@ -104,7 +131,9 @@ def pack_batch(rng, listed, spec) -> tuple[list[bytes], np.ndarray]:
         chosen = rng.choice(spec.num_classes, n, replace=False)
         ranks = np.argsort(rng.random((spec.height, spec.width, n)), axis=2)[:, :, : spec.k]
         ranks.reshape(-1)[:n] = np.arange(n) if spec.k == 1 else ranks.reshape(-1)[:n]
-        record = labelmap.pack(chosen[ranks].transpose(2, 0, 1), rng.normal(2, 3, (spec.k, spec.height, spec.width)), spec)
+        record = labelmap.pack(
+            chosen[ranks].transpose(2, 0, 1), rng.normal(2, 3, (spec.k, spec.height, spec.width)), spec
+        )
         encoded.append(labelmap.encode(record, spec))
         ranges.append((record["score_min"], record["score_step"]))
     return encoded, np.array(ranges, np.float32)
@@ -126,12 +155,15 @@ def unpacked(encoded, ranges, spec) -> tuple[np.ndarray, np.ndarray]:
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
     classes, scores = np.empty((batch, spec.cells), np.uint16), np.empty((batch, spec.cells), np.float32)
     data, low, step = np.frombuffer(b"".join(encoded), np.uint8).copy(), ranges[:, 0].copy(), ranges[:, 1].copy()
-    assert maps.read_maps(data, starts, lengths, low, step, labelmap.LEVELS, spec.num_classes, sizes, classes, scores) == (batch, 0)
+    assert maps.read_maps(
+        data, starts, lengths, low, step, labelmap.LEVELS, spec.num_classes, sizes, classes, scores
+    ) == (batch, 0)
     return classes.reshape(batch, *spec.shape), scores.reshape(batch, *spec.shape)
 
 
 def assert_targets(out, expected):
-    """float32 within `TOLERANCE`; bfloat16, as uint16, the same numbers rounded once more: neighbours where float32 differs in its last bit."""
+    """float32 within `TOLERANCE`; bfloat16, as uint16, the same numbers rounded once more: neighbours where float32
+    differs in its last bit."""
     if out.dtype == np.uint16:
         rounded = torch.from_numpy(expected).bfloat16().float().numpy()
         out = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).float().numpy()
@@ -143,10 +175,16 @@ def assert_targets(out, expected):
 
 @pytest.mark.parametrize(
     "num_classes, listed, dtype",
-    [(640, [40, 200, 300, 600], np.float32), (37, [20, 37, 9, 5], np.float32), (37, [20, 9], np.uint16), (40, [20, 37, 5], np.uint16)],
+    [
+        (640, [40, 200, 300, 600], np.float32),
+        (37, [20, 37, 9, 5], np.float32),
+        (37, [20, 9], np.uint16),
+        (40, [20, 37, 5], np.uint16),
+    ],
 )
 def test_targets_from_a_betons_bytes(num_classes, listed, dtype):
-    """All three layouts; bfloat16 (uint16) rounds the same numbers once more, and has rows of 40 classes written 16 bytes at a time."""
+    """All three layouts; bfloat16 (uint16) rounds the same numbers once more, and has rows of 40 classes written 16
+    bytes at a time."""
     rng = np.random.default_rng(num_classes)
     side = 25 if num_classes > 600 else 5
     spec = labelmap.MapSpec(k=1 if num_classes > 600 else 3, height=side, width=side, num_classes=num_classes)
@@ -168,7 +206,10 @@ def test_targets_from_a_betons_bytes(num_classes, listed, dtype):
 
 @pytest.mark.parametrize("kind", ["arrays", "bytes"])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("num_classes, rows, columns, grid", [(3, 1, 1, 2), (37, 3, 2, 2), (1000, 1, 1, 1), (1000, 2, 3, 2), (21841, 2, 1, 1)])
+@pytest.mark.parametrize(
+    "num_classes, rows, columns, grid",
+    [(3, 1, 1, 2), (37, 3, 2, 2), (1000, 1, 1, 1), (1000, 2, 3, 2), (21841, 2, 1, 1)],
+)
 def test_targets_of_every_source_and_number(kind, dtype, num_classes, rows, columns, grid):
     """One sample; few and many classes, whole vectors a row and not; mirrored, then rotated."""
     rng = np.random.default_rng(num_classes)
@@ -208,7 +249,10 @@ def test_damaged_maps_are_found_and_touch_nothing_else():
     right, none = run_packed([encoded[b] for b in ends], ranges[ends], affines[ends], spec, 2)
     assert not none.any() and errors.tolist() == [0, maps.BAD_SIZE, maps.BAD_BITMAP, maps.BAD_INDEX, maps.BAD_CLASS, 0]
     for b, data in enumerate(damaged):
-        assert maps.expand(np.frombuffer(data, np.uint8).copy(), spec.num_classes, sizes, np.empty(spec.cells, np.uint16)) == errors[b]
+        assert (
+            maps.expand(np.frombuffer(data, np.uint8).copy(), spec.num_classes, sizes, np.empty(spec.cells, np.uint16))
+            == errors[b]
+        )
         assert np.isnan(out[b]).all() if errors[b] else (out[b] == right[ends.index(b)]).all()
 
 
@@ -218,13 +262,28 @@ def test_a_class_beyond_the_last_is_refused():
         cuda.warped_targets(put(classes), put(scores), np.array([[1, 0, 0, 0, 1, 0]], np.float32), 5, 1, 0.0)
 
 
-@pytest.mark.parametrize("change", [{"scores": np.zeros((1, 1, 1, 1))}, {"out": np.zeros((1, 2, 5), np.float16)}], ids=["float64", "float16"])
+@pytest.mark.parametrize(
+    "change", [{"scores": np.zeros((1, 1, 1, 1))}, {"out": np.zeros((1, 2, 5), np.float16)}], ids=["float64", "float16"]
+)
 def test_targets_refuse_other_numbers(change):
     """Their bits would be taken for float32's."""
-    arrays = dict(classes=np.zeros((1, 1, 1, 1), np.uint16), scores=np.zeros((1, 1, 1, 1), np.float32), out=np.zeros((1, 2, 5), np.float32)) | change
+    arrays = (
+        dict(
+            classes=np.zeros((1, 1, 1, 1), np.uint16),
+            scores=np.zeros((1, 1, 1, 1), np.float32),
+            out=np.zeros((1, 2, 5), np.float32),
+        )
+        | change
+    )
     with pytest.raises(ValueError, match="must be float32, got float"):
-        cuda.warped_targets(*(put(arrays[name]) for name in ("classes", "scores")), np.array([[1, 0, 0, 0, 1, 0]], np.float32), 5, 1, 0.0,
-                            put(arrays["out"]))  # fmt: skip
+        cuda.warped_targets(
+            *(put(arrays[name]) for name in ("classes", "scores")),
+            np.array([[1, 0, 0, 0, 1, 0]], np.float32),
+            5,
+            1,
+            0.0,
+            put(arrays["out"]),
+        )
 
 
 # --- images
@@ -284,11 +343,16 @@ def assert_close(out, expected, share=2e-3):
 @pytest.mark.parametrize(
     "crop, operations",
     [
-        ((3, 5, 30, 40), []), ((0, 0, 1, 1), []), ((7, 2, 1, 33), []),
-        ((0, 0, 41, 57), [("TranslateX", 0.4)]), ((2, 3, 33, 41), [("TranslateY", -0.31)]), ((4, 4, 30, 44), [("Rotate", 27.0)]),
-        ((0, 0, 41, 57), [("Rotate", -80.0), ("ShearX", 0.3)]), ((9, 9, 20, 20), [("ShearY", -0.3), ("ShearX", 0.3)]),
+        ((3, 5, 30, 40), []),
+        ((0, 0, 1, 1), []),
+        ((7, 2, 1, 33), []),
+        ((0, 0, 41, 57), [("TranslateX", 0.4)]),
+        ((2, 3, 33, 41), [("TranslateY", -0.31)]),
+        ((4, 4, 30, 44), [("Rotate", 27.0)]),
+        ((0, 0, 41, 57), [("Rotate", -80.0), ("ShearX", 0.3)]),
+        ((9, 9, 20, 20), [("ShearY", -0.3), ("ShearX", 0.3)]),
     ],
-)  # fmt: skip
+)
 def test_geometry_is_the_cpus_within_a_level(crop, operations, interpolation):
     """Small and large scales, thin crops, beyond the image; 35 pixels are more than a tile."""
     size = 35 if not operations or operations[0][0] == "Rotate" else 13
@@ -304,11 +368,20 @@ def test_flipped_crops():
     assert_close(augmented(pixels, regions, plans, 17), expected)
 
 
-@pytest.mark.parametrize("settings", [dict(buffer=36, table=8, canvas_size=25), dict(buffer=90, table=16, canvas_size=60),
-                                      dict(buffer=3, table=1, canvas_size=25)], ids=["small", "bands", "pixel by pixel"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(buffer=36, table=8, canvas_size=25),
+        dict(buffer=90, table=16, canvas_size=60),
+        dict(buffer=3, table=1, canvas_size=25),
+    ],
+    ids=["small", "bands", "pixel by pixel"],
+)
 @pytest.mark.parametrize("operations", [[], [("Rotate", 30.0)]], ids=["axes", "rotated"])
 def test_what_does_not_fit_is_done_in_parts(monkeypatch, settings, operations):
-    show = dataclasses.replace(cuda_launch.KERNELS["images: geometry"], function=cuda_geometry.build(tile=8, lines=6, **settings))
+    show = dataclasses.replace(
+        cuda_launch.KERNELS["images: geometry"], function=cuda_geometry.build(tile=8, lines=6, **settings)
+    )
     monkeypatch.setitem(cuda_launch.KERNELS, "images: geometry", show)
     monkeypatch.setattr(cuda_geometry, "TILE", 8)
     plans = affine_plans(1, (1, 2, 33, 30), 1, operations)
@@ -336,12 +409,17 @@ def colour_plans(chains, size) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [2, 9, 12])
 def test_colours_are_the_cpus_to_the_last_bit(size):
-    """Every operation, and chains with sharpness once and twice; 12 x 12 pixels are read four at a time, 9 x 9 one at a time."""
+    """Every operation, and chains with sharpness once and twice; 12 x 12 pixels are read four at a time, 9 x 9 one at a
+    time."""
     rng = np.random.default_rng(size)
     chains = [[op] for op in COLOURS]
-    chains += [[scalar.SHARPNESS, scalar.ROTATE, scalar.SHARPNESS, scalar.EQUALIZE],
-               [scalar.SOLARIZE, scalar.COLOR, scalar.AUTO_CONTRAST, scalar.CONTRAST],
-               [scalar.BRIGHTNESS, scalar.SHARPNESS], [scalar.EQUALIZE, scalar.CONTRAST, scalar.POSTERIZE], []]  # fmt: skip
+    chains += [
+        [scalar.SHARPNESS, scalar.ROTATE, scalar.SHARPNESS, scalar.EQUALIZE],
+        [scalar.SOLARIZE, scalar.COLOR, scalar.AUTO_CONTRAST, scalar.CONTRAST],
+        [scalar.BRIGHTNESS, scalar.SHARPNESS],
+        [scalar.EQUALIZE, scalar.CONTRAST, scalar.POSTERIZE],
+        [],
+    ]
     images = np.stack([picture(rng, size, size).transpose(2, 0, 1) for _ in chains])
     images[2] = 77  # one value: nothing to stretch
     plans = colour_plans(chains, size)
@@ -363,7 +441,9 @@ def test_normalised_output(size, kind, last):
     plans = colour_plans([[], [scalar.SHARPNESS, scalar.CONTRAST], [scalar.INVERT]], size)
     whole = finished(images, plans)
     shape = (3, size, size, 3) if last else (3, 3, size, size)
-    out = finished(images, plans, out=np.full(shape, 7, np.float16 if kind == torch.float16 else np.uint16), mean=MEAN, std=STD)
+    out = finished(
+        images, plans, out=np.full(shape, 7, np.float16 if kind == torch.float16 else np.uint16), mean=MEAN, std=STD
+    )
     got = torch.from_numpy(out.view(np.int16)).view(kind)
     got = got.permute(0, 3, 1, 2) if last else got
     mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (MEAN, STD))
@@ -380,15 +460,20 @@ def test_full_recipe():
     count, size = 5, 24
     images = [picture(rng, *rng.integers(20, 60, 2)) for _ in range(count)]
     augment = plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25)
-    plans = plan.draw(11, 3, np.arange(count), np.array([i.shape[0] for i in images]), np.array([i.shape[1] for i in images]), augment)
-    plans["ops"][np.isin(plans["ops"], (scalar.EQUALIZE, scalar.AUTO_CONTRAST))] = scalar.INVERT  # these make many levels of one
+    plans = plan.draw(
+        11, 3, np.arange(count), np.array([i.shape[0] for i in images]), np.array([i.shape[1] for i in images]), augment
+    )
+    plans["ops"][np.isin(plans["ops"], (scalar.EQUALIZE, scalar.AUTO_CONTRAST))] = (
+        scalar.INVERT
+    )  # these make many levels of one
     pixels, regions, expected = make_batch(images, plans, size)
     off = np.abs(augmented(pixels, regions, plans, size).astype(int) - expected)
     assert (off > 3).mean() < 5e-3 and (off > 0).mean() < 0.1
 
 
 def test_regions_that_lack_pixels_are_not_overrun():
-    """A wrong region gives a wrong image, not a read beyond it: every byte of the source is 50, all around it are others'."""
+    """A wrong region gives a wrong image, not a read beyond it: every byte of the source is 50, all around it are
+    others'."""
     plans = affine_plans(1, (0, 0, 40, 50), 1, [("Rotate", 20.0)])
     pixels = np.full(3 * 10 * 12, 50, np.uint8)
     regions = np.array([(0, 10, 12, 15, 20, 40, 50)], cuda.REGION)
@@ -398,15 +483,32 @@ def test_regions_that_lack_pixels_are_not_overrun():
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"mean": MEAN}, "mean and std"), ({"mean": MEAN, "std": (1, 0, 1)}, "std > 0"), ({"fill": (1, 2, 300)}, "fill"),
-     ({"out": np.zeros((1, 3, 4, 4), np.float32)}, "out must be uint8"), ({"out": np.zeros((1, 4, 4), np.uint8)}, "out must be"),
-     ({"scratch": np.zeros(3, np.uint8)}, "scratch"), ({"plans": np.zeros(1, np.float32)}, "records")],
-)  # fmt: skip
+    [
+        ({"mean": MEAN}, "mean and std"),
+        ({"mean": MEAN, "std": (1, 0, 1)}, "std > 0"),
+        ({"fill": (1, 2, 300)}, "fill"),
+        ({"out": np.zeros((1, 3, 4, 4), np.float32)}, "out must be uint8"),
+        ({"out": np.zeros((1, 4, 4), np.uint8)}, "out must be"),
+        ({"scratch": np.zeros(3, np.uint8)}, "scratch"),
+        ({"plans": np.zeros(1, np.float32)}, "records"),
+    ],
+)
 def test_augment_refuses_what_does_not_fit(change, message):
-    arguments = dict(pixels=np.zeros(48, np.uint8), regions=np.array([(0, 4, 4, 0, 0, 4, 4)], cuda.REGION),
-                     plans=affine_plans(1, (0, 0, 4, 4), 0), fill=FILL, out=np.zeros((1, 3, 4, 4), np.uint8), scratch=np.zeros(48, np.uint8)) | change  # fmt: skip
+    arguments = (
+        dict(
+            pixels=np.zeros(48, np.uint8),
+            regions=np.array([(0, 4, 4, 0, 0, 4, 4)], cuda.REGION),
+            plans=affine_plans(1, (0, 0, 4, 4), 0),
+            fill=FILL,
+            out=np.zeros((1, 3, 4, 4), np.uint8),
+            scratch=np.zeros(48, np.uint8),
+        )
+        | change
+    )
     with pytest.raises(ValueError, match=message):
-        cuda.augment(**{name: put(value) if isinstance(value, np.ndarray) else value for name, value in arguments.items()})
+        cuda.augment(
+            **{name: put(value) if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
+        )
 
 
 # --- scalar maths
@@ -416,7 +518,13 @@ def test_float32_copies_of_scalar_hold_no_double():
     if not SIMULATED:
         pytest.skip("compiled functions have no Python results to look at; tests/test_ptx.py looks at their code")
     one = np.float32(1.3)
-    results = [scalar32.filter_support(one, 5, 1), scalar32.filter_centre(3, one, one, 5), scalar32.filter_weight(2, 3, one, one, 5, 1),
-               *scalar32.cubic_weights(np.float32(0.3)), scalar32.roi_point(1, 0, one, one, 14, 2), *scalar32.roi_tap(one, 5)[1:],
-               scalar32.smooth(one, np.float32(0.1), 1000)]  # fmt: skip
+    results = [
+        scalar32.filter_support(one, 5, 1),
+        scalar32.filter_centre(3, one, one, 5),
+        scalar32.filter_weight(2, 3, one, one, 5, 1),
+        *scalar32.cubic_weights(np.float32(0.3)),
+        scalar32.roi_point(1, 0, one, one, 14, 2),
+        *scalar32.roi_tap(one, 5)[1:],
+        scalar32.smooth(one, np.float32(0.1), 1000),
+    ]
     assert {type(result) for result in results} == {np.float32}

@@ -3,13 +3,18 @@
     python tests/fuzz_beton.py --cases 20000 --seed 0 [--workers 2]
     python tests/fuzz_beton.py --seed 0 --case 1234     # that case again, in this process, with its traceback
 
-A case is a small valid file and a list of operations on it, drawn from (seed, case number) alone. Some files are *sealed* again after
-the damage, as one would who makes it on purpose: right CRC-32s, so that the checks behind the CRCs are reached. A case fails when
+A case is a small valid file and a list of operations on it, drawn from (seed, case number) alone. Some files are
+*sealed* again after
+the damage, as one would who makes it on purpose: right CRC-32s, so that the checks behind the CRCs are reached. A case
+fails when
 
 - anything but a BetonError comes out, or one whose message does not begin with the file and a field;
-- a file that was not sealed is called sound by `verify`, or a sample of it by `check`, though its content differs from the original's;
-- a sealed file that is accepted contradicts itself (samples outside the file or over each other, classes >= C, scores not finite);
-- reading takes more memory than the file has bytes (tracemalloc on every eighth case; an address-space limit on all), hangs, or crashes.
+- a file that was not sealed is called sound by `verify`, or a sample of it by `check`, though its content differs from
+the original's;
+- a sealed file that is accepted contradicts itself (samples outside the file or over each other, classes >= C, scores
+not finite);
+- reading takes more memory than the file has bytes (tracemalloc on every eighth case; an address-space limit on all),
+hangs, or crashes.
 
 Batches run in processes of their own, which say after each case how it went, so a crash or a hang names its case.
 """
@@ -40,7 +45,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tl_fast.beton.reader import BetonError, BetonReader, Sample, verify, write_beton
 from tl_fast.beton.layout import (
     ALLOCATION,
     CUSTOM,
@@ -53,9 +57,14 @@ from tl_fast.beton.layout import (
     STOCK_TYPES,
     metadata_dtype,
 )
+from tl_fast.beton.reader import BetonError, BetonReader, Sample, verify, write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
 
-BATCH, SECONDS, ADDRESS_SPACE = 2000, 5, 256 << 20  # cases a process, time limit a case, bytes above what the process holds before
+BATCH, SECONDS, ADDRESS_SPACE = (
+    2000,
+    5,
+    256 << 20,
+)  # cases a process, time limit a case, bytes above what the process holds before
 SLACK = 1 << 20  # bytes a reader may take beside the file's size
 TIGHT = 8  # every such case runs under tracemalloc
 MAX_U64 = (1 << 64) - 1
@@ -82,12 +91,16 @@ def make_bases(folder: Path) -> None:
     """Write every file that cases start from as FOLDER/NAME.beton."""
     rng = np.random.default_rng(0)
 
-    def write(name: str, images: list[bytes], spec: MapSpec | None = None, classes: int = 300, page_size: int = 1 << 21) -> None:
+    def write(
+        name: str, images: list[bytes], spec: MapSpec | None = None, classes: int = 300, page_size: int = 1 << 21
+    ) -> None:
         samples = []
         for i, image in enumerate(images):
             label_map = None
             if spec is not None:
-                listed = spec.num_classes if i % 2 else min(spec.num_classes, 2 * spec.k)  # many classes in one map, or few
+                listed = (
+                    spec.num_classes if i % 2 else min(spec.num_classes, 2 * spec.k)
+                )  # many classes in one map, or few
                 cells = spec.height * spec.width
                 chosen = np.stack([rng.permutation(listed)[: spec.k] for _ in range(cells)], axis=1).reshape(spec.shape)
                 record = pack(chosen, rng.normal(3, 4, spec.shape), spec)
@@ -95,7 +108,15 @@ def make_bases(folder: Path) -> None:
             samples.append(Sample(f"n{i % 3:02d}/é {i}.jpg", i % classes, lambda image=image: image, label_map))
         annotator = {"model": "none", "nested": {"value": [1, 2.5, None]}} if spec else None
         names = [f"class {i}" for i in range(classes)]
-        write_beton(folder / f"{name}.beton", samples, class_names=names, spec=spec, annotator=annotator, page_size=page_size, workers=1)
+        write_beton(
+            folder / f"{name}.beton",
+            samples,
+            class_names=names,
+            spec=spec,
+            annotator=annotator,
+            page_size=page_size,
+            workers=1,
+        )
 
     tiny = [picture(8 + i, 16, rng) for i in range(6)]
     write("one", tiny[:1], classes=1)
@@ -103,8 +124,12 @@ def make_bases(folder: Path) -> None:
     write("maps", tiny, MapSpec(3, 5, 7, 300))
     write("square", tiny[:2], MapSpec(1, 1, 1, 1000, "center_square"), classes=1000)
     write("many", [picture(4, 4 + i % 5, rng) for i in range(120)], MapSpec(2, 2, 3, 20), classes=20)
-    write("pages", [picture(640, 640, rng, quality=98, subsampling=0) for _ in range(4)], MapSpec(2, 2, 2, 9), classes=9)
-    stock = Path(__file__).parent / "stock_ffcv.beton.xz"  # by ffcv 1.0.2's DatasetWriter: 6 images, labels 0 to 2, page_size 2 MiB
+    write(
+        "pages", [picture(640, 640, rng, quality=98, subsampling=0) for _ in range(4)], MapSpec(2, 2, 2, 9), classes=9
+    )
+    stock = (
+        Path(__file__).parent / "stock_ffcv.beton.xz"
+    )  # by ffcv 1.0.2's DatasetWriter: 6 images, labels 0 to 2, page_size 2 MiB
     (folder / "stock.beton").write_bytes(lzma.decompress(stock.read_bytes()))
 
 
@@ -119,7 +144,9 @@ class Content:
 
 
 def content_of(reader: BetonReader) -> Content:
-    return Content(reader.spec, reader.class_names, reader.annotator, [sample_of(reader, i) for i in range(len(reader))])
+    return Content(
+        reader.spec, reader.class_names, reader.annotator, [sample_of(reader, i) for i in range(len(reader))]
+    )
 
 
 def sample_of(reader: BetonReader, i: int) -> tuple:
@@ -186,7 +213,9 @@ def places(data: bytes | bytearray) -> tuple[dict[str, tuple[int, int]], dict[st
 
 
 def row_type(fields: np.ndarray) -> np.dtype:
-    return metadata_dtype([LABEL_MAP if kind == CUSTOM else STOCK_TYPES.get(kind, np.dtype("u1")) for kind in fields["type_id"].tolist()])
+    return metadata_dtype(
+        [LABEL_MAP if kind == CUSTOM else STOCK_TYPES.get(kind, np.dtype("u1")) for kind in fields["type_id"].tolist()]
+    )
 
 
 # ---------------------------------------------------------------- operations
@@ -216,7 +245,10 @@ def apply(base: Base, operations: list[Operation]) -> bytes:
         elif name == "swap":
             first, second, length = values[0] % size, values[1] % size, values[2]
             length = min(length, abs(first - second), size - max(first, second))
-            data[first : first + length], data[second : second + length] = data[second : second + length], data[first : first + length]
+            data[first : first + length], data[second : second + length] = (
+                data[second : second + length],
+                data[first : first + length],
+            )
         elif name == "put" and values[0] in spots:
             at, width = spots[values[0]]
             data[at : at + width] = (values[1] % (1 << 8 * width)).to_bytes(width, "little")
@@ -227,12 +259,13 @@ def apply(base: Base, operations: list[Operation]) -> bytes:
             at = spots[f"alloc{values[0]}.ptr"][0]
             old, new = bytes(data[at : at + 8]), (values[1] & MAX_U64).to_bytes(8, "little")
             start, length = regions["metadata"]
-            place = data.find(old, start, start + length)
-            for place in (at, place):
+            for place in (at, data.find(old, start, start + length)):
                 if place >= 0:
                     data[place : place + 8] = new
         elif name == "json" and values[0] in regions:
-            prefix, unit, times, suffix = (value if isinstance(value, int) else value.encode("latin-1") for value in values[1:])
+            prefix, unit, times, suffix = (
+                value if isinstance(value, int) else value.encode("latin-1") for value in values[1:]
+            )
             data = with_json(data, regions, spots, values[0], prefix + unit * times + suffix)
             spots, regions = places(data)
         elif name == "entries":
@@ -245,7 +278,9 @@ def apply(base: Base, operations: list[Operation]) -> bytes:
 
 def with_json(data: bytearray, regions: dict, spots: dict, name: str, text: bytes) -> bytearray:
     """The file with another info or ids, everything behind the data laid out anew."""
-    texts = {part: text if part == name else bytes(data[regions[part][0] : sum(regions[part])]) for part in ("info", "ids")}
+    texts = {
+        part: text if part == name else bytes(data[regions[part][0] : sum(regions[part])]) for part in ("info", "ids")
+    }
     table = bytes(data[regions["alloc"][0] :])
     out = data[: regions["info"][0]]
     for part, content in texts.items():
@@ -260,13 +295,16 @@ def with_json(data: bytearray, regions: dict, spots: dict, name: str, text: byte
 
 
 def seal(data: bytearray, samples: bool) -> None:
-    """Put right CRCs into a damaged file, of its samples too if asked for; leaves it alone where there is no telling how."""
+    """Put right CRCs into a damaged file, of its samples too if asked for; leaves it alone where there is no telling
+    how."""
     if len(data) < HEADER.itemsize:
         return
     header = np.frombuffer(bytes(data[: HEADER.itemsize]), HEADER)[0]
     count = min(int(header["num_fields"]), (len(data) - HEADER.itemsize) // FIELD.itemsize)
     fields = np.frombuffer(bytes(data[HEADER.itemsize : HEADER.itemsize + count * FIELD.itemsize]), FIELD)
-    column = next((i for i, field in enumerate(fields) if bytes(field["name"]) == b"crc" and field["type_id"] == INT), None)
+    column = next(
+        (i for i, field in enumerate(fields) if bytes(field["name"]) == b"crc" and field["type_id"] == INT), None
+    )
     if column is None:
         return
     head_size, row = HEADER.itemsize + fields.nbytes, row_type(fields)
@@ -276,7 +314,9 @@ def seal(data: bytearray, samples: bool) -> None:
     index = np.frombuffer(bytes(data[place : place + INDEX.itemsize]), INDEX).copy()
     if samples:
         metadata = np.frombuffer(bytes(data[head_size : head_size + rows * row.itemsize]), row).copy()
-        entries = np.frombuffer(bytes(data[table:]), ALLOCATION, (len(data) - min(table, len(data))) // ALLOCATION.itemsize)
+        entries = np.frombuffer(
+            bytes(data[table:]), ALLOCATION, (len(data) - min(table, len(data))) // ALLOCATION.itemsize
+        )
         sizes = dict(zip(entries["ptr"].tolist(), entries["size"].tolist(), strict=True))
         pointers = [column for column, kind in enumerate(row.fields.values()) if kind[0].fields]
         for i in range(min(rows, 500)):  # a count of samples may be damaged too
@@ -302,7 +342,11 @@ def seal(data: bytearray, samples: bool) -> None:
 
 WEIGHTS = {"one": 3, "plain": 4, "maps": 6, "square": 1, "many": 2, "pages": 0.4, "stock": 0.8}
 INFO = [
-    ["", "null", 1, ""], ["", "[]", 1, ""], ["", "", 0, ""], ["", "7", 1, ""], ["{", "", 0, "}"],
+    ["", "null", 1, ""],
+    ["", "[]", 1, ""],
+    ["", "", 0, ""],
+    ["", "7", 1, ""],
+    ["{", "", 0, "}"],
     ['{"class_names": ', "null", 1, ', "annotator": null}'],
     ['{"class_names": [', '"a",', 7, '1], "annotator": null}'],
     ['{"class_names": {"a": 1}, "annotator": null, "tl_fast": "0"', "", 0, "}"],
@@ -313,21 +357,53 @@ INFO = [
     ['{"class_names": ["a", "b", "c", "d", "e", "f", "g"], "annotator": {"x": ', "9", 400, "e999}}"],
     ['{"class_names": ["a", "b", "c", "d", "e", "f", "g"], "annotator": {"x": NaN}', "", 0, ', "tl_fast": 7}'],
     ['{"class_names": ["a"], "class_names": ["a"', ',"b"', 6, '], "annotator": {}, "annotator": null, "tl_fast": "0"}'],
-    ['{"class_names": ["a", "b", "c", "d", "e", "f", "\\ud800"', "", 0, '], "annotator": {"x": "\\udfff"}, "tl_fast": "0"}'],
-    ['{"class_names": ["a"', ', "\xff"', 6, "]}"], ["\xef\xbb\xbf{", '"class_names": []', 1, "}"], ["\xff\xfe", "{\0}\0", 1, ""],
-    ["", "[", 100_000, ""], ["", '{"a":', 50_000, ""], ["[", "[],", 60_000, "[]]"], ["[", "{},", 60_000, "{}]"],
-    ['{"class_names": [', '"",', 60_000, '""]}'], ['"', "\xf0\x9f\x98\x80", 30_000, '"'], ['"a', "x", 150_000, '\xf0\x9f\x98\x80"'],
+    [
+        '{"class_names": ["a", "b", "c", "d", "e", "f", "\\ud800"',
+        "",
+        0,
+        '], "annotator": {"x": "\\udfff"}, "tl_fast": "0"}',
+    ],
+    ['{"class_names": ["a"', ', "\xff"', 6, "]}"],
+    ["\xef\xbb\xbf{", '"class_names": []', 1, "}"],
+    ["\xff\xfe", "{\0}\0", 1, ""],
+    ["", "[", 100_000, ""],
+    ["", '{"a":', 50_000, ""],
+    ["[", "[],", 60_000, "[]]"],
+    ["[", "{},", 60_000, "{}]"],
+    ['{"class_names": [', '"",', 60_000, '""]}'],
+    ['"', "\xf0\x9f\x98\x80", 30_000, '"'],
+    ['"a', "x", 150_000, '\xf0\x9f\x98\x80"'],
     ['{"class_names": [], "annotator": {', '"\\u0000": 1,', 9_000, '"b": 2}, "tl_fast": null}'],
-]  # fmt: skip
+]
 IDS = [
-    ["", "null", 1, ""], ["", "", 0, ""], ["{", '"a": 1', 1, "}"], ['"', "a", 6, '"'], ["[", "1,", 5, "1]"], ["[", '"a",', 5, '"a"]'],
-    ["[", '"a",', 0, '"a"]'], ["[", '"a",', 119, '"a"]'], ["[", '"a",', 5, "null]"], ["[", '"a",', 5, '["a"]]'], ["[", '"a",', 5, '"b",]'],
-    ["[", '"\\ud800",', 5, '"a"]'], ["[", '"\\ud83d\\ude00",', 5, '"a"]'], ["[", '"\xff",', 5, '"a"]'], ["[", '"a\n",', 5, '"a"]'],
-    ["[", '"a\\"b\\\\",', 5, '"c"]'], ["[", '"', 11, "]"], ["[", '"\\', 11, "]"], ["[", '"a"', 6, "]"],
+    ["", "null", 1, ""],
+    ["", "", 0, ""],
+    ["{", '"a": 1', 1, "}"],
+    ['"', "a", 6, '"'],
+    ["[", "1,", 5, "1]"],
+    ["[", '"a",', 5, '"a"]'],
+    ["[", '"a",', 0, '"a"]'],
+    ["[", '"a",', 119, '"a"]'],
+    ["[", '"a",', 5, "null]"],
+    ["[", '"a",', 5, '["a"]]'],
+    ["[", '"a",', 5, '"b",]'],
+    ["[", '"\\ud800",', 5, '"a"]'],
+    ["[", '"\\ud83d\\ude00",', 5, '"a"]'],
+    ["[", '"\xff",', 5, '"a"]'],
+    ["[", '"a\n",', 5, '"a"]'],
+    ["[", '"a\\"b\\\\",', 5, '"c"]'],
+    ["[", '"', 11, "]"],
+    ["[", '"\\', 11, "]"],
+    ["[", '"a"', 6, "]"],
     ["\xef\xbb\xbf[", '"a",', 5, '"b"]'],
-    ["[\0", '"\0a\0"\0,\0', 5, '"\0b\0"\0]\0'], ["", "[", 100_000, ""], ["[", "[],", 60_000, "[]]"], ["[", '"",', 60_000, '""]'],
-    ["[", '"ab",', 40_000, '"c"]'], ["[", '"a",', 4, '"' + "b" * 150_000 + '\xf0\x9f\x98\x80","c"]'], [" [ ", '"a" , ', 5, '"b" ] '],
-]  # fmt: skip
+    ["[\0", '"\0a\0"\0,\0', 5, '"\0b\0"\0]\0'],
+    ["", "[", 100_000, ""],
+    ["[", "[],", 60_000, "[]]"],
+    ["[", '"",', 60_000, '""]'],
+    ["[", '"ab",', 40_000, '"c"]'],
+    ["[", '"a",', 4, '"' + "b" * 150_000 + '\xf0\x9f\x98\x80","c"]'],
+    [" [ ", '"a" , ', 5, '"b" ] '],
+]
 
 
 def draw(seed: int, case: int, bases: dict[str, Base]) -> tuple[Base, list[Operation]]:
@@ -339,7 +415,9 @@ def draw(seed: int, case: int, bases: dict[str, Base]) -> tuple[Base, list[Opera
     operations: list[Operation] = []
     for _ in range(1 + int(rng.integers(0, 2) * rng.integers(0, 4))):
         operations += [raw, number, row_number, table, text][rng.choice(5, p=[0.3, 0.2, 0.2, 0.18, 0.12])](rng, base)
-    operations.sort(key=lambda operation: operation[0] != "json")  # these lay the file out anew, and need its tables for that
+    operations.sort(
+        key=lambda operation: operation[0] != "json"
+    )  # these lay the file out anew, and need its tables for that
     if sealed := int(rng.choice(3, p=[0.4, 0.35, 0.25])):
         operations.append(["seal", ["tables", "samples"][sealed - 1]])
     return base, operations
@@ -347,7 +425,9 @@ def draw(seed: int, case: int, bases: dict[str, Base]) -> tuple[Base, list[Opera
 
 def place(rng: np.random.Generator, base: Base) -> int:
     """An offset: every part of the file is as likely as the next, however large."""
-    start, size = base.regions["data"] if rng.integers(5) == 0 else list(base.regions.values())[rng.integers(len(base.regions))]
+    start, size = (
+        base.regions["data"] if rng.integers(5) == 0 else list(base.regions.values())[rng.integers(len(base.regions))]
+    )
     return start + int(rng.integers(max(size, 1)))
 
 
@@ -375,8 +455,29 @@ def hostile(rng: np.random.Generator, base: Base) -> int:
     """A number that a check may have forgotten, 0 to 2^64 - 1."""
     header = np.frombuffer(base.data[: HEADER.itemsize], HEADER)[0]
     data, metadata = base.regions["data"], base.regions["metadata"]
-    marks = [0, 1 << 7, 1 << 8, 1 << 15, 1 << 16, 1 << 31, 1 << 32, 1 << 63, 1 << 64, len(base.data), int(header["page_size"]), 65_500]
-    marks += [int(header["num_samples"]), int(header["alloc_table_ptr"]), data[0], sum(data), metadata[0], sum(metadata), (1 << 64) // 24]
+    marks = [
+        0,
+        1 << 7,
+        1 << 8,
+        1 << 15,
+        1 << 16,
+        1 << 31,
+        1 << 32,
+        1 << 63,
+        1 << 64,
+        len(base.data),
+        int(header["page_size"]),
+        65_500,
+    ]
+    marks += [
+        int(header["num_samples"]),
+        int(header["alloc_table_ptr"]),
+        data[0],
+        sum(data),
+        metadata[0],
+        sum(metadata),
+        (1 << 64) // 24,
+    ]
     marks += [(1 << 64) // 48, (1 << 63) // 48, (1 << 32) // 1041, 0x7F800000, 0xFFC00000, 0x7F7FFFFF, 0xBF800000]
     if rng.integers(8) == 0:
         bits = int(rng.integers(1, 65))
@@ -429,7 +530,11 @@ def table(rng: np.random.Generator, base: Base) -> list[Operation]:
     if kind == 5:
         return [["entries", first, 1], ["set", len(base.data) + 8, hostile(rng, base).to_bytes(8, "little").hex()]]
     row = int(rng.integers(min(8, len(base.content.samples))))
-    return [["take", name.replace("row0", f"row{row}"), name] for name in base.spots if name.startswith("row0") and "ptr" in name]
+    return [
+        ["take", name.replace("row0", f"row{row}"), name]
+        for name in base.spots
+        if name.startswith("row0") and "ptr" in name
+    ]
 
 
 def text(rng: np.random.Generator, base: Base) -> list[Operation]:
@@ -440,7 +545,9 @@ def text(rng: np.random.Generator, base: Base) -> list[Operation]:
     if rng.integers(3):
         return [["json", name, *choices[rng.integers(len(choices))]]]
     start, size = base.regions[name]
-    piece = ['"', "[", "]", "{", "\\", "\\u", ",", ":", "\0", "\x80", "\xed\xa0\x80", "1e999", "null", "//"][rng.integers(14)]
+    piece = ['"', "[", "]", "{", "\\", "\\u", ",", ":", "\0", "\x80", "\xed\xa0\x80", "1e999", "null", "//"][
+        rng.integers(14)
+    ]
     return [["set", start + int(rng.integers(max(1, size))), piece.encode("latin-1").hex()]]
 
 
@@ -450,12 +557,15 @@ def text(rng: np.random.Generator, base: Base) -> list[Operation]:
 def run_case(base: Base, operations: list[Operation], path: Path, tight: bool = False) -> tuple[str, str]:
     """Writes the case to `path` and reads it. Returns how it ended, and the field that the first BetonError named.
 
-    open: refused when opened; read: by ids, label maps or a sample's check; verify: by verify only; harmless: sound, nothing changed;
+    open: refused when opened; read: by ids, label maps or a sample's check; verify: by verify only; harmless: sound,
+    nothing changed;
     accepted: sealed, and free of contradictions. Raises whatever comes out that should not, Violation among it.
     """
     data = apply(base, operations)
     path.write_bytes(data)
-    sealed = any(operation[0] == "seal" for operation in operations) or base.name == "stock"  # a stock file has no CRCs: nothing to hold
+    sealed = (
+        any(operation[0] == "seal" for operation in operations) or base.name == "stock"
+    )  # a stock file has no CRCs: nothing to hold
     if tight:
         tracemalloc.start()
     try:
@@ -523,7 +633,11 @@ def read(path: Path) -> tuple[str, str, BetonReader | None]:
         first_of_verify = named(problem, path)
     if first and not problems:
         raise Violation(f"verify calls a file sound that cannot be read: {first}")
-    return ("read" if first else "verify" if problems else "sound"), first or (first_of_verify if problems else ""), reader
+    return (
+        ("read" if first else "verify" if problems else "sound"),
+        first or (first_of_verify if problems else ""),
+        reader,
+    )
 
 
 def compare(reader: BetonReader, right: Content, outcome: str) -> None:
@@ -545,7 +659,9 @@ def compare(reader: BetonReader, right: Content, outcome: str) -> None:
 
 def contradictions(reader: BetonReader, size: int) -> None:
     """What no accepted file may contain, whoever sealed it."""
-    if not (reader.heights.min() > 0 < reader.widths.min() and len(reader.source_ids) == len(reader) == len(reader.labels)):
+    if not (
+        reader.heights.min() > 0 < reader.widths.min() and len(reader.source_ids) == len(reader) == len(reader.labels)
+    ):
         raise Violation("empty images, or tables of different lengths")
     for name in [*reader.source_ids, *reader.class_names, json.dumps(reader.annotator, ensure_ascii=False)]:
         name.encode("utf-8")
@@ -557,7 +673,12 @@ def contradictions(reader: BetonReader, size: int) -> None:
     starts = np.array([view.ctypes.data for view in views]) - reader._bytes.ctypes.data
     order = np.argsort(starts)
     ends = starts + [len(view) for view in views]
-    if starts.min() < 0 or ends.max() > size or (ends[order][:-1] > starts[order][1:]).any() or min(map(len, views)) == 0:
+    if (
+        starts.min() < 0
+        or ends.max() > size
+        or (ends[order][:-1] > starts[order][1:]).any()
+        or min(map(len, views)) == 0
+    ):
         raise Violation("JPEGs that are empty, outside of the file, or overlap")
     if reader.spec is not None:
         classes, scores = reader.label_maps(np.arange(len(reader)))

@@ -1,5 +1,6 @@
-"""The CUDA kernels compiled without a GPU: PTX, and what ptxas says of it. `python -m tests.kernel_figures` writes the table in
-docs/kernels.md."""
+"""The CUDA kernels compiled without a GPU: PTX, and what ptxas says of it. `python -m tests.kernel_figures` writes the
+table in docs/kernels.md."""
+
 from __future__ import annotations
 
 import re
@@ -21,8 +22,12 @@ def ptx(name: str, architecture: tuple[int, int]) -> str:
     kernel = KERNELS[name]
     signature = types.void(*kernel.arguments)
     device = mock.Mock(compute_capability=architecture)
-    with mock.patch("numba.cuda.dispatcher.get_current_device", lambda: device):  # device functions are compiled for the GPU at hand
-        text, _ = cuda.compile(kernel.function, signature, device=False, abi="numba", cc=architecture, launch_bounds=kernel.bounds)
+    with mock.patch(
+        "numba.cuda.dispatcher.get_current_device", lambda: device
+    ):  # device functions are compiled for the GPU at hand
+        text, _ = cuda.compile(
+            kernel.function, signature, device=False, abi="numba", cc=architecture, launch_bounds=kernel.bounds
+        )
     return text
 
 
@@ -30,10 +35,21 @@ def assemble(text: str, architecture: tuple[int, int], folder: Path) -> dict[str
     """ptxas's registers, static shared memory, stack frame and spilled bytes."""
     source = folder / "kernel.ptx"
     source.write_text(text)
-    command = ["ptxas", f"-arch=sm_{architecture[0]}{architecture[1]}", "-v", str(source), "-o", str(folder / "kernel.cubin")]
+    command = [
+        "ptxas",
+        f"-arch=sm_{architecture[0]}{architecture[1]}",
+        "-v",
+        str(source),
+        "-o",
+        str(folder / "kernel.cubin"),
+    ]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = {"registers": r"Used (\d+) registers", "shared": r"(\d+) bytes smem", "stack": r"(\d+) bytes stack frame",
-             "spilled": r"(\d+) bytes spill stores"}  # fmt: skip
+    found = {
+        "registers": r"Used (\d+) registers",
+        "shared": r"(\d+) bytes smem",
+        "stack": r"(\d+) bytes stack frame",
+        "spilled": r"(\d+) bytes spill stores",
+    }
     return {key: int(match[1]) if (match := re.search(pattern, report)) else 0 for key, pattern in found.items()}
 
 
@@ -44,7 +60,9 @@ def occupancy(registers: int, threads: int) -> int:
 
 def table() -> list[tuple[str, str, int, int, int, int, int]]:
     """Rows of docs/kernels.md: (kernel, architecture, registers, static shared memory, stack, spilled, blocks)."""
-    rows = re.findall(r"^\| ([^|]+?) \| (sm_\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", DOCUMENT.read_text(), re.M)
+    rows = re.findall(
+        r"^\| ([^|]+?) \| (sm_\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", DOCUMENT.read_text(), re.M
+    )
     return [(name, architecture, *map(int, figures)) for name, architecture, *figures in rows]
 
 
@@ -53,13 +71,23 @@ def main() -> None:
 
     if not shutil.which("ptxas"):
         raise SystemExit("ptxas is not on PATH; it comes with the CUDA toolkit")
-    lines = ["| kernel | for | registers | static shared memory, bytes | stack, bytes | spilled, bytes | blocks by registers |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        (
+            "| kernel | for | registers | static shared memory, bytes | stack, bytes | spilled, bytes | blocks by"
+            " registers |"
+        ),
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, kernel in KERNELS.items():
         for architecture in ARCHITECTURES:
             with tempfile.TemporaryDirectory() as folder:
                 figures = assemble(ptx(name, architecture), architecture, Path(folder))
-            row = name, f"sm_{architecture[0]}{architecture[1]}", *figures.values(), occupancy(figures["registers"], kernel.bounds[0])
+            row = (
+                name,
+                f"sm_{architecture[0]}{architecture[1]}",
+                *figures.values(),
+                occupancy(figures["registers"], kernel.bounds[0]),
+            )
             lines.append(f"| {' | '.join(map(str, row))} |")
             print(lines[-1], flush=True)
     text = DOCUMENT.read_text()

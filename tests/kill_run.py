@@ -1,8 +1,10 @@
 """Runs of train.py in forked processes that get a signal at a chosen moment; for test_survival.py.
 
-The processes are forked from a server that has imported everything, so that a case takes seconds. What a rank does is written to a trace as it
+The processes are forked from a server that has imported everything, so that a case takes seconds. What a rank does is
+written to a trace as it
 happens: one line a step with what the step was made of.
 """
+
 from __future__ import annotations
 
 import json
@@ -32,7 +34,8 @@ PATIENCE = 60  # seconds: "within a minute"
 
 @dataclass(frozen=True)
 class Blow:
-    """A signal that rank `rank` sends itself at the `count`-th time that it comes by a moment; None: "reading images" then gives NaN."""
+    """A signal that rank `rank` sends itself at the `count`-th time that it comes by a moment; None: "reading images"
+    then gives NaN."""
 
     moment: str
     number: signal.Signals | None
@@ -53,7 +56,9 @@ def strike(blow: Blow) -> None:
             else:
                 os.kill(os.getpid(), blow.number)
 
-    def before(owner: Any, name: str, condition: Callable[..., bool] = lambda *_, **__: True, early: bool = False) -> None:
+    def before(
+        owner: Any, name: str, condition: Callable[..., bool] = lambda *_, **__: True, early: bool = False
+    ) -> None:
         original = getattr(owner, name)
 
         def wrapped(*arguments, **options):
@@ -102,7 +107,8 @@ def strike(blow: Blow) -> None:
 
 
 def trace_steps(path: Path) -> None:
-    """Append to `path`, for every step of this rank, [step, epoch, lr, sample ids, MixToken's box], when its gradients are there."""
+    """Append to `path`, for every step of this rank, [step, epoch, lr, sample ids, MixToken's box], when its gradients
+    are there."""
     boxes: list[list[int]] = []
     draw, add_step = training.mix_box, training.Meter.add_step
 
@@ -120,14 +126,25 @@ def trace_steps(path: Path) -> None:
     training.mix_box, training.Meter.add_step = mix_box, traced
 
 
-def rank_main(config: str, rank: int, world_size: int, port: int, trace: Path, output: Path, blow: Blow | None, late: bool) -> None:
+def rank_main(
+    config: str, rank: int, world_size: int, port: int, trace: Path, output: Path, blow: Blow | None, late: bool
+) -> None:
     """One rank's process: what `torchrun tl_fast/train.py --config config` would run."""
     with output.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in names.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
     training.torch.set_num_threads(1)
     trace_steps(trace)
     if late:
@@ -142,7 +159,9 @@ def rank_main(config: str, rank: int, world_size: int, port: int, trace: Path, o
 def server() -> Any:
     """A multiprocessing context whose processes are forked from one that has imported this module."""
     folder = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join([folder, str(Path(folder).parent), os.environ.get("PYTHONPATH", "")])  # the server's imports
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [folder, str(Path(folder).parent), os.environ.get("PYTHONPATH", "")]
+    )  # the server's imports
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kill_run"])
     return context
@@ -150,7 +169,8 @@ def server() -> Any:
 
 @dataclass
 class Run:
-    """What became of a run: exit codes and outputs by rank, seconds, and steps as traced: step -> [epoch, lr, ids by rank, box]."""
+    """What became of a run: exit codes and outputs by rank, seconds, and steps as traced: step -> [epoch, lr, ids by
+    rank, box]."""
 
     codes: list[int]
     outputs: list[str]
@@ -159,7 +179,8 @@ class Run:
 
 
 def run(context: Any, config: TrainConfig, world_size: int, blow: Blow | None = None, late: bool = False) -> Run:
-    """Train in `world_size` processes until all have ended. TimeoutError, and the rest killed, when one is still there PATIENCE after the first end.
+    """Train in `world_size` processes until all have ended. TimeoutError, and the rest killed, when one is still there
+    PATIENCE after the first end.
 
     late: losses are read in the order of a GPU, after the end of their window.
     """
@@ -174,8 +195,12 @@ def run(context: Any, config: TrainConfig, world_size: int, blow: Blow | None = 
     for path in traces:
         path.unlink(missing_ok=True)
     start = time.monotonic()
-    ranks = [context.Process(target=rank_main, args=(str(recipe), rank, world_size, port, traces[rank], outputs[rank], blow, late))
-             for rank in range(world_size)]
+    ranks = [
+        context.Process(
+            target=rank_main, args=(str(recipe), rank, world_size, port, traces[rank], outputs[rank], blow, late)
+        )
+        for rank in range(world_size)
+    ]
     for process in ranks:
         process.start()
     multiprocessing.connection.wait([process.sentinel for process in ranks], 240)

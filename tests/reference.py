@@ -1,4 +1,5 @@
 """Slow, obvious answers to compare with. Imports nothing from tl_fast."""
+
 from __future__ import annotations
 
 import math
@@ -42,7 +43,8 @@ def _interpolate(plane: np.ndarray, y: float, x: float) -> np.ndarray:
 
 
 def roi_align(dense: np.ndarray, crop: tuple[float, float, float, float], bins: int) -> np.ndarray:
-    """RoIAlign of one crop (top, left, height, width as fractions) -> [C, bins, bins]; torchvision's `aligned=False` on shifted boxes."""
+    """RoIAlign of one crop (top, left, height, width as fractions) -> [C, bins, bins]; torchvision's `aligned=False` on
+    shifted boxes."""
     rows, columns = dense.shape[1:]
     top, left = crop[0] * rows - 0.5, crop[1] * columns - 0.5
     height, width = max(crop[2] * rows, 1.0), max(crop[3] * columns, 1.0)

@@ -1,4 +1,5 @@
 """The annotator: dense logits against hand-made ones, the probe, and stores that resume and shard."""
+
 from __future__ import annotations
 
 import json
@@ -14,17 +15,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 import timm
 
-from tl_fast.annotation import linear_probe
-from tl_fast.labelmaps import format as labelmap
-from tl_fast.training import checkpoint
 from tl_fast.annotate import main
-from tl_fast.annotation.run import AnnotateConfig, annotate
+from tl_fast.annotation import linear_probe
 from tl_fast.annotation.annotator import AnnotateError, Annotator, Preprocessing, build_annotator
-from tl_fast.sources.image_folder import ImageFolderError, list_images
+from tl_fast.annotation.run import AnnotateConfig, annotate
+from tl_fast.labelmaps import format as labelmap
 from tl_fast.labelmaps.format import LabelMapStore, unpack
+from tl_fast.sources.image_folder import ImageFolderError, list_images
+from tl_fast.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +57,9 @@ def dense_and_features(network: nn.Module, size: int) -> tuple[torch.Tensor, tor
     """Annotator's dense and pooled logits of two random images, and the network's features of them, computed apart."""
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     annotator = wrap(network, "x", size)
-    x = (images.float() / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    x = (images.float() / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(
+        3, 1, 1
+    )
     with torch.inference_mode():
         dense, pooled = annotator(images)
         torch.testing.assert_close(pooled, network(x), rtol=1e-4, atol=1e-4)
@@ -64,21 +69,28 @@ def dense_and_features(network: nn.Module, size: int) -> tuple[torch.Tensor, tor
 
 def test_bundled_network_is_a_classifier_whose_cells_average_to_the_image(lite0, photos):
     files = sorted((photos / "val").rglob("*.jpg"))[::6]
-    squashed = np.stack([np.array(Image.open(file).convert("RGB").resize((96, 96), Image.Resampling.BICUBIC)) for file in files])
+    squashed = np.stack(
+        [np.array(Image.open(file).convert("RGB").resize((96, 96), Image.Resampling.BICUBIC)) for file in files]
+    )
     with torch.inference_mode():
         dense, pooled = lite0(torch.from_numpy(squashed).permute(0, 3, 1, 2))
     assert dense.shape == (len(files), 1000, 3, 3)
     torch.testing.assert_close(dense.mean((2, 3)), pooled, rtol=0, atol=1e-4)
-    assert (pooled.softmax(1).amax(1) > 0.3).float().mean() > 0.4  # trained weights in the right places: sure of several photos
+    assert (
+        pooled.softmax(1).amax(1) > 0.3
+    ).float().mean() > 0.4  # trained weights in the right places: sure of several photos
 
 
-@pytest.mark.parametrize("arguments,prefix", [
-    (dict(), 1),
-    (dict(global_pool="avg"), 1),
-    (dict(reg_tokens=4), 5),
-    (dict(reg_tokens=4, global_pool="avg"), 5),
-    (dict(class_token=False, global_pool="avg", patch_size=(16, 32)), 0),  # 4 x 2 cells
-])
+@pytest.mark.parametrize(
+    "arguments,prefix",
+    [
+        (dict(), 1),
+        (dict(global_pool="avg"), 1),
+        (dict(reg_tokens=4), 5),
+        (dict(reg_tokens=4, global_pool="avg"), 5),
+        (dict(class_token=False, global_pool="avg", patch_size=(16, 32)), 0),  # 4 x 2 cells
+    ],
+)
 def test_vit_tokens_are_classified_one_by_one(arguments, prefix):
     network = randomised("vit_tiny_patch16_224", img_size=64, num_classes=7, depth=2, **arguments)
     dense, _, features = dense_and_features(network, 64)
@@ -87,17 +99,23 @@ def test_vit_tokens_are_classified_one_by_one(arguments, prefix):
     for row in range(height):
         for column in range(width):
             token = features[:, prefix + row * width + column]
-            torch.testing.assert_close(dense[:, :, row, column], network.head(network.fc_norm(token)), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                dense[:, :, row, column], network.head(network.fc_norm(token)), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_token_head_classifies_the_tokens():
     network = randomised("lvvit_t", img_size=64, num_classes=7, embed_dim=32, depth=2, num_heads=2, stem_width=8)
     dense, _, features = dense_and_features(network, 64)
-    torch.testing.assert_close(dense.flatten(2).transpose(1, 2), network.aux_head(features[:, 1:]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        dense.flatten(2).transpose(1, 2), network.aux_head(features[:, 1:]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_channels_last_hierarchy():
-    network = randomised("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1, 1, 1), num_classes=7)
+    network = randomised(
+        "swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1, 1, 1), num_classes=7
+    )
     dense, pooled, features = dense_and_features(network, 64)  # features [B, 2, 2, D]
     torch.testing.assert_close(dense.permute(0, 2, 3, 1), network.head.fc(features), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dense.mean((2, 3)), pooled, rtol=1e-4, atol=1e-4)
@@ -108,7 +126,9 @@ def test_layers_between_pooling_and_classifier_are_applied_to_each_cell():
     dense, _, features = dense_and_features(network, 64)  # features [B, D, 2, 2]
     channels = features.permute(0, 2, 3, 1)
     norm = network.head.norm
-    expected = network.head.fc(nn.functional.layer_norm(channels, channels.shape[-1:], norm.weight, norm.bias, norm.eps))
+    expected = network.head.fc(
+        nn.functional.layer_norm(channels, channels.shape[-1:], norm.weight, norm.bias, norm.eps)
+    )
     torch.testing.assert_close(dense.permute(0, 2, 3, 1), expected, rtol=1e-4, atol=1e-4)
 
     network = randomised("mobilenetv3_small_050", num_classes=7)
@@ -133,7 +153,10 @@ def test_checkpoint_files(tmp_path, form):
     assert loaded.num_classes == 7 and loaded.grid == (14, 14) and loaded.preprocessing.img_size == 224
     for key, value in network.state_dict().items():
         torch.testing.assert_close(loaded.network.state_dict()[key], value, rtol=0, atol=0)
-    assert build_annotator("vit_tiny_patch16_224", checkpoint=tmp_path / "weights.pth", img_size=96).grid == (6, 6)  # pos_embed resized
+    assert build_annotator("vit_tiny_patch16_224", checkpoint=tmp_path / "weights.pth", img_size=96).grid == (
+        6,
+        6,
+    )  # pos_embed resized
     with pytest.raises(AnnotateError, match="weights.pth does not fit model vit_tiny_patch16_224 with 8 classes"):
         build_annotator("vit_tiny_patch16_224", checkpoint=tmp_path / "weights.pth", num_classes=8)
     with pytest.raises(AnnotateError, match="weights.pth does not fit model resnet18"):
@@ -153,7 +176,9 @@ def test_checkpoint_means_a_runs_folder_a_checkpoints_or_a_file(tmp_path):
     optimizer = torch.optim.SGD(network.parameters())
     with pytest.raises(AnnotateError, match="run does not exist"):
         build_annotator("lvvit_t", checkpoint=tmp_path / "run", img_size=64)
-    saved = checkpoint.save(tmp_path / "run" / "checkpoints", model=network, ema=network, optimizer=optimizer, meta={"global_step": 3})
+    saved = checkpoint.save(
+        tmp_path / "run" / "checkpoints", model=network, ema=network, optimizer=optimizer, meta={"global_step": 3}
+    )
     for path in (tmp_path / "run", saved, saved / "ema.safetensors"):
         loaded = build_annotator("lvvit_t", checkpoint=path, img_size=64)
         torch.testing.assert_close(loaded.network.aux_head.weight, network.aux_head.weight, rtol=0, atol=0)
@@ -161,6 +186,7 @@ def test_checkpoint_means_a_runs_folder_a_checkpoints_or_a_file(tmp_path):
 
 def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
     import huggingface_hub.constants
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -193,8 +219,18 @@ def test_probe_recovers_classes_with_calibrated_logits():
 
 
 def test_fit_head_on_the_photos(tmp_path, photos):
-    manifest = annotate(AnnotateConfig(photos / "train", tmp_path / "maps", "efficientnet-lite0", img_size=96, fit_head=True,
-                                       eval_images=photos / "val", workers=1, device="cpu"))
+    manifest = annotate(
+        AnnotateConfig(
+            photos / "train",
+            tmp_path / "maps",
+            "efficientnet-lite0",
+            img_size=96,
+            fit_head=True,
+            eval_images=photos / "val",
+            workers=1,
+            device="cpu",
+        )
+    )
     report = manifest["probe_report"]
     assert report["eval_top1"] > 75 and report["cv_top1"] > 75  # majority class: 28 %
     assert manifest["pooled_top1"] == pytest.approx(report["train_top1"]) and manifest["complete"]
@@ -222,14 +258,29 @@ def test_cells_lie_where_the_things_are(tmp_path, photos, lite0):
         above.paste(half, (0, 300 * i))
     beside.save(tmp_path / "images" / "beside.png")
     above.save(tmp_path / "images" / "above.png")
-    manifest = annotate(AnnotateConfig(tmp_path / "images", tmp_path / "maps", "efficientnet-lite0", img_size=256, topk=1000, workers=1,
-                                       device="cpu"))
-    assert manifest["class_counts"] is None and "pooled_top1" not in manifest and manifest["class_names"][281] == "n02123045"
+    manifest = annotate(
+        AnnotateConfig(
+            tmp_path / "images",
+            tmp_path / "maps",
+            "efficientnet-lite0",
+            img_size=256,
+            topk=1000,
+            workers=1,
+            device="cpu",
+        )
+    )
+    assert (
+        manifest["class_counts"] is None
+        and "pooled_top1" not in manifest
+        and manifest["class_names"][281] == "n02123045"
+    )
     store = LabelMapStore(tmp_path / "maps")
     assert store.ids == ["above.png", "beside.png"] and store.spec.shape == (1000, 8, 8)
     alone = build_annotator("efficientnet-lite0")
     with torch.inference_mode():
-        pooled = torch.stack([alone(torch.from_numpy(np.array(half.resize((224, 224)))).permute(2, 0, 1)[None])[1][0] for half in halves])
+        pooled = torch.stack(
+            [alone(torch.from_numpy(np.array(half.resize((224, 224)))).permute(2, 0, 1)[None])[1][0] for half in halves]
+        )
     first, second = pooled.argmax(1).tolist()
     assert first != second
     for sample_id in store.ids:
@@ -268,9 +319,23 @@ def test_resume_and_two_ranks_give_the_same_store(tmp_path, photos, monkeypatch)
     assert content(one) == whole and (one / "maps-00000.npy").stat().st_mtime_ns == kept
 
     (tmp_path / "parts_of_8.py").write_text(PARTS_OF_8)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "parts_of_8.py")]
-    done = subprocess.run(command + [argument.replace("OUT", str(two)) for argument in arguments], cwd=ROOT, text=True, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "parts_of_8.py"),
+    ]
+    done = subprocess.run(
+        command + [argument.replace("OUT", str(two)) for argument in arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("pooled top-1") == 1  # one rank talks
     assert content(two) == whole
@@ -290,7 +355,11 @@ def test_classes_keep_the_folders_logits(tmp_path, few):
     common = dict(images=few, model="efficientnet-lite0", img_size=64, workers=1, device="cpu", topk=1000)
     everything = annotate(AnnotateConfig(out=tmp_path / "all", **common))
     kept = annotate(AnnotateConfig(out=tmp_path / "kept", classes="auto", **common))
-    assert kept["kept_classes"] == [281, 435] and kept["class_names"] == ["n02123045", "n02808440"] and "pooled_top1" in kept
+    assert (
+        kept["kept_classes"] == [281, 435]
+        and kept["class_names"] == ["n02123045", "n02808440"]
+        and "pooled_top1" in kept
+    )
     assert "pooled_top1" not in everything and kept["spec"]["k"] == 2
     dense = {}
     for name in ("all", "kept"):
@@ -298,14 +367,20 @@ def test_classes_keep_the_folders_logits(tmp_path, few):
         classes, scores = unpack(store.record(store.ids[-1]), store.spec)
         dense[name] = np.zeros_like(scores)
         np.put_along_axis(dense[name], classes.astype(int), scores, 0)
-    np.testing.assert_allclose(dense["kept"][0] - dense["kept"][1], dense["all"][281] - dense["all"][435], atol=0.3)  # quantisation
+    np.testing.assert_allclose(
+        dense["kept"][0] - dense["kept"][1], dense["all"][281] - dense["all"][435], atol=0.3
+    )  # quantisation
     (tmp_path / "classes.json").write_text(json.dumps({"n02123045": "n02808440", "n02808440": 281}))
     swapped = annotate(AnnotateConfig(out=tmp_path / "swapped", classes=str(tmp_path / "classes.json"), **common))
     assert swapped["kept_classes"] == [435, 281] and swapped["pooled_top1"] == pytest.approx(100 - kept["pooled_top1"])
 
-    for mapping, message in [({"n02123045": 1}, "'n02808440'.* missing"), ({"n02123045": 1, "n02808440": 1000}, "1000 is no class index"),
-                             ({"n02123045": 1, "n02808440": "dog"}, "'dog' is not a wnid"),
-                             ({"n02123045": 1, "n02808440": 1}, "both mapped to class 1"), ([], "must map")]:
+    for mapping, message in [
+        ({"n02123045": 1}, "'n02808440'.* missing"),
+        ({"n02123045": 1, "n02808440": 1000}, "1000 is no class index"),
+        ({"n02123045": 1, "n02808440": "dog"}, "'dog' is not a wnid"),
+        ({"n02123045": 1, "n02808440": 1}, "both mapped to class 1"),
+        ([], "must map"),
+    ]:
         (tmp_path / "classes.json").write_text(json.dumps(mapping))
         with pytest.raises(AnnotateError, match=message):
             annotate(AnnotateConfig(out=tmp_path / "refused", classes=str(tmp_path / "classes.json"), **common))
@@ -313,7 +388,11 @@ def test_classes_keep_the_folders_logits(tmp_path, few):
 
 
 def test_another_way_of_annotating_is_refused_until_overwritten(tmp_path, few, capsys):
-    arguments = [str(few), str(tmp_path / "maps"), *"--model efficientnet-lite0 --workers 1 --device cpu --img-size".split()]
+    arguments = [
+        str(few),
+        str(tmp_path / "maps"),
+        *"--model efficientnet-lite0 --workers 1 --device cpu --img-size".split(),
+    ]
     assert main([*arguments, "64"])["preprocessing"]["img_size"] == 64
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, "96", "--topk", "3"])
@@ -334,7 +413,9 @@ def test_a_broken_image_ends_the_run_with_its_name(tmp_path, few, workers):
     broken = sorted(few.rglob("*.jpg"))[4]
     broken.write_bytes(broken.read_bytes()[:2000])
     with pytest.raises(AnnotateError, match=f"{broken.name}: damaged image: .*--on-error quarantine"):
-        annotate(AnnotateConfig(few, tmp_path / "maps", "efficientnet-lite0", img_size=64, workers=workers, device="cpu"))
+        annotate(
+            AnnotateConfig(few, tmp_path / "maps", "efficientnet-lite0", img_size=64, workers=workers, device="cpu")
+        )
     assert not LabelMapStore(tmp_path / "maps").complete and not list((tmp_path / "maps").glob("maps-*"))
 
 
@@ -343,7 +424,11 @@ def test_any_image_mode_is_annotated(tmp_path):
     for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
         Image.new(mode, (40, 30)).save(tmp_path / "images" / f"{mode.replace(';', '')}.png")
     Image.new("CMYK", (40, 30)).save(tmp_path / "images" / "cmyk.jpg")
-    annotate(AnnotateConfig(tmp_path / "images", tmp_path / "maps", "efficientnet-lite0", img_size=32, workers=1, device="cpu"))
+    annotate(
+        AnnotateConfig(
+            tmp_path / "images", tmp_path / "maps", "efficientnet-lite0", img_size=32, workers=1, device="cpu"
+        )
+    )
     assert len(LabelMapStore(tmp_path / "maps")) == 7
 
 
@@ -360,13 +445,32 @@ def test_listing(tmp_path):
         list_images(tmp_path)
     (tmp_path / "stray.jpg").unlink()
     (tmp_path / "c").mkdir()
-    for folder, message in ((tmp_path, "c: no images"), (tmp_path / "c", "no images"), (tmp_path / "d", "no such folder")):
+    for folder, message in (
+        (tmp_path, "c: no images"),
+        (tmp_path / "c", "no images"),
+        (tmp_path / "d", "no such folder"),
+    ):
         with pytest.raises(ImageFolderError, match=message):
             list_images(folder)
 
 
-@pytest.mark.parametrize("bad", [dict(topk=0), dict(batch_size=0), dict(workers=0), dict(img_size=0), dict(dtype="int8"),
-                                 dict(device="tpu"), dict(max_rejects=3), dict(on_error="skip"), dict(exif="turn"), dict(timeout_minutes=0), dict(classes="auto", fit_head=True), dict(eval_images="x")])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(topk=0),
+        dict(batch_size=0),
+        dict(workers=0),
+        dict(img_size=0),
+        dict(dtype="int8"),
+        dict(device="tpu"),
+        dict(max_rejects=3),
+        dict(on_error="skip"),
+        dict(exif="turn"),
+        dict(timeout_minutes=0),
+        dict(classes="auto", fit_head=True),
+        dict(eval_images="x"),
+    ],
+)
 def test_config_refuses(bad):
     with pytest.raises(AnnotateError, match=next(iter(bad))):
         AnnotateConfig(**{**dict(images="i", out="o", model="m"), **bad})
@@ -377,4 +481,8 @@ def test_flat_folder_has_no_classes_to_keep_or_fit(tmp_path, few):
         annotate(AnnotateConfig(few / "n02123045", tmp_path / "maps", "efficientnet-lite0", fit_head=True))
     with pytest.raises(AnnotateError, match="has no classifier.*--fit-head"):
         torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "w.pth")
-        annotate(AnnotateConfig(few, tmp_path / "maps", "resnet18", checkpoint=tmp_path / "w.pth", num_classes=0, img_size=64))
+        annotate(
+            AnnotateConfig(
+                few, tmp_path / "maps", "resnet18", checkpoint=tmp_path / "w.pth", num_classes=0, img_size=64
+            )
+        )

@@ -16,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
 from test_converting import SHAPE, published, run
 from test_sources import WNIDS, pack_train, pack_val, pack_webdataset, parquet_table, write_parquet
+
 from tl_fast import annotate
 from tl_fast.annotation import run as annotation
-from tl_fast.labelmaps import format as labelmap
-from tl_fast.system import progress
 from tl_fast.annotation.annotator import AnnotateError
 from tl_fast.beton.reader import BetonReader, verify
-from tl_fast.sources.image_folder import ImageFolder
+from tl_fast.labelmaps import format as labelmap
 from tl_fast.labelmaps.format import LabelMapError, LabelMapStore
+from tl_fast.sources.image_folder import ImageFolder
+from tl_fast.system import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,4 +1,6 @@
-"""What is drawn: RandAugment, colour jitter, interpolation and erasing as timm and torchvision draw them; the same for any batch."""
+"""What is drawn: RandAugment, colour jitter, interpolation and erasing as timm and torchvision draw them; the same for
+any batch."""
+
 import itertools
 import random
 
@@ -8,15 +10,18 @@ import torch
 from scipy import stats
 
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
-from tl_fast.maths import scalar
-from tl_fast.plan import records as plan
+from torchvision.transforms import ColorJitter
+
 from tl_fast.convert.write import Sample, write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.maths import scalar
 from tl_fast.pipeline.loader import Loader
+from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import MAX_LAYERS, OPS, RandAugment
-from torchvision.transforms import ColorJitter
 
 RECIPE = plan.Augment(interpolation="random", auto_augment="rand-m9-mstd0.5-inc1", erase=0.25)
 N = 20_000
@@ -29,8 +34,17 @@ def draw(n=N, seed=3, epoch=5, augment=RECIPE, height=375, width=500):
 # --- the notation
 
 
-STRINGS = ["rand", "rand-m9", "rand-m9-mstd0.5-inc1", "rand-n3-m9-mstd0.5-inc1", "rand-m15-mmax20-p0.3-n1", "rand-m7-mstd101",
-           "rand-inc0-m5-p1", "rand-mstd1-n4-inc1-mmax30", "rand-m0-p0.0"]  # fmt: skip
+STRINGS = [
+    "rand",
+    "rand-m9",
+    "rand-m9-mstd0.5-inc1",
+    "rand-n3-m9-mstd0.5-inc1",
+    "rand-m15-mmax20-p0.3-n1",
+    "rand-m7-mstd101",
+    "rand-inc0-m5-p1",
+    "rand-mstd1-n4-inc1-mmax30",
+    "rand-m0-p0.0",
+]
 
 
 def our_name(theirs: str) -> str:
@@ -51,12 +65,30 @@ def test_strings_mean_what_they_mean_to_timm(text):
 
 @pytest.mark.parametrize(
     "text, part",
-    [("augmix-m5", "augmix-m5"), ("original", "original"), ("RAND-m9", "RAND-m9"), ("rand-m", "'m'"), ("rand-m9.5", "m9.5"),
-     ("rand-x3", "x3"), ("rand--m9", "''"), ("rand-m9-", "''"), ("rand-n0", "n0"), (f"rand-n{MAX_LAYERS + 1}", f"n{MAX_LAYERS + 1}"),
-     ("rand-p1.5", "p1.5"), ("rand-pnan", "pnan"), ("rand-mstdnan", "mstdnan"), ("rand-mstd", "'mstd'"), ("rand-mmax0", "mmax0"),
-     ("rand-mmax101", "mmax101"), ("rand-incyes", "incyes"), ("rand-tweights", "tweights"), ("rand-w0", "w0"), ("rand-m9-m-1", "'m'"),
-     ("rand m9", "rand m9")],
-)  # fmt: skip
+    [
+        ("augmix-m5", "augmix-m5"),
+        ("original", "original"),
+        ("RAND-m9", "RAND-m9"),
+        ("rand-m", "'m'"),
+        ("rand-m9.5", "m9.5"),
+        ("rand-x3", "x3"),
+        ("rand--m9", "''"),
+        ("rand-m9-", "''"),
+        ("rand-n0", "n0"),
+        (f"rand-n{MAX_LAYERS + 1}", f"n{MAX_LAYERS + 1}"),
+        ("rand-p1.5", "p1.5"),
+        ("rand-pnan", "pnan"),
+        ("rand-mstdnan", "mstdnan"),
+        ("rand-mstd", "'mstd'"),
+        ("rand-mmax0", "mmax0"),
+        ("rand-mmax101", "mmax101"),
+        ("rand-incyes", "incyes"),
+        ("rand-tweights", "tweights"),
+        ("rand-w0", "w0"),
+        ("rand-m9-m-1", "'m'"),
+        ("rand m9", "rand m9"),
+    ],
+)
 def test_bad_strings_are_refused_and_their_part_named(text, part):
     for parse in (RandAugment.parse, lambda text: plan.Augment(auto_augment=text)):
         with pytest.raises(ValueError) as error:
@@ -66,10 +98,16 @@ def test_bad_strings_are_refused_and_their_part_named(text, part):
 
 @pytest.mark.parametrize(
     "options, word",
-    [({"interpolation": "lanczos"}, "interpolation"), ({"erase": 1.1}, "erase"), ({"erase": float("nan")}, "erase"),
-     ({"color_jitter": -0.1}, "color_jitter"), ({"color_jitter": 0.4, "auto_augment": "rand-m9"}, "auto_augment"),
-     ({"fill": (0, 0)}, "fill"), ({"fill": (0, 0, 256)}, "fill")],
-)  # fmt: skip
+    [
+        ({"interpolation": "lanczos"}, "interpolation"),
+        ({"erase": 1.1}, "erase"),
+        ({"erase": float("nan")}, "erase"),
+        ({"color_jitter": -0.1}, "color_jitter"),
+        ({"color_jitter": 0.4, "auto_augment": "rand-m9"}, "auto_augment"),
+        ({"fill": (0, 0)}, "fill"),
+        ({"fill": (0, 0, 256)}, "fill"),
+    ],
+)
 def test_bad_settings_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
         plan.Augment(**options)
@@ -125,11 +163,20 @@ def by_op(images) -> dict[str, np.ndarray]:
 
 def our_draws(text: str, n: int):
     plans = draw(n, augment=plan.Augment(auto_augment=text))
-    return plans, [[(OPS[op], float(a)) for op, a in zip(p["ops"], p["arguments"], strict=True) if op >= 0] for p in plans]
+    return plans, [
+        [(OPS[op], float(a)) for op, a in zip(p["ops"], p["arguments"], strict=True) if op >= 0] for p in plans
+    ]
 
 
 @pytest.mark.parametrize(
-    "text", ["rand-m9-mstd0.5-inc1", "rand-n3-m9-mstd0.5-inc1", "rand-m6-mstd101-p0.8", "rand-m9-inc1-p1", "rand-m12-mstd3-mmax15"]
+    "text",
+    [
+        "rand-m9-mstd0.5-inc1",
+        "rand-n3-m9-mstd0.5-inc1",
+        "rand-m6-mstd101-p0.8",
+        "rand-m9-inc1-p1",
+        "rand-m12-mstd3-mmax15",
+    ],
 )
 def test_operations_and_arguments_are_distributed_as_timms(text):
     theirs = timm_draws(text, N)
@@ -160,7 +207,9 @@ def test_signs_and_layers_are_fair():
     for n in range(MAX_LAYERS):
         op, argument = plans["ops"][:, n], plans["arguments"][:, n]
         assert stats.binomtest(int((op >= 0).sum()), N, 0.5).pvalue > 1e-3
-        signed = argument[np.isin(op, [scalar.ROTATE, scalar.SHEAR_X, scalar.SHEAR_Y, scalar.TRANSLATE_X, scalar.TRANSLATE_Y])]
+        signed = argument[
+            np.isin(op, [scalar.ROTATE, scalar.SHEAR_X, scalar.SHEAR_Y, scalar.TRANSLATE_X, scalar.TRANSLATE_Y])
+        ]
         assert stats.binomtest(int((signed < 0).sum()), signed.size, 0.5).pvalue > 1e-3
     assert (plans["arguments"][plans["ops"] < 0] == 0).all()
 
@@ -178,7 +227,9 @@ def test_colour_jitter_is_torchvisions():
     theirs_order = [tuple(i for i in order.tolist() if i < 3) for order, *_ in drawn]
     plans = draw(augment=plan.Augment(color_jitter=0.4))
     codes = [scalar.BRIGHTNESS, scalar.CONTRAST, scalar.COLOR]
-    assert (plans["ops"][:, 3:] == scalar.NO_OP).all() and (np.sort(plans["ops"][:, :3], axis=1) == np.sort(codes)).all()
+    assert (plans["ops"][:, 3:] == scalar.NO_OP).all() and (
+        np.sort(plans["ops"][:, :3], axis=1) == np.sort(codes)
+    ).all()
     ours_order = [tuple(codes.index(op) for op in row) for row in plans["ops"][:, :3]]
     orders = list(itertools.permutations(range(3)))
     counts = [[found.count(order) for order in orders] for found in (theirs_order, ours_order)]
@@ -203,9 +254,21 @@ def test_erased_boxes_are_distributed_as_timms():
     ours = plan.erase_boxes(draw(), size)
     ours = ours[ours[:, 2] > 0]
     assert stats.binomtest(len(ours), N, 0.25).pvalue > 1e-3
-    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all() and (ours[:, 2:] < size).all() and (ours[:, :2] + ours[:, 2:] <= size).all()
-    views = {"top": lambda t, l, h, w: t, "left": lambda t, l, h, w: l, "height": lambda t, l, h, w: h, "width": lambda t, l, h, w: w,
-             "area": lambda t, l, h, w: h * w, "ratio": lambda t, l, h, w: h / w, "below": lambda t, l, h, w: size - t - h}  # fmt: skip
+    assert (
+        (ours[:, :2] >= 0).all()
+        and (ours[:, 2:] > 0).all()
+        and (ours[:, 2:] < size).all()
+        and (ours[:, :2] + ours[:, 2:] <= size).all()
+    )
+    views = {
+        "top": lambda y, x, h, w: y,
+        "left": lambda y, x, h, w: x,
+        "height": lambda y, x, h, w: h,
+        "width": lambda y, x, h, w: w,
+        "area": lambda y, x, h, w: h * w,
+        "ratio": lambda y, x, h, w: h / w,
+        "below": lambda y, x, h, w: size - y - h,
+    }
     for name, view in views.items():
         assert stats.ks_2samp(view(*theirs.T), view(*ours.T)).pvalue > 1e-3, name
 
@@ -249,23 +312,32 @@ def test_one_setting_does_not_change_what_others_draw():
     fields = {
         plan.Augment(): crop + ("noise",),
         plan.Augment(interpolation="random", color_jitter=0.4): crop + ("interpolation", "noise"),
-        plan.Augment(interpolation="random", auto_augment="rand-n3-m9", erase=0.25): crop + ("interpolation", "erase", "noise"),
-        plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", erase=0.0, flip=0.1): crop[:4] + ("ops", "arguments", "noise"),
+        plan.Augment(interpolation="random", auto_augment="rand-n3-m9", erase=0.25): (
+            crop + ("interpolation", "erase", "noise")
+        ),
+        plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", erase=0.0, flip=0.1): (
+            crop[:4] + ("ops", "arguments", "noise")
+        ),
     }
     for augment, unchanged in fields.items():
         other = draw(2000, augment=augment)
         assert all((other[name] == base[name]).all() for name in unchanged), augment
     more = draw(2000, augment=plan.Augment(auto_augment="rand-n3-m9-mstd0.5-inc1"))
-    assert (more["ops"][:, :2] == base["ops"][:, :2]).all() and (more["arguments"][:, :2] == base["arguments"][:, :2]).all()
+    assert (more["ops"][:, :2] == base["ops"][:, :2]).all() and (
+        more["arguments"][:, :2] == base["arguments"][:, :2]
+    ).all()
 
 
 def features(plans) -> dict[str, np.ndarray]:
     """Small numbers of each purpose's draws, which must tell nothing about each other."""
+
     def quarters(values):
         return np.searchsorted(np.quantile(values, [0.25, 0.5, 0.75]), values)
 
     # -2 to 2: direction of a geometric operation and whether its level is above the mean; 0 for other operations.
-    full = np.select([plans["ops"] == 3, np.isin(plans["ops"], [11, 12]), np.isin(plans["ops"], [13, 14])], [30, 0.3, 0.45], np.inf)
+    full = np.select(
+        [plans["ops"] == 3, np.isin(plans["ops"], [11, 12]), np.isin(plans["ops"], [13, 14])], [30, 0.3, 0.45], np.inf
+    )
     strength = (np.sign(plans["arguments"] / full) * (1 + (np.abs(plans["arguments"]) / full > 0.9))).astype(int)
     return {
         "crop area": quarters(plans["height"] * plans["width"]),
@@ -290,7 +362,8 @@ def independent(left: np.ndarray, right: np.ndarray) -> float:
 
 def test_draws_of_different_purposes_epochs_samples_and_seeds_are_independent():
     base = features(draw())
-    # Some crops do not fit and are drawn anew, so area and ratio are not independent; nor is an operation of its strength.
+    # Some crops do not fit and are drawn anew, so area and ratio are not independent; nor is an operation of its
+    # strength.
     tied = {("crop area", "crop ratio"), ("first op", "first strength"), ("second op", "second strength")}
     pairs = [(a, b) for a, b in itertools.combinations(base, 2) if (a, b) not in tied]
     assert len(pairs) == 52
@@ -336,7 +409,12 @@ def epoch_of(beton, batch_size, epoch=2, start_step=0, **options):
 def test_full_recipe_is_the_same_for_any_threads_batch_size_and_restart(beton):
     base = epoch_of(beton, 8, threads=1)
     assert len(base) == 24 and sum(int(parts[3][2]) > 0 for parts in base.values()) > 1
-    whole = [epoch_of(beton, 8, threads=2), epoch_of(beton, 12, threads=2), epoch_of(beton, 3, threads=1), epoch_of(beton, 1, threads=2)]
+    whole = [
+        epoch_of(beton, 8, threads=2),
+        epoch_of(beton, 12, threads=2),
+        epoch_of(beton, 3, threads=1),
+        epoch_of(beton, 1, threads=2),
+    ]
     restarted = [epoch_of(beton, 8, start_step=1), epoch_of(beton, 4, start_step=5, threads=2)]
     assert [len(seen) for seen in whole + restarted] == [24, 24, 24, 24, 16, 4]
     for other in whole + restarted:

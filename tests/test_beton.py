@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tl_fast.beton import layout
-from tl_fast.convert import write as beton_write
 from tl_fast.beton.reader import BetonError, BetonReader, Sample, verify, write_beton
+from tl_fast.convert import write as beton_write
 from tl_fast.labelmaps.format import MapSpec, encode, pack, unpack
 
 SPEC = MapSpec(k=3, height=5, width=7, num_classes=300)
@@ -66,7 +66,9 @@ def written(jpegs: list[bytes], maps: list[np.void], tmp_path_factory: pytest.Te
     """116 samples with label maps, repeated so that they fill more than one page."""
     path = tmp_path_factory.mktemp("beton") / "maps.beton"
     samples = make_samples(jpegs * 3, maps * 3)
-    summary = write_beton(path, samples, class_names=CLASSES, spec=SPEC, annotator={"model": "none"}, page_size=PAGE, workers=2)
+    summary = write_beton(
+        path, samples, class_names=CLASSES, spec=SPEC, annotator={"model": "none"}, page_size=PAGE, workers=2
+    )
     assert summary.copied == summary.samples == len(samples) and summary.file_bytes == path.stat().st_size > PAGE
     return path
 
@@ -117,7 +119,9 @@ def test_no_sample_crosses_a_page(written: Path) -> None:
     assert len(np.unique(first)) > 1
 
 
-def test_same_bytes_for_any_number_of_workers(written: Path, jpegs: list[bytes], maps: list[np.void], tmp_path: Path) -> None:
+def test_same_bytes_for_any_number_of_workers(
+    written: Path, jpegs: list[bytes], maps: list[np.void], tmp_path: Path
+) -> None:
     def slow(data: bytes, i: int) -> bytes:  # finish out of order
         time.sleep(0.003 * (i % 3 == 0))
         return data
@@ -128,12 +132,15 @@ def test_same_bytes_for_any_number_of_workers(written: Path, jpegs: list[bytes],
             for i, s in enumerate(make_samples(jpegs * 3, maps * 3))
         ]
         path = tmp_path / f"{workers}.beton"
-        write_beton(path, samples, class_names=CLASSES, spec=SPEC, annotator={"model": "none"}, page_size=PAGE, workers=workers)
+        write_beton(
+            path, samples, class_names=CLASSES, spec=SPEC, annotator={"model": "none"}, page_size=PAGE, workers=workers
+        )
         assert path.read_bytes() == written.read_bytes()
 
 
 def collect(make_loader, seconds: float = 120) -> list[tuple[np.ndarray, ...]]:
-    """All batches of a stock ffcv loader; its thread dies silently on an error and leaves the caller waiting, so wait with a limit."""
+    """All batches of a stock ffcv loader; its thread dies silently on an error and leaves the caller waiting, so wait
+    with a limit."""
     batches: list[tuple[np.ndarray, ...]] = []
     ended = threading.Event()
 
@@ -155,31 +162,45 @@ def test_stock_ffcv_loader_reads_image_label_and_map(written: Path, jpegs: list[
 
     from tl_fast.beton.ffcv_field import LabelMapField
 
-    shared = numba.uint8[::1], numba.uint8[:, ::1], numba.uint64[::1], numba.uint32[::1]  # numba's own objects, for the whole process
+    shared = (
+        numba.uint8[::1],
+        numba.uint8[:, ::1],
+        numba.uint64[::1],
+        numba.uint32[::1],
+    )  # numba's own objects, for the whole process
     options = {
         "os": {"os_cache": True, "order": ffcv.loader.OrderOption.SEQUENTIAL},
         "process": {"os_cache": False, "order": ffcv.loader.OrderOption.QUASI_RANDOM},
     }[cache]  # the latter relies on pages
     batches = collect(
         lambda: ffcv.Loader(
-            str(written), batch_size=64, num_workers=1, drop_last=False, custom_fields={"label_map": LabelMapField}, **options
+            str(written),
+            batch_size=64,
+            num_workers=1,
+            drop_last=False,
+            custom_fields={"label_map": LabelMapField},
+            **options,
         )
     )
     images, labels, label_maps, crcs = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     reader = BetonReader(written)
     assert len(images) == len(reader)
     place = {
-        (label, crc): i for i, (label, crc) in enumerate(zip(reader.labels.tolist(), map(reader.crc, range(len(reader))), strict=True))
+        (label, crc): i
+        for i, (label, crc) in enumerate(zip(reader.labels.tolist(), map(reader.crc, range(len(reader))), strict=True))
     }
     order = [place[key] for key in zip(labels[:, 0].tolist(), crcs[:, 0].tolist(), strict=True)]
     assert sorted(order) == list(range(len(reader)))
     classes, scores = reader.label_maps(order)
     np.testing.assert_array_equal(label_maps[:, 1], classes)
-    np.testing.assert_allclose(label_maps[:, 0], scores, rtol=0, atol=4e-6)  # ffcv compiles with fastmath: one fused multiply-add
+    np.testing.assert_allclose(
+        label_maps[:, 0], scores, rtol=0, atol=4e-6
+    )  # ffcv compiles with fastmath: one fused multiply-add
     for image, i in zip(images, order, strict=True):
         data = jpegs[i % len(jpegs)]
         np.testing.assert_array_equal(image, simplejpeg.decode_jpeg(data, fastdct=True))
-        # ffcv decodes with libjpeg's fast DCT: at quality 90 measured up to 8 levels from Pillow's exact one, mean 0.95 (75: 5, 95: 20)
+        # ffcv decodes with libjpeg's fast DCT: at quality 90 measured up to 8 levels from Pillow's exact one, mean 0.95
+        # (75: 5, 95: 20)
         difference = np.abs(image.astype(int) - np.asarray(Image.open(io.BytesIO(data))))
         assert difference.max() <= 10 and difference.mean() < 2
     assert all(kind.mutable for kind in shared), "ffcv marked numba's types as read-only"
@@ -193,17 +214,21 @@ from tl_fast.beton import BetonReader
 from tl_fast.beton.ffcv_field import LabelMapField
 reader = BetonReader(sys.argv[1])
 expected = reader.label_maps(np.arange(len(reader)))[0]
-loader = Loader(sys.argv[1], batch_size=64, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False, custom_fields={"label_map": LabelMapField})
+loader = Loader(sys.argv[1], batch_size=64, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False,
+                custom_fields={"label_map": LabelMapField})
 print((np.concatenate([batch[2].numpy()[:, 1].copy() for batch in loader]) == expected).all())
 """
 
 
 @pytest.mark.usefixtures("stock_ffcv")
 def test_stock_ffcv_loader_beside_the_reader(written: Path, tmp_path: Path) -> None:
-    """In one process, with nothing compiled before: numba once inferred types for ever where both used one compiled function."""
+    """In one process, with nothing compiled before: numba once inferred types for ever where both used one compiled
+    function."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", AFTER_THE_READER, str(written)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment, timeout=150)
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment, timeout=150
+    )
     assert result.stdout.strip() == "True", result.stderr
 
 
@@ -214,14 +239,20 @@ def test_layout_is_ffcvs() -> None:
 
     from tl_fast.beton.ffcv_field import LabelMapField
 
-    assert layout.HEADER == types.HeaderType and layout.ALLOCATION == types.ALLOC_TABLE_TYPE and layout.VERSION == types.CURRENT_VERSION
+    assert (
+        layout.HEADER == types.HeaderType
+        and layout.ALLOCATION == types.ALLOC_TABLE_TYPE
+        and layout.VERSION == types.CURRENT_VERSION
+    )
     assert layout.FIELD.itemsize == types.FieldDescType.itemsize
     assert [layout.FIELD.fields[name][1] for name in layout.FIELD.names] == [
         types.FieldDescType.fields[name][1] for name in types.FieldDescType.names
     ]
     field = LabelMapField(SPEC)
     handlers = [RGBImageField(), IntField(), field, IntField()]
-    assert layout.metadata_dtype([layout.IMAGE, np.dtype("<i8"), layout.LABEL_MAP, np.dtype("<i8")]) == types.get_metadata_type(handlers)
+    assert layout.metadata_dtype(
+        [layout.IMAGE, np.dtype("<i8"), layout.LABEL_MAP, np.dtype("<i8")]
+    ) == types.get_metadata_type(handlers)
     for kind, handler in types.TYPE_ID_HANDLER.items():
         if handler is not None and kind not in (4, 6):  # arrays take arguments; their entry is a pointer
             assert layout.STOCK_TYPES[kind] == handler().metadata_type
@@ -270,9 +301,9 @@ def test_raw_images_are_refused_with_the_remedy(tmp_path: Path) -> None:
     from ffcv.fields import IntField, RGBImageField
 
     path = tmp_path / "raw.beton"
-    writer.DatasetWriter(str(path), {"image": RGBImageField("raw"), "label": IntField()}, num_workers=1).from_indexed_dataset(
-        [(np.zeros((8, 8, 3), np.uint8), 0)] * 3
-    )
+    writer.DatasetWriter(
+        str(path), {"image": RGBImageField("raw"), "label": IntField()}, num_workers=1
+    ).from_indexed_dataset([(np.zeros((8, 8, 3), np.uint8), 0)] * 3)
     with pytest.raises(BetonError, match="raw.beton.*raw pixels.*write_mode='jpg'"):
         BetonReader(path)
 
@@ -289,7 +320,11 @@ def test_verify_finds_a_flipped_bit_in_any_sample(small: bytes, tmp_path: Path) 
             data[int(row["ptr"]) + place] ^= 1
             path.write_bytes(data)
             problems = verify(path)
-            assert len(problems) == 1 and f"sample {row['sample_id']} " in problems[0] and "flipped.beton: crc" in problems[0]
+            assert (
+                len(problems) == 1
+                and f"sample {row['sample_id']} " in problems[0]
+                and "flipped.beton: crc" in problems[0]
+            )
 
 
 def read_everything(path: Path) -> list[tuple]:
@@ -305,7 +340,16 @@ def read_everything(path: Path) -> list[tuple]:
                     result.append(None)
                     continue
             maps = [part.tobytes() for part in reader.label_maps([i])] if reader.spec else []
-            result.append((ids[i], int(reader.labels[i]), int(reader.heights[i]), int(reader.widths[i]), bytes(reader.jpeg(i)), maps))
+            result.append(
+                (
+                    ids[i],
+                    int(reader.labels[i]),
+                    int(reader.heights[i]),
+                    int(reader.widths[i]),
+                    bytes(reader.jpeg(i)),
+                    maps,
+                )
+            )
         return result
 
 
@@ -344,7 +388,8 @@ def mutate(data: bytes, mutations: list[tuple]) -> bytes:
 
 
 def reseal(data: bytes) -> bytes:
-    """Put right CRCs on a mutated file, as one would who makes it on purpose, so that the bounds checks behind the CRCs are reached."""
+    """Put right CRCs on a mutated file, as one would who makes it on purpose, so that the bounds checks behind the CRCs
+    are reached."""
     data = bytearray(data)
     head_size = 24 + 4 * layout.FIELD.itemsize
     if len(data) < head_size:
@@ -455,11 +500,14 @@ def folder_content(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_error_names_the_first_bad_sample_and_leaves_nothing(jpegs: list[bytes], tmp_path: Path, workers: int) -> None:
+def test_an_error_names_the_first_bad_sample_and_leaves_nothing(
+    jpegs: list[bytes], tmp_path: Path, workers: int
+) -> None:
     read = []
     samples = make_samples(jpegs)
     samples = [
-        Sample(s.source_id, s.label, lambda s=s: read.append(s.source_id) or s.image(), origin=f"photos/{s.source_id}") for s in samples
+        Sample(s.source_id, s.label, lambda s=s: read.append(s.source_id) or s.image(), origin=f"photos/{s.source_id}")
+        for s in samples
     ]
     for bad in (40, 41):
         samples[bad] = Sample(f"bad {bad}.jpg", 0, lambda: b"no image at all", origin=f"photos/bad {bad}.jpg")
@@ -480,17 +528,30 @@ def large_jpeg() -> bytes:
         (lambda s: Sample("folder/é 0.jpg", s.label, s.image, s.label_map), "second sample with the id"),
         (lambda s: Sample(s.source_id, 300, s.image, s.label_map), "label 300 is not in 0..299"),
         (lambda s: Sample(s.source_id, s.label, s.image), "no label map"),
-        (lambda s: Sample(s.source_id, s.label, s.image, lambda: np.zeros((), MapSpec(3, 5, 8, 300).dtype)[()]), "dtype"),
         (
-            lambda s: Sample(s.source_id, s.label, s.image, lambda: np.array((0, 1, np.full(SPEC.shape, 300), 0), SPEC.dtype)[()]),
+            lambda s: Sample(s.source_id, s.label, s.image, lambda: np.zeros((), MapSpec(3, 5, 8, 300).dtype)[()]),
+            "dtype",
+        ),
+        (
+            lambda s: Sample(
+                s.source_id, s.label, s.image, lambda: np.array((0, 1, np.full(SPEC.shape, 300), 0), SPEC.dtype)[()]
+            ),
             "class 300 of 300",
         ),
-        (lambda s: Sample(s.source_id, s.label, s.image, lambda: np.array((np.nan, 1, 0, 0), SPEC.dtype)[()]), "finite"),
-        (lambda s: Sample(s.source_id, s.label, lambda: Path("/no/such/file").read_bytes(), s.label_map), "No such file"),
+        (
+            lambda s: Sample(s.source_id, s.label, s.image, lambda: np.array((np.nan, 1, 0, 0), SPEC.dtype)[()]),
+            "finite",
+        ),
+        (
+            lambda s: Sample(s.source_id, s.label, lambda: Path("/no/such/file").read_bytes(), s.label_map),
+            "No such file",
+        ),
         (lambda s: Sample(s.source_id, s.label, large_jpeg, s.label_map), "--page-size 4194304"),
     ],
 )
-def test_bad_samples_are_refused_by_name(jpegs: list[bytes], maps: list[np.void], tmp_path: Path, change, message: str) -> None:
+def test_bad_samples_are_refused_by_name(
+    jpegs: list[bytes], maps: list[np.void], tmp_path: Path, change, message: str
+) -> None:
     samples = make_samples(jpegs, maps)[:5]
     samples[3] = change(samples[3])
     with pytest.raises(BetonError, match=f"^{samples[3].source_id}: .*{message}"):
@@ -522,7 +583,9 @@ def test_bad_settings_and_existing_output(jpegs: list[bytes], tmp_path: Path) ->
 def test_write_error_ends_the_run(jpegs: list[bytes], tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with EFBIG, as it does with ENOSPC on a full disk
+    handler = signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN
+    )  # the write then fails with EFBIG, as it does with ENOSPC on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(BetonError, match=r"out\.beton: cannot be written"):
@@ -550,7 +613,10 @@ def test_killed_and_concurrent_writers(jpegs: list[bytes], tmp_path: Path) -> No
     source, path = tmp_path / "image.jpg", tmp_path / "out.beton"
     source.write_bytes(jpegs[0])
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_WRITER, source, path], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+        [sys.executable, "-c", SLOW_WRITER, source, path],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
     )
     try:
         assert process.stdout.readline() == "writing\n"
@@ -572,5 +638,7 @@ def test_reader_needs_neither_ffcv_nor_opencv_nor_an_image_library(written: Path
         f"from tl_fast.beton import BetonReader\nr = BetonReader({str(written)!r}); r.check(3); r.label_maps([0, 3])\n"
         "print(len(r), len(r.jpeg(3)))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    ).stdout
     assert out.split() == [str(3 * len(jpegs)), str(len(jpegs[3]))]

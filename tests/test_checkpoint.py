@@ -1,4 +1,5 @@
 """Checkpoints: atomic, verified, pruned; and weights of other origin."""
+
 from __future__ import annotations
 
 import argparse
@@ -15,9 +16,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from tl_fast.models.lvvit import LVViT
 from tl_fast.training import checkpoint
 from tl_fast.training.checkpoint import CheckpointError
-from tl_fast.models.lvvit import LVViT
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(img_size=64, embed_dim=16, depth=1, num_heads=2, stem_width=4, num_classes=5)
@@ -47,7 +48,9 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_restore_brings_back_everything(tmp_path):
     model, ema, optimizer = trained(1)
     model.to(memory_format=torch.channels_last)
-    path = checkpoint.save(tmp_path, model=model, ema=ema, optimizer=optimizer, meta={"global_step": 7, "epoch": 1, "step_in_epoch": 2})
+    path = checkpoint.save(
+        tmp_path, model=model, ema=ema, optimizer=optimizer, meta={"global_step": 7, "epoch": 1, "step_in_epoch": 2}
+    )
     other_model, other_ema, other_optimizer = trained(2)
     assert not same(model, other_model)
     meta = checkpoint.restore(path, model=other_model, ema=other_ema, optimizer=other_optimizer)
@@ -80,9 +83,12 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_an_older_one_used(tmp_path,
         checkpoint.latest(tmp_path)
 
 
-@pytest.mark.parametrize("change", [('"step_in_epoch": 0', '"step_in_epoch": 1'), ('"crc32":', '"crc33":'), ("}", "} ")])
+@pytest.mark.parametrize(
+    "change", [('"step_in_epoch": 0', '"step_in_epoch": 1'), ('"crc32":', '"crc33":'), ("}", "} ")]
+)
 def test_meta_that_changed_is_refused_by_name(tmp_path, change):
-    """Still JSON of our format: without a check of its own it would resume somewhere else. Spacing alone is no change."""
+    """Still JSON of our format: without a check of its own it would resume somewhere else. Spacing alone is no
+    change."""
     path = write(tmp_path, 20)
     text = (path / checkpoint.META).read_text()
     assert change[0] in text
@@ -104,7 +110,8 @@ def test_a_damaged_older_checkpoint_does_not_stop_a_run(tmp_path):
 
 
 def test_pruning_never_prefers_a_torn_checkpoint_that_the_run_fell_back_from(tmp_path):
-    """The best, the newest by name and torn: continued from step 10, the run saved 12, which must stay and be the newest and the best."""
+    """The best, the newest by name and torn: continued from step 10, the run saved 12, which must stay and be the
+    newest and the best."""
     first, torn = write(tmp_path, 10, 50.0), write(tmp_path, 30, 90.0)
     (torn / checkpoint.MODEL).write_bytes(b"torn")
     assert checkpoint.best(tmp_path) == first
@@ -124,7 +131,11 @@ def test_what_is_not_a_checkpoint_is_not_pruned(tmp_path):
 
 def test_foreign_folders_are_refused(tmp_path):
     (tmp_path / "step-1").mkdir()
-    for text, named in (("not json", "not a checkpoint of tl_fast"), ('{"format": "other 3"}', "other 3"), ("[]", "format")):
+    for text, named in (
+        ("not json", "not a checkpoint of tl_fast"),
+        ('{"format": "other 3"}', "other 3"),
+        ("[]", "format"),
+    ):
         (tmp_path / "step-1" / checkpoint.META).write_text(text)
         with pytest.raises(CheckpointError, match=named):
             checkpoint.read_meta(tmp_path / "step-1")
@@ -178,21 +189,25 @@ import resource, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[2], sys.argv[3]]
 from test_checkpoint import write
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))  # what `ulimit -f` sets; the write that crosses it fails
+# what `ulimit -f` sets; the write that crosses it fails
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))
 write(Path(sys.argv[1]), 20, seed=1)
 """
 
 
 @pytest.mark.parametrize("room", [0.5, 1.5])
 def test_a_disk_that_takes_no_more_leaves_the_previous_one(tmp_path, room):
-    """The kernel itself refuses to let a file grow: room for half the weights, or for the weights but not for the optimiser's state."""
+    """The kernel itself refuses to let a file grow: room for half the weights, or for the weights but not for the
+    optimiser's state."""
     old = write(tmp_path, 10)
     before = {file.name: file.read_bytes() for file in old.iterdir()}
     limit = int(room * len(before[checkpoint.MODEL]))
     assert limit < max(map(len, before.values()))
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(ROOT), str(ROOT / "tests"), str(limit)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1 and "OSError" in run.stderr and "cannot write checkpoint" in run.stderr, run.stderr[-2000:]
+    assert run.returncode == 1 and "OSError" in run.stderr and "cannot write checkpoint" in run.stderr, run.stderr[
+        -2000:
+    ]
     assert "step-0000000020" in run.stderr and "--resume auto" in run.stderr
     assert [path.name for path in tmp_path.iterdir()] == [old.name] and checkpoint.latest(tmp_path) == old
     assert {file.name: file.read_bytes() for file in old.iterdir()} == before
@@ -238,12 +253,18 @@ def test_prune_keeps_the_last_and_the_best(tmp_path):
     for step, top1 in ((10, 40.0), (20, 60.0), (30, None), (40, 50.0), (50, 55.0)):
         checkpoint.prune(write(tmp_path, step, top1), keep=2)
     assert [int(path.name[5:]) for path in checkpoint.checkpoints(tmp_path)] == [20, 40, 50]
-    assert checkpoint.best(tmp_path).name.endswith("20") and checkpoint.score(checkpoint.read_meta(checkpoint.best(tmp_path))) == 60
+    assert (
+        checkpoint.best(tmp_path).name.endswith("20")
+        and checkpoint.score(checkpoint.read_meta(checkpoint.best(tmp_path))) == 60
+    )
 
 
-@pytest.mark.parametrize("there, here", [(torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last)])
+@pytest.mark.parametrize(
+    "there, here", [(torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last)]
+)
 def test_moments_take_the_layout_of_the_weights_that_they_are_restored_to(tmp_path, there, here):
-    """A run may continue on another device, where the stem's layout is another; fused AdamW walks memory, not indices."""
+    """A run may continue on another device, where the stem's layout is another; fused AdamW walks memory, not
+    indices."""
 
     def make(layout):
         torch.manual_seed(0)
@@ -277,17 +298,26 @@ def test_restore_refuses_another_model(tmp_path):
 def test_weights_of_every_origin_load(tmp_path):
     model, ema, _ = trained(4)
     state, ema_state = model.state_dict(), ema.state_dict()
-    published = {"epoch": 3, "arch": "lvvit_s", "args": argparse.Namespace(lr=1),
-                 "state_dict": {f"module.{k}": v for k, v in state.items()},
-                 "state_dict_ema": {f"module.{k}": v for k, v in ema_state.items()}}
+    published = {
+        "epoch": 3,
+        "arch": "lvvit_s",
+        "args": argparse.Namespace(lr=1),
+        "state_dict": {f"module.{k}": v for k, v in state.items()},
+        "state_dict_ema": {f"module.{k}": v for k, v in ema_state.items()},
+    }
     torch.save(published, tmp_path / "published.pth.tar")
     torch.save(state, tmp_path / "bare.pth")
     torch.save({"model": {f"_orig_mod.{k}": v for k, v in state.items()}}, tmp_path / "compiled.pth")
     safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
     ours = write(tmp_path, 10, seed=4)
     for file, use_ema, expected in (
-        ("published.pth.tar", True, ema), ("published.pth.tar", False, model), ("bare.pth", True, model), ("compiled.pth", True, model),
-        ("weights.safetensors", True, model), (ours.name, True, ema), (ours.name, False, model),
+        ("published.pth.tar", True, ema),
+        ("published.pth.tar", False, model),
+        ("bare.pth", True, model),
+        ("compiled.pth", True, model),
+        ("weights.safetensors", True, model),
+        (ours.name, True, ema),
+        (ours.name, False, model),
     ):
         torch.manual_seed(9)
         fresh = LVViT(**TINY)
@@ -303,7 +333,9 @@ def test_position_embeddings_are_resized(tmp_path):
     assert any("from 16 to 64 tokens" in remark for remark in remarks)
     grid = model.pos_embed[:, 1:].detach().reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
     expected = nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True, align_corners=False)
-    torch.testing.assert_close(larger.pos_embed[:, 1:].detach(), expected.permute(0, 2, 3, 1).reshape(1, 64, -1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        larger.pos_embed[:, 1:].detach(), expected.permute(0, 2, 3, 1).reshape(1, 64, -1), rtol=1e-4, atol=1e-5
+    )
     assert torch.equal(larger.pos_embed[:, :1], model.pos_embed[:, :1])
 
 
@@ -331,8 +363,18 @@ def test_unusable_weights_are_refused_by_name(tmp_path):
     torch.save({**state, "extra": torch.zeros(1)}, tmp_path / "long.pth")
     torch.save({**state, "norm.weight": torch.zeros(99)}, tmp_path / "shape.pth")
     (tmp_path / "folder.pth").mkdir()
-    for name in ("torn.pth", "torn.safetensors", "foreign.pth", "code.pth", "text.pth", "short.pth", "long.pth", "shape.pth", "folder.pth",
-                 "missing.pth"):
+    for name in (
+        "torn.pth",
+        "torn.safetensors",
+        "foreign.pth",
+        "code.pth",
+        "text.pth",
+        "short.pth",
+        "long.pth",
+        "shape.pth",
+        "folder.pth",
+        "missing.pth",
+    ):
         with pytest.raises(CheckpointError, match=name):
             checkpoint.load_weights(LVViT(**TINY), tmp_path / name)
 

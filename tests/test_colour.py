@@ -1,22 +1,56 @@
 """Colour operations against timm and Pillow on photos: equal to the last bit, alone and in chains."""
+
 import numpy as np
 import pytest
 from PIL import Image
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 from timm.data import auto_augment
-from tl_fast.maths import scalar
+
 from tl_fast.kernels.colour import cpu as colour
+from tl_fast.maths import scalar
 from tl_fast.plan.rand_augment import OPS
 
-THEIRS = {"AutoContrast": auto_augment.auto_contrast, "Equalize": auto_augment.equalize, "Invert": auto_augment.invert,
-          "Posterize": auto_augment.posterize, "Solarize": auto_augment.solarize, "SolarizeAdd": auto_augment.solarize_add,
-          "Color": auto_augment.color, "Contrast": auto_augment.contrast, "Brightness": auto_augment.brightness,
-          "Sharpness": auto_augment.sharpness}  # fmt: skip
-FACTORS = [0.0, 0.1, 0.19, 0.5, 0.8237, 1.0, 1.0001, 1.3, 1.81, 1.9, 3.5, *np.random.default_rng(0).uniform(0.1, 1.9, 8).tolist()]
-ARGUMENTS = {"AutoContrast": [0], "Equalize": [0], "Invert": [0], "Posterize": range(1, 10),
-             "Solarize": [0, 1, 25, 128, 129, 231, 255, 256], "SolarizeAdd": [0, 1, 11, 99, 110, 127, 128],
-             "Color": FACTORS, "Contrast": FACTORS, "Brightness": FACTORS, "Sharpness": FACTORS}  # fmt: skip
+THEIRS = {
+    "AutoContrast": auto_augment.auto_contrast,
+    "Equalize": auto_augment.equalize,
+    "Invert": auto_augment.invert,
+    "Posterize": auto_augment.posterize,
+    "Solarize": auto_augment.solarize,
+    "SolarizeAdd": auto_augment.solarize_add,
+    "Color": auto_augment.color,
+    "Contrast": auto_augment.contrast,
+    "Brightness": auto_augment.brightness,
+    "Sharpness": auto_augment.sharpness,
+}
+FACTORS = [
+    0.0,
+    0.1,
+    0.19,
+    0.5,
+    0.8237,
+    1.0,
+    1.0001,
+    1.3,
+    1.81,
+    1.9,
+    3.5,
+    *np.random.default_rng(0).uniform(0.1, 1.9, 8).tolist(),
+]
+ARGUMENTS = {
+    "AutoContrast": [0],
+    "Equalize": [0],
+    "Invert": [0],
+    "Posterize": range(1, 10),
+    "Solarize": [0, 1, 25, 128, 129, 231, 255, 256],
+    "SolarizeAdd": [0, 1, 11, 99, 110, 127, 128],
+    "Color": FACTORS,
+    "Contrast": FACTORS,
+    "Brightness": FACTORS,
+    "Sharpness": FACTORS,
+}
 SHAPES = [(1, 1), (1, 5), (2, 3), (3, 2), (3, 3), (4, 3), (17, 33), (96, 128)]
 
 
@@ -33,9 +67,15 @@ def images(photos) -> list[Image.Image]:
         top, left = rng.integers(0, image.height - height), rng.integers(0, image.width - width)
         found.append(image.crop((left, top, left + width, top + height)))
     y, x = np.mgrid[:40, :50]
-    arrays = [np.full((9, 8, 3), 77), np.full((9, 8, 3), (0, 255, 128)),
-              np.stack([x, 0 * x + 9, y], 2), np.stack([x % 2 * 255, y % 2, 0 * x], 2),
-              rng.integers(0, 256, (40, 50, 3)), rng.integers(100, 103, (40, 50, 3)), rng.choice([0, 255], (5, 7, 3))]  # fmt: skip
+    arrays = [
+        np.full((9, 8, 3), 77),
+        np.full((9, 8, 3), (0, 255, 128)),
+        np.stack([x, 0 * x + 9, y], 2),
+        np.stack([x % 2 * 255, y % 2, 0 * x], 2),
+        rng.integers(0, 256, (40, 50, 3)),
+        rng.integers(100, 103, (40, 50, 3)),
+        rng.choice([0, 255], (5, 7, 3)),
+    ]
     found += [Image.fromarray(a.astype(np.uint8)) for a in arrays]
     return [*found, *(image.crop((0, 0, width, height)) for image in found[:3] for height, width in SHAPES)]
 
@@ -61,7 +101,9 @@ def test_each_operation_is_timms_to_the_last_bit(images, name):
     for image in images:
         for argument in ARGUMENTS[name]:
             result = ours(image, (name, argument))
-            np.testing.assert_array_equal(result, theirs(image, (name, argument)), err_msg=f"{name} {argument} {image.size}")
+            np.testing.assert_array_equal(
+                result, theirs(image, (name, argument)), err_msg=f"{name} {argument} {image.size}"
+            )
             changed += (result != np.asarray(image)).any()
     assert changed > 10
 
@@ -71,16 +113,28 @@ def test_chains_are_timms_to_the_last_bit(images):
     rng = np.random.default_rng(1)
     names, lengths = list(THEIRS), []
     for n in range(600):
-        operations = [(name, ARGUMENTS[name][rng.integers(len(ARGUMENTS[name]))]) for name in rng.choice(names, rng.integers(2, 5))]
+        operations = [
+            (name, ARGUMENTS[name][rng.integers(len(ARGUMENTS[name]))])
+            for name in rng.choice(names, rng.integers(2, 5))
+        ]
         image = images[n % len(images)]
-        np.testing.assert_array_equal(ours(image, *operations), theirs(image, *operations), err_msg=f"{operations} {image.size}")
+        np.testing.assert_array_equal(
+            ours(image, *operations), theirs(image, *operations), err_msg=f"{operations} {image.size}"
+        )
         lengths.append(len(operations))
     assert set(lengths) == {2, 3, 4}
 
 
 def test_geometry_and_empty_layers_are_passed_over(images):
     image = images[0]
-    operations = [("Rotate", 20.0), ("Solarize", 128), ("ShearX", 0.2), ("Contrast", 1.5), ("TranslateX", 0.3), ("ShearY", 0.1)]
+    operations = [
+        ("Rotate", 20.0),
+        ("Solarize", 128),
+        ("ShearX", 0.2),
+        ("Contrast", 1.5),
+        ("TranslateX", 0.3),
+        ("ShearY", 0.1),
+    ]
     np.testing.assert_array_equal(ours(image, *operations), theirs(image, ("Solarize", 128), ("Contrast", 1.5)))
     pixels = np.array(image).transpose(2, 0, 1).copy()
     before = pixels.copy()
@@ -90,13 +144,20 @@ def test_geometry_and_empty_layers_are_passed_over(images):
 
 @pytest.mark.parametrize("bits", [0, -4, -36])
 def test_posterize_with_no_bits_is_black(images, bits):
-    """timm's increasing posterize draws 0 bits at level 10 (fewer with mmax), which Pillow 13 refuses; before, it was black."""
+    """timm's increasing posterize draws 0 bits at level 10 (fewer with mmax), which Pillow 13 refuses; before, it was
+    black."""
     assert np.asarray(images[0]).max() > 200 and (ours(images[0], ("Posterize", bits)) == 0).all()
 
 
 def test_python_and_compiled_curves_agree():
     compiled = colour._scalar
-    operations = [(scalar.INVERT, 0), (scalar.POSTERIZE, 3), (scalar.SOLARIZE, 100), (scalar.SOLARIZE_ADD, 90), (scalar.BRIGHTNESS, 1.37)]
+    operations = [
+        (scalar.INVERT, 0),
+        (scalar.POSTERIZE, 3),
+        (scalar.SOLARIZE, 100),
+        (scalar.SOLARIZE_ADD, 90),
+        (scalar.BRIGHTNESS, 1.37),
+    ]
     for op, argument in operations:
         values = [scalar.curve(op, argument, np.int64(value)) for value in range(256)]
         assert values == [compiled.curve(op, argument, value) for value in range(256)]

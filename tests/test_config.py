@@ -1,4 +1,5 @@
 """The configuration: recipes, flags, and the refusal of what makes no sense."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,12 +13,19 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 def test_flags_override_files_and_later_files_earlier_ones(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    first.write_text("train_data: [x.beton, y.beton]\nlr: 1e-3\nbatch_size: 64\nscale: [0.2, 0.9]\nmodel_kwargs: {depth: 2}\n")
+    first.write_text(
+        "train_data: [x.beton, y.beton]\nlr: 1e-3\nbatch_size: 64\nscale: [0.2, 0.9]\nmodel_kwargs: {depth: 2}\n"
+    )
     second.write_text("lr: 2e-3\n")
     flags = ["--batch_size", "32", "--token_label", "false", "--resume", "auto"]
     config = parse_config(["--config", str(first), "--config", str(second), *flags])
     assert config.train_data == ["x.beton", "y.beton"]
-    assert config.lr == 2e-3 and config.batch_size == 32 and config.scale == (0.2, 0.9) and config.model_kwargs == {"depth": 2}
+    assert (
+        config.lr == 2e-3
+        and config.batch_size == 32
+        and config.scale == (0.2, 0.9)
+        and config.model_kwargs == {"depth": 2}
+    )
     assert config.token_label is False and config.resume == "auto"
     assert config.peak_lr == pytest.approx(2e-3 * 32 / 1024)
 
@@ -79,7 +87,9 @@ def test_a_bad_value_on_the_command_line_ends_with_its_name(capsys):
 
 
 def test_saved_config_reads_back(tmp_path):
-    config = TrainConfig(train_data=["a.beton"], model_kwargs={"depth": 3}, num_classes=4, lr=3.3e-4, min_lr=0.0, ratio=(0.5, 2.0))
+    config = TrainConfig(
+        train_data=["a.beton"], model_kwargs={"depth": 3}, num_classes=4, lr=3.3e-4, min_lr=0.0, ratio=(0.5, 2.0)
+    )
     save_config(config, tmp_path / "config.yaml")
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
     assert TrainConfig.from_dict(config.to_dict()) == config
@@ -98,6 +108,12 @@ PUBLISHED = {"lvvit_t": (0.1, 1.6e-3), "lvvit_s": (0.1, 1.6e-3), "lvvit_m": (0.2
 def test_recipes_hold_the_published_settings(model):
     config = parse_config(["--config", str(RECIPES[0].parent / f"{model}_224.yaml")])
     drop_path, lr = PUBLISHED[model]
-    assert (config.model, config.img_size, config.drop_path, config.lr, config.lr_base_batch) == (model, 224, drop_path, lr, 1024)
+    assert (config.model, config.img_size, config.drop_path, config.lr, config.lr_base_batch) == (
+        model,
+        224,
+        drop_path,
+        lr,
+        1024,
+    )
     assert (config.epochs, config.cooldown_epochs, config.warmup_epochs, config.smoothing) == (300, 10, 5, 0.1)
     assert (config.weight_decay, config.ema_decay, config.token_label, config.mix_token) == (0.05, 0.99992, True, True)

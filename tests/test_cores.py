@@ -1,5 +1,6 @@
 """How many cores a process may use: control groups' CPU quotas, of both versions, on files as the kernel writes
 them."""
+
 from __future__ import annotations
 
 import os
@@ -44,9 +45,12 @@ def test_a_container_that_sees_its_own_group_as_the_root(tmp_path):
     inside."""
     group(tmp_path / "cgroup", cpu__cfs_quota_us="400000", cpu__cfs_period_us="100000")
     group(tmp_path / "memory", cpu__cfs_quota_us="100000", cpu__cfs_period_us="100000")
-    proc = process(tmp_path, "5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n0::/docker/ab\n",
-                   V1.format(root="/docker/ab", mount=tmp_path / "memory", controllers="memory"),
-                   V1.format(root="/docker/ab", mount=tmp_path / "cgroup", controllers="cpu,cpuacct"))
+    proc = process(
+        tmp_path,
+        "5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n0::/docker/ab\n",
+        V1.format(root="/docker/ab", mount=tmp_path / "memory", controllers="memory"),
+        V1.format(root="/docker/ab", mount=tmp_path / "cgroup", controllers="cpu,cpuacct"),
+    )
     assert cores.cpu_quota(proc) == 4
 
 
@@ -60,8 +64,12 @@ def test_a_group_outside_of_what_is_mounted_is_the_mounts(tmp_path, inside):
 def test_no_quota_leaves_the_affinity(tmp_path):
     group(tmp_path / "two" / "box", cpu__max="max 100000")
     group(tmp_path / "one", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
-    proc = process(tmp_path, "4:cpu:/\n0::/box\n", V2.format(root="/", mount=tmp_path / "two"),
-                   V1.format(root="/", mount=tmp_path / "one", controllers="cpu"))
+    proc = process(
+        tmp_path,
+        "4:cpu:/\n0::/box\n",
+        V2.format(root="/", mount=tmp_path / "two"),
+        V1.format(root="/", mount=tmp_path / "one", controllers="cpu"),
+    )
     assert cores.cpu_quota(proc) == cores.NO_QUOTA
     assert cores.cpu_quota(tmp_path / "nowhere") == cores.NO_QUOTA
     (tmp_path / "one" / "cpu.cfs_quota_us").unlink()

@@ -1,4 +1,5 @@
 """The CUDA kernels: tests/cuda_cases.py in numba's simulator, and, where there is a GPU, on it and at real sizes."""
+
 import os
 import subprocess
 import sys
@@ -12,11 +13,22 @@ import torch
 from tl_fast.kernels.cuda_device import SIMULATED
 
 ROOT = Path(__file__).resolve().parent.parent
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available() or SIMULATED, reason="no CUDA device (the simulator runs the same cases, smaller)")
+no_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or SIMULATED, reason="no CUDA device (the simulator runs the same cases, smaller)"
+)
 
 
 def run_cases(environment: dict[str, str], *arguments: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "cuda_cases.py"), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests" / "cuda_cases.py"),
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     assert " passed" in done.stdout
@@ -24,15 +36,20 @@ def run_cases(environment: dict[str, str], *arguments: str) -> None:
 
 @pytest.mark.slow
 def test_kernels_in_the_simulator():
-    """In processes of their own, for NUMBA_ENABLE_CUDASIM counts when numba is imported: on small odd shapes, against the njit kernels."""
+    """In processes of their own, for NUMBA_ENABLE_CUDASIM counts when numba is imported: on small odd shapes, against
+    the njit kernels."""
     targets = "targets or maps or class_beyond"
     with ThreadPoolExecutor() as halves:  # at the same time
-        list(halves.map(lambda part: run_cases({"NUMBA_ENABLE_CUDASIM": "1"}, "-k", part), (targets, f"not ({targets})")))
+        list(
+            halves.map(lambda part: run_cases({"NUMBA_ENABLE_CUDASIM": "1"}, "-k", part), (targets, f"not ({targets})"))
+        )
 
 
 def test_importing_needs_no_gpu():
     script = "import tl_fast.kernels.cuda, tl_fast.kernels.cuda_device as d; assert not d.SIMULATED"
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"} | {"CUDA_VISIBLE_DEVICES": ""}
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
 
 
@@ -48,10 +65,11 @@ def test_kernels_on_the_gpu():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_classes", [1000, 21841])
 def test_targets_at_real_sizes(num_classes, dtype):
-    """A batch of boxes and one of rotated crops, into poisoned torch tensors, twice: every row is written, and sums repeat bit for bit."""
+    """A batch of boxes and one of rotated crops, into poisoned torch tensors, twice: every row is written, and sums
+    repeat bit for bit."""
     from tests import cuda_cases
-    from tl_fast.labelmaps import format as labelmap
     from tl_fast.kernels import cpu, cuda
+    from tl_fast.labelmaps import format as labelmap
 
     rng = np.random.default_rng(0)
     batch, grid = 64 if num_classes == 1000 else 4, 14
@@ -59,7 +77,9 @@ def test_targets_at_real_sizes(num_classes, dtype):
     classes = rng.integers(0, num_classes // 5, (batch, 5, 18, 18)) * 5 + np.arange(5)[:, None, None]
     records = [labelmap.pack(c, rng.normal(3, 3, spec.shape), spec) for c in classes]
     encoded = [labelmap.encode(record, spec) for record in records]
-    scores = np.stack([labelmap.dequantise(record["scores"], record["score_min"], record["score_step"]) for record in records])
+    scores = np.stack(
+        [labelmap.dequantise(record["scores"], record["score_min"], record["score_step"]) for record in records]
+    )
     starts = np.cumsum([0] + [len(data) for data in encoded])
     ranges = np.array([(record["score_min"], record["score_step"]) for record in records], np.float32)
     boxes = np.concatenate([rng.uniform(0, 0.4, (batch, 2)), rng.uniform(0.1, 0.6, (batch, 2))], 1).astype(np.float32)
@@ -72,7 +92,9 @@ def test_targets_at_real_sizes(num_classes, dtype):
             errors = torch.zeros(batch, dtype=torch.int32, device="cuda")
             torch.cuda.synchronize()
             arrays = [data, *(torch.from_numpy(array).cuda() for array in (starts, ranges, affines))]
-            cuda.packed_targets(*arrays, spec, grid, 0.1, True, out, errors, stream=torch.cuda.current_stream().cuda_stream)
+            cuda.packed_targets(
+                *arrays, spec, grid, 0.1, True, out, errors, stream=torch.cuda.current_stream().cuda_stream
+            )
             torch.cuda.synchronize()
             assert not errors.any()
             results.append(out)
@@ -88,16 +110,19 @@ def test_targets_at_real_sizes(num_classes, dtype):
 def test_images_at_real_sizes(photos, dtype):
     """The full recipe on photos, 224 pixels, on a stream of its own; normalised channels-last."""
     from PIL import Image
+
     from tests import cuda_cases
+    from tl_fast.kernels import cuda
     from tl_fast.maths import scalar
     from tl_fast.plan import records as plan
-    from tl_fast.kernels import cuda
 
     images = [np.array(Image.open(file).convert("RGB")) for file in sorted(photos.glob("*/*/*.jpg"))[::4]]
     heights, widths = (np.array([image.shape[n] for image in images]) for n in (0, 1))
     augment = plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random")
     plans = plan.draw(5, 1, np.arange(len(images)), heights, widths, augment)
-    plans["ops"][np.isin(plans["ops"], (scalar.EQUALIZE, scalar.AUTO_CONTRAST))] = scalar.INVERT  # these make many levels of one
+    plans["ops"][np.isin(plans["ops"], (scalar.EQUALIZE, scalar.AUTO_CONTRAST))] = (
+        scalar.INVERT
+    )  # these make many levels of one
     pixels, regions, expected = cuda_cases.make_batch(images, plans, 224)
     options = {} if dtype == torch.uint8 else {"mean": cuda_cases.MEAN, "std": cuda_cases.STD}
     out = torch.full(expected.shape, 99, dtype=dtype, device="cuda")

@@ -1,4 +1,5 @@
 """The curves of a run: what the picture shows is where the numbers are."""
+
 from __future__ import annotations
 
 import json
@@ -15,9 +16,21 @@ from tl_fast.pictures import curves
 
 
 def write_run(folder, steps=range(100, 2001, 100), **columns):
-    rows = [{"kind": "train", "step": step, "epoch": step // 500, "loss": 5 - step / 1000, "lr": 1e-3, **{k: f(step) for k, f in columns.items()}}
-            for step in steps]
-    rows += [{"kind": "val", "step": step, "epoch": step // 500, "val_top1_ema": step / 40, "val_top1_raw": step / 50} for step in (500, 1000)]
+    rows = [
+        {
+            "kind": "train",
+            "step": step,
+            "epoch": step // 500,
+            "loss": 5 - step / 1000,
+            "lr": 1e-3,
+            **{k: f(step) for k, f in columns.items()},
+        }
+        for step in steps
+    ]
+    rows += [
+        {"kind": "val", "step": step, "epoch": step // 500, "val_top1_ema": step / 40, "val_top1_raw": step / 50}
+        for step in (500, 1000)
+    ]
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -52,7 +65,9 @@ def test_the_loss_is_drawn_where_it_is(tmp_path, capsys):
 def test_panels_without_rows_are_left_out_and_values_that_are_not_finite(tmp_path):
     few = write_run(tmp_path / "few")
     heights = {Image.open(curves.draw_curves(few)).height}
-    more = write_run(tmp_path / "more", grad_norm=lambda step: math.nan if step == 500 else 1.0, data_wait=lambda _: 0.1)
+    more = write_run(
+        tmp_path / "more", grad_norm=lambda step: math.nan if step == 500 else 1.0, data_wait=lambda _: 0.1
+    )
     heights.add(Image.open(curves.draw_curves(more, tmp_path / "x.png")).height)
     never = write_run(tmp_path / "never", grad_norm=lambda _: math.inf)
     heights.add(Image.open(curves.draw_curves(never)).height)
@@ -73,7 +88,9 @@ def test_continued_runs_show_where(tmp_path):
 def test_a_run_of_one_row_can_be_drawn(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "epoch": 0, "loss": 2.0, "lr": 0.0}) + "\n")
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"kind": "train", "step": 1, "epoch": 0, "loss": 2.0, "lr": 0.0}) + "\n"
+    )
     assert pixels(curves.draw_curves(run)).min() < 50
 
 
@@ -89,7 +106,10 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, capsys, content, named):
 
 def test_options_of_betons_and_other_formats_are_refused(tmp_path, capsys):
     run = write_run(tmp_path / "run")
-    for arguments, named in ((["--image-size", "64"], "--image-size is for betons"), (["--out", str(tmp_path / "x.jpg")], "must end in .png")):
+    for arguments, named in (
+        (["--image-size", "64"], "--image-size is for betons"),
+        (["--out", str(tmp_path / "x.jpg")], "must end in .png"),
+    ):
         with pytest.raises(SystemExit):
             show.main([str(run), *arguments])
         assert named in capsys.readouterr().err
@@ -102,6 +122,10 @@ def test_ticks_are_few_round_and_enclose(low, span):
         return
     marks = curves.ticks(low, high)
     step = marks[1] - marks[0]
-    assert 2 <= len(marks) <= 6 and marks[0] <= low + 1e-9 * abs(low) + 1e-12 and marks[-1] >= high - 1e-9 * abs(high) - 1e-12
+    assert (
+        2 <= len(marks) <= 6
+        and marks[0] <= low + 1e-9 * abs(low) + 1e-12
+        and marks[-1] >= high - 1e-9 * abs(high) - 1e-12
+    )
     mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
     assert min(abs(mantissa - nice) for nice in (1, 2, 5, 10)) < 1e-3 * mantissa

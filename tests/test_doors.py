@@ -1,6 +1,8 @@
 """The commands' doors: --help without heavy imports, mistakes in one sentence and by one rank, tracebacks for bugs."""
+
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -12,9 +14,9 @@ from tiny_runs import ROOT, betons, flags, scattered, tiny, torchrun  # noqa: F4
 
 from tl_fast import evaluate, show, train
 from tl_fast.system import mistakes
-from tl_fast.training import loop
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks
+from tl_fast.training import loop
 
 HEAVY = ("torch", "torchvision", "timm", "numba", "nvidia.dali", "cupy", "pyarrow", "cv2", "ffcv")
 COMMANDS = {  # as they are typed, without `python`
@@ -68,21 +70,24 @@ def mistaken(main, capsys) -> tuple[int, str]:
     return stop.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changes, code, said", [
-    ({"train_data": "nowhere.beton"}, 1, "no beton at nowhere.beton"),
-    ({"train_data": "README.md"}, 1, "README.md"),
-    ({"num_classes": "10"}, 1, "has 4 classes, the model 10"),
-    ({"model": "resnet_of_dreams"}, 1, "resnet_of_dreams.*lvvit_s"),
-    ({"model_kwargs": "{depth: many}"}, 1, "model_kwargs .*'many'"),
-    ({"batch_size": "512"}, 1, "lower the batch size"),
-    ({"init_weights": "nowhere.pth"}, 1, "nowhere.pth does not exist"),
-    ({"resume": "nowhere"}, 1, "nowhere does not exist"),
-    ({"output_dir": "README.md"}, 1, "README.md: File exists"),
-    ({"img_size": "100"}, 2, "img_size must be divisible by 16 .*got 100"),
-    ({"batch_size": "many"}, 2, "batch_size"),
-    ({"bach_size": "16"}, 2, "bach_size"),
-    ({"config": "nowhere.yaml"}, 2, "nowhere.yaml"),
-])
+@pytest.mark.parametrize(
+    "changes, code, said",
+    [
+        ({"train_data": "nowhere.beton"}, 1, "no beton at nowhere.beton"),
+        ({"train_data": "README.md"}, 1, "README.md"),
+        ({"num_classes": "10"}, 1, "has 4 classes, the model 10"),
+        ({"model": "resnet_of_dreams"}, 1, "resnet_of_dreams.*lvvit_s"),
+        ({"model_kwargs": "{depth: many}"}, 1, "model_kwargs .*'many'"),
+        ({"batch_size": "512"}, 1, "lower the batch size"),
+        ({"init_weights": "nowhere.pth"}, 1, "nowhere.pth does not exist"),
+        ({"resume": "nowhere"}, 1, "nowhere does not exist"),
+        ({"output_dir": "README.md"}, 1, "README.md: File exists"),
+        ({"img_size": "100"}, 2, "img_size must be divisible by 16 .*got 100"),
+        ({"batch_size": "many"}, 2, "batch_size"),
+        ({"bach_size": "16"}, 2, "bach_size"),
+        ({"config": "nowhere.yaml"}, 2, "nowhere.yaml"),
+    ],
+)
 def test_a_mistake_ends_training_in_one_sentence(tiny, tmp_path, capsys, monkeypatch, changes, code, said):
     monkeypatch.chdir(ROOT)
     options = [word for name, value in changes.items() for word in (f"--{name}", value)]
@@ -122,7 +127,7 @@ def test_a_mistake_ends_evaluation_in_one_sentence(betons, tmp_path, capsys):
         ([beton, "--checkpoint", str(tmp_path / "weights.pth")], 1, "weights.pth does not say which model it is"),
         ([beton], 2, "--checkpoint"),
     ):
-        found, text = mistaken(lambda: evaluate.main(arguments), capsys)
+        found, text = mistaken(functools.partial(evaluate.main, arguments), capsys)
         assert found == code and said in text and "Traceback" not in text, text
         assert code == 2 or re.fullmatch(r"python -m tl_fast\.evaluate: .+\n", text), text
     with pytest.raises(InputError, match="does not exist"):
@@ -136,7 +141,7 @@ def test_a_mistake_ends_show_in_one_sentence(betons, tmp_path, capsys):
         (["nowhere.beton"], 2, "--out are needed"),
         ([str(betons / "val.beton"), "--out", out, "--ids", "99"], 1, "sample 99 is not in"),
     ):
-        found, text = mistaken(lambda: show.main(arguments), capsys)
+        found, text = mistaken(functools.partial(show.main, arguments), capsys)
         assert found == code and said in text, text
         assert code == 2 or re.fullmatch(r"python -m tl_fast\.show: .+\n", text), text
     with pytest.raises(FileNotFoundError, match="nowhere.beton"):
@@ -150,11 +155,14 @@ def test_an_error_of_the_system_begins_with_its_file():
     assert mistakes.sentence(mistakes.share(InputError("a is wrong"), "rank 1 on b: ")) == "rank 1 on b: a is wrong"
 
 
-@pytest.mark.parametrize("own, others, raised, said", [
-    (InputError("no x"), [InputError("no x")], "no x", "no x"),
-    (None, [InputError("no x")], "no x", "rank 1 on host1: no x"),
-    (InputError("no a"), [InputError("no b")], "no a", "rank 0 on .*: no a"),
-])
+@pytest.mark.parametrize(
+    "own, others, raised, said",
+    [
+        (InputError("no x"), [InputError("no x")], "no x", "no x"),
+        (None, [InputError("no x")], "no x", "rank 1 on host1: no x"),
+        (InputError("no a"), [InputError("no b")], "no a", "rank 0 on .*: no a"),
+    ],
+)
 def test_ranks_that_set_up_together_raise_one_mistake(own, others, raised, said):
     class Several(Ranks):
         def gather(self, value):
@@ -169,11 +177,14 @@ def test_ranks_that_set_up_together_raise_one_mistake(own, others, raised, said)
     assert mistakes.is_shared(caught.value) and re.fullmatch(said, mistakes.sentence(caught.value))
 
 
-@pytest.mark.parametrize("where, option, code, said", [
-    ("everywhere", ("--train_data", "nowhere.beton"), 1, "train.py: no beton at nowhere.beton; make one with .*"),
-    ("on one rank", ("--train_data", "train.beton"), 1, r"train.py: rank 1 on \S+: no beton at train.beton; .*"),
-    ("on the command line", ("--img_size", "100"), 2, "train.py: img_size must be divisible by 16 .*"),
-])
+@pytest.mark.parametrize(
+    "where, option, code, said",
+    [
+        ("everywhere", ("--train_data", "nowhere.beton"), 1, "train.py: no beton at nowhere.beton; make one with .*"),
+        ("on one rank", ("--train_data", "train.beton"), 1, r"train.py: rank 1 on \S+: no beton at train.beton; .*"),
+        ("on the command line", ("--img_size", "100"), 2, "train.py: img_size must be divisible by 16 .*"),
+    ],
+)
 def test_of_several_ranks_one_says_it(tiny, betons, tmp_path, scattered, where, option, code, said):
     """By the real torchrun, whose own report of the failure has no traceback of ours."""
     os.symlink(betons / "train.beton", tmp_path / "node0" / "train.beton")

@@ -1,4 +1,5 @@
 """Random erasing: noise that depends on seed and place alone, the same however a device fills it in."""
+
 import types
 
 import numpy as np
@@ -6,8 +7,8 @@ import pytest
 import torch
 
 from tl_fast.models import erase as module
-from tl_fast.plan import records as plan
 from tl_fast.models.erase import erase, noise
+from tl_fast.plan import records as plan
 
 SIZE = 48
 
@@ -31,7 +32,10 @@ def test_noise_is_splitmix_and_box_muller():
     places = [0, 1, 77, 3 * 224 * 224, 2**40]
     for seed in seeds.tolist():
         words = [splitmix(seed % 2**64, place) for place in places]
-        expected = [np.sqrt(-2 * np.log((w // 2**40 + 0.5) / 2**24)) * np.cos(2 * np.pi * (w % 2**24 + 0.5) / 2**24) for w in words]
+        expected = [
+            np.sqrt(-2 * np.log((w // 2**40 + 0.5) / 2**24)) * np.cos(2 * np.pi * (w % 2**24 + 0.5) / 2**24)
+            for w in words
+        ]
         np.testing.assert_allclose(noise(torch.tensor(seed), torch.tensor(places)), expected, atol=2e-5)
     assert splitmix(1234567, 0) == 6457827717110365317  # the generator's published answer
 

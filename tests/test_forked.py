@@ -1,4 +1,5 @@
 """Forked workers: results in order, through shared memory or not; what a death on either side does."""
+
 from __future__ import annotations
 
 import os
@@ -10,10 +11,10 @@ import time
 from dataclasses import replace
 
 import pytest
-
 from test_interrupted import NAMES, PAGE, SPEC, jpegs, make_samples  # noqa: F401 (jpegs is a fixture)
-from tl_fast.convert import processes as forked
+
 from tl_fast.beton.reader import BetonError, write_beton
+from tl_fast.convert import processes as forked
 from tl_fast.convert.processes import Forked, ProcessDied
 
 
@@ -57,7 +58,9 @@ with Forked(2, lambda _: time.sleep(0.05)) as workers:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         parent.kill()
     deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}") and "\nState:\tZ" not in open(f"/proc/{pid}/status").read() for pid in pids):
+    while any(
+        os.path.exists(f"/proc/{pid}") and "\nState:\tZ" not in open(f"/proc/{pid}/status").read() for pid in pids
+    ):
         assert time.monotonic() < deadline, "the workers outlive their parent"
         time.sleep(0.05)
 
@@ -67,7 +70,14 @@ def test_processes_and_threads_write_the_same_beton(jpegs, tmp_path):
     samples[31] = replace(samples[31], image=lambda: b"no image")
     for processes in (False, True):
         summary = write_beton(
-            tmp_path / f"{processes}.beton", samples, class_names=NAMES, spec=SPEC, page_size=PAGE, workers=3, processes=processes, on_error="quarantine",
+            tmp_path / f"{processes}.beton",
+            samples,
+            class_names=NAMES,
+            spec=SPEC,
+            page_size=PAGE,
+            workers=3,
+            processes=processes,
+            on_error="quarantine",
         )
         assert summary.rejected == 1
     first, second = ((tmp_path / f"{processes}.beton").read_bytes() for processes in (False, True))

@@ -1,4 +1,5 @@
-"""Hostile betons: the fuzzer (tests/fuzz_beton.py) finds nothing, would find what is planted, and every case that once failed is kept."""
+"""Hostile betons: the fuzzer (tests/fuzz_beton.py) finds nothing, would find what is planted, and every case that once
+failed is kept."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ import pytest
 from fuzz_beton import Base, run, run_case
 
 from tl_fast.beton import reader as beton
-from tl_fast.beton.reader import BetonError, BetonReader, verify
 from tl_fast.beton.layout import (
     ALLOCATION,
     FIELD,
@@ -27,14 +27,35 @@ from tl_fast.beton.layout import (
     metadata_dtype,
     spec_to_arguments,
 )
-from tl_fast.beton.tables import BetonTables, MAX_INFO
+from tl_fast.beton.reader import BetonError, BetonReader, verify
+from tl_fast.beton.tables import MAX_INFO, BetonTables
 from tl_fast.labelmaps.format import MapSpec
 
 WORKERS = len(os.sched_getaffinity(0))
 FIELDS = {  # what a message may name: every one of these checks is reached by the fuzzer
-    "header", "version", "num_fields", "page_size", "num_samples", "alloc_table_ptr", "field", "fields", "head_crc", "metadata_crc",
-    "alloc_crc", "info_crc", "ids_crc", "info_ptr", "ids_ptr", "info", "ids", "allocation table", "image", "label", "label_map", "crc",
-}  # fmt: skip
+    "header",
+    "version",
+    "num_fields",
+    "page_size",
+    "num_samples",
+    "alloc_table_ptr",
+    "field",
+    "fields",
+    "head_crc",
+    "metadata_crc",
+    "alloc_crc",
+    "info_crc",
+    "ids_crc",
+    "info_ptr",
+    "ids_ptr",
+    "info",
+    "ids",
+    "allocation table",
+    "image",
+    "label",
+    "label_map",
+    "crc",
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +66,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
 
 
 def expect_no_failures(report: fuzz_beton.Report, cases: int) -> None:
-    assert not report.failures, "\n".join(f"case {case}: {failure}" for case, failure in sorted(report.failures.items()))
+    assert not report.failures, "\n".join(
+        f"case {case}: {failure}" for case, failure in sorted(report.failures.items())
+    )
     assert sum(report.outcomes.values()) == cases
     assert min(report.outcomes[outcome] for outcome in ("open", "read", "verify", "harmless", "accepted")) > cases / 500
 
@@ -141,43 +164,103 @@ def of_map(base: Base, sample: int, values: bytes) -> list:
 
 JSON = ['{"class_names": ["a", "b", "c", "d", "e", "f", ', '"\\ud800"', 1, '], "annotator": null}']
 KEPT = {
-    "type of the crc field damaged: read as a stock file, without CRCs": ("one", [["put", "field2.type", 0]], "open", "field"),
+    "type of the crc field damaged: read as a stock file, without CRCs": (
+        "one",
+        [["put", "field2.type", 0]],
+        "open",
+        "field",
+    ),
     "the same, with a type that takes arguments": ("plain", [["put", "field2.type", 6]], "open", "field"),
     "the same, with label maps": ("square", [["put", "field3.type", 0]], "open", "field"),
     "index zeroed": ("plain", [["zero", 24 + 2 * 1041 + 17, 1024]], "open", "field"),
     "crc field zeroed": ("one", [["zero", 24 + 2 * 1041, 1041]], "open", "field"),
     "one field less in a file of one sample": ("one", [["put", "header.num_fields", 2]], "open", "fields"),
     "label maps with classes beyond C pass verify": (
-        "square", lambda base: [of_map(base, 1, b"\xff\xff"), ["seal", "samples"]], "read", "label_map",
+        "square",
+        lambda base: [of_map(base, 1, b"\xff\xff"), ["seal", "samples"]],
+        "read",
+        "label_map",
     ),
     "signalling NaN": ("maps", [["put", "row1.f2.score_min", 0xFF_BF_FF_FE], ["seal", "samples"]], "open", "label_map"),
-    "scores beyond float32": ("maps", [["put", "row1.f2.score_step", 0x7E_00_00_00], ["seal", "tables"]], "open", "label_map"),
+    "scores beyond float32": (
+        "maps",
+        [["put", "row1.f2.score_step", 0x7E_00_00_00], ["seal", "tables"]],
+        "open",
+        "label_map",
+    ),
     "negative step": ("maps", [["put", "row1.f2.score_step", 0xBF_00_00_00], ["seal", "tables"]], "open", "label_map"),
-    "half a surrogate pair in the class names": ("plain", [["json", "info", *JSON], ["seal", "tables"]], "open", "info"),
-    "half a surrogate pair in the ids": ("plain", [["json", "ids", "[", '"\\udfff",', 5, '"a"]'], ["seal", "tables"]], "read", "ids"),
-    "two samples with one id": ("plain", [["json", "ids", "[", '"a",', 5, '"a"]'], ["seal", "tables"]], "verify", "ids"),
-    "ids in UTF-16": ("plain", [["json", "ids", "[\0", '"\0a\0"\0,\0', 5, '"\0b\0"\0]\0'], ["seal", "tables"]], "read", "ids"),
+    "half a surrogate pair in the class names": (
+        "plain",
+        [["json", "info", *JSON], ["seal", "tables"]],
+        "open",
+        "info",
+    ),
+    "half a surrogate pair in the ids": (
+        "plain",
+        [["json", "ids", "[", '"\\udfff",', 5, '"a"]'], ["seal", "tables"]],
+        "read",
+        "ids",
+    ),
+    "two samples with one id": (
+        "plain",
+        [["json", "ids", "[", '"a",', 5, '"a"]'], ["seal", "tables"]],
+        "verify",
+        "ids",
+    ),
+    "ids in UTF-16": (
+        "plain",
+        [["json", "ids", "[\0", '"\0a\0"\0,\0', 5, '"\0b\0"\0]\0'], ["seal", "tables"]],
+        "read",
+        "ids",
+    ),
     "info of many lists, 21 times as large in memory": (
-        "plain", [["json", "info", "[", "[],", 60_000, "[]]"], ["seal", "tables"]], "open", "info",
+        "plain",
+        [["json", "info", "[", "[],", 60_000, "[]]"], ["seal", "tables"]],
+        "open",
+        "info",
     ),
     "ids of many lists": ("plain", [["json", "ids", "[", "[],", 60_000, "[]]"], ["seal", "tables"]], "read", "ids"),
     "one id as long as the file, of wide characters": (
-        "plain", [["json", "ids", "[", '"a",', 4, f'"{"b" * 150_000}\xf0\x9f\x98\x80","c"]'], ["seal", "tables"]], "verify", "ids",
+        "plain",
+        [["json", "ids", "[", '"a",', 4, f'"{"b" * 150_000}\xf0\x9f\x98\x80","c"]'], ["seal", "tables"]],
+        "verify",
+        "ids",
     ),
     "unprintable field name in the message": ("maps", [["set", 25, "04"]], "open", "field"),
     "field name with a colon": ("maps", [["set", 24, "7d2c2022636c6173735f6e616d6573223a"]], "open", "field"),
     "class names for fewer classes than the label maps have": (
-        "maps", [["json", "info", '{"class_names": ["a"', ',"b"', 9, '], "annotator": null}'], ["seal", "tables"]], "open", "info",
+        "maps",
+        [["json", "info", '{"class_names": ["a"', ',"b"', 9, '], "annotator": null}'], ["seal", "tables"]],
+        "open",
+        "info",
     ),
-    "label map where the JPEG is": ("square", [["take", "row0.f2.ptr", "row0.f0.data_ptr"], ["seal", "tables"]], "open", "label_map"),
-    "allocation without a sample": ("plain", [["put", "alloc2.sample_id", 6], ["seal", "tables"]], "open", "allocation table"),
+    "label map where the JPEG is": (
+        "square",
+        [["take", "row0.f2.ptr", "row0.f0.data_ptr"], ["seal", "tables"]],
+        "open",
+        "label_map",
+    ),
+    "allocation without a sample": (
+        "plain",
+        [["put", "alloc2.sample_id", 6], ["seal", "tables"]],
+        "open",
+        "allocation table",
+    ),
     "allocation that no field points to": (
-        "plain", [["entries", 5, 1], ["put", "row5.f0.data_ptr", 0], ["seal", "tables"]], "open", "allocation table",
+        "plain",
+        [["entries", 5, 1], ["put", "row5.f0.data_ptr", 0], ["seal", "tables"]],
+        "open",
+        "allocation table",
     ),
-    "info within a sample's data": ("plain", [["take", "index.info_ptr", "row0.f0.data_ptr"], ["seal", "tables"]], "open", "info"),
+    "info within a sample's data": (
+        "plain",
+        [["take", "index.info_ptr", "row0.f0.data_ptr"], ["seal", "tables"]],
+        "open",
+        "info",
+    ),
     "height that is not the JPEG's": ("plain", [["put", "row2.f0.height", 11], ["seal", "tables"]], "verify", "image"),
     "blocks of verify twice as large as the file": ("pages", [], "harmless", ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -201,8 +284,12 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
     pipe, empty = tmp_path / "pipe", tmp_path / "empty"
     os.mkfifo(pipe)
     empty.touch()
-    for path, message in ((pipe, "not a regular file"), (tmp_path, "not a regular file"), (Path("/dev/zero"), "not a regular file"),
-                          (empty, "has 0 bytes")):  # fmt: skip
+    for path, message in (
+        (pipe, "not a regular file"),
+        (tmp_path, "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+        (empty, "has 0 bytes"),
+    ):
         for read in (BetonReader, verify):
             with pytest.raises(BetonError, match=rf"^{path}: header: .*{message}"):
                 read(path)
@@ -258,7 +345,9 @@ def test_verify_reports_each_bad_sample_once(bases, tmp_path: Path) -> None:
     (tmp_path / "file.beton").write_bytes(data)
     for workers, decode in ((1, False), (3, True)):
         problems = verify(tmp_path / "file.beton", decode=decode, workers=workers)
-        assert [problem.split(" (")[0] for problem in problems] == [f"{tmp_path}/file.beton: crc: sample {i}" for i in (3, 64, 119)]
+        assert [problem.split(" (")[0] for problem in problems] == [
+            f"{tmp_path}/file.beton: crc: sample {i}" for i in (3, 64, 119)
+        ]
 
 
 def test_verify_names_samples_that_cross_a_page(bases, tmp_path: Path) -> None:
@@ -270,7 +359,9 @@ def test_verify_names_samples_that_cross_a_page(bases, tmp_path: Path) -> None:
     assert int.from_bytes(base.data[at : at + width], "little") == page  # two of its samples do not fit in one
     assert not any("page_size" in problem for problem in verify(sealed(tmp_path, base, [])))
     problems = verify(sealed(tmp_path, base, [["move", 2, page - 2]]))
-    assert problems[0].startswith(f"{path}: page_size: the data of 1 samples, sample 1 (n01/é 1.jpg) first, lie in several pages")
+    assert problems[0].startswith(
+        f"{path}: page_size: the data of 1 samples, sample 1 (n01/é 1.jpg) first, lie in several pages"
+    )
 
 
 def test_verify_names_unused_allocations(bases, tmp_path: Path) -> None:
@@ -280,7 +371,10 @@ def test_verify_names_unused_allocations(bases, tmp_path: Path) -> None:
         gap = int(reader._map_ptr[0] + reader._map_size[0])
     entry = np.array([(0, gap, 100)], ALLOCATION).tobytes().hex()
     problems = verify(sealed(tmp_path, base, [["grow", entry, 1]]))
-    assert len(problems) == 1 and f"allocation table: 1 entries with 100 bytes, at {gap} first, are no sample's data" in problems[0]
+    assert (
+        len(problems) == 1
+        and f"allocation table: 1 entries with 100 bytes, at {gap} first, are no sample's data" in problems[0]
+    )
 
 
 def test_decoding_takes_no_memory_for_pixels_that_are_not_there(bases, tmp_path: Path) -> None:
@@ -290,7 +384,12 @@ def test_decoding_takes_no_memory_for_pixels_that_are_not_there(bases, tmp_path:
     start = int.from_bytes(base.data[at : at + width], "little")
     frame = base.data.index(b"\xff\xc0", start)
     side = (65_500).to_bytes(2, "big").hex()
-    operations = [["put", "row1.f0.height", 65_500], ["put", "row1.f0.width", 65_500], ["set", frame + 5, side], ["set", frame + 7, side]]
+    operations = [
+        ["put", "row1.f0.height", 65_500],
+        ["put", "row1.f0.width", 65_500],
+        ["set", frame + 5, side],
+        ["set", frame + 7, side],
+    ]
     path = sealed(tmp_path, base, operations)
     assert verify(path) == []
     tracemalloc.start()
@@ -313,7 +412,8 @@ def test_info_is_limited(bases, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stride", [100, 10])
 def test_memory_stays_below_the_files_size_where_tables_are_most_of_it(tmp_path: Path, stride: int) -> None:
-    """Samples of `stride` bytes: no JPEG is that small, so files are never worse. Tables, ids and verify's own arrays."""
+    """Samples of `stride` bytes: no JPEG is that small, so files are never worse. Tables, ids and verify's own
+    arrays."""
     n, path = 100_000, tmp_path / "tables.beton"
     fields = np.zeros(4, FIELD)
     fields["name"], fields["type_id"] = [b"image", b"label", b"label_map", b"crc"], [2, 1, 255, 1]
@@ -325,7 +425,12 @@ def test_memory_stays_below_the_files_size_where_tables_are_most_of_it(tmp_path:
     metadata["f0"]["data_ptr"], metadata["f2"]["ptr"] = places, places + stride - 3
     table = np.zeros(2 * n, ALLOCATION)
     table["sample_id"] = np.arange(2 * n) // 2
-    table["ptr"][::2], table["ptr"][1::2], table["size"][::2], table["size"][1::2] = places, places + stride - 3, stride - 3, 3
+    table["ptr"][::2], table["ptr"][1::2], table["size"][::2], table["size"][1::2] = (
+        places,
+        places + stride - 3,
+        stride - 3,
+        3,
+    )
     info = b'{"annotator": null, "class_names": []}'
     ids = json.dumps([f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(n)]).encode()
     after = start + n * stride

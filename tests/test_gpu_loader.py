@@ -1,4 +1,6 @@
-"""The loader's GPU side: all of it in numba's simulator, DALI's graph, the choice of a decoder, and, where there is a GPU, the real thing."""
+"""The loader's GPU side: all of it in numba's simulator, DALI's graph, the choice of a decoder, and, where there is a
+GPU, the real thing."""
+
 import contextlib
 import gc
 import io
@@ -15,16 +17,16 @@ import torch
 from PIL import Image
 
 from tests import simulated_loader
-from tl_fast.pipeline import decode, gpu_batches, loader as pipeline
-from tl_fast.plan import records as plan
-from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.layout import BetonError
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.samples import Samples
 from tl_fast.convert.write import Sample, write_beton
-from tl_fast.pipeline.decode import DecodeError, choose, decode_graph, rate
 from tl_fast.kernels import cuda_launch
 from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.pipeline import decode, gpu_batches
+from tl_fast.pipeline.decode import DecodeError, choose, decode_graph, rate
 from tl_fast.pipeline.loader import Loader
-from tl_fast.beton.samples import Samples
+from tl_fast.plan import records as plan
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25)
@@ -81,7 +83,9 @@ def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_b
         words = str(found.pop(f"error/{name}"))
         assert "damaged.beton: label_map: sample 1 (image-1.jpg)" in words and "outside 0..4" in words, words
     expected = simulated_loader.run(str(small_beton), "cpu")
-    assert found.keys() == expected.keys() and len({name.split("/")[0] for name in found}) == len(simulated_loader.SETTINGS)
+    assert found.keys() == expected.keys() and len({name.split("/")[0] for name in found}) == len(
+        simulated_loader.SETTINGS
+    )
     for name, values in expected.items():
         field = name.split("/")[-1]
         assert found[name].dtype == values.dtype and found[name].shape == values.shape, name
@@ -100,7 +104,8 @@ def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_b
 
 
 class Streams:
-    """A stand-in for `torch` in gpu_batches: streams and events that do nothing but write down who was asked for what, in `log`."""
+    """A stand-in for `torch` in gpu_batches: streams and events that do nothing but write down who was asked for what,
+    in `log`."""
 
     def __init__(self):
         self.log: list[tuple] = []
@@ -135,7 +140,12 @@ class Streams:
                 world.happened.add(self)
 
         self.Stream, self.Event, self.consumer = Stream, Event, Stream()
-        self.cuda = SimpleNamespace(Stream=Stream, Event=Event, current_stream=lambda device: self.consumer, stream=lambda stream: contextlib.nullcontext())
+        self.cuda = SimpleNamespace(
+            Stream=Stream,
+            Event=Event,
+            current_stream=lambda device: self.consumer,
+            stream=lambda stream: contextlib.nullcontext(),
+        )
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -155,8 +165,12 @@ class Regions(list):
 def streams(monkeypatch):
     world = Streams()
     monkeypatch.setattr(gpu_batches, "torch", world)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: world.log.append(("use", stream, tensor.data_ptr())))
-    pixels = SimpleNamespace(as_cuda_array=lambda span, sync: np.zeros(span.__cuda_array_interface__["shape"], np.uint8))
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: world.log.append(("use", stream, tensor.data_ptr()))
+    )
+    pixels = SimpleNamespace(
+        as_cuda_array=lambda span, sync: np.zeros(span.__cuda_array_interface__["shape"], np.uint8)
+    )
     monkeypatch.setattr(gpu_batches, "numba_cuda", pixels)
     monkeypatch.setattr(cuda_launch, "launch", lambda name, *_: world.log.append(("launch", name)))
     monkeypatch.setattr(cuda_launch, "shared_limit", lambda name: 200 << 10)
@@ -165,11 +179,14 @@ def streams(monkeypatch):
 
 @pytest.fixture
 def made_on(streams, small_beton):
-    """A function: (GpuBatches on stubs, a function that makes a batch of two samples with erasing), with so many batches ahead."""
+    """A function: (GpuBatches on stubs, a function that makes a batch of two samples with erasing), with so many
+    batches ahead."""
 
     def build(ahead):
         samples = Samples(small_beton)
-        batches = gpu_batches.GpuBatches(samples, torch.device("cpu"), image_size=8, grid=2, smoothing=0.1, fill=(1, 2, 3), ahead=ahead)
+        batches = gpu_batches.GpuBatches(
+            samples, torch.device("cpu"), image_size=8, grid=2, smoothing=0.1, fill=(1, 2, 3), ahead=ahead
+        )
         batches.stream, batches.decoding = streams.Stream(), streams.Stream()
         ids = np.array([3, 5])
 
@@ -178,7 +195,9 @@ def made_on(streams, small_beton):
             shapes = np.full((2, 2), 4)
             regions = [torch.zeros(4, 4, 3, dtype=torch.uint8) for _ in ids] if regions is None else regions
             extras = {"erase": plan.erase_boxes(plans, 8), "noise": plans["noise"].view(np.int64).copy()}
-            return batches.make(ids, plans, np.zeros((2, 2), np.int64), shapes, regions, decoded, np.zeros((2, 6), np.float32), extras)
+            return batches.make(
+                ids, plans, np.zeros((2, 2), np.int64), shapes, regions, decoded, np.zeros((2, 6), np.float32), extras
+            )
 
         return batches, make
 
@@ -190,8 +209,13 @@ def test_kernels_wait_for_the_decode_and_are_three_launches(streams, made_on):
     decoded = batches.decoded()
     assert streams.log == [("record", batches.decoding, decoded)]
     made = make(decoded=decoded)
-    assert streams.log[1:] == [("wait", batches.stream, decoded), ("launch", "images: geometry"), ("launch", "images: colours"),
-                               ("launch", "targets: bytes, float32"), ("record", batches.stream, made.event)]  # fmt: skip
+    assert streams.log[1:] == [
+        ("wait", batches.stream, decoded),
+        ("launch", "images: geometry"),
+        ("launch", "images: colours"),
+        ("launch", "targets: bytes, float32"),
+        ("record", batches.stream, made.event),
+    ]
 
 
 def test_taking_a_batch_makes_the_stream_wait_and_never_the_host(streams, made_on):
@@ -202,7 +226,9 @@ def test_taking_a_batch_makes_the_stream_wait_and_never_the_host(streams, made_o
     assert streams.calls("synchronize") == [] and streams.calls("wait") == [("wait", streams.consumer, made.event)]
     used = {address for _, stream, address in streams.calls("use") if stream is streams.consumer}
     fields = [batch.images, batch.labels, batch.targets, batch.sample_ids, batch.erase, batch.noise]
-    assert {field.untyped_storage().data_ptr() for field in fields} == used  # none may be given out again before the consumer is through
+    assert {
+        field.untyped_storage().data_ptr() for field in fields
+    } == used  # none may be given out again before the consumer is through
     batches.check(wait=False)
     assert streams.calls("synchronize") == []
     batches.check(wait=True)
@@ -221,7 +247,9 @@ def test_pixels_are_kept_until_their_kernels_are_through(streams, made_on):
     streams.happened.add(first.event)
     make()
     gc.collect()
-    assert alive() is None and streams.calls("synchronize") == [("synchronize", first.event)]  # which has happened: no wait
+    assert alive() is None and streams.calls("synchronize") == [
+        ("synchronize", first.event)
+    ]  # which has happened: no wait
     make()
     assert streams.calls("synchronize")[1:] == []
     make()
@@ -238,7 +266,10 @@ def test_a_consumer_that_runs_ahead_is_waited_for_by_the_worker(streams, made_on
         batches.hand_over(made)
         (consumed,) = [event for _, stream, event in streams.calls("record") if stream is streams.consumer]
         assert streams.calls("synchronize") == [] and consumed.blocking
-        assert [entry[0] for entry in streams.log][:2] == ["record", "wait"]  # it is the batch before whose end is recorded
+        assert [entry[0] for entry in streams.log][:2] == [
+            "record",
+            "wait",
+        ]  # it is the batch before whose end is recorded
         return consumed
 
     first, second = take(), take()
@@ -253,7 +284,8 @@ def test_a_consumer_that_runs_ahead_is_waited_for_by_the_worker(streams, made_on
 
 
 def parsed(data: bytes) -> list:
-    """A serialised protobuf message without its schema: [(field number, number, bytes or nested message), ...]. ValueError where it is none."""
+    """A serialised protobuf message without its schema: [(field number, number, bytes or nested message), ...].
+    ValueError where it is none."""
     found, at = [], 0
 
     def varint() -> int:
@@ -280,7 +312,9 @@ def parsed(data: bytes) -> list:
         part, at = data[at : at + size], at + size
         if len(part) < size:
             raise ValueError("cut off")
-        if key & 7 == 2 and part and not part.decode("latin1").isprintable():  # not a string; some could be read as messages too
+        if (
+            key & 7 == 2 and part and not part.decode("latin1").isprintable()
+        ):  # not a string; some could be read as messages too
             try:
                 part = parsed(part)
             except ValueError:
@@ -307,14 +341,18 @@ def test_the_graph_for_nvjpeg_is_the_cpus_but_for_one_argument():
         assert word in flat, word
     found = differences(graphs["cpu"], graphs["mixed"])
     values = {(a, b) for _, a, b in found}
-    # The operator's `device`, and what it makes of the place of its own output and, for the CPU, of the upload behind it.
+    # The operator's `device`, and what it makes of the place of its own output and, for the CPU, of the upload behind
+    # it.
     assert (b"cpu", b"mixed") in values and values <= {(b"cpu", b"mixed"), (b"cpu", b"gpu")}, found
     assert sum(pair == (b"cpu", b"mixed") for pair in ((a, b) for _, a, b in found)) == 1, found
-    assert differences(graphs["cpu"], parsed(decode_graph("cpu", True, 0.9, **options).serialize()))  # the comparison notices an argument
+    assert differences(
+        graphs["cpu"], parsed(decode_graph("cpu", True, 0.9, **options).serialize())
+    )  # the comparison notices an argument
 
 
 def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
-    """What `Decoder` does for nvJPEG, by the CPU's half of DALI: the pixels are Pillow's, and what they are made from lives as long as they do."""
+    """What `Decoder` does for nvJPEG, by the CPU's half of DALI: the pixels are Pillow's, and what they are made from
+    lives as long as they do."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
     def on_the_cpu(device, device_id, **options):
@@ -323,13 +361,19 @@ def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
 
     monkeypatch.setattr(decode, "decode_graph", on_the_cpu)
     decoder = decode.Decoder(samples := Samples(small_beton), 8, 2, "mixed", SimpleNamespace(index=3))
-    ids, starts, shapes = np.array([2, 0, 7]), np.array([[1, 2], [0, 0], [9, 5]]), np.array([[10, 12], [30, 31], [1, 1]])
+    ids, starts, shapes = (
+        np.array([2, 0, 7]),
+        np.array([[1, 2], [0, 0], [9, 5]]),
+        np.array([[10, 12], [30, 31], [1, 1]]),
+    )
     pixels = decoder(ids, starts, shapes)
     assert len(pixels) == 3
     for region, i, start, shape in zip(pixels, ids, starts, shapes, strict=True):
         with Image.open(io.BytesIO(samples.jpeg(i))) as image:
             whole = np.asarray(image.convert("RGB"))
-        np.testing.assert_array_equal(np.array(region), whole[start[0] : start[0] + shape[0], start[1] : start[1] + shape[1]])
+        np.testing.assert_array_equal(
+            np.array(region), whole[start[0] : start[0] + shape[0], start[1] : start[1] + shape[1]]
+        )
     assert all(np.may_share_memory(jpeg, samples.jpeg(i)) for jpeg, i in zip(pixels.source[1], ids, strict=True))
     graph = decode_graph("cpu", batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
     fed = samples.jpeg(0).copy()
@@ -376,7 +420,12 @@ def work():
 def test_the_faster_decoder_is_taken_and_both_rates_are_said(clock, mixed, way):
     opened = {"cpu": Timed(clock, 0.001), "mixed": Timed(clock, mixed)}
     chosen, words = choose(opened.get, work)
-    assert chosen == way and f"decode {way!r}" in words and "cpu 1,000 images/s" in words and f"(nvJPEG) {1 / mixed:,.0f}" in words
+    assert (
+        chosen == way
+        and f"decode {way!r}" in words
+        and "cpu 1,000 images/s" in words
+        and f"(nvJPEG) {1 / mixed:,.0f}" in words
+    )
     assert all(decoder.closed for decoder in opened.values()) and 1 <= clock.now <= 1.5
 
 
@@ -442,7 +491,9 @@ WAYS = [
 @pytest.fixture(scope="module")
 def photo_beton(photos, tmp_path_factory):
     """48 photos with label maps of 100 classes, 9 x 9 cells, k = 5."""
-    return write(tmp_path_factory.mktemp("photos") / "photos.beton", sorted(photos.glob("train/*/*.jpg"))[:48], 100, cells=9, k=5)
+    return write(
+        tmp_path_factory.mktemp("photos") / "photos.beton", sorted(photos.glob("train/*/*.jpg"))[:48], 100, cells=9, k=5
+    )
 
 
 @pytest.fixture(params=WAYS)
@@ -451,15 +502,24 @@ def way(request):
     return request.param
 
 
-SETTINGS = {"crop+flip": {}, "recipe": {"augment": RECIPE}, "validation": {"train": False}, "published": {"geometry": "published"}}
+SETTINGS = {
+    "crop+flip": {},
+    "recipe": {"augment": RECIPE},
+    "validation": {"train": False},
+    "published": {"geometry": "published"},
+}
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_batches_are_those_of_the_cpu_loader(photo_beton, way, setting):
-    """CPU decode: the same pixels go in, so a level at most, but for operations that multiply a level's difference. nvJPEG upsamples chroma
+    """CPU decode: the same pixels go in, so a level at most, but for operations that multiply a level's difference.
+    nvJPEG upsamples chroma
     otherwise and its inverse DCT rounds otherwise: 2 levels on average and 99 % within 16."""
     options = dict(image_size=112, grid=7, seed=3, **setting)
-    with Loader(photo_beton, 12, **options) as ours, Loader(photo_beton, 12, device="cuda", decode=way, **options) as theirs:
+    with (
+        Loader(photo_beton, 12, **options) as ours,
+        Loader(photo_beton, 12, device="cuda", decode=way, **options) as theirs,
+    ):
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs, strict=True):
             assert b.images.is_cuda and b.images.dtype == torch.uint8 and b.labels.is_cuda
@@ -495,14 +555,17 @@ def test_a_thousand_batches_keep_memory_flat(photo_beton, way):
 
 
 def test_batches_belong_to_their_consumer(photo_beton, way):
-    """What was handed out is never written again, and the stream that takes a batch finds it whole without waiting on the host."""
+    """What was handed out is never written again, and the stream that takes a batch finds it whole without waiting on
+    the host."""
     with Loader(photo_beton, 12, image_size=64, grid=4, device="cuda", decode=way) as loader:
         held = [(batch, batch.images.clone(), batch.targets.clone()) for batch in loader]
         loader.set_epoch(1)
         for _ in loader:
             pass
         torch.cuda.synchronize()
-        assert all(torch.equal(batch.images, images) and torch.equal(batch.targets, targets) for batch, images, targets in held)
+        assert all(
+            torch.equal(batch.images, images) and torch.equal(batch.targets, targets) for batch, images, targets in held
+        )
         loader.set_epoch(0)
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
@@ -528,7 +591,8 @@ def test_an_epoch_synchronises_nothing(photo_beton, way):
 
 
 def test_a_captured_graph_consumes_batches(photo_beton, way):
-    """Captured while the loader's threads work, as `torch.compile(mode="reduce-overhead")` does; a replay reads each batch from a place of its own."""
+    """Captured while the loader's threads work, as `torch.compile(mode="reduce-overhead")` does; a replay reads each
+    batch from a place of its own."""
     with Loader(photo_beton, 12, image_size=64, grid=4, device="cuda", decode=way) as loader:
         eager = [(batch.images.float().mean((2, 3)), batch.targets.sum(1)) for batch in loader]
         found, graph, inputs, outputs = [], torch.cuda.CUDAGraph(), None, None
@@ -601,4 +665,7 @@ def test_a_damaged_jpeg_is_named(photo_beton, decode_way, tmp_path):
 def test_auto_says_what_it_took(photo_beton, capfd):
     with Loader(photo_beton, 12, image_size=32, grid=2, device="cuda") as loader:
         next(iter(loader))
-        assert loader.decode in (("cpu", "mixed") if HAS_DALI else ("cpu",)) and f"decode {loader.decode!r}" in capfd.readouterr().err
+        assert (
+            loader.decode in (("cpu", "mixed") if HAS_DALI else ("cpu",))
+            and f"decode {loader.decode!r}" in capfd.readouterr().err
+        )

@@ -1,4 +1,5 @@
-"""`tl_fast.sources.image.open_rgb`: pixels of every kind, alike in annotation, conversion and the loader; refusals; EXIF."""
+"""`tl_fast.sources.image.open_rgb`: pixels of every kind, alike in annotation, conversion and the loader; refusals;
+EXIF."""
 
 from __future__ import annotations
 
@@ -17,17 +18,17 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from tl_fast.convert import image as jpeg
-from tl_fast.pictures import sample_sheet
-from tl_fast.convert.write import Sample, write_beton
-from tl_fast.pipeline.decode import DecodeError, Decoder
-from tl_fast.sources.image import FORMATS, TURNS, check_size, open_rgb, read_jpeg_header, tiff_orientation
-from tl_fast.jpeg import markers as marks
-from tl_fast.jpeg.restarts import splice
-from tl_fast.pipeline.loader import Loader
-from tl_fast.jpeg.region import RegionDecoder
 from tl_fast.beton.samples import Samples
+from tl_fast.convert import image as jpeg
 from tl_fast.convert.lossless import lossless_baseline
+from tl_fast.convert.write import Sample, write_beton
+from tl_fast.jpeg import markers as marks
+from tl_fast.jpeg.region import RegionDecoder
+from tl_fast.jpeg.restarts import splice
+from tl_fast.pictures import sample_sheet
+from tl_fast.pipeline.decode import DecodeError, Decoder
+from tl_fast.pipeline.loader import Loader
+from tl_fast.sources.image import FORMATS, TURNS, check_size, open_rgb, read_jpeg_header, tiff_orientation
 
 HEIGHT, WIDTH = 48, 64
 
@@ -307,7 +308,10 @@ for side in range(32, 44):
 
 
 def test_needs_pillow_and_numpy_only() -> None:
-    code = "import sys, tl_fast.sources.image; print(*({'torch', 'numba', 'nvidia', 'ffcv', 'cv2', 'timm'} & set(sys.modules)))"
+    code = (
+        "import sys, tl_fast.sources.image; print(*({'torch', 'numba', 'nvidia', 'ffcv', 'cv2', 'timm'} &"
+        " set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
     assert FORMATS == ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
     with pytest.raises(ValueError, match="exif 'turn' is not one of ignore, apply"):

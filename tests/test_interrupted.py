@@ -1,4 +1,5 @@
-"""Conversions that do not end well: killed at any moment, full disks, bad samples; what is left, and how the next run goes on."""
+"""Conversions that do not end well: killed at any moment, full disks, bad samples; what is left, and how the next run
+goes on."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_fast.convert import partial_file, write as beton_write
 from tl_fast.beton.reader import BetonError, BetonReader, Sample, verify, write_beton
+from tl_fast.convert import partial_file
+from tl_fast.convert import write as beton_write
 from tl_fast.convert.write import TooManyRejects
 from tl_fast.labelmaps.format import MapSpec, pack
 
@@ -38,12 +40,23 @@ def make_samples(jpegs: list[bytes], count: int, bad: dict[int, bytes] | None = 
     """`count` samples with label maps; those in `bad` have these bytes for an image."""
     rng = np.random.default_rng(0)
     maps = [
-        pack(rng.permuted(np.tile(np.arange(50), (12, 1)), axis=1)[:, :2].T.reshape(2, 3, 4), rng.normal(size=(2, 3, 4)).astype(np.float32), SPEC)
+        pack(
+            rng.permuted(np.tile(np.arange(50), (12, 1)), axis=1)[:, :2].T.reshape(2, 3, 4),
+            rng.normal(size=(2, 3, 4)).astype(np.float32),
+            SPEC,
+        )
         for _ in range(8)
     ]
     images = {i: jpegs[i % len(jpegs)] for i in range(count)} | (bad or {})
     return [
-        Sample(f"{i}.jpg", i % 50, lambda i=i: images[i], lambda i=i: maps[i % 8], f"photos/{i}.jpg", stamp=str(len(images[i])))
+        Sample(
+            f"{i}.jpg",
+            i % 50,
+            lambda i=i: images[i],
+            lambda i=i: maps[i % 8],
+            f"photos/{i}.jpg",
+            stamp=str(len(images[i])),
+        )
         for i in range(count)
     ]
 
@@ -80,7 +93,9 @@ def commits():
         yield
 
 
-def convert_in_child(path: Path, images: list[bytes], count: int, commit_seconds: float, death: int | None, nap: float) -> None:
+def convert_in_child(
+    path: Path, images: list[bytes], count: int, commit_seconds: float, death: int | None, nap: float
+) -> None:
     beton_write.COMMIT_SECONDS = commit_seconds
     samples = make_samples(images, count, bad={17: b"no image"})
     with commits() if death is not None else contextlib.nullcontext():
@@ -90,7 +105,10 @@ def convert_in_child(path: Path, images: list[bytes], count: int, commit_seconds
 
 
 def slowed(samples: list[Sample], nap: float) -> list[Sample]:
-    return [Sample(s.source_id, s.label, lambda s=s: time.sleep(nap) or s.image(), s.label_map, s.origin, s.stamp) for s in samples]
+    return [
+        Sample(s.source_id, s.label, lambda s=s: time.sleep(nap) or s.image(), s.label_map, s.origin, s.stamp)
+        for s in samples
+    ]
 
 
 # Forked, so that a child starts in milliseconds with everything imported and compiled. It uses threads of its own only.
@@ -107,7 +125,8 @@ def check_after_death(path: Path) -> bool:
 
 
 def test_killed_before_every_write(jpegs: list[bytes], tmp_path: Path) -> None:
-    """A fresh conversion dies before its n-th call that changes the disk, for every n; the run after it makes the same file."""
+    """A fresh conversion dies before its n-th call that changes the disk, for every n; the run after it makes the same
+    file."""
     path, expected = tmp_path / "out.beton", tmp_path / "expected.beton"
     write(expected, make_samples(jpegs, 100, bad={17: b"no image"}), on_error="quarantine")
     deaths, finished = 0, False
@@ -129,7 +148,8 @@ def test_killed_before_every_write(jpegs: list[bytes], tmp_path: Path) -> None:
 
 @pytest.mark.timeout(200)
 def test_killed_at_random_moments(jpegs: list[bytes], tmp_path: Path) -> None:
-    """50 kills at random times, runs resumed until they finish: the files are those of uninterrupted runs, and work was kept."""
+    """50 kills at random times, runs resumed until they finish: the files are those of uninterrupted runs, and work was
+    kept."""
     path, expected, count = tmp_path / "out.beton", tmp_path / "expected.beton", 300
     write(expected, make_samples(jpegs, count, bad={17: b"no image"}), on_error="quarantine")
     rng, kills, resumed = random.Random(0), 0, 0
@@ -163,8 +183,15 @@ def test_a_bad_sample_stops_the_run_and_resume_goes_on_behind_it(jpegs: list[byt
     ]
     summary = write(path, samples, resume=True)
     assert read == [f"{i}.jpg" for i in range(150, 200)] and summary.resumed == 150 and summary.samples == 200
-    assert path.read_bytes() == (tmp_path / "expected.beton").read_bytes() and content(tmp_path) == ["expected.beton", "out.beton"]
-    assert (summary.copied, summary.image_bytes, summary.label_map_bytes) == (whole.copied, whole.image_bytes, whole.label_map_bytes)
+    assert path.read_bytes() == (tmp_path / "expected.beton").read_bytes() and content(tmp_path) == [
+        "expected.beton",
+        "out.beton",
+    ]
+    assert (summary.copied, summary.image_bytes, summary.label_map_bytes) == (
+        whole.copied,
+        whole.image_bytes,
+        whole.label_map_bytes,
+    )
 
 
 def test_resume_refuses_other_settings_and_other_inputs(jpegs: list[bytes], tmp_path: Path) -> None:
@@ -206,7 +233,9 @@ def test_damaged_remains_cost_work_and_nothing_else(jpegs: list[bytes], tmp_path
     if damage == "torn":
         journal.write_bytes(records[:-5])
     elif damage == "flipped":
-        journal.write_bytes(records[: len(records) // 2] + bytes([records[len(records) // 2] ^ 1]) + records[len(records) // 2 + 1 :])
+        journal.write_bytes(
+            records[: len(records) // 2] + bytes([records[len(records) // 2] ^ 1]) + records[len(records) // 2 + 1 :]
+        )
     elif damage == "cut file":
         os.truncate(partial, partial.stat().st_size // 2)
     else:
@@ -231,12 +260,26 @@ def test_quarantine_lists_every_bad_sample(jpegs: list[bytes], tmp_path: Path) -
     assert files[0] == files[1]
     assert (summary.samples, summary.rejected) == (53, 7)
     rejects = [json.loads(line) for line in (tmp_path / "out.beton.rejects.jsonl").read_text().splitlines()]
-    assert [reject["id"] for reject in rejects] == ["7.jpg", "9.jpg", "11.jpg", "13.jpg", "15.jpg", "caf\udce9.jpg", "30.jpg"]
-    for reject, words in zip(rejects, ("not an image", "no label map", "finite", "No such file", "not an image", "UTF-8", "JPEG"), strict=True):
+    assert [reject["id"] for reject in rejects] == [
+        "7.jpg",
+        "9.jpg",
+        "11.jpg",
+        "13.jpg",
+        "15.jpg",
+        "caf\udce9.jpg",
+        "30.jpg",
+    ]
+    for reject, words in zip(
+        rejects,
+        ("not an image", "no label map", "finite", "No such file", "not an image", "UTF-8", "JPEG"),
+        strict=True,
+    ):
         assert words in reject["reason"] and "\n" not in reject["reason"]
     assert rejects[0]["origin"] == "photos/7.jpg"
     with BetonReader(path) as reader:
-        assert reader.source_ids == [s.source_id for s in samples if s.source_id not in {reject["id"] for reject in rejects}]
+        assert reader.source_ids == [
+            s.source_id for s in samples if s.source_id not in {reject["id"] for reject in rejects}
+        ]
         for i, sample_id in enumerate(reader.source_ids):
             assert reader.labels[i] == int(sample_id.split(".")[0]) % 50
     assert verify(path, decode=True) == []
@@ -246,7 +289,9 @@ def test_quarantine_lists_every_bad_sample(jpegs: list[bytes], tmp_path: Path) -
 
 def test_too_many_rejects_keep_the_work(jpegs: list[bytes], tmp_path: Path) -> None:
     path, samples = tmp_path / "out.beton", make_samples(jpegs, 50, bad={3: b"", 40: b"text"})
-    with pytest.raises(TooManyRejects, match=r"2 of 50 samples are bad and --max-rejects allows 1.*out\.beton\.rejects\.jsonl"):
+    with pytest.raises(
+        TooManyRejects, match=r"2 of 50 samples are bad and --max-rejects allows 1.*out\.beton\.rejects\.jsonl"
+    ):
         write(path, samples, on_error="quarantine", max_rejects=1)
     assert content(tmp_path) == [*PARTS, "out.beton.rejects.jsonl"]
     assert len((tmp_path / "out.beton.rejects.jsonl").read_text().splitlines()) == 2
@@ -254,13 +299,19 @@ def test_too_many_rejects_keep_the_work(jpegs: list[bytes], tmp_path: Path) -> N
     assert (summary.resumed, summary.samples, summary.rejected) == (50, 48, 2) and verify(path) == []
     with pytest.raises(BetonError, match="all 3 samples are bad, the first: not an image"):
         write(tmp_path / "none.beton", make_samples(jpegs, 3, bad=dict.fromkeys(range(3), b"")), on_error="quarantine")
-    for options, message in (({"max_rejects": 3}, "needs on_error"), ({"on_error": "quarantine", "max_rejects": -1}, "0 or more"), ({"on_error": "skip"}, "on_error")):
+    for options, message in (
+        ({"max_rejects": 3}, "needs on_error"),
+        ({"on_error": "quarantine", "max_rejects": -1}, "0 or more"),
+        ({"on_error": "skip"}, "on_error"),
+    ):
         with pytest.raises(BetonError, match=message):
             write(tmp_path / "no.beton", samples, **options)
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync", "fsync", "replace"])
-def test_a_full_disk_loses_nothing(jpegs: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_full_disk_loses_nothing(
+    jpegs: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     """The disk fills up midway: the message says so, what is there stays, and the run goes on when there is room."""
     path = tmp_path / "out.beton"
     write(tmp_path / "expected.beton", make_samples(jpegs, 100))
@@ -275,12 +326,17 @@ def test_a_full_disk_loses_nothing(jpegs: list[bytes], tmp_path: Path, monkeypat
 
     with commits(), monkeypatch.context() as patch:
         patch.setattr(os, call, full)
-        with pytest.raises(BetonError, match=r"out\.beton: cannot be written \(.*No space left.*free some space") as caught:
+        with pytest.raises(
+            BetonError, match=r"out\.beton: cannot be written \(.*No space left.*free some space"
+        ) as caught:
             write(path, slowed(make_samples(jpegs, 100), 0.003), overwrite=True)
     assert "--resume" in caught.value.__notes__[0]
     assert path.stat().st_size == 1000 and content(tmp_path) == [*PARTS, "expected.beton", "out.beton"]
     assert write(path, make_samples(jpegs, 100), overwrite=True, resume=True).resumed >= 16
-    assert path.read_bytes() == (tmp_path / "expected.beton").read_bytes() and content(tmp_path) == ["expected.beton", "out.beton"]
+    assert path.read_bytes() == (tmp_path / "expected.beton").read_bytes() and content(tmp_path) == [
+        "expected.beton",
+        "out.beton",
+    ]
 
 
 def test_the_machine_is_not_the_samples_fault(jpegs: list[bytes], tmp_path: Path) -> None:

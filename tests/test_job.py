@@ -1,4 +1,5 @@
 """Whole jobs under the real torchrun: signals to it, ranks that die, restarts, several nodes."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,11 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ROOT, flags, one_thread, torchrun, torchrun_command, weights
-from tiny_runs import betons, scattered, tiny  # noqa: F401  fixtures
+from tiny_runs import ROOT, betons, flags, one_thread, scattered, tiny, torchrun, torchrun_command, weights  # noqa: F401  fixtures
 
-from tl_fast.training import checkpoint
 from tl_fast.beton.reader import BetonReader
+from tl_fast.training import checkpoint
 from tl_fast.training.runlog import read_rows
 
 SCRIPT = "tl_fast/train.py"
@@ -55,7 +55,8 @@ def falters(self, step, *rest):
 Meter.add_step = falters
 train.main()
 """
-MINUTE = 60  # seconds from a failure to the end of the job, as docs/training.md promises; and the one asserted bound on time here
+# seconds from a failure to the end of the job, as docs/training.md promises; and the one asserted bound on time here
+MINUTE = 60
 
 
 def wait_for_rows(config, count: int, process: subprocess.Popen, seconds: float = 200) -> None:
@@ -68,10 +69,13 @@ def wait_for_rows(config, count: int, process: subprocess.Popen, seconds: float 
 
 
 def test_torchrun_passes_a_signal_on_and_the_job_continues(tiny, tmp_path):
-    """SIGTERM to torchrun: both ranks get it, one checkpoint is left at the step they agreed on, and the next job goes on from there."""
+    """SIGTERM to torchrun: both ranks get it, one checkpoint is left at the step they agreed on, and the next job goes
+    on from there."""
     config = tiny(epochs=200, resume="auto")
     command = torchrun_command([SCRIPT, *flags(config, tmp_path / "c.yaml")], 2)
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=one_thread()) as job:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=one_thread()
+    ) as job:
         wait_for_rows(config, 3, job)
         job.send_signal(signal.SIGTERM)
         start = time.monotonic()
@@ -80,14 +84,18 @@ def test_torchrun_passes_a_signal_on_and_the_job_continues(tiny, tmp_path):
     assert job.returncode != 0 and "SIGTERM: stopped after step" in output, output[-3000:]
     left = checkpoint.latest(Path(config.output_dir) / "checkpoints")
     step = checkpoint.read_meta(left)["global_step"]
-    assert step == read_rows(Path(config.output_dir) / "metrics.jsonl")[-1]["step"] and f"stopped after step {step} of" in output
+    assert (
+        step == read_rows(Path(config.output_dir) / "metrics.jsonl")[-1]["step"]
+        and f"stopped after step {step} of" in output
+    )
     second = dataclasses.replace(config, max_steps=step + 1)
     run = torchrun([SCRIPT, *flags(second, tmp_path / "d.yaml")], 2)
     assert run.returncode == 0 and f"from step {step} to {step + 1}" in run.stdout, run.stdout + run.stderr[-3000:]
 
 
 def test_a_dead_rank_is_named_and_torchrun_restarts_the_run_where_it_was(tiny, tmp_path):
-    """Without --resume: ranks that torchrun starts again know that the run is theirs. The result is that of a run in which nobody died."""
+    """Without --resume: ranks that torchrun starts again know that the run is theirs. The result is that of a run in
+    which nobody died."""
     straight, config = tiny("straight", max_steps=7), tiny("dying", max_steps=7, checkpoint_steps=3)
     script = tmp_path / "dying.py"
     script.write_text(DYING.format(root=str(ROOT)))
@@ -95,8 +103,11 @@ def test_a_dead_rank_is_named_and_torchrun_restarts_the_run_where_it_was(tiny, t
     run = torchrun([str(script), *flags(config, tmp_path / "c.yaml")], 2, "--standalone", "--max-restarts=3")
     assert run.returncode == 0, run.stderr[-4000:]
     assert time.monotonic() - start < 200
-    # A killed process leaves no traceback; torchrun names it, or, where the other rank fails of it first, that one's traceback says why.
-    assert any(words in run.stderr for words in ("Signal 9 (SIGKILL)", "exitcode: -9", "reset by peer", "closed by peer")), run.stderr[-4000:]
+    # A killed process leaves no traceback; torchrun names it, or, where the other rank fails of it first, that one's
+    # traceback says why.
+    assert any(
+        words in run.stderr for words in ("Signal 9 (SIGKILL)", "exitcode: -9", "reset by peer", "closed by peer")
+    ), run.stderr[-4000:]
     assert "from step 0 to 7" in run.stdout and "from step 3 to 7" in run.stdout, run.stdout
     record = json.loads((tmp_path / "dying" / "run.json").read_text())["starts"]
     assert [entry["step"] for entry in record] == [0, 3] and record[0]["job"] == record[1]["job"]
@@ -105,12 +116,18 @@ def test_a_dead_rank_is_named_and_torchrun_restarts_the_run_where_it_was(tiny, t
     assert not [name for name in expected if "running_" not in name and not torch.equal(expected[name], found[name])]
 
 
-@pytest.mark.parametrize("number, said", [
-    ("SIGKILL", ("Signal 9 (SIGKILL)", "exitcode: -9", "reset by peer", "closed by peer")),
-    pytest.param("SIGSTOP", ("Timed out", "timed out"), marks=(pytest.mark.slow, pytest.mark.matrix)),  # torchrun gives it 30 s to end by itself
-])
+@pytest.mark.parametrize(
+    "number, said",
+    [
+        ("SIGKILL", ("Signal 9 (SIGKILL)", "exitcode: -9", "reset by peer", "closed by peer")),
+        pytest.param(
+            "SIGSTOP", ("Timed out", "timed out"), marks=(pytest.mark.slow, pytest.mark.matrix)
+        ),  # torchrun gives it 30 s to end by itself
+    ],
+)
 def test_a_rank_that_dies_or_hangs_ends_the_job_within_a_minute(tiny, tmp_path, number, said):
-    """From the moment on, by the clock, to the end of torchrun; where it hangs, at a timeout of 6 s, that of `timeout_minutes` included."""
+    """From the moment on, by the clock, to the end of torchrun; where it hangs, at a timeout of 6 s, that of
+    `timeout_minutes` included."""
     script, moment = tmp_path / "faltering.py", tmp_path / "moment"
     script.write_text(FALTERING.format(root=str(ROOT), moment=str(moment), signal=number))
     run = torchrun([str(script), *flags(tiny(epochs=200, timeout_minutes=0.1), tmp_path / "c.yaml")], 2)
@@ -143,13 +160,26 @@ def test_rank_0_alone_needs_the_runs_folder_and_the_weights_it_starts_from(tiny,
 def test_a_refused_run_stays_refused_when_torchrun_restarts_it(tiny, tmp_path):
     """The folder holds another run's checkpoints: a restart must not take them for its own."""
     config = tiny(max_steps=1)
-    assert subprocess.run([sys.executable, SCRIPT, *flags(config, tmp_path / "c.yaml")], cwd=ROOT, env=one_thread()).returncode == 0
-    run = torchrun([SCRIPT, *flags(dataclasses.replace(config, max_steps=3), tmp_path / "c.yaml")], 1, "--standalone", "--max-restarts=1")
-    assert run.returncode != 0 and run.stderr.count("already holds") >= 2 and "from step 1" not in run.stdout, run.stdout + run.stderr[-3000:]
+    assert (
+        subprocess.run(
+            [sys.executable, SCRIPT, *flags(config, tmp_path / "c.yaml")], cwd=ROOT, env=one_thread()
+        ).returncode
+        == 0
+    )
+    run = torchrun(
+        [SCRIPT, *flags(dataclasses.replace(config, max_steps=3), tmp_path / "c.yaml")],
+        1,
+        "--standalone",
+        "--max-restarts=1",
+    )
+    assert run.returncode != 0 and run.stderr.count("already holds") >= 2 and "from step 1" not in run.stdout, (
+        run.stdout + run.stderr[-3000:]
+    )
 
 
 def test_a_damaged_sample_ends_the_job_within_a_minute_with_its_name(tiny, betons, tmp_path):
-    """The rank that has it raises; the other does not wait; torchrun repeats the traceback of the one that failed first."""
+    """The rank that has it raises; the other does not wait; torchrun repeats the traceback of the one that failed
+    first."""
     broken = tmp_path / "broken.beton"
     content = bytearray((betons / "train.beton").read_bytes())
     with BetonReader(betons / "train.beton") as reader:
@@ -159,20 +189,29 @@ def test_a_damaged_sample_ends_the_job_within_a_minute_with_its_name(tiny, beton
     broken.write_bytes(content)
     config = tiny(train_data=str(broken), epochs=2)
     command = torchrun_command([SCRIPT, *flags(config, tmp_path / "c.yaml")], 2)
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread()) as job:
-        read = Path(config.output_dir) / "config.yaml"  # written before the first batch is asked for, so that the time is not understated
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread()
+    ) as job:
+        read = (
+            Path(config.output_dir) / "config.yaml"
+        )  # written before the first batch is asked for, so that the time is not understated
         while not read.exists() and job.poll() is None:
             time.sleep(0.02)
         start = time.monotonic()
         output, errors = job.communicate(timeout=240)
     assert job.returncode != 0 and read.exists() and time.monotonic() - start < MINUTE
-    assert len(re.findall(rf"^train\.py: rank [01]: cannot decode sample 11 \({name}\)", errors, re.MULTILINE)) == 1, errors
-    table = errors[errors.index("Root Cause"):]
-    assert f"cannot decode sample 11 ({name}) of {broken}" in table and "DecodeError" in table and "Traceback" in table, errors[-4000:]
+    assert len(re.findall(rf"^train\.py: rank [01]: cannot decode sample 11 \({name}\)", errors, re.MULTILINE)) == 1, (
+        errors
+    )
+    table = errors[errors.index("Root Cause") :]
+    assert (
+        f"cannot decode sample 11 ({name}) of {broken}" in table and "DecodeError" in table and "Traceback" in table
+    ), errors[-4000:]
 
 
 def test_two_nodes_meet_by_rendezvous_and_stop_together(tiny, tmp_path):
-    """Two torchruns with one rank each, as on two hosts. A SIGTERM to one node stops both at one step; both continue from it to the end."""
+    """Two torchruns with one rank each, as on two hosts. A SIGTERM to one node stops both at one step; both continue
+    from it to the end."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -180,7 +219,12 @@ def test_two_nodes_meet_by_rendezvous_and_stop_together(tiny, tmp_path):
     def start(config, name: str) -> list[subprocess.Popen]:
         options = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={name}"]
         command = torchrun_command([SCRIPT, *flags(config, tmp_path / f"{name}.yaml")], 1, *options)
-        return [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=one_thread()) for _ in range(2)]
+        return [
+            subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=one_thread()
+            )
+            for _ in range(2)
+        ]
 
     def finish(nodes: list[subprocess.Popen]) -> list[str]:
         try:

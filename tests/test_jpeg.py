@@ -1,4 +1,5 @@
-"""What `tl_fast.convert.image.prepare` stores: pixels against Pillow and DALI, verdicts against libjpeg's (simplejpeg, any warning an error)."""
+"""What `tl_fast.convert.image.prepare` stores: pixels against Pillow and DALI, verdicts against libjpeg's (simplejpeg,
+any warning an error)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from tl_fast.convert import image as jpeg, lossless as turbojpeg_transform
+from tl_fast.convert import image as jpeg
+from tl_fast.convert import lossless as turbojpeg_transform
 from tl_fast.jpeg import huffman as scans
 from tl_fast.jpeg import markers as marks
 
@@ -29,7 +31,9 @@ RESTARTS = ({}, {"restart_marker_blocks": 5}, {"restart_marker_rows": 1}, {"opti
 
 @pytest.fixture(scope="module")
 def scene(photos: Path) -> Image.Image:
-    return Image.open(photos / "val" / "fish" / sorted(file.name for file in (photos / "val" / "fish").iterdir())[0]).convert("RGB")
+    return Image.open(
+        photos / "val" / "fish" / sorted(file.name for file in (photos / "val" / "fish").iterdir())[0]
+    ).convert("RGB")
 
 
 def encode(image: Image.Image, format: str = "JPEG", **options) -> bytes:
@@ -63,7 +67,8 @@ def insert(data: bytes, segments: bytes) -> bytes:
     return data[:at] + segments + data[at:]
 
 
-# --- copies ----------------------------------------------------------------------------------------------------------------
+# --- copies
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decode_check", [True, False])
@@ -178,7 +183,8 @@ def test_a_stricter_reader_than_libjpeg_is_satisfied(scene: Image.Image) -> None
     assert jpeg.prepare(no_tables).action == "transcoded" and same_pixels(jpeg.prepare(no_tables), plain)
 
 
-# --- without loss ----------------------------------------------------------------------------------------------------------
+# --- without loss
+# ----------------------------------------------------------------------------------------------------------
 
 
 def non_interleaved(image: Image.Image) -> bytes:
@@ -188,13 +194,19 @@ def non_interleaved(image: Image.Image) -> bytes:
     frame, first = planes[0].index(b"\xff\xc0"), planes[0]
     head = first[: frame + 9] + b"\3\1\x11\0\2\x11\0\3\x11\0" + first[frame + 13 : cuts[0][0]]
     head = head.replace(first[frame : frame + 4], b"\xff\xc0\0\x11")
-    return head + b"".join(b"\xff\xda\0\x08\1" + bytes([i + 1]) + plane[at + 6 : -2] for i, (at, plane) in enumerate(cuts)) + b"\xff\xd9"
+    return (
+        head
+        + b"".join(b"\xff\xda\0\x08\1" + bytes([i + 1]) + plane[at + 6 : -2] for i, (at, plane) in enumerate(cuts))
+        + b"\xff\xd9"
+    )
 
 
 @pytest.mark.usefixtures("turbojpeg")
 def test_progressive_and_multi_scan_files_keep_their_pixels(scene: Image.Image) -> None:
     image = scene.resize((131, 77))
-    files = [encode(image, progressive=True, quality=quality, subsampling=s) for quality in (5, 60, 100) for s in (0, 1, 2)]
+    files = [
+        encode(image, progressive=True, quality=quality, subsampling=s) for quality in (5, 60, 100) for s in (0, 1, 2)
+    ]
     files += [encode(image, progressive=True, restart_marker_rows=1), non_interleaved(image)]
     for data in files:
         noisy = insert(data, segment(0xE1, EXIF)) + b"tail"
@@ -227,7 +239,8 @@ def test_arithmetic_coding(scene: Image.Image, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_missing_scans_look_as_in_pillow(scene: Image.Image) -> None:
-    """libjpeg smooths a progressive image whose later scans are missing, without a warning; so such a file is encoded anew."""
+    """libjpeg smooths a progressive image whose later scans are missing, without a warning; so such a file is encoded
+    anew."""
     data = encode(scene.resize((131, 77)), progressive=True, quality=30)
     last = data.rindex(b"\xff\xda")
     cut = data[: data.rindex(b"\xff\xc4", 0, last)] + b"\xff\xd9"
@@ -293,7 +306,8 @@ def test_libturbojpeg_is_found_where_a_user_without_root_can_put_it(
     assert turbojpeg_transform._find_library() == str(library)
 
 
-# --- everything else -------------------------------------------------------------------------------------------------------
+# --- everything else
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -317,7 +331,11 @@ def test_other_files_are_encoded_anew(scene: Image.Image) -> None:
             prepared = jpeg.prepare(data, quality=95, decode_check=decode_check)
             assert prepared.action == "re-encoded" and prepared.rotated == (EXIF[6:] in data) and prepared.stripped == 0
             assert prepared.crc == zlib.crc32(prepared.data) and pixels(prepared.data).shape == (61, 97, 3)
-        expected = np.repeat((deep >> 8)[..., None], 3, -1) if Image.open(io.BytesIO(data)).mode.startswith("I") else pixels(data)
+        expected = (
+            np.repeat((deep >> 8)[..., None], 3, -1)
+            if Image.open(io.BytesIO(data)).mode.startswith("I")
+            else pixels(data)
+        )
         assert np.abs(pixels(prepared.data).astype(int) - expected).mean() < 4  # 4:2:0 at quality 95 of a noisy photo
         for cut in (len(data) // 2, 20):
             with pytest.raises(ValueError, match="truncated|damaged|not an image"):
@@ -325,10 +343,19 @@ def test_other_files_are_encoded_anew(scene: Image.Image) -> None:
 
 
 def test_shrinking(scene: Image.Image) -> None:
-    for image, options in ((scene, {}), (scene, {"progressive": True}), (scene.convert("L"), {}), (scene.convert("CMYK"), {})):
+    for image, options in (
+        (scene, {}),
+        (scene, {"progressive": True}),
+        (scene.convert("L"), {}),
+        (scene.convert("CMYK"), {}),
+    ):
         data = insert(encode(image, **options), segment(0xE1, EXIF))
         prepared = jpeg.prepare(data, max_resolution=100, quality=95)
-        expected = Image.open(io.BytesIO(data)).convert("RGB").resize((prepared.width, prepared.height), Image.Resampling.LANCZOS)
+        expected = (
+            Image.open(io.BytesIO(data))
+            .convert("RGB")
+            .resize((prepared.width, prepared.height), Image.Resampling.LANCZOS)
+        )
         assert prepared.action == "resized" and max(prepared.width, prepared.height) == 100 and prepared.rotated
         assert np.abs(pixels(prepared.data).astype(int) - np.asarray(expected)).mean() < 3
         damaged = bytearray(data)
@@ -349,28 +376,48 @@ def test_unreadable_jpegs_say_why(scene: Image.Image) -> None:
         huge = encode(scene.resize((64, 64)), **options)
         frame = huge.index(b"\xff\xc2" if options else b"\xff\xc0")
         for decode_check in (True, False):
-            with pytest.raises(ValueError, match="65000 × 65000 pixels from" if options else "ends before the last row"):
+            with pytest.raises(
+                ValueError, match="65000 × 65000 pixels from" if options else "ends before the last row"
+            ):
                 jpeg.prepare(huge[: frame + 5] + b"\xfd\xe8\xfd\xe8" + huge[frame + 9 :], decode_check=decode_check)
 
 
-# --- verdicts --------------------------------------------------------------------------------------------------------------
+# --- verdicts
+# --------------------------------------------------------------------------------------------------------------
 
 
 def tiny(codes: dict[int, str], bits: str) -> bytes:
-    """An 8 × 8 greyscale JPEG whose AC table has `codes` (symbol: bits), DC difference 0 being 0, and the given image data."""
+    """An 8 × 8 greyscale JPEG whose AC table has `codes` (symbol: bits), DC difference 0 being 0, and the given image
+    data."""
     lengths = [sum(len(code) == n for code in codes.values()) for n in range(1, 17)]
     symbols = sorted(codes, key=lambda symbol: (len(codes[symbol]), codes[symbol]))
     bits += "1" * (-len(bits) % 8)
-    scan = b"".join(int(bits[i : i + 8], 2).to_bytes(1, "big") for i in range(0, len(bits), 8)).replace(b"\xff", b"\xff\0")
+    scan = b"".join(int(bits[i : i + 8], 2).to_bytes(1, "big") for i in range(0, len(bits), 8)).replace(
+        b"\xff", b"\xff\0"
+    )
     tables = segment(0xC4, b"\0\1" + bytes(15) + b"\0") + segment(0xC4, b"\x10" + bytes(lengths) + bytes(symbols))
     frame = segment(0xC0, b"\x08\0\x08\0\x08\1\1\x11\0")
-    return b"\xff\xd8" + segment(0xDB, b"\0" + b"\1" * 64) + frame + tables + segment(0xDA, b"\1\1\0\0\x3f\0") + scan + b"\xff\xd9"
+    return (
+        b"\xff\xd8"
+        + segment(0xDB, b"\0" + b"\1" * 64)
+        + frame
+        + tables
+        + segment(0xDA, b"\1\1\0\0\x3f\0")
+        + scan
+        + b"\xff\xd9"
+    )
 
 
 def test_codes_that_encoders_do_not_write() -> None:
     codes = {0x00: "00", 0x01: "01", 0xF0: "100", 0x0B: "1010", 0x30: "1011", 0xF1: "1100"}
     runs = "0" + "100" * 3
-    for bits in ("000", "0" + "011" * 63, runs + "011" * 15, "0" + "011" * 15 + "100" * 2 + "11001", runs + "011" * 2 + "00"):
+    for bits in (
+        "000",
+        "0" + "011" * 63,
+        runs + "011" * 15,
+        "0" + "011" * 15 + "100" * 2 + "11001",
+        runs + "011" * 2 + "00",
+    ):
         data = tiny(codes, bits)
         assert same_pixels(jpeg.prepare(data), data), bits
     for bits in (
@@ -401,7 +448,9 @@ def test_truncation_is_found_at_any_byte(scene: Image.Image, options: dict) -> N
 def mutate(data: bytes, rng: random.Random) -> bytes:
     mutant, scan = bytearray(data), max(1, data.find(b"\xff\xda") + 14)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        low, high = rng.choice(((0, len(mutant)), (2, min(scan, len(mutant))), (min(scan, len(mutant) - 1), len(mutant))))
+        low, high = rng.choice(
+            ((0, len(mutant)), (2, min(scan, len(mutant))), (min(scan, len(mutant) - 1), len(mutant)))
+        )
         at, other, size = rng.randrange(low, high), rng.randrange(low, high), rng.choice((1, 2, 5, 50))
         kind = rng.randrange(10)
         if kind < 3:
@@ -413,12 +462,16 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
         elif kind == 5:
             mutant[at:at] = mutant[other : other + size]
         elif kind == 6:
-            mutant[at:at] = rng.choice((b"\xff", b"\0", b"\xff\0", b"\xff\xff", b"\xff\xd0", b"\xff\xd9", b"\xff\xfe\0\4ab", b"\xff\x01"))
+            mutant[at:at] = rng.choice(
+                (b"\xff", b"\0", b"\xff\0", b"\xff\xff", b"\xff\xd0", b"\xff\xd9", b"\xff\xfe\0\4ab", b"\xff\x01")
+            )
         elif kind == 7:
             mutant = mutant[:at] + rng.choice((b"", b"\xff\xd9"))
         elif kind == 8 and mutant[-2:] == b"\xff\xd9":
             extra = rng.randbytes(rng.randrange(1, 9))
-            mutant[-2:-2] = rng.choice((b"\0", b"\xff\xff", extra, b"\xff\xd0", b"\xff\xfe\0\4ab", b"\xff\xdc\0\4\0\x10"))
+            mutant[-2:-2] = rng.choice(
+                (b"\0", b"\xff\xff", extra, b"\xff\xd0", b"\xff\xfe\0\4ab", b"\xff\xdc\0\4\0\x10")
+            )
         else:
             mutant[at], mutant[other] = mutant[other], mutant[at]
         if len(mutant) < 8:
@@ -428,13 +481,20 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_verdicts_equal_libjpegs_or_are_stricter(scene: Image.Image, seed: int) -> None:
-    """8,000 damaged files a seed: what our decoder accepts libjpeg decodes without a warning, to the same pixels once stripped.
+    """8,000 damaged files a seed: what our decoder accepts libjpeg decodes without a warning, to the same pixels once
+    stripped.
 
-    The other way round, libjpeg is silent only on bad codes (libjpeg-turbo's fast loop ignores them) and on oddities it is asked about.
+    The other way round, libjpeg is silent only on bad codes (libjpeg-turbo's fast loop ignores them) and on oddities it
+    is asked about.
     """
     rng, outcomes = random.Random(seed), Counter()
     whole = [
-        encode(scene.resize((rng.randrange(17, 90), rng.randrange(17, 90))), quality=quality, subsampling=subsampling, **options)
+        encode(
+            scene.resize((rng.randrange(17, 90), rng.randrange(17, 90))),
+            quality=quality,
+            subsampling=subsampling,
+            **options,
+        )
         for quality in (20, 75, 98)
         for subsampling in (0, 1, 2)
         for options in RESTARTS
@@ -455,7 +515,11 @@ def test_verdicts_equal_libjpegs_or_are_stricter(scene: Image.Image, seed: int) 
         try:
             reference = simplejpeg.decode_jpeg(data, "GRAY" if record[marks.COMPONENTS] == 1 else "RGB")
         except ValueError as error:
-            assert not accepted or "subsampling" in str(error), (seed, case, error)  # a layout that TurboJPEG cannot decode at all
+            assert not accepted or "subsampling" in str(error), (
+                seed,
+                case,
+                error,
+            )  # a layout that TurboJPEG cannot decode at all
             outcomes["damaged"] += 1
             continue
         if accepted:
@@ -486,7 +550,8 @@ def test_the_transform_refuses_what_libjpeg_warns_of(scene: Image.Image) -> None
             try:
                 simplejpeg.decode_jpeg(data, "GRAY" if record[marks.COMPONENTS] == 1 else "RGB")
             except ValueError as error:
-                # Transforming does not look at sizes that only decoding does; what comes out is decoded in the next test.
+                # Transforming does not look at sizes that only decoding does; what comes out is decoded in the next
+                # test.
                 assert "Unsupported color conversion" in str(error) or "subsampling" in str(error), (case, error)
     assert outcomes["accepted"] > 50 and outcomes["refused"] > 50
 
@@ -499,10 +564,26 @@ def test_hostile_files_of_every_kind(scene: Image.Image, seed: int, capfd: pytes
     rng, outcomes = random.Random(100 + seed), Counter()
     image = scene.resize((61, 43))
     grey, palette = image.convert("L"), image.quantize(32)
-    whole = [encode(image), encode(image, progressive=True), encode(grey), encode(grey, progressive=True), encode(image.convert("CMYK"))]
-    whole += [encode(image, keep_rgb=True), encode(grey, restart_marker_blocks=2), insert(encode(image), segment(0xE1, EXIF))]
-    whole += [encode(image, kind) for kind in ("PNG", "WEBP", "BMP", "TIFF", "PPM")] + [encode(palette, kind) for kind in ("PNG", "GIF")]
-    whole += [encode(image, "TIFF", compression="tiff_lzw"), encode(image, "WEBP", lossless=True), encode(image, "PNG", exif=EXIF)]
+    whole = [
+        encode(image),
+        encode(image, progressive=True),
+        encode(grey),
+        encode(grey, progressive=True),
+        encode(image.convert("CMYK")),
+    ]
+    whole += [
+        encode(image, keep_rgb=True),
+        encode(grey, restart_marker_blocks=2),
+        insert(encode(image), segment(0xE1, EXIF)),
+    ]
+    whole += [encode(image, kind) for kind in ("PNG", "WEBP", "BMP", "TIFF", "PPM")] + [
+        encode(palette, kind) for kind in ("PNG", "GIF")
+    ]
+    whole += [
+        encode(image, "TIFF", compression="tiff_lzw"),
+        encode(image, "WEBP", lossless=True),
+        encode(image, "PNG", exif=EXIF),
+    ]
     for case in range(6000):
         data, decode_check = mutate(rng.choice(whole), rng), rng.random() < 0.8
         try:
@@ -519,12 +600,16 @@ def test_hostile_files_of_every_kind(scene: Image.Image, seed: int, capfd: pytes
     capfd.readouterr()  # libtiff writes to stderr
 
 
-# --- how it runs -----------------------------------------------------------------------------------------------------------
+# --- how it runs
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("turbojpeg")
 def test_threads_do_not_share_working_memory(scene: Image.Image) -> None:
-    files = [encode(scene.resize((150 + i, 100)), quality=80 + i, optimize=i % 2 == 0, progressive=i % 5 == 0) for i in range(12)]
+    files = [
+        encode(scene.resize((150 + i, 100)), quality=80 + i, optimize=i % 2 == 0, progressive=i % 5 == 0)
+        for i in range(12)
+    ]
     files += [encode(scene.resize((90, 120 + i)).convert("L"), optimize=True) for i in range(6)]
     expected = [jpeg.prepare(data) for data in files]
     with ThreadPoolExecutor(4) as pool:
@@ -545,7 +630,16 @@ def test_the_gil_is_free_while_decoding() -> None:
 def _scan_arguments(data: bytes) -> tuple:
     work = jpeg._Workspace()
     assert work.inspect(data, True)[marks.STATUS] == marks.OK  # also compiles what is to be called
-    arguments = (np.frombuffer(data, np.uint8), work.record, work.stream, work.keys, work.lookup, work.layout, None, None)
+    arguments = (
+        np.frombuffer(data, np.uint8),
+        work.record,
+        work.stream,
+        work.keys,
+        work.lookup,
+        work.layout,
+        None,
+        None,
+    )
     scans.check_scan(*arguments)
     return arguments
 
@@ -562,5 +656,11 @@ def test_tables_left_by_a_refused_file_are_not_taken_for_the_next(scene: Image.I
 
 
 def test_needs_neither_torch_nor_ffcv() -> None:
-    code = "import sys; import tl_fast.convert.image; print(*sorted({'torch', 'ffcv', 'cv2', 'nvidia'} & set(sys.modules)), 'none')"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "none"
+    code = (
+        "import sys; import tl_fast.convert.image; print(*sorted({'torch', 'ffcv', 'cv2', 'nvidia'} &"
+        " set(sys.modules)), 'none')"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "none"
+    )

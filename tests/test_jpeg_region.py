@@ -1,4 +1,6 @@
-"""Our decoder of JPEG regions against Pillow's (libjpeg-turbo) of the whole image: every pixel equal, or no pixels at all."""
+"""Our decoder of JPEG regions against Pillow's (libjpeg-turbo) of the whole image: every pixel equal, or no pixels at
+all."""
+
 from __future__ import annotations
 
 import io
@@ -14,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tl_fast.pipeline.decode import DecodeError, Decoder, decode_graph
 from tl_fast.convert.image import prepare
 from tl_fast.jpeg.region import RegionDecoder
+from tl_fast.pipeline.decode import DecodeError, Decoder, decode_graph
 
 PHOTOS = sorted((Path(__file__).parent / "photos").rglob("*.jpg"))
 CANARY = 0xA5
@@ -41,7 +43,9 @@ def region_of(data: bytes, start: tuple[int, int], stop: tuple[int, int]) -> np.
     return found
 
 
-def random_regions(rng: random.Random, height: int, width: int, count: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def random_regions(
+    rng: random.Random, height: int, width: int, count: int
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     regions = [((0, 0), (height, width)), ((height - 1, width - 1), (height, width)), ((0, 0), (1, 1))]
     for _ in range(count):
         top, left = rng.randrange(height), rng.randrange(width)
@@ -58,7 +62,8 @@ def check(data: bytes, rng: random.Random, count: int = 6) -> None:
 
 
 def picture(rng: np.random.Generator, height: int, width: int, kind: str) -> np.ndarray:
-    """uint8 [height, width, 3]: noise, with every coefficient; extreme noise, whose values leave 0..255; waves, with few coefficients."""
+    """uint8 [height, width, 3]: noise, with every coefficient; extreme noise, whose values leave 0..255; waves, with
+    few coefficients."""
     if kind == "noise":
         return rng.integers(0, 256, (height, width, 3), np.uint8)
     if kind == "extreme":
@@ -81,9 +86,13 @@ def test_regions_of_original_files_are_pillows_pixels(shared):
 
 @settings(max_examples=250, deadline=None)
 @given(
-    st.integers(1, 70), st.integers(1, 70), st.sampled_from(["444", "422", "420", "440", "411", "Gray"]),
-    st.sampled_from([1, 20, 75, 92, 100]), st.sampled_from(["noise", "extreme", "waves"]), st.integers(0, 2**32 - 1),
-)  # fmt: skip
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from(["444", "422", "420", "440", "411", "Gray"]),
+    st.sampled_from([1, 20, 75, 92, 100]),
+    st.sampled_from(["noise", "extreme", "waves"]),
+    st.integers(0, 2**32 - 1),
+)
 def test_any_size_sampling_and_quality(height, width, sampling, quality, kind, seed):
     pixels = picture(np.random.default_rng(seed), height, width, kind)
     if sampling == "Gray":
@@ -98,13 +107,19 @@ def test_any_size_sampling_and_quality(height, width, sampling, quality, kind, s
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(5, 90), st.integers(5, 90), st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]), st.sampled_from([5, 60, 95]), st.booleans(),
+    st.integers(5, 90),
+    st.integers(5, 90),
+    st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+    st.sampled_from([5, 60, 95]),
+    st.booleans(),
     st.sampled_from([{}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 1}, {"restart_marker_blocks": 3}]),
     st.integers(0, 2**32 - 1),
-)  # fmt: skip
+)
 def test_tables_of_its_own_and_restart_markers(height, width, sampling, quality, optimize, restarts, seed):
     pixels = picture(np.random.default_rng(seed), height, width, ("noise", "extreme", "waves")[seed % 3])
-    Image.fromarray(pixels).save(out := io.BytesIO(), "JPEG", quality=quality, subsampling=sampling, optimize=optimize, **restarts)
+    Image.fromarray(pixels).save(
+        out := io.BytesIO(), "JPEG", quality=quality, subsampling=sampling, optimize=optimize, **restarts
+    )
     check(out.getvalue(), random.Random(seed), 4)
 
 
@@ -174,7 +189,9 @@ def test_threads_have_memory_of_their_own():
 
     def whole(i: int) -> bool:
         data = as_array(files[i % 12])
-        return np.array_equal(decoder.decode(data, np.zeros(2, int), np.array(expected[i % 12].shape[:2])), expected[i % 12])
+        return np.array_equal(
+            decoder.decode(data, np.zeros(2, int), np.array(expected[i % 12].shape[:2])), expected[i % 12]
+        )
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(whole, range(120)))
@@ -195,12 +212,20 @@ class Files:
 
 def test_a_decoder_gives_dalis_pixels_and_pillow_decodes_the_rest():
     kinds = jpegs_of_other_kinds()
-    files = [path.read_bytes() for path in PHOTOS[:5]] + [kinds["progressive"], kinds["RGB"]] + [path.read_bytes() for path in PHOTOS[5:8]]
+    files = (
+        [path.read_bytes() for path in PHOTOS[:5]]
+        + [kinds["progressive"], kinds["RGB"]]
+        + [path.read_bytes() for path in PHOTOS[5:8]]
+    )
     starts = np.array([(3 + i, 2 * i) for i in range(len(files))])
     shapes = np.array([(20 + i, 31 - i) for i in range(len(files))])
-    graph = decode_graph("cpu", batch_size=len(files), num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    graph = decode_graph(
+        "cpu", batch_size=len(files), num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
+    )
     graph.build()
-    (expected,) = graph.run(jpegs=list(map(as_array, files)), starts=starts.astype(np.int32), shapes=shapes.astype(np.int32))
+    (expected,) = graph.run(
+        jpegs=list(map(as_array, files)), starts=starts.astype(np.int32), shapes=shapes.astype(np.int32)
+    )
     for threads in (1, 2):
         batches = Decoder(Files(files), 16, threads)
         found = batches(np.arange(len(files)), starts, shapes)
@@ -220,7 +245,8 @@ def test_a_file_that_nobody_can_decode_is_named():
 
 
 def test_every_look_up_length_is_met():
-    """Tables with long codes: photos, whose optimised tables differ from file to file, decode alternately with one decoder."""
+    """Tables with long codes: photos, whose optimised tables differ from file to file, decode alternately with one
+    decoder."""
     files = [path.read_bytes() for path in PHOTOS[:6]]
     for first, second in itertools.permutations(files, 2):
         for data in (first, second):

@@ -1,4 +1,5 @@
 """CPU kernels against the golden targets, torchvision's RoIAlign, a slow oracle and Pillow."""
+
 import os
 import subprocess
 import sys
@@ -6,16 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
+
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests import reference
 from torchvision.ops import roi_align
 
-from tl_fast.maths import compile as jit
+from tests import reference
 from tl_fast.kernels import cpu
+from tl_fast.maths import compile as jit
 
 CASES = ["small", "nosmooth", "rect_map", "grid24", "imagenet"]
 
@@ -54,13 +58,15 @@ def test_token_targets_equal_torchvision_roi_align(eager, rows, columns, grid):
     rng = np.random.default_rng(rows * 100 + columns)
     batch, k, num_classes, smoothing = 12, 4, 21, 0.1
     classes, scores = random_maps(rng, batch, k, rows, columns, num_classes)
-    # Crops of at least a cell: torchvision's Python fallback, used where its C++ operators are missing, does not zero the sampling points
-    # that the minimum extent pushes outside the map. (At exactly one cell the number of points would hang on rounding.) The golden file and
-    # the oracle cover the thin ones.
+    # Crops of at least a cell: torchvision's Python fallback, used where its C++ operators are missing, does not zero
+    # the sampling points that the minimum extent pushes outside the map. (At exactly one cell the number of points
+    # would hang on rounding.) The golden file and the oracle cover the thin ones.
     size = np.maximum(rng.uniform(0.02, 1, (batch, 2)), [1.05 / rows, 1.05 / columns])
     crops = np.concatenate([rng.uniform(0, 1, (batch, 2)) * (1 - size), size], axis=1).astype(np.float32)
     flips = rng.random(batch) < 0.5
-    dense = torch.zeros(batch, num_classes, rows, columns).scatter_(1, torch.from_numpy(classes.astype(np.int64)), torch.from_numpy(scores))
+    dense = torch.zeros(batch, num_classes, rows, columns).scatter_(
+        1, torch.from_numpy(classes.astype(np.int64)), torch.from_numpy(scores)
+    )
     top, left, height, width = (torch.from_numpy(crops[:, i]) for i in range(4))
     boxes = torch.stack([left * columns, top * rows, (left + width) * columns, (top + height) * rows], 1) - 0.5
     boxes = torch.cat([torch.arange(batch)[:, None].float(), boxes], 1)
@@ -223,7 +229,10 @@ def test_kernels_are_kept_on_disk_under_their_sources_content(tmp_path):
         "print(sum(cpu.warp.resample.stats.cache_hits.values()), sum(cpu.warp.resample.stats.cache_misses.values()))"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    runs = [subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    runs = [
+        subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
     assert [run.stdout.split() for run in runs] == [["0", "1"], ["1", "0"]]
     (folder,) = (tmp_path / "tl_fast").iterdir()
     assert folder.name == Path(jit._cache_folder()).name

@@ -1,4 +1,5 @@
 """The label-map format: quantisation, records, their layouts in a beton, stores."""
+
 from __future__ import annotations
 
 import io
@@ -18,12 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from tl_fast.beton import layout
-from tl_fast.labelmaps import format as labelmap
 from tl_fast.annotation.annotator import build_annotator, squash
+from tl_fast.beton import layout
 from tl_fast.beton.reader import BetonError, BetonReader, Sample, write_beton
-from tl_fast.labelmaps import loops as kernels
 from tl_fast.kernels.cpu import token_targets
+from tl_fast.labelmaps import format as labelmap
+from tl_fast.labelmaps import loops as kernels
 from tl_fast.labelmaps.format import (
     LabelMapError,
     LabelMapStore,
@@ -39,12 +40,26 @@ from tl_fast.labelmaps.format import (
 )
 from tl_fast.plan.records import Augment, draw
 
-scores_strategy = hnp.arrays(np.float32, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6),
-                             elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False))
+scores_strategy = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=3, max_dims=3, max_side=6),
+    elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False),
+)
 
 
-@pytest.mark.parametrize("bad", [dict(k=0), dict(height=0), dict(width=-1), dict(num_classes=65_536), dict(k=11),
-                                 dict(extent="half"), dict(k=2.0), dict(k=True)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(k=0),
+        dict(height=0),
+        dict(width=-1),
+        dict(num_classes=65_536),
+        dict(k=11),
+        dict(extent="half"),
+        dict(k=2.0),
+        dict(k=True),
+    ],
+)
 def test_spec_refuses(bad):
     with pytest.raises(LabelMapError, match=next(iter(bad))):
         MapSpec(**{**dict(k=5, height=7, width=7, num_classes=10), **bad})
@@ -54,7 +69,12 @@ def test_spec_round_trip_and_record_layout():
     spec = MapSpec(5, 7, 9, 65_535, "center_square")
     assert MapSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     assert spec.dtype.itemsize == 8 + 3 * 5 * 7 * 9
-    assert [spec.dtype.fields[name][1] for name in ("score_min", "score_step", "classes", "scores")] == [0, 4, 8, 8 + 2 * 5 * 7 * 9]
+    assert [spec.dtype.fields[name][1] for name in ("score_min", "score_step", "classes", "scores")] == [
+        0,
+        4,
+        8,
+        8 + 2 * 5 * 7 * 9,
+    ]
     with pytest.raises(LabelMapError, match="depth"):
         MapSpec.from_dict({**spec.to_dict(), "depth": 1})
     with pytest.raises(LabelMapError, match="num_classes"):
@@ -81,7 +101,9 @@ def test_quantise_errs_by_at_most_one_level_and_keeps_the_best_class(scores):
     if len(scores) > 1:
         top = np.sort(scores, axis=0)[-2:].astype(np.float64)
         clear = top[1] - top[0] > 1e-5 * np.abs(scores).max()
-        assert (np.sort(levels, axis=0)[-1] > np.sort(levels, axis=0)[-2])[clear].all()  # the best two classes of a cell never tie
+        assert (np.sort(levels, axis=0)[-1] > np.sort(levels, axis=0)[-2])[
+            clear
+        ].all()  # the best two classes of a cell never tie
 
 
 def slow_quantise(scores: np.ndarray) -> tuple[np.ndarray, np.float32, np.float32]:
@@ -104,7 +126,9 @@ def slow_quantise(scores: np.ndarray) -> tuple[np.ndarray, np.float32, np.float3
     return levels.astype(np.uint8), score_min, score_step
 
 
-whole_numbers = hnp.arrays(np.float64, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.integers(0, 12).map(float))
+whole_numbers = hnp.arrays(
+    np.float64, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.integers(0, 12).map(float)
+)
 nearly_tied = st.tuples(whole_numbers, st.sampled_from([0, 1e-9, 1e-3, 0.3]), st.integers(0, 2**32 - 1))
 
 
@@ -125,7 +149,9 @@ def test_constant_map(value):
     assert step == 0 and (dequantise(levels, low, step) == np.float32(value)).all()
 
 
-@pytest.mark.parametrize("scores", [[[[np.nan]]], [[[np.inf]]], np.zeros((0, 1, 1)), np.zeros((2, 2)), [[[-3e38, 3e38]]], [[[-1e300]]]])
+@pytest.mark.parametrize(
+    "scores", [[[[np.nan]]], [[[np.inf]]], np.zeros((0, 1, 1)), np.zeros((2, 2)), [[[-3e38, 3e38]]], [[[-1e300]]]]
+)
 def test_quantise_refuses(scores):
     with pytest.raises(LabelMapError):
         quantise(np.asarray(scores, np.float64))
@@ -134,16 +160,24 @@ def test_quantise_refuses(scores):
 def test_dequantise_takes_a_batch():
     rng = np.random.default_rng(0)
     packed = [quantise(rng.normal(size=(3, 2, 4)).astype(np.float32)) for _ in range(5)]
-    levels, low, step = (np.stack(part) for part in zip(*packed))
+    levels, low, step = (np.stack(part) for part in zip(*packed, strict=False))
     np.testing.assert_array_equal(dequantise(levels, low, step), np.stack([dequantise(*one) for one in packed]))
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.sampled_from([5, 1000, 65_535]), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([5, 1000, 65_535]),
+    st.integers(0, 2**32 - 1),
+)
 def test_pack_unpack(k, height, width, num_classes, seed):
     rng = np.random.default_rng(seed)
     spec = MapSpec(k, height, width, num_classes)
-    classes = np.stack([rng.choice(num_classes, k, replace=False) for _ in range(height * width)], 1).reshape(spec.shape)
+    classes = np.stack([rng.choice(num_classes, k, replace=False) for _ in range(height * width)], 1).reshape(
+        spec.shape
+    )
     scores = rng.normal(size=spec.shape).astype(np.float32)
     record = pack(classes, scores, spec)
     assert isinstance(record, np.void) and record.dtype == spec.dtype
@@ -160,20 +194,29 @@ def test_pack_refuses():
     classes, scores = np.array([[[1, 2]], [[3, 4]]]), np.zeros((2, 1, 2), np.float32)
     pack(classes, scores, spec)
     for bad_classes, bad_scores, message in [
-        (classes[:1], scores, "shape"), (classes, scores[:, :, :1], "shape"), (classes + 0.5, scores, "integers, got 1.5"),
+        (classes[:1], scores, "shape"),
+        (classes, scores[:, :, :1], "shape"),
+        (classes + 0.5, scores, "integers, got 1.5"),
         (classes * np.nan, scores, "integers, got nan"),
         (classes.astype(str), scores, "integers, got dtype"),
-        (classes + 6, scores, r"0\.\.9, got 7\.\.10"), (classes - 2, scores, r"got -1"),
+        (classes + 6, scores, r"0\.\.9, got 7\.\.10"),
+        (classes - 2, scores, r"got -1"),
         (classes % 2, scores, "class 1 twice in cell .row 0, column 0"),
-        (classes, scores + np.nan, "finite"), (classes, np.where(classes == 4, -np.inf, scores), "1 non-finite"),
+        (classes, scores + np.nan, "finite"),
+        (classes, np.where(classes == 4, -np.inf, scores), "1 non-finite"),
     ]:
         with pytest.raises(LabelMapError, match=message):
             pack(bad_classes, bad_scores, spec)
 
 
 @settings(max_examples=200, deadline=None)
-@given(hnp.arrays(st.sampled_from([np.int8, np.int64, np.uint64, np.float16, np.float64]), (3, 2, 2), elements=st.integers(0, 12)),
-       st.integers(0, 2), st.sampled_from([-1, 10, 127, 0.5, np.nan, np.inf]))
+@given(
+    hnp.arrays(
+        st.sampled_from([np.int8, np.int64, np.uint64, np.float16, np.float64]), (3, 2, 2), elements=st.integers(0, 12)
+    ),
+    st.integers(0, 2),
+    st.sampled_from([-1, 10, 127, 0.5, np.nan, np.inf]),
+)
 def test_pack_takes_exactly_the_classes_that_exist_once_a_cell(classes, changes, value):
     spec = MapSpec(3, 2, 2, 10)
     if changes and (classes.dtype.kind == "f" or value in (10, 127)):
@@ -199,14 +242,17 @@ def slow_expand(data: bytes, spec: MapSpec) -> tuple[np.ndarray, np.ndarray] | N
     palette = np.flatnonzero(bits)
     index = np.frombuffer(data[bitmap : bitmap + cells], np.uint8).astype(int)
     if len(data) > bitmap + 2 * cells:
-        index += 256 * np.unpackbits(np.frombuffer(data[bitmap + cells : -cells], np.uint8), bitorder="little")[:cells].astype(int)
+        index += 256 * np.unpackbits(np.frombuffer(data[bitmap + cells : -cells], np.uint8), bitorder="little")[
+            :cells
+        ].astype(int)
     if len(palette) > 512 or (palette >= spec.num_classes).any() or (index >= len(palette)).any():
         return None
     return palette[index].reshape(spec.shape), levels
 
 
 def record_of(spec: MapSpec, pool: int, rng: np.random.Generator) -> np.void:
-    """Any classes (a cell may list one twice: encode keeps what it is given), of at most `pool` different ones, and any levels."""
+    """Any classes (a cell may list one twice: encode keeps what it is given), of at most `pool` different ones, and any
+    levels."""
     record = np.zeros((), spec.dtype)
     record["classes"] = rng.choice(rng.permutation(spec.num_classes)[:pool], spec.shape)
     record["scores"] = rng.integers(0, 256, spec.shape)
@@ -214,8 +260,14 @@ def record_of(spec: MapSpec, pool: int, rng: np.random.Generator) -> np.void:
     return record[()]
 
 
-specs = st.builds(lambda k, h, w, c, e: MapSpec(min(k, c), h, w, c, e), st.integers(1, 6), st.integers(1, 18), st.integers(1, 18),
-                  st.one_of(st.integers(1, 40), st.integers(250, 1100), st.integers(1, 65_535)), st.sampled_from(labelmap.EXTENTS))
+specs = st.builds(
+    lambda k, h, w, c, e: MapSpec(min(k, c), h, w, c, e),
+    st.integers(1, 6),
+    st.integers(1, 18),
+    st.integers(1, 18),
+    st.one_of(st.integers(1, 40), st.integers(250, 1100), st.integers(1, 65_535)),
+    st.sampled_from(labelmap.EXTENTS),
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -225,7 +277,9 @@ def test_a_map_comes_back_from_the_file_as_it_was(spec, pool, seed):
     data = encode(record, spec)
     n, cells = len(np.unique(record["classes"])), spec.cells
     bitmap = (spec.num_classes + 7) // 8
-    assert len(data) == min(3 * cells, bitmap + 2 * cells + (0 if n <= 256 else (cells + 7) // 8 if n <= 512 else cells))
+    assert len(data) == min(
+        3 * cells, bitmap + 2 * cells + (0 if n <= 256 else (cells + 7) // 8 if n <= 512 else cells)
+    )
     for found, right in zip(slow_expand(data, spec), (record["classes"], record["scores"]), strict=True):
         np.testing.assert_array_equal(found, right)
     classes = np.full(cells + 2, 7, np.uint16)
@@ -235,9 +289,16 @@ def test_a_map_comes_back_from_the_file_as_it_was(spec, pool, seed):
 
 
 @settings(max_examples=300, deadline=None)
-@given(specs, st.sampled_from(["plain", "small", "large", "any"]), st.integers(0, 4000), st.integers(0, 2**32 - 1), st.floats(0, 1))
+@given(
+    specs,
+    st.sampled_from(["plain", "small", "large", "any"]),
+    st.integers(0, 4000),
+    st.integers(0, 2**32 - 1),
+    st.floats(0, 1),
+)
 def test_any_bytes_are_read_right_or_refused(spec, kind, length, seed, density):
-    """Bytes as long as a map's and others; with `density` of the bits set in front, so that palettes of all sizes occur."""
+    """Bytes as long as a map's and others; with `density` of the bits set in front, so that palettes of all sizes
+    occur."""
     rng = np.random.default_rng(seed)
     sizes = dict(zip(("plain", "small", "large"), encoded_sizes(spec), strict=True))
     length = sizes.get(kind, length)
@@ -256,8 +317,12 @@ def test_any_bytes_are_read_right_or_refused(spec, kind, length, seed, density):
 def test_encode_refuses():
     spec = MapSpec(2, 3, 3, 10)
     good = record_of(spec, 5, np.random.default_rng(0))
-    for field, value, message in (("classes", 10, "class 10 of 10"), ("score_min", np.nan, "finite"), ("score_step", np.inf, "finite"),
-                                  ("score_step", -1, "not negative")):
+    for field, value, message in (
+        ("classes", 10, "class 10 of 10"),
+        ("score_min", np.nan, "finite"),
+        ("score_step", np.inf, "finite"),
+        ("score_step", -1, "not negative"),
+    ):
         record = good.copy()
         record[field] = value
         with pytest.raises(LabelMapError, match=message):
@@ -287,7 +352,11 @@ def test_the_reader_gives_what_was_packed(beton):
         assert [len(reader._map_bytes(i)) for i in range(3)] == [3365, 3568, 4860]
         for indices in (np.arange(12), [7], [11, 0, 0, 4], np.array([], int)):
             classes, scores = reader.label_maps(indices)
-            assert classes.dtype == np.uint16 and scores.dtype == np.float32 and classes.shape == scores.shape == (len(indices), 5, 18, 18)
+            assert (
+                classes.dtype == np.uint16
+                and scores.dtype == np.float32
+                and classes.shape == scores.shape == (len(indices), 5, 18, 18)
+            )
             for row, i in enumerate(indices):
                 np.testing.assert_array_equal(classes[row], records[i]["classes"])
                 np.testing.assert_array_equal(  # the same float32, not nearly the same
@@ -296,11 +365,16 @@ def test_the_reader_gives_what_was_packed(beton):
                 )
 
 
-@pytest.mark.parametrize("sample, at, value, message", [
-    (0, 0, b"\xff" * 125, "palette has more than 512"), (1, 0, bytes(125), "beyond its palette"),
-    (0, 125 + 77, b"\xff", "beyond its palette"), (1, 125 + 1620, b"\xff" * 100, "beyond its palette"),
-    (2, 2 * 55, b"\xe8\x03", "class outside 0..999"),
-])
+@pytest.mark.parametrize(
+    "sample, at, value, message",
+    [
+        (0, 0, b"\xff" * 125, "palette has more than 512"),
+        (1, 0, bytes(125), "beyond its palette"),
+        (0, 125 + 77, b"\xff", "beyond its palette"),
+        (1, 125 + 1620, b"\xff" * 100, "beyond its palette"),
+        (2, 2 * 55, b"\xe8\x03", "class outside 0..999"),
+    ],
+)
 def test_the_reader_names_the_sample_with_a_damaged_map(beton, tmp_path, sample, at, value, message):
     data = bytearray(beton[0].read_bytes())
     with BetonReader(beton[0]) as reader:
@@ -333,9 +407,13 @@ def test_a_map_of_another_size_is_refused_when_the_file_is_opened(beton, tmp_pat
 
 
 def test_a_beton_opens_without_numba_and_torch(beton):
-    code = (f"import sys; from tl_fast.beton import BetonReader; BetonReader({str(beton[0])!r})\n"
-            "print({'numba', 'torch'} & set(sys.modules))")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    code = (
+        f"import sys; from tl_fast.beton import BetonReader; BetonReader({str(beton[0])!r})\n"
+        "print({'numba', 'torch'} & set(sys.modules))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
     assert run.stdout.strip() == "set()"
 
 
@@ -363,7 +441,10 @@ def store(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     spec = MapSpec(2, 2, 3, 10)
     ids = [f"class {i % 2}/bildé-{i}.jpg" for i in range(10)]
-    records = [pack(np.stack([np.full((2, 3), i % 9), np.full((2, 3), 9)]), rng.normal(size=spec.shape), spec) for i in range(10)]
+    records = [
+        pack(np.stack([np.full((2, 3), i % 9), np.full((2, 3), 9)]), rng.normal(size=spec.shape), spec)
+        for i in range(10)
+    ]
     write_store(tmp_path, ids, records, spec, [f"name {i}" for i in range(10)], model="none")
     return tmp_path, ids, records
 
@@ -375,7 +456,11 @@ def test_store_round_trip(store):
     assert opened.spec == MapSpec(2, 2, 3, 10) and opened.class_names[3] == "name 3"
     for i in (9, 0, 4, 3):
         assert opened.record(ids[i]) == records[i]
-    assert sorted(path.name for path in folder.iterdir()) == ["ids.jsonl", "manifest.json", *(f"maps-0000{i}.npy" for i in range(3))]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "ids.jsonl",
+        "manifest.json",
+        *(f"maps-0000{i}.npy" for i in range(3)),
+    ]
     with pytest.raises(LabelMapError, match="'other.jpg'"):
         opened.record("other.jpg")
 
@@ -409,9 +494,23 @@ def test_a_store_finds_exact_ids_first(store):
     folder, ids, _ = store
     opened = LabelMapStore(folder)
     classes = ["class 0", "class 1"]
-    wanted = [ids[3], "elsewhere/class 1/bildé-5.png", "bildé-8.webp", "class 0/bildé-3.jpg", "new.jpg", "class 1/bildé-3.png"]
+    wanted = [
+        ids[3],
+        "elsewhere/class 1/bildé-5.png",
+        "bildé-8.webp",
+        "class 0/bildé-3.jpg",
+        "new.jpg",
+        "class 1/bildé-3.png",
+    ]
     found = opened.locate(wanted, classes, np.array([1, 1, 0, 0, 0, 1]))
-    assert found.dtype == np.int64 and found.tolist() == [3, 5, 8, -1, -1, -1]  # class 1/bildé-3's map belongs to the .jpg
+    assert found.dtype == np.int64 and found.tolist() == [
+        3,
+        5,
+        8,
+        -1,
+        -1,
+        -1,
+    ]  # class 1/bildé-3's map belongs to the .jpg
     with pytest.raises(LabelMapError, match=r"class 1/bildé-5\.png and class 1/bildé-5\.gif.*fits both"):
         opened.locate(["class 1/bildé-5.png", "class 1/bildé-5.gif"], classes, np.array([1, 1]))
 
@@ -469,9 +568,12 @@ def test_store_refuses_contradictions(store, tmp_path):
 
 @pytest.mark.slow
 def test_quantisation_hardly_changes_the_token_targets_of_real_maps(photos):
-    """KL <= 1e-3, and the top class of 99 % of the token targets unchanged: efficientnet-lite0, C = 1,000, k = 5, 14 x 14 tokens."""
+    """KL <= 1e-3, and the top class of 99 % of the token targets unchanged: efficientnet-lite0, C = 1,000, k = 5, 14 x
+    14 tokens."""
     annotator = build_annotator("efficientnet-lite0", img_size=224)
-    images = [squash(path.read_bytes(), annotator.preprocessing)[0] for path in sorted((photos / "train").rglob("*.jpg"))[::2]]
+    images = [
+        squash(path.read_bytes(), annotator.preprocessing)[0] for path in sorted((photos / "train").rglob("*.jpg"))[::2]
+    ]
     with torch.inference_mode():
         dense = torch.cat([annotator(torch.from_numpy(image[None]))[0] for image in images])
     count, num_classes, height, width = dense.shape
@@ -481,7 +583,9 @@ def test_quantisation_hardly_changes_the_token_targets_of_real_maps(photos):
     restored = [unpack(pack(c, s, spec), spec) for c, s in zip(classes, scores, strict=True)]
     np.testing.assert_array_equal(np.stack([c for c, _ in restored]), classes)
     plans = draw(0, 0, np.arange(count), np.full(count, 240), np.full(count, 320), Augment())
-    crops = np.stack([plans["top"] / 240, plans["left"] / 320, plans["height"] / 240, plans["width"] / 320], axis=1).astype(np.float32)
+    crops = np.stack(
+        [plans["top"] / 240, plans["left"] / 320, plans["height"] / 240, plans["width"] / 320], axis=1
+    ).astype(np.float32)
     true, stored = (
         token_targets(classes, values, crops, plans["flip"], num_classes, 14, 0.0).astype(np.float64)
         for values in (scores, np.stack([s for _, s in restored]))

@@ -1,4 +1,5 @@
 """The token-label loss against the published maths (golden file), under mixing, autocast and torch.compile."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -38,14 +39,22 @@ def test_value_and_gradients_equal_the_golden_file(golden_loss, inputs, case, as
     cls_logits.requires_grad_(), token_logits.requires_grad_()
     box = golden_loss[f"{case}.mix_box"] if as_tensor else tuple(golden_loss[f"{case}.mix_box"].tolist())
     criterion = TokenLabelLoss(dense_weight=float(golden_loss[f"{case}.dense_weight"]))
-    loss = criterion(cls_logits, token_logits, targets, box, golden_loss["ground_truth"] if case.endswith("_gt") else None)
+    loss = criterion(
+        cls_logits, token_logits, targets, box, golden_loss["ground_truth"] if case.endswith("_gt") else None
+    )
     loss.backward()
     close(loss, golden_loss[f"{case}.loss"])
     close(cls_logits.grad, golden_loss[f"{case}.grad_cls"])
     close(token_logits.grad, golden_loss[f"{case}.grad_tokens"])
 
 
-@pytest.mark.parametrize("case", [*(pytest.param(case, marks=(pytest.mark.slow, pytest.mark.matrix)) for case in ("nomix", "mix", "nomix_gt")), "mix_gt"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(case, marks=(pytest.mark.slow, pytest.mark.matrix)) for case in ("nomix", "mix", "nomix_gt")),
+        "mix_gt",
+    ],
+)
 @pytest.mark.usefixtures("compiler")
 def test_inductor_gives_the_golden_value_and_gradients(golden_loss, inputs, case):
     """The compiler that trains on GPUs, here generating for the CPU."""
@@ -55,9 +64,13 @@ def test_inductor_gives_the_golden_value_and_gradients(golden_loss, inputs, case
     criterion = TokenLabelLoss(dense_weight=float(golden_loss[f"{case}.dense_weight"]))
     truth = golden_loss["ground_truth"] if case.endswith("_gt") else None
     before = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"]
-    loss = torch.compile(criterion, fullgraph=True, dynamic=False)(cls_logits, token_logits, targets, golden_loss[f"{case}.mix_box"], truth)
+    loss = torch.compile(criterion, fullgraph=True, dynamic=False)(
+        cls_logits, token_logits, targets, golden_loss[f"{case}.mix_box"], truth
+    )
     loss.backward()
-    assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"] - before == 2, "forward and backward"
+    assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"] - before == 2, (
+        "forward and backward"
+    )
     close(loss, golden_loss[f"{case}.loss"])
     close(cls_logits.grad, golden_loss[f"{case}.grad_cls"])
     close(token_logits.grad, golden_loss[f"{case}.grad_tokens"])
@@ -65,7 +78,9 @@ def test_inductor_gives_the_golden_value_and_gradients(golden_loss, inputs, case
 
 def test_no_box_equals_an_empty_box(inputs):
     criterion = TokenLabelLoss()
-    assert torch.equal(criterion(*inputs), criterion(*inputs, (0, 0, 0, 0))) and torch.equal(criterion(*inputs), criterion(*inputs, None))
+    assert torch.equal(criterion(*inputs), criterion(*inputs, (0, 0, 0, 0))) and torch.equal(
+        criterion(*inputs), criterion(*inputs, None)
+    )
 
 
 def test_soft_cross_entropy_of_one_hot_targets_is_the_ordinary_one():
@@ -79,7 +94,10 @@ def test_the_box_covering_everything_takes_the_flipped_class_target(inputs):
     flipped = targets.clone()
     flipped[:, 0] = targets[:, 0].flip(0)
     criterion = TokenLabelLoss()
-    close(criterion(cls_logits, token_logits, targets, torch.tensor([0, 0, 4, 4])), criterion(cls_logits, token_logits, flipped))
+    close(
+        criterion(cls_logits, token_logits, targets, torch.tensor([0, 0, 4, 4])),
+        criterion(cls_logits, token_logits, flipped),
+    )
 
 
 def test_weights_scale_their_terms(inputs):
@@ -116,14 +134,22 @@ def test_one_graph_serves_every_box(inputs, golden_loss):
     counter, criterion = CompileCounter(), TokenLabelLoss()
     compiled = torch.compile(criterion, backend=counter, fullgraph=True)
     for box in [(0, 0, 0, 0), (1, 0, 3, 2), (0, 0, 4, 4)]:
-        close(compiled(*inputs, torch.tensor(box), golden_loss["ground_truth"]), criterion(*inputs, box, golden_loss["ground_truth"]))
+        close(
+            compiled(*inputs, torch.tensor(box), golden_loss["ground_truth"]),
+            criterion(*inputs, box, golden_loss["ground_truth"]),
+        )
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda c, t, y: (c, t, y[:, 1:]), r"\(6, 16, 12\).*\(6, 17, 12\)"), (lambda c, t, y: (c, t, y[..., :5]), "5"),
-    (lambda c, t, y: (c[:3], t, y), r"\(3, 12\)"), (lambda c, t, y: (c, t, y, None, y), "ground_truth"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c, t, y: (c, t, y[:, 1:]), r"\(6, 16, 12\).*\(6, 17, 12\)"),
+        (lambda c, t, y: (c, t, y[..., :5]), "5"),
+        (lambda c, t, y: (c[:3], t, y), r"\(3, 12\)"),
+        (lambda c, t, y: (c, t, y, None, y), "ground_truth"),
+    ],
+)
 def test_shapes_that_do_not_fit_are_named(inputs, change, message):
     with pytest.raises(ValueError, match=message):
         TokenLabelLoss()(*change(*inputs))

@@ -1,4 +1,6 @@
-"""LV-ViT against the published maths (golden files), its MixToken contract, its timm face and its behaviour under torch.compile."""
+"""LV-ViT against the published maths (golden files), its MixToken contract, its timm face and its behaviour under
+torch.compile."""
+
 from __future__ import annotations
 
 import json
@@ -13,37 +15,55 @@ import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 import timm
+
 from tl_fast.models.lvvit import Block, DropPath, LVViT, resize_pos_embed
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = json.loads((GOLDEN / "lvvit_state_dict_shapes.json").read_text())
-PARAMETERS = {"lvvit_t": 8.53, "lvvit_s": 26.15, "lvvit_m": 55.83, "lvvit_l": 150.02}  # millions, from the golden README
+PARAMETERS = {
+    "lvvit_t": 8.53,
+    "lvvit_s": 26.15,
+    "lvvit_m": 55.83,
+    "lvvit_l": 150.02,
+}  # millions, from the golden README
 
 
 @pytest.fixture(scope="module")
 def tiny():
     with np.load(GOLDEN / "lvvit_tiny.npz") as file:
-        return {name: json.loads(str(file[name])) if name == "config" else torch.from_numpy(file[name]) for name in file.files}
+        return {
+            name: json.loads(str(file[name])) if name == "config" else torch.from_numpy(file[name])
+            for name in file.files
+        }
 
 
 @pytest.fixture
 def tiny_model(tiny) -> LVViT:
     config = dict(tiny["config"])
-    assert config.pop("patch_size") == 16 and config.pop("p_emb") == "4_2"  # what LVViT always is: patch 16, the 4-layer stem
+    assert (
+        config.pop("patch_size") == 16 and config.pop("p_emb") == "4_2"
+    )  # what LVViT always is: patch 16, the 4-layer stem
     model = LVViT(**config)
-    model.load_state_dict({name.removeprefix("weights."): value for name, value in tiny.items() if name.startswith("weights.")})
+    model.load_state_dict(
+        {name.removeprefix("weights."): value for name, value in tiny.items() if name.startswith("weights.")}
+    )
     return model.eval()
 
 
 def small(**changes) -> LVViT:
     torch.manual_seed(0)
-    return LVViT(**{**dict(img_size=(64, 96), embed_dim=32, depth=2, num_heads=2, stem_width=8, num_classes=5), **changes})
+    return LVViT(
+        **{**dict(img_size=(64, 96), embed_dim=32, depth=2, num_heads=2, stem_width=8, num_classes=5), **changes}
+    )
 
 
 def freeze_norms(model: LVViT) -> LVViT:
-    """Train mode with the stem's batch norms in eval mode, so that an image's embedding doesn't depend on the rest of the batch."""
+    """Train mode with the stem's batch norms in eval mode, so that an image's embedding doesn't depend on the rest of
+    the batch."""
     model.train()
     for module in model.patch_embed.modules():
         module.training = False
@@ -81,7 +101,9 @@ def test_state_dict_names_shapes_and_parameter_counts_are_published(name):
 def test_timm_registration():
     assert set(timm.list_models("lvvit_*")) == set(SIZES) and not timm.list_pretrained("lvvit_*")
     model = timm.create_model("lvvit_t", img_size=(32, 64), num_classes=7, drop_path_rate=0.1)
-    assert model.img_size == (32, 64) and model.head.out_features == model.aux_head.out_features == model.num_classes == 7
+    assert (
+        model.img_size == (32, 64) and model.head.out_features == model.aux_head.out_features == model.num_classes == 7
+    )
     assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.1)
     assert model.default_cfg["mean"] == (0.485, 0.456, 0.406) and model.default_cfg["crop_pct"] == 0.9
     with pytest.raises(ValueError, match="--checkpoint"):
@@ -103,18 +125,32 @@ def test_any_size_divisible_by_16(size):
     assert cls_logits.shape == (2, 5) and token_logits.shape == (2, tokens, 5)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(img_size=100), "100"), (dict(img_size=(64, 0)), r"\(64, 0\)"), (dict(num_heads=3), "num_heads 3"),
-    (dict(drop_path_rate=1.0), "1.0"), (dict(num_classes=-1), "-1"), (dict(skip_lam=0.0), "skip_lam"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(img_size=100), "100"),
+        (dict(img_size=(64, 0)), r"\(64, 0\)"),
+        (dict(num_heads=3), "num_heads 3"),
+        (dict(drop_path_rate=1.0), "1.0"),
+        (dict(num_classes=-1), "-1"),
+        (dict(skip_lam=0.0), "skip_lam"),
+    ],
+)
 def test_arguments_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
 
 
-@pytest.mark.parametrize("box, message", [
-    ((0, 0, 5, 2), "4x6 token grid"), ((3, 0, 2, 2), "4x6"), ((0, 0, 2), "3 numbers"), (torch.zeros(3), r"\(3,\)"), ((-1, 0, 2, 2), "-1"),
-])
+@pytest.mark.parametrize(
+    "box, message",
+    [
+        ((0, 0, 5, 2), "4x6 token grid"),
+        ((3, 0, 2, 2), "4x6"),
+        ((0, 0, 2), "3 numbers"),
+        (torch.zeros(3), r"\(3,\)"),
+        ((-1, 0, 2, 2), "-1"),
+    ],
+)
 def test_boxes_that_do_not_fit_are_named(box, message):
     with pytest.raises(ValueError, match=message):
         small().train()(torch.zeros(2, 3, 64, 96), box)
@@ -155,7 +191,7 @@ def test_mixing_takes_the_box_from_the_flipped_batch(box):
     handle.remove()
     close(seen[0][:, 1:], expected, 1e-6)
     close(seen[0][:, :1], (model.cls_token + model.pos_embed[:, :1]).expand(3, 1, 32), 1e-6)
-    assert all(torch.equal(*pair) for pair in zip(from_tuple, from_tensor))
+    assert all(torch.equal(*pair) for pair in zip(from_tuple, from_tensor, strict=False))
 
 
 @torch.no_grad()
@@ -193,7 +229,13 @@ def test_reset_classifier_resets_both_heads():
 
 def test_initialisation_is_the_published_one():
     model = small(embed_dim=96)
-    for weight in (model.pos_embed, model.cls_token, model.blocks[0].attn.qkv.weight, model.blocks[1].mlp.fc2.weight, model.head.weight):
+    for weight in (
+        model.pos_embed,
+        model.cls_token,
+        model.blocks[0].attn.qkv.weight,
+        model.blocks[1].mlp.fc2.weight,
+        model.head.weight,
+    ):
         assert 0.016 < weight.std() < 0.024  # trunc_normal_(std=0.02)
     assert not model.aux_head.bias.any() and not model.blocks[0].attn.proj.bias.any()
 
@@ -243,7 +285,7 @@ def test_skipping_the_dropped_equals_multiplying_them_by_zero(monkeypatch, dtype
     tolerance = 1e-10 if dtype == torch.float64 else 0.05
     close(out, expected, tolerance)
     if dtype == torch.float64:
-        for actual, full in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters)):
+        for actual, full in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=False):
             close(actual, full, tolerance)
 
 
@@ -255,7 +297,7 @@ def test_the_projection_is_the_convolution_of_its_weights(layout):
     pairs = []
     for out in (stem._project(x), stem.proj(x)):
         pairs.append([out, *torch.autograd.grad(out.square().sum(), variables)])
-    for actual, expected in zip(*pairs):
+    for actual, expected in zip(*pairs, strict=False):
         close(actual, expected, 1e-10)
 
 
@@ -268,7 +310,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         (cls_logits.square().sum() + token_logits.square().sum()).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(g is not None for g in gradients[0])
-    for plain, checkpointed in zip(*gradients):
+    for plain, checkpointed in zip(*gradients, strict=False):
         close(checkpointed, plain, 1e-5)
 
 
@@ -283,7 +325,9 @@ def test_one_graph_serves_every_tensor_box():
 def test_no_value_is_read_on_the_host():
     """Meta tensors have no values, so a read of the box (or of anything else) raises."""
     with torch.device("meta"):
-        cls_logits, token_logits = small(drop_path_rate=0.1).train()(torch.empty(2, 3, 64, 96), torch.empty(4, dtype=torch.int32))
+        cls_logits, token_logits = small(drop_path_rate=0.1).train()(
+            torch.empty(2, 3, 64, 96), torch.empty(4, dtype=torch.int32)
+        )
     assert cls_logits.shape == (2, 5) and token_logits.shape == (2, 24, 5)
 
 
@@ -292,7 +336,7 @@ def test_compiled_equals_eager():
     model, images = freeze_norms(small()), torch.randn(2, 3, 64, 96)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for box in BOXES[:2]:
-        for actual, expected in zip(compiled(images, torch.tensor(box)), model(images, box)):
+        for actual, expected in zip(compiled(images, torch.tensor(box)), model(images, box), strict=False):
             close(actual, expected, 1e-5)
 
 
@@ -330,19 +374,27 @@ def test_resize_pos_embed_is_pillows_bicubic(size):
         close(resized[..., channel], torch.from_numpy(np.array(plane.resize((grid, grid), Image.Resampling.BICUBIC))))
 
 
-@pytest.mark.parametrize("imports", [
-    "import tl_fast.system.torchvision_shim, torchvision, timm",
-    "import tl_fast.models.lvvit, torchvision.transforms.v2, tl_fast.system.torchvision_shim",
-])
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import tl_fast.system.torchvision_shim, torchvision, timm",
+        "import tl_fast.models.lvvit, torchvision.transforms.v2, tl_fast.system.torchvision_shim",
+    ],
+)
 @pytest.mark.usefixtures("compiler")  # with it torchvision compiles roi_align where its own does not load
 def test_torchvision_and_timm_import_after_compat(imports):
-    check = imports + """
+    check = (
+        imports
+        + """
 import torch, torchvision
 boxes, scores = torch.tensor([[0., 0, 2, 2], [0, 0, 2, 2], [5, 5, 6, 6]]), torch.tensor([.9, .8, .7])
+import tl_fast.system.torchvision_shim as shim
 if torchvision.extension._has_ops():  # a torchvision that matches torch keeps its own nms
-    assert tl_fast.system.torchvision_shim._library is None and torchvision.ops.nms(boxes, scores, .5).tolist() == [0, 2]
+    assert shim._library is None and torchvision.ops.nms(boxes, scores, .5).tolist() == [0, 2]
 else:
     assert torch.version.cuda is None and torch.ops.torchvision.nms
-assert torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), [torch.tensor([[0., 0, 2, 2]])], 2).tolist() == [[[[1, 1], [1, 1]]]]
+aligned = torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), [torch.tensor([[0., 0, 2, 2]])], 2)
+assert aligned.tolist() == [[[[1, 1], [1, 1]]]]
 """
+    )
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120)

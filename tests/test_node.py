@@ -1,4 +1,5 @@
 """benchmarks/node.py's hours and limits against sums done by hand."""
+
 from __future__ import annotations
 
 import importlib
@@ -39,7 +40,8 @@ def test_hours_cost_and_limit_of_each_part(node):
 
 
 def test_the_bytes_of_an_all_reduce_are_printed(node):
-    """7/4 of the gradients by a ring of 8 GPUs; of each GPU's eighth 1 and 3/2 times by rings of 2 and 4 nodes; nothing by one of 1."""
+    """7/4 of the gradients by a ring of 8 GPUs; of each GPU's eighth 1 and 3/2 times by rings of 2 and 4 nodes; nothing
+    by one of 1."""
     _, out = node("--nodes", "1", "2", "4", "--rate", "lvvit_s:224=2000")
     line = next(line for line in out.splitlines() if "MB of gradients" in line)
     found = [float(number) for number in re.findall(r"([\d.]+) MB", line)]
@@ -47,10 +49,14 @@ def test_the_bytes_of_an_all_reduce_are_printed(node):
     assert found == pytest.approx([size, 7 / 4 * size, size / 8, 3 / 2 * size / 8], abs=0.06)
 
 
-@pytest.mark.parametrize("slow, limit, step", [
-    (("--loader", "10", "--cores", "16"), "loader", 1024 / 160), (("--storage", "0.01", "--image-kb", "100"), "storage", 1024 * 1e-4 / 0.01),
-    (("--link", "0.1"), "all-reduce", 1024 / 8 / 9000 + 2 * 7 / 8 * GRADIENTS / 0.1),
-])
+@pytest.mark.parametrize(
+    "slow, limit, step",
+    [
+        (("--loader", "10", "--cores", "16"), "loader", 1024 / 160),
+        (("--storage", "0.01", "--image-kb", "100"), "storage", 1024 * 1e-4 / 0.01),
+        (("--link", "0.1"), "all-reduce", 1024 / 8 / 9000 + 2 * 7 / 8 * GRADIENTS / 0.1),
+    ],
+)
 def test_the_slowest_part_sets_the_pace(node, slow, limit, step):
     (words,), _ = node("--nodes", "1", "--rate", "lvvit_s:224=9000", *slow)
     assert words[5] == limit and float(words[3]) == pytest.approx(STEPS * step / 3600, rel=2e-3)

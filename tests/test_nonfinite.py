@@ -1,4 +1,6 @@
-"""Steps whose loss is not finite: on record with their samples, and a stop or a skip that changes nothing, on one rank and on two."""
+"""Steps whose loss is not finite: on record with their samples, and a stop or a skip that changes nothing, on one rank
+and on two."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,12 +14,12 @@ import torch
 from kill_run import Blow
 from tiny_runs import betons, tiny, weights  # noqa: F401  two of them are fixtures
 
+from tl_fast.beton.reader import BetonReader
+from tl_fast.plan.records import epoch_order
 from tl_fast.training import checkpoint
 from tl_fast.training import loop as training
-from tl_fast.beton.reader import BetonReader
 from tl_fast.training.meter import Meter
 from tl_fast.training.nonfinite import NonFiniteError
-from tl_fast.plan.records import epoch_order
 from tl_fast.training.runlog import read_rows
 
 
@@ -42,13 +44,17 @@ def reading(request, monkeypatch):
     """As on the CPU, and in the order of a GPU, where the host looks at a window's values after its end."""
     if request.param == "read a step late":
         init = Meter.__init__
-        monkeypatch.setattr(Meter, "__init__", lambda self, *rest: init(self, *rest) or setattr(self, "_at_once", False))
+        monkeypatch.setattr(
+            Meter, "__init__", lambda self, *rest: init(self, *rest) or setattr(self, "_at_once", False)
+        )
     return request.param
 
 
 def ids_of(config, step: int) -> list[int]:
     with BetonReader(Path(config.train_data)) as reader:
-        return epoch_order(config.seed, 0, len(reader))[step * config.batch_size : (step + 1) * config.batch_size].tolist()
+        return epoch_order(config.seed, 0, len(reader))[
+            step * config.batch_size : (step + 1) * config.batch_size
+        ].tolist()
 
 
 def test_stop_names_the_step_and_keeps_its_samples_on_record(tiny, poison, reading):
@@ -56,17 +62,33 @@ def test_stop_names_the_step_and_keeps_its_samples_on_record(tiny, poison, readi
     poison(3)
     config = tiny(checkpoint_steps=1, keep=9, log_every=2, mix_token=False)
     ids = ids_of(config, 3)
-    with pytest.raises(NonFiniteError, match=r"loss nan, gradient norm nan at step 3 \(epoch 0, lr .*, rank 0\).*step-0000000003\.json.*--non_finite skip") as caught:
+    with pytest.raises(
+        NonFiniteError,
+        match=(
+            r"loss nan, gradient norm nan at step 3 \(epoch 0, lr .*, rank 0\).*step-0000000003\.json.*--non_finite"
+            r" skip"
+        ),
+    ) as caught:
         training.train(config)
     assert str(ids) in str(caught.value)
     record = json.loads((Path(config.output_dir) / "nonfinite" / "step-0000000003.json").read_text())
-    assert record["step"] == 3 and record["ranks"] == [{"rank": 0, "loss": "nan", "sample_ids": ids}] and record["grad_norm"] == "nan"
+    assert (
+        record["step"] == 3
+        and record["ranks"] == [{"rank": 0, "loss": "nan", "sample_ids": ids}]
+        and record["grad_norm"] == "nan"
+    )
     with BetonReader(Path(config.train_data)) as reader:
         assert all(reader.source_ids[i] in record["names"][str(i)] for i in ids)
-    assert [path.name[-1] for path in checkpoint.checkpoints(Path(config.output_dir) / "checkpoints")] == ["1", "2", "3"]
+    assert [path.name[-1] for path in checkpoint.checkpoints(Path(config.output_dir) / "checkpoints")] == [
+        "1",
+        "2",
+        "3",
+    ]
 
 
-def test_a_skipped_step_changes_neither_weights_nor_moving_average_nor_statistics_nor_moments(tiny, poison, reading, capsys):
+def test_a_skipped_step_changes_neither_weights_nor_moving_average_nor_statistics_nor_moments(
+    tiny, poison, reading, capsys
+):
     before = training.train(tiny("before", max_steps=3))
     poison(3)
     summary = training.train(tiny("skipping", max_steps=4, non_finite="skip"))
@@ -111,4 +133,7 @@ def test_two_ranks_agree_about_a_step_that_only_one_of_them_saw_fail(tiny, polic
         assert not (Path(config.output_dir) / "checkpoints").exists()
     else:
         assert run.codes == [0, 0] and message in run.outputs[0] and "'skipped': 1" in run.outputs[0], run.outputs
-        assert all(torch.isfinite(t).all() for t in weights(checkpoint.latest(Path(config.output_dir) / "checkpoints")).values())
+        assert all(
+            torch.isfinite(t).all()
+            for t in weights(checkpoint.latest(Path(config.output_dir) / "checkpoints")).values()
+        )

@@ -1,4 +1,6 @@
-"""Set-up: pyproject.toml, constraints.txt and environment.yml agree, the extras divide as promised, and make bootstraps once."""
+"""Set-up: pyproject.toml, constraints.txt and environment.yml agree, the extras divide as promised, and make bootstraps
+once."""
+
 from __future__ import annotations
 
 import ast
@@ -53,7 +55,9 @@ PINS = read_pins()
 def test_every_direct_dependency_is_pinned_within_its_range(requirement):
     pin = PINS.get(canonicalize_name(requirement.name))
     assert pin, f"{requirement.name} of pyproject.toml has no line in constraints.txt"
-    assert requirement.specifier.contains(pin), f"constraints.txt has {requirement.name}=={pin}, pyproject.toml asks for {requirement}"
+    assert requirement.specifier.contains(pin), (
+        f"constraints.txt has {requirement.name}=={pin}, pyproject.toml asks for {requirement}"
+    )
     assert any(clause.operator == ">=" for clause in requirement.specifier), f"{requirement} states no lower bound"
 
 
@@ -95,21 +99,33 @@ def test_environment_agrees_with_the_pins():
     assert pip[-1] == "-e .", "environment.yml installs tl_fast itself last"
     installed_by_pip = [Requirement(line) for line in pip[:-1]]
     for requirement in installed_by_pip:
-        assert str(requirement.specifier) == f"=={PINS[canonicalize_name(requirement.name)]}", f"environment.yml: {requirement}"
+        assert str(requirement.specifier) == f"=={PINS[canonicalize_name(requirement.name)]}", (
+            f"environment.yml: {requirement}"
+        )
     for requirement in BASE:
-        chosen = [other for other in installed_by_pip if canonicalize_name(other.name) == canonicalize_name(requirement.name)]
-        assert not chosen or chosen[0].extras == requirement.extras, f"environment.yml: {chosen[0]} lacks the extras of {requirement}"
+        chosen = [
+            other for other in installed_by_pip if canonicalize_name(other.name) == canonicalize_name(requirement.name)
+        ]
+        assert not chosen or chosen[0].extras == requirement.extras, (
+            f"environment.yml: {chosen[0]} lacks the extras of {requirement}"
+        )
     for requirement in DIRECT:
         name = canonicalize_name(requirement.name)
         assert (name in conda) != (name in names(installed_by_pip)), f"environment.yml lists {name} not once"
         if name in conda:
-            assert conda[name].contains(PINS[name]), f"environment.yml's {name}{conda[name]} refuses the pin {PINS[name]}"
-            assert set(requirement.specifier) <= set(conda[name]), f"environment.yml's {name}{conda[name]} is wider than {requirement}"
+            assert conda[name].contains(PINS[name]), (
+                f"environment.yml's {name}{conda[name]} refuses the pin {PINS[name]}"
+            )
+            assert set(requirement.specifier) <= set(conda[name]), (
+                f"environment.yml's {name}{conda[name]} is wider than {requirement}"
+            )
     assert {"python", "pip", "compilers", "pkg-config", "libjpeg-turbo"} <= set(conda)
     assert conda["python"].contains("3.11.7")
 
 
-@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not running in .venv, which alone promises the pinned versions")
+@pytest.mark.skipif(
+    Path(sys.prefix) != ROOT / ".venv", reason="not running in .venv, which alone promises the pinned versions"
+)
 @pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
 def test_the_pinned_version_is_installed(requirement, request):
     if requirement in EXTRAS["interop"]:
@@ -120,12 +136,15 @@ def test_the_pinned_version_is_installed(requirement, request):
 
 def test_python_range_is_the_same_everywhere():
     requires = SpecifierSet(PROJECT["requires-python"])
-    low, high = re.search(r"\((\d+, \d+)\) <= sys\.version_info\[:2\] < \((\d+, \d+)\)", (ROOT / ".ci/setup").read_text()).groups()
+    low, high = re.search(
+        r"\((\d+, \d+)\) <= sys\.version_info\[:2\] < \((\d+, \d+)\)", (ROOT / ".ci/setup").read_text()
+    ).groups()
     assert requires == SpecifierSet(f">={low.replace(', ', '.')},<{high.replace(', ', '.')}")
     assert requires.contains("3.11") and requires.contains("3.12")
 
 
-# --- Imports ---------------------------------------------------------------------------------------------------------------
+# --- Imports
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def imported_packages(file: Path) -> set[str]:
@@ -136,10 +155,19 @@ def imported_packages(file: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.add(node.module)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "pytest.importorskip"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "pytest.importorskip",
+        ):
             if isinstance(node.args[0], ast.Constant):
                 found.add(node.args[0].value)
-    own = {"tl_fast", "converters", "benchmarks", "tests", *(file.stem for folder in ("benchmarks", "tests") for file in (ROOT / folder).glob("*.py"))}
+    own = {
+        "tl_fast",
+        "converters",
+        "benchmarks",
+        "tests",
+        *(file.stem for folder in ("benchmarks", "tests") for file in (ROOT / folder).glob("*.py")),
+    }
     return {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) - own
 
 
@@ -147,7 +175,9 @@ def source_files(*folders: str) -> list[Path]:
     return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
-@pytest.mark.parametrize("file", source_files("tl_fast", "converters", "benchmarks", "tests"), ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "file", source_files("tl_fast", "converters", "benchmarks", "tests"), ids=lambda file: str(file.relative_to(ROOT))
+)
 def test_every_import_is_a_declared_dependency(file):
     allowed = names(DIRECT) if file.is_relative_to(ROOT / "tests") else names(DIRECT) - names(EXTRAS["test"])
     providers = importlib.metadata.packages_distributions()
@@ -155,7 +185,9 @@ def test_every_import_is_a_declared_dependency(file):
         if package in INTEROP and not importlib.util.find_spec(package):
             continue  # declared, and not installed here
         offered_by = {canonicalize_name(name) for name in providers.get(package, [])}
-        assert offered_by & allowed, f"{file.relative_to(ROOT)} imports {package} (from {offered_by or 'nowhere'}), undeclared"
+        assert offered_by & allowed, (
+            f"{file.relative_to(ROOT)} imports {package} (from {offered_by or 'nowhere'}), undeclared"
+        )
 
 
 # What the import system calls the packages of the extra `interop`.
@@ -203,13 +235,16 @@ def test_a_host_without_extras_can_import_all_of_training():
     extras = names([requirement for group in EXTRAS.values() for requirement in group])
     distributions = importlib.metadata.packages_distributions()
     # These come with timm and DALI too, so a training host has them.
-    hidden = {package for package, owners in distributions.items() if {canonicalize_name(name) for name in owners} & extras}
+    hidden = {
+        package for package, owners in distributions.items() if {canonicalize_name(name) for name in owners} & extras
+    }
     hidden -= {"tqdm", "packaging", "huggingface_hub"}
     assert {"simplejpeg", "pytest", "scipy"} <= hidden
     import_without(hidden | {"ffcv", "cv2"}, modules)
 
 
-# --- make and .ci/setup ----------------------------------------------------------------------------------------------------
+# --- make and .ci/setup
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -225,7 +260,9 @@ def run_make(checkout: Path, *arguments: str, environment: dict[str, str] | None
     # As from a shell: `make test` itself hands its own variables (ARGS, PY) and flags to every make below it.
     inherited = {"MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS", "PY"}
     environment = {name: value for name, value in os.environ.items() if name not in inherited} | (environment or {})
-    return subprocess.run(["make", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["make", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 def dry_run(checkout: Path, *arguments: str) -> str:
@@ -250,7 +287,10 @@ def test_make_sets_up_once(checkout):
     assert dry_run(checkout, "test").count(".ci/setup") == 1, "make test adds stock FFCV to a .venv that has none"
     interop.touch()
     assert dry_run(checkout, "test").strip() == ".venv/bin/python -m pytest -q"
-    assert dry_run(checkout, "demo", "ARGS=--no-token-label").strip() == ".venv/bin/python -m tl_fast.demo --no-token-label"
+    assert (
+        dry_run(checkout, "demo", "ARGS=--no-token-label").strip()
+        == ".venv/bin/python -m tl_fast.demo --no-token-label"
+    )
 
     for name in ("pyproject.toml", "constraints.txt", ".ci/setup"):
         newer = ready.stat().st_mtime + 10
@@ -272,7 +312,11 @@ def test_bench_without_benchmarks_says_so(checkout):
 
 
 def test_ci_runs_the_readmes_test_command():
-    commands = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
+    commands = [
+        line
+        for line in (ROOT / ".ci/run").read_text().splitlines()
+        if line and not line.startswith(("#", "set ", "cd "))
+    ]
     assert commands == ["export TLFAST_REQUIRE_INTEROP=1", "make test"], "on CI tests against stock FFCV may not skip"
     assert os.access(ROOT / ".ci/run", os.X_OK)
     readme = ROOT / "README.md"
@@ -281,9 +325,14 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_what_compiles_kernels_is_installed_with_the_package():
     """Not only with this machine's CUDA toolkit, which a training host need not have."""
-    script = "from numba.cuda.cuda_paths import get_cuda_paths as find; paths = find(); print(*(paths[name].info for name in ('nvrtc', 'nvvm', 'libdevice')))"
+    script = (
+        "from numba.cuda.cuda_paths import get_cuda_paths as find; paths = find(); print(*(paths[name].info for name in"
+        " ('nvrtc', 'nvvm', 'libdevice')))"
+    )
     environment = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment).stdout.split()
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+    ).stdout.split()
     assert len(found) == 3 and all("site-packages/nvidia" in path for path in found), found
     assert importlib.metadata.version("nvidia-cuda-runtime")
 
@@ -335,7 +384,7 @@ def run_setup(checkout: Path, tools: dict[str, str], *arguments: str, **variable
 
 SYSTEM = ("--interop", "--system-only")
 # pkg-config as it answers before and, once the file `installed` exists, after `apt-get install`.
-PKG_CONFIG = 'test -e installed'
+PKG_CONFIG = "test -e installed"
 APT_GET = 'echo "$*" >> apt.log; if [ "$1" = install ]; then touch installed; fi'
 LOGGED = 'echo "$0 $*" >> touched.log; exit 1'
 PLAIN_USER = {"id": "echo 1000"} | {name: LOGGED for name in ("apt-get", "sudo", "g++", "gcc", "cc", "pkg-config")}

@@ -1,4 +1,5 @@
 """Parquet under load: each row group is decoded once, what stays in memory, and whose fault an error is."""
+
 from __future__ import annotations
 
 import errno
@@ -11,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 from test_sources import parquet_table, write_parquet
+
 from tl_fast.beton.reader import BetonError, BetonReader, write_beton
 from tl_fast.convert.selection import Conversion, estimate
 from tl_fast.sources.image_folder import ImageFolder

@@ -1,4 +1,5 @@
 """The loader: image and label map aligned, batches that depend on (seed, epoch, step) alone, errors that surface."""
+
 import gc
 import io
 import os
@@ -14,16 +15,17 @@ import torch
 from PIL import Image
 
 from tests import reference
-from tl_fast.maths import scalar
-from tl_fast.pipeline import loader as pipeline
-from tl_fast.plan import rand_augment, records as plan
-from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.layout import BetonError
+from tl_fast.beton.reader import BetonReader
 from tl_fast.convert.write import Sample, write_beton
 from tl_fast.kernels import cpu
 from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.maths import scalar
+from tl_fast.pipeline import loader as pipeline
 from tl_fast.pipeline.decode import DecodeError
 from tl_fast.pipeline.loader import Loader, center_boxes, crop_fractions
+from tl_fast.plan import rand_augment
+from tl_fast.plan import records as plan
 
 
 def jpeg(pixels: np.ndarray, quality: int = 100) -> bytes:
@@ -34,10 +36,14 @@ def jpeg(pixels: np.ndarray, quality: int = 100) -> bytes:
 
 def write(path, images, records=None, spec=None, classes=4):
     samples = [
-        Sample(f"image-{i}.jpg", i % classes, lambda data=data: data, None if records is None else (lambda r=records[i]: r))
+        Sample(
+            f"image-{i}.jpg", i % classes, lambda data=data: data, None if records is None else (lambda r=records[i]: r)
+        )
         for i, data in enumerate(images)
     ]
-    write_beton(path, samples, class_names=[f"class {c}" for c in range(spec.num_classes if spec else classes)], spec=spec)
+    write_beton(
+        path, samples, class_names=[f"class {c}" for c in range(spec.num_classes if spec else classes)], spec=spec
+    )
     return path
 
 
@@ -73,7 +79,10 @@ def collect(loader):
 
 
 ROWS, COLUMNS = 6, 8  # label-map cells
-HEIGHT, WIDTH = 480, 640  # pixels; a cell is 80 x 80, larger than any token, so that a token's largest class is the nearest cell
+HEIGHT, WIDTH = (
+    480,
+    640,
+)  # pixels; a cell is 80 x 80, larger than any token, so that a token's largest class is the nearest cell
 SIZE, GRID = 112, 14
 
 
@@ -93,7 +102,8 @@ def token_means(images: torch.Tensor) -> torch.Tensor:
 
 
 def misplacement(batch, cells_y, cells_x) -> np.ndarray:
-    """Distance in cells, per axis the larger, from the pixels under each token to the cell its target names: [B, N], 0 inside the cell.
+    """Distance in cells, per axis the larger, from the pixels under each token to the cell its target names: [B, N], 0
+    inside the cell.
 
     cells_y, cells_x: red and green level (0..1 of the image's extent) -> cell coordinate.
     """
@@ -151,7 +161,14 @@ def mirrored(plans: np.ndarray) -> np.ndarray:
     return plans
 
 
-GEOMETRY = [("Rotate", 25), ("Rotate", -11), ("ShearX", 0.27), ("ShearY", -0.27), ("TranslateX", 0.4), ("TranslateY", -0.31)]
+GEOMETRY = [
+    ("Rotate", 25),
+    ("Rotate", -11),
+    ("ShearX", 0.27),
+    ("ShearY", -0.27),
+    ("TranslateX", 0.4),
+    ("TranslateY", -0.31),
+]
 
 
 @pytest.mark.parametrize("operations", [*([op] for op in GEOMETRY), GEOMETRY[:3], GEOMETRY[3:]], ids=str)
@@ -180,7 +197,9 @@ def test_geometric_operations_move_labels_with_the_pixels(tmp_path, monkeypatch,
             for batch in loader:
                 off = misplacement(batch, lambda y: y * ROWS, lambda x: x * COLUMNS)
                 blue = batch.images[:, 2].float()
-                is_image = torch.nn.functional.avg_pool2d((blue < 140).float()[:, None], SIZE // GRID).flatten(1).numpy()
+                is_image = (
+                    torch.nn.functional.avg_pool2d((blue < 140).float()[:, None], SIZE // GRID).flatten(1).numpy()
+                )
                 whole = is_image == 1
                 assert off[whole].max() <= 0.15, off[whole].max()
                 seen += whole.sum()
@@ -207,7 +226,10 @@ def test_center_square_maps_are_aligned_too(tmp_path):
             off = misplacement(batch, lambda y: y * ROWS, lambda x: (x - 0.25) * 2 * COLUMNS)
             x = token_means(batch.images[:, 1:2]).flatten(1).numpy()
             peak = batch.targets[:, 1:].max(2).values.numpy()
-            within, beyond = np.abs(x - 0.5) < 0.25, np.abs(x - 0.5) > 0.25 + 1.2 / 16  # RoIAlign holds the border for one cell
+            within, beyond = (
+                np.abs(x - 0.5) < 0.25,
+                np.abs(x - 0.5) > 0.25 + 1.2 / 16,
+            )  # RoIAlign holds the border for one cell
             assert off[within].max() <= 0.15 and (peak[within] > 0.1).all()
             np.testing.assert_allclose(peak[beyond], 1 / (ROWS * COLUMNS), rtol=1e-5)
             inside, outside = inside + within.sum(), outside + beyond.sum()
@@ -226,7 +248,10 @@ def test_crops_leave_the_square_by_the_right_amount():
 
 def test_images_and_targets_are_those_of_the_plan(photo_beton, photo_files):
     """Pixels: Pillow's decode and BILINEAR with box=, within one level. Targets: the slow oracle on the stored maps."""
-    with Loader(photo_beton, 8, image_size=96, grid=3, seed=5, smoothing=0.1) as loader, BetonReader(photo_beton) as reader:
+    with (
+        Loader(photo_beton, 8, image_size=96, grid=3, seed=5, smoothing=0.1) as loader,
+        BetonReader(photo_beton) as reader,
+    ):
         loader.set_epoch(2)
         seen, order = collect(loader)
         assert sorted(order) == list(range(24)) and order != sorted(order)
@@ -239,24 +264,35 @@ def test_images_and_targets_are_those_of_the_plan(photo_beton, photo_files):
             with Image.open(photo_files[sample]) as file:
                 image = file.convert("RGB")
             box = (p["left"], p["top"], p["left"] + p["width"], p["top"] + p["height"])
-            pixels = np.asarray(image.resize((96, 96), Image.Resampling.BILINEAR, box=tuple(map(float, box)))).transpose(2, 0, 1)
+            pixels = np.asarray(
+                image.resize((96, 96), Image.Resampling.BILINEAR, box=tuple(map(float, box)))
+            ).transpose(2, 0, 1)
             if p["flip"]:
                 pixels = pixels[:, :, ::-1]
             assert np.abs(seen[sample][0].numpy().astype(int) - pixels).max() <= 1, photo_files[sample]
-            crop = np.array([p["top"] / image.height, p["left"] / image.width, p["height"] / image.height, p["width"] / image.width])
-            expected = reference.token_targets(classes[i : i + 1], scores[i : i + 1], [crop], [p["flip"]], 10, 3, 0.1)[0]
+            crop = np.array(
+                [p["top"] / image.height, p["left"] / image.width, p["height"] / image.height, p["width"] / image.width]
+            )
+            expected = reference.token_targets(classes[i : i + 1], scores[i : i + 1], [crop], [p["flip"]], 10, 3, 0.1)[
+                0
+            ]
             np.testing.assert_allclose(seen[sample][1].numpy(), expected, atol=2e-5)
 
 
 def test_published_geometry_crops_the_labels_across_the_diagonal(photo_beton):
     """The same pixels; the label map cropped at (left, top) of its own extent, as the published code does."""
-    with Loader(photo_beton, 24, image_size=32, grid=3) as ours, Loader(photo_beton, 24, image_size=32, grid=3, geometry="published") as theirs:
+    with (
+        Loader(photo_beton, 24, image_size=32, grid=3) as ours,
+        Loader(photo_beton, 24, image_size=32, grid=3, geometry="published") as theirs,
+    ):
         batch, other = next(iter(ours)), next(iter(theirs))
         plans = ours.draw(batch.sample_ids.numpy())
         classes, scores = ours.samples.label_maps(batch.sample_ids.numpy())
         height, width = (getattr(ours.samples, name)[batch.sample_ids.numpy()] for name in ("heights", "widths"))
     assert torch.equal(batch.images, other.images) and not torch.allclose(batch.targets, other.targets, atol=0.05)
-    crops = np.stack([plans["left"] / width, plans["top"] / height, plans["width"] / width, plans["height"] / height], axis=1)
+    crops = np.stack(
+        [plans["left"] / width, plans["top"] / height, plans["width"] / width, plans["height"] / height], axis=1
+    )
     expected = reference.token_targets(classes, scores, crops, plans["flip"], 10, 3, 0.1)
     np.testing.assert_allclose(other.targets.numpy(), expected, atol=2e-5)
 
@@ -324,10 +360,21 @@ dist.destroy_process_group()
 def test_two_gloo_ranks_see_disjoint_shards_that_cover_the_epoch(photo_beton, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(photo_beton)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        str(photo_beton),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    first, second = eval(next(line for line in done.stdout.splitlines() if line.startswith("SHARDS")).removeprefix("SHARDS"))
+    first, second = eval(
+        next(line for line in done.stdout.splitlines() if line.startswith("SHARDS")).removeprefix("SHARDS")
+    )
     assert len(first) == len(second) == 3
     flat = [sample for batch in first + second for sample in batch]
     assert sorted(flat) == list(range(24))
@@ -355,7 +402,8 @@ def test_evaluation_is_resize_and_centre_crop(photo_beton, photo_files):
     for sample, file in enumerate(photo_files):
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-        # Short side to floor(96 / 0.875) = 109 pixels, then the centre 96: in source pixels a square of 96 / 109 of the short side.
+        # Short side to floor(96 / 0.875) = 109 pixels, then the centre 96: in source pixels a square of 96 / 109 of the
+        # short side.
         side = min(image.size) * 96 / 109
         left, top = (image.width - side) / 2, (image.height - side) / 2
         theirs = image.resize((96, 96), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
@@ -367,7 +415,11 @@ def test_evaluation_is_resize_and_centre_crop(photo_beton, photo_files):
 def test_centre_boxes_never_leave_the_image():
     heights, widths = np.array([5, 300, 224, 1]), np.array([900, 300, 10, 1])
     boxes = center_boxes(heights, widths, 224, 1.0)
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, 0] + boxes[:, 2] <= heights).all() and (boxes[:, 1] + boxes[:, 3] <= widths).all()
+    assert (
+        (boxes[:, :2] >= 0).all()
+        and (boxes[:, 0] + boxes[:, 2] <= heights).all()
+        and (boxes[:, 1] + boxes[:, 3] <= widths).all()
+    )
     np.testing.assert_allclose(boxes[1], [0, 0, 300, 300])
 
 
@@ -388,7 +440,9 @@ def test_several_betons_are_one_data_set(photo_beton, photo_files, tmp_path):
         assert ids == order
         # Packing dequantised scores again moves them by less than one step of 255.
         assert all(torch.equal(seen[s][0], base[s][0]) and (seen[s][1] - base[s][1]).abs().max() < 0.02 for s in order)
-    other = write(tmp_path / "other.beton", images[:2], [cell_record(MapSpec(1, 2, 2, 4), 2, 2)] * 2, MapSpec(1, 2, 2, 4))
+    other = write(
+        tmp_path / "other.beton", images[:2], [cell_record(MapSpec(1, 2, 2, 4), 2, 2)] * 2, MapSpec(1, 2, 2, 4)
+    )
     with pytest.raises(ValueError, match="other.beton"):
         Loader([photo_beton, other], 2)
 
@@ -430,7 +484,10 @@ def test_an_image_that_cannot_be_decoded_names_its_sample_within_five_seconds(ph
 def test_changed_bytes_are_found_by_their_crc(photo_beton, tmp_path):
     """No JPEG decoder notices bytes changed among the pixels; the CRC does."""
     path = damaged(photo_beton, tmp_path / "damaged.beton", 11, 0.5)
-    with Loader(path, 4, image_size=32, grid=2, check=True) as loader, pytest.raises(BetonError, match=r"damaged.beton.*11"):
+    with (
+        Loader(path, 4, image_size=32, grid=2, check=True) as loader,
+        pytest.raises(BetonError, match=r"damaged.beton.*11"),
+    ):
         collect(loader)
     with Loader(photo_beton, 4, image_size=32, grid=2, check=True) as loader:
         assert len(collect(loader)[1]) == 24

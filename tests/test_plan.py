@@ -1,4 +1,5 @@
 """The plan: known answers, independence of everything but (seed, epoch, sample), and torchvision's distribution."""
+
 import math
 
 import numpy as np
@@ -6,11 +7,14 @@ import pytest
 import torch
 from scipy import stats
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
+from torchvision.transforms import RandomResizedCrop
+
 from tests import reference
 from tl_fast.maths import scalar
 from tl_fast.plan import records as plan
-from torchvision.transforms import RandomResizedCrop
 
 # Random123's kat_vectors for philox4x32 with 10 rounds.
 KNOWN_ANSWERS = [
@@ -116,7 +120,15 @@ def test_mix_box_covers_the_published_share():
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"scale": (0.0, 1.0)}, {"scale": (0.5, 0.2)}, {"scale": (0.5, 1.1)}, {"ratio": (0.0, 1.0)}, {"ratio": (2.0, 1.0)}, {"flip": 1.5}]
+    "kwargs",
+    [
+        {"scale": (0.0, 1.0)},
+        {"scale": (0.5, 0.2)},
+        {"scale": (0.5, 1.1)},
+        {"ratio": (0.0, 1.0)},
+        {"ratio": (2.0, 1.0)},
+        {"flip": 1.5},
+    ],
 )
 def test_bad_ranges_are_refused(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):

@@ -1,5 +1,6 @@
-"""Every CUDA kernel compiles for sm_80 and sm_90 without a GPU: no double precision, no local memory, and docs/kernels.md says what it
-takes."""
+"""Every CUDA kernel compiles for sm_80 and sm_90 without a GPU: no double precision, no local memory, and
+docs/kernels.md says what it takes."""
+
 import re
 import shutil
 
@@ -22,14 +23,17 @@ def test_kernel_compiles_lean(name, architecture, tmp_path):
     assert not re.search(r"^\s*\.local", text, re.M), "local memory"
     assert not re.search(r"^\s*call", text, re.M), "a device function that was not inlined"
     if name.startswith("targets"):
-        assert re.search(r"st\.global\.v4\.[fub]32", text) and "ld.shared.v4.f32" in text, "rows are written 16 bytes at a time"
+        assert re.search(r"st\.global\.v4\.[fub]32", text) and "ld.shared.v4.f32" in text, (
+            "rows are written 16 bytes at a time"
+        )
     if not shutil.which("ptxas"):
         pytest.skip("PTX checked; ptxas, for registers and spills, is not on PATH (it comes with the CUDA toolkit)")
     figures = kernel_figures.assemble(text, architecture, tmp_path)
     assert figures["spilled"] == figures["stack"] == 0, figures
     (row,) = [row for row in kernel_figures.table() if row[:2] == (name, f"sm_{architecture[0]}{architecture[1]}")]
-    assert abs(figures["registers"] - row[2]) <= SLACK and abs(figures["shared"] - row[3]) <= 256, \
-        f"docs/kernels.md has {row}, ptxas {figures}: run python -m tests.kernel_figures"  # fmt: skip
+    assert abs(figures["registers"] - row[2]) <= SLACK and abs(figures["shared"] - row[3]) <= 256, (
+        f"docs/kernels.md has {row}, ptxas {figures}: run python -m tests.kernel_figures"
+    )
     bounds = kernel_figures.KERNELS[name].bounds
     assert kernel_figures.occupancy(figures["registers"], bounds[0]) >= bounds[1]
 

@@ -1,4 +1,5 @@
 """The process group's few operations, in two real gloo processes."""
+
 from __future__ import annotations
 
 import datetime
@@ -45,8 +46,16 @@ def work(rank: int, folder: str) -> None:
 def test_two_processes_share_what_they_should(tmp_path):
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    expected = {"mean": [2.0] * 3, "count": 5, "sum": 3.0, "said": "hello from 0",
-                "gathered": [{"rank": 0}, {"rank": 1}], "any": [1.0, [0.0]], "column": [[0.0, 1.0, 0.0], True], "votes": [1, 5]}
+    expected = {
+        "mean": [2.0] * 3,
+        "count": 5,
+        "sum": 3.0,
+        "said": "hello from 0",
+        "gathered": [{"rank": 0}, {"rank": 1}],
+        "any": [1.0, [0.0]],
+        "column": [[0.0, 1.0, 0.0], True],
+        "votes": [1, 5],
+    }
     assert first == {"main": True, **expected} and second == {"main": False, **expected}
 
 
@@ -73,7 +82,11 @@ def test_a_world_of_one_needs_no_process_group(monkeypatch):
     with join("cpu") as ranks:
         assert (ranks.rank, ranks.world_size, ranks.main, ranks.device.type) == (0, 1, True, "cpu")
         assert not torch.distributed.is_initialized()
-        assert ranks.gather(3) == [3] and ranks.start_max((1, 2))[0].tolist() == [1, 2] and ranks.any(torch.tensor(True)) == 1
+        assert (
+            ranks.gather(3) == [3]
+            and ranks.start_max((1, 2))[0].tolist() == [1, 2]
+            and ranks.any(torch.tensor(True)) == 1
+        )
         assert ranks.from_main(3) == 3 and ranks.sum(torch.ones(2)).tolist() == [1, 1]
 
 

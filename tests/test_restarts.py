@@ -1,4 +1,5 @@
-"""Restart markers put into JPEGs and regions cut out by them: pixels against Pillow and DALI, converter and loader with `--row-index`."""
+"""Restart markers put into JPEGs and regions cut out by them: pixels against Pillow and DALI, converter and loader with
+`--row-index`."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_fast.convert import image as jpeg
 from tl_fast.beton.reader import BetonReader, Sample, verify, write_beton
-from tl_fast.pipeline.decode import DecodeError, decode_graph
+from tl_fast.convert import image as jpeg
 from tl_fast.jpeg import markers as marks
 from tl_fast.jpeg.restarts import restart_interval, splice
+from tl_fast.pipeline.decode import DecodeError, decode_graph
 from tl_fast.pipeline.loader import Loader
 
 jpeg.compile_kernels()
@@ -44,7 +45,9 @@ def restarts_in(data: bytes) -> int:
 
 
 def dali_regions(jpegs: list[np.ndarray], starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
-    graph = decode_graph("cpu", batch_size=len(jpegs), num_threads=2, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    graph = decode_graph(
+        "cpu", batch_size=len(jpegs), num_threads=2, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
+    )
     graph.build()
     (regions,) = graph.run(jpegs=jpegs, starts=starts.astype(np.int32), shapes=(stops - starts).astype(np.int32))
     return [np.array(region) for region in map(np.asarray, regions)]
@@ -59,11 +62,15 @@ def random_regions(rng: np.random.Generator, sizes: np.ndarray) -> tuple[np.ndar
 
 
 def check_regions(files: list[bytes], rng: np.random.Generator) -> tuple[int, int]:
-    """Pixels of random regions, spliced, are DALI's of the unspliced source -> (bytes spliced, bytes of the sources)."""
+    """Pixels of random regions, spliced, are DALI's of the unspliced source -> (bytes spliced, bytes of the
+    sources)."""
     prepared = [jpeg.prepare(data, row_index=True) for data in files]
     sizes = np.array([(one.height, one.width) for one in prepared])
     starts, stops = random_regions(rng, sizes)
-    spliced = [splice(as_array(one.data), *region) for one, region in zip(prepared, zip(starts, stops, strict=True), strict=True)]
+    spliced = [
+        splice(as_array(one.data), *region)
+        for one, region in zip(prepared, zip(starts, stops, strict=True), strict=True)
+    ]
     origins = np.array([origin for _, origin in spliced])
     expected = dali_regions([as_array(jpeg.prepare(data).data) for data in files], starts, stops)
     found = dali_regions([data for data, _ in spliced], starts - origins, stops - origins)
@@ -105,7 +112,9 @@ def test_photos_keep_their_pixels(files: list[bytes]) -> None:
     assert 1 < after / before < 1.03
 
 
-@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"quality": 100}, {"quality": 5, "optimize": True}, {"progressive": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"optimize": True}, {"quality": 100}, {"quality": 5, "optimize": True}, {"progressive": True}]
+)
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 def test_samplings_sizes_tables(
     request: pytest.FixtureRequest, scene: Image.Image, subsampling: int, options: dict
@@ -131,7 +140,8 @@ def test_grey_ones(scene: Image.Image) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "fit"), [({"restart_marker_blocks": 5}, True), ({"restart_marker_blocks": 6}, False), ({"restart_marker_rows": 2}, True)]
+    ("options", "fit"),
+    [({"restart_marker_blocks": 5}, True), ({"restart_marker_blocks": 6}, False), ({"restart_marker_rows": 2}, True)],
 )
 def test_restarts_of_its_own(scene: Image.Image, options: dict, fit: bool) -> None:
     data = encode(scene.resize((320, 240)), subsampling=2, **options)
@@ -186,7 +196,9 @@ def test_damaged_ones_do_no_harm(files: list[bytes]) -> None:
     for _ in range(3000):
         data = bytearray(cut)
         for _ in range(rng.randint(1, 4)):
-            data[rng.randrange(len(data) if rng.random() < 0.5 else 700)] = rng.choice((0, 0xFF, 0xD0, rng.randrange(256)))
+            data[rng.randrange(len(data) if rng.random() < 0.5 else 700)] = rng.choice(
+                (0, 0xFF, 0xD0, rng.randrange(256))
+            )
         data = bytes(data[: rng.randint(len(data) // 2, len(data))]) if rng.random() < 0.3 else bytes(data)
         top, left = rng.randrange(height - 1), rng.randrange(width - 1)
         found, _ = splice(as_array(data), (top, left), (rng.randint(top + 1, height), rng.randint(left + 1, width)))
@@ -199,7 +211,8 @@ def test_damaged_ones_do_no_harm(files: list[bytes]) -> None:
     assert 500 < shorter < 2900
 
 
-# --- the converter and the loader ------------------------------------------------------------------------------------------
+# --- the converter and the loader
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +225,9 @@ def betons(to_beton: ModuleType, photos: Path, tmp_path_factory: pytest.TempPath
     return paths
 
 
-def test_to_beton(to_beton: ModuleType, betons: tuple[Path, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_to_beton(
+    to_beton: ModuleType, betons: tuple[Path, Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     plain, cut = betons
     assert verify(cut, decode=True) == []
     assert to_beton.main(["verify", "--decode", str(cut)]) == 0
@@ -237,7 +252,10 @@ def test_resumed_runs_need_the_same_setting(files: list[bytes], tmp_path: Path) 
     def samples(bad: int) -> list[Sample]:
         return [Sample(f"{i}", 0, lambda i=i: b"no image" if i == bad else files[i]) for i in range(40)]
 
-    path, options = tmp_path / "out.beton", {"class_names": ["one"], "workers": 1, "on_error": "quarantine", "max_rejects": 0}
+    path, options = (
+        tmp_path / "out.beton",
+        {"class_names": ["one"], "workers": 1, "on_error": "quarantine", "max_rejects": 0},
+    )
     with pytest.raises(ValueError, match="are bad"):
         write_beton(path, samples(39), row_index=True, **options)
     with pytest.raises(ValueError, match="row_index"):
@@ -256,7 +274,8 @@ def test_loader_makes_the_same_batches(betons: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
 def test_loader_names_damaged_ones(betons: tuple[Path, Path], tmp_path: Path, share: float) -> None:
-    """Zeros from somewhere in a JPEG on: an error that names it, or what libjpeg makes of it where it is decoded at all."""
+    """Zeros from somewhere in a JPEG on: an error that names it, or what libjpeg makes of it where it is decoded at
+    all."""
     path = tmp_path / "damaged.beton"
     shutil.copy(betons[1], path)
     with BetonReader(path) as reader:

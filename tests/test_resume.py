@@ -1,4 +1,5 @@
 """Where a run starts: what it falls back to, what it refuses to continue, and what it leaves on record."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -32,7 +33,10 @@ def test_another_data_set_is_not_continued_with(tiny, betons, tmp_path):
     again = dataclasses.replace(config, train_data=str(moved), resume="auto", max_steps=3)
     assert training.train(again)["steps"] == 3  # the same samples in another file
     twice = dataclasses.replace(again, train_data=[str(moved), str(betons / "train.beton")], batch_size=32, max_steps=4)
-    with pytest.raises(checkpoint.CheckpointError, match="train_data 87 samples with digest .* -> 174 samples with digest .*moved.beton.*--init_weights"):
+    with pytest.raises(
+        checkpoint.CheckpointError,
+        match="train_data 87 samples with digest .* -> 174 samples with digest .*moved.beton.*--init_weights",
+    ):
         training.train(twice)
 
 
@@ -40,7 +44,10 @@ def test_what_two_runs_write_at_once_is_refused(tiny, monkeypatch):
     config = tiny(max_steps=2)
     monkeypatch.setattr(resume.sole_writer.__wrapped__, "__defaults__", (0.1,))
     with resume.sole_writer(Path(config.output_dir)):
-        with pytest.raises(BlockingIOError, match=f"{config.output_dir} is being trained into by another process .process {os.getpid()} on"):
+        with pytest.raises(
+            BlockingIOError,
+            match=f"{config.output_dir} is being trained into by another process .process {os.getpid()} on",
+        ):
             training.train(config)
     assert training.train(config)["steps"] == 2
 
@@ -57,9 +64,12 @@ def test_a_run_continues_without_the_weights_that_it_began_with(tiny, tmp_path):
         training.train(dataclasses.replace(config, output_dir=str(tmp_path / "third")))
 
 
-@pytest.mark.parametrize("run_id, restarts, continues", [("job7", 0, True), ("none", 1, True), ("none", 0, False), ("job8", 1, False)])
+@pytest.mark.parametrize(
+    "run_id, restarts, continues", [("job7", 0, True), ("none", 1, True), ("none", 0, False), ("job8", 1, False)]
+)
 def test_a_job_that_torchrun_starts_again_continues_its_own_run(tiny, monkeypatch, run_id, restarts, continues):
-    """Also where a node has joined, whose ranks count no restart and may hold the main one; another job's run is refused."""
+    """Also where a node has joined, whose ranks count no restart and may hold the main one; another job's run is
+    refused."""
     began = "job7" if run_id != "none" else "none"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", began)
     config = tiny(max_steps=1)
@@ -89,7 +99,11 @@ def test_another_command_under_the_same_name_is_another_job(tiny, monkeypatch):
 def test_files_that_cannot_be_deleted_do_not_end_a_run(tiny, monkeypatch):
     """Such as those on NFS that another process reads."""
     remove = os.unlink
-    monkeypatch.setattr(os, "unlink", lambda path, **options: remove(path, **options) if not str(path).endswith(checkpoint.EMA) else _denied(path))
+    monkeypatch.setattr(
+        os,
+        "unlink",
+        lambda path, **options: remove(path, **options) if not str(path).endswith(checkpoint.EMA) else _denied(path),
+    )
     config = tiny(max_steps=3, checkpoint_steps=1, keep=1)
     assert training.train(config)["steps"] == 3
     folder = Path(config.output_dir) / "checkpoints"
@@ -108,12 +122,30 @@ def test_the_record_says_what_auto_came_to(tiny):
     config = tiny(max_steps=1, deterministic=True)
     training.train(config)
     (start,) = resume.read_record(Path(config.output_dir))
-    assert start["resolved"] == {"device": "cpu", "world_size": 1, "dtype": "float32", "compile": False, "threads": 1, "decode": "cpu"}
-    assert start["config"]["decode"] == "cpu" and {"torch", "torchvision", "timm", "numba", "numpy", "dali", "cuda", "nccl", "commit"} <= set(start["versions"])
+    assert start["resolved"] == {
+        "device": "cpu",
+        "world_size": 1,
+        "dtype": "float32",
+        "compile": False,
+        "threads": 1,
+        "decode": "cpu",
+    }
+    assert start["config"]["decode"] == "cpu" and {
+        "torch",
+        "torchvision",
+        "timm",
+        "numba",
+        "numpy",
+        "dali",
+        "cuda",
+        "nccl",
+        "commit",
+    } <= set(start["versions"])
 
 
 def test_a_checkpoint_that_a_run_fell_back_from_is_no_rival(tiny, betons, monkeypatch):
-    """Its files' sizes are right, so only its step tells; what is validated before that step must not be lost for its sake."""
+    """Its files' sizes are right, so only its step tells; what is validated before that step must not be lost for its
+    sake."""
     scores = iter((50.0, 80.0, 70.0, 60.0, 65.0))
     monkeypatch.setattr(training, "validate", lambda *_: {"val_top1_ema": next(scores), "val_top1_raw": 0.0})
     config = tiny(epochs=4, val_data=str(betons / "val.beton"), keep=9)

@@ -1,4 +1,6 @@
-"""The sheets of samples: colours against cells and tokens found another way, crops against Pillow and the loader, sizes, errors."""
+"""The sheets of samples: colours against cells and tokens found another way, crops against Pillow and the loader,
+sizes, errors."""
+
 from __future__ import annotations
 
 import io
@@ -11,20 +13,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
-from tests import reference
 
-from tl_fast.pictures import bundled_photos
-from tl_fast.plan import records as plan
+from tests import reference
 from tl_fast.beton.reader import BetonReader
 from tl_fast.convert.write import Sample, write_beton
-from tl_fast.training.config import parse_config
-from tl_fast.pictures.crop_sheet import find_data, find_recipe, inside_image, operations, show_recipe
 from tl_fast.labelmaps.format import MapSpec, pack
-from tl_fast.pipeline.loader import Loader
-from tl_fast.plan.rand_augment import OPS
-from tl_fast.pictures.sheet import NO_CLASS, OTHER, PALETTE, best_of_map, best_of_targets
+from tl_fast.pictures import bundled_photos
+from tl_fast.pictures.crop_sheet import find_data, find_recipe, inside_image, operations, show_recipe
 from tl_fast.pictures.sample_sheet import show
+from tl_fast.pictures.sheet import NO_CLASS, OTHER, PALETTE, best_of_map, best_of_targets
+from tl_fast.pipeline.loader import Loader
+from tl_fast.plan import records as plan
+from tl_fast.plan.rand_augment import OPS
 from tl_fast.show import main
+from tl_fast.training.config import parse_config
 
 # The sheet's measures in pixels and its opacity, written down again: the tests say where things must be.
 MARGIN, GAP, LINE, PANEL, WIDEST, OPACITY = 14, 12, 20, 224, 336, 0.55
@@ -43,7 +45,9 @@ def blobs(rng: np.random.Generator, spec: MapSpec) -> np.void:
     return pack(classes, np.maximum(np.take_along_axis(logits, classes, axis=0), 0.1).astype(np.float32), spec)
 
 
-def write(path: Path, photos: Path, spec: MapSpec | None, every: int = 9, names: list[str] = NAMES, suffix: str = "") -> Path:
+def write(
+    path: Path, photos: Path, spec: MapSpec | None, every: int = 9, names: list[str] = NAMES, suffix: str = ""
+) -> Path:
     rng = np.random.default_rng(5)
     files = sorted((photos / "train").glob("*/*.jpg"))[::every]
     sizes = [Image.open(file).size for file in files]
@@ -51,8 +55,12 @@ def write(path: Path, photos: Path, spec: MapSpec | None, every: int = 9, names:
     samples = []
     for i, file in enumerate(files):
         label_map = None if spec is None else (lambda record=blobs(rng, spec): record)
-        samples.append(Sample(f"{file.parent.name}/{file.stem}{suffix}.jpg", i % len(names), file.read_bytes, label_map))
-    write_beton(path, samples, class_names=names, spec=spec, annotator=None if spec is None else {"model": "blobs"}, workers=1)
+        samples.append(
+            Sample(f"{file.parent.name}/{file.stem}{suffix}.jpg", i % len(names), file.read_bytes, label_map)
+        )
+    write_beton(
+        path, samples, class_names=names, spec=spec, annotator=None if spec is None else {"model": "blobs"}, workers=1
+    )
     return path
 
 
@@ -75,12 +83,22 @@ def bare(tmp_path_factory, photos) -> Path:
 def many(tmp_path_factory, photos) -> Path:
     """More samples than a sheet of crops, and a hue for every class."""
     classes = len(PALETTE)
-    return write(tmp_path_factory.mktemp("show") / "many.beton", photos, MapSpec(4, 5, 6, classes), every=3, names=NAMES[:classes])
+    return write(
+        tmp_path_factory.mktemp("show") / "many.beton",
+        photos,
+        MapSpec(4, 5, 6, classes),
+        every=3,
+        names=NAMES[:classes],
+    )
 
 
 def drawn_size(height: int, width: int) -> tuple[int, int]:
     """(height, width) of an original on the sheet: as large as fits in PANEL x WIDEST."""
-    return (PANEL, round(width * PANEL / height)) if width / height <= WIDEST / PANEL else (round(height * WIDEST / width), WIDEST)
+    return (
+        (PANEL, round(width * PANEL / height))
+        if width / height <= WIDEST / PANEL
+        else (round(height * WIDEST / width), WIDEST)
+    )
 
 
 def panels(picture: Path, height: int, width: int) -> list[np.ndarray]:
@@ -128,7 +146,9 @@ def test_cells_and_tokens_have_the_colour_of_their_class(request, tmp_path, exte
             crop = np.array([crop_in_map(plan, height, width, extent)])
             tokens = reference.token_targets(classes, scores, crop, [plan["flip"]], CLASSES, GRID, 0.0)[0, 1:]
             tokens = tokens.T.reshape(CLASSES, GRID, GRID)
-            named = [p.max(axis=0) > p.min(axis=0) * 1.0001 for p in (cells, tokens)]  # tokens beyond the map are uniform
+            named = [
+                p.max(axis=0) > p.min(axis=0) * 1.0001 for p in (cells, tokens)
+            ]  # tokens beyond the map are uniform
 
             found = zip((cells, tokens), named, strict=True)
             share = sum(np.bincount(p.argmax(axis=0)[some], minlength=CLASSES) / some.size for p, some in found)
@@ -150,7 +170,9 @@ def test_cells_and_tokens_have_the_colour_of_their_class(request, tmp_path, exte
                     base = colour[best].astype(float) if some[i, j] else np.zeros(3)
                     ys, xs = (
                         cell_pixels(cell, count, length, part, pixels)
-                        for cell, count, length, part, pixels in zip((i, j), p.shape[1:], size, span, over.shape, strict=False)
+                        for cell, count, length, part, pixels in zip(
+                            (i, j), p.shape[1:], size, span, over.shape, strict=False
+                        )
                     )
                     for y, x in zip(ys, xs, strict=True):
                         if over is over_original and near_box(y, x, plan, height, width, over.shape):
@@ -168,12 +190,17 @@ def test_cells_and_tokens_have_the_colour_of_their_class(request, tmp_path, exte
 
 
 def cell_pixels(cell: int, count: int, length: float, part: float, pixels: int) -> tuple[int, int, int]:
-    """Along one axis, drawn pixels that belong to a cell: its second, as the first has the line, one in its middle, and its last.
+    """Along one axis, drawn pixels that belong to a cell: its second, as the first has the line, one in its middle, and
+    its last.
 
-    count cells span the middle `part` of an image's `length`, which is drawn in `pixels`. A pixel belongs to the cell its centre is in.
+    count cells span the middle `part` of an image's `length`, which is drawn in `pixels`. A pixel belongs to the cell
+    its centre is in.
     """
     start, stop = (((length - part) / 2 + part * edge / count) * pixels / length - 0.5 for edge in (cell, cell + 1))
-    first, last = math.ceil(start + 1e-3), math.ceil(stop - 1e-3) - 1  # a centre right on the edge may be rounded to either side
+    first, last = (
+        math.ceil(start + 1e-3),
+        math.ceil(stop - 1e-3) - 1,
+    )  # a centre right on the edge may be rounded to either side
     return first + 1, (first + last) // 2, last
 
 
@@ -193,14 +220,26 @@ def test_crop_and_box_are_the_plans(full, tmp_path):
             picture = show(full, tmp_path / "sheet.png", ids=[sample], epoch=3)
             original, cropped, *_ = panels(picture, int(reader.heights[sample]), int(reader.widths[sample]))
             photo = Image.open(io.BytesIO(reader.jpeg(sample))).convert("RGB")
-            expected = photo.resize((PANEL, PANEL), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+            expected = photo.resize(
+                (PANEL, PANEL), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+            )
             expected = np.asarray(expected)[:, ::-1] if plan["flip"] else np.asarray(expected)
             assert np.abs(cropped - expected).max() <= 1
             sy, sx = original.shape[0] / photo.height, original.shape[1] / photo.width
-            y0, x0, y1, x1 = round(top * sy), round(left * sx), round((top + height) * sy) - 1, round((left + width) * sx) - 1
+            y0, x0, y1, x1 = (
+                round(top * sy),
+                round(left * sx),
+                round((top + height) * sy) - 1,
+                round((left + width) * sx) - 1,
+            )
             for y, x in ((y0, x0), (y0, x1), (y1, x0), (y1, x1)):
                 assert (original[y, x] == 0).all()
-            for y, x in ((y0 + 1, (x0 + x1) // 2), (y1 - 1, (x0 + x1) // 2), ((y0 + y1) // 2, x0 + 1), ((y0 + y1) // 2, x1 - 1)):
+            for y, x in (
+                (y0 + 1, (x0 + x1) // 2),
+                (y1 - 1, (x0 + x1) // 2),
+                ((y0 + y1) // 2, x0 + 1),
+                ((y0 + y1) // 2, x1 - 1),
+            ):
                 assert (original[y, x] == 255).all()
 
 
@@ -210,7 +249,10 @@ def test_size_of_the_sheet(full, tmp_path):
         many = Image.open(show(full, tmp_path / "many.png", samples=500))
         one = Image.open(show(full, tmp_path / "one.png", first=len(reader) - 1))
         assert many.width == 2 * MARGIN + 2 * (widest + PANEL) + 3 * GAP
-        assert one.width == 2 * MARGIN + 2 * (drawn_size(int(reader.heights[-1]), int(reader.widths[-1]))[1] + PANEL) + 3 * GAP
+        assert (
+            one.width
+            == 2 * MARGIN + 2 * (drawn_size(int(reader.heights[-1]), int(reader.widths[-1]))[1] + PANEL) + 3 * GAP
+        )
         # Header, legend and titles above; a row is its caption, its panels and a gap. Captions take one or two lines.
         assert 0 < many.height - len(reader) * (LINE + PANEL + GAP) < 200 + len(reader) * LINE
 
@@ -259,7 +301,11 @@ def test_command_line(full, tmp_path, capsys):
     main([str(full), "--out", str(out), "--ids", "3,1", "--epoch", "2", "--grid", "4"])
     assert capsys.readouterr().out == f"{out}\n"
     assert out.read_bytes() == show(full, tmp_path / "same.png", ids=[3, 1], epoch=2, grid=4).read_bytes()
-    bad = {"--ids=99": "sample 99 is not in", "--ids=1,two": "'1,two' is not a list", "--first=1 --ids=1": "not allowed"}
+    bad = {
+        "--ids=99": "sample 99 is not in",
+        "--ids=1,two": "'1,two' is not a list",
+        "--first=1 --ids=1": "not allowed",
+    }
     for arguments, message in bad.items():
         with pytest.raises(SystemExit) as stop:
             main([str(full), "--out", str(out), *arguments.split()])
@@ -288,7 +334,10 @@ def test_best_of_map_is_the_dense_softmax(seed, k, shift):
 
 def test_nothing_stands_out_in_uniform_cells_and_tokens():
     assert (best_of_map(np.zeros((1, 2, 2), np.uint16), np.zeros((1, 2, 2), np.float32), 5).best == NO_CLASS).all()
-    assert (best_of_map(np.arange(2, dtype=np.uint16).reshape(2, 1, 1), np.full((2, 1, 1), 4, np.float32), 2).best == NO_CLASS).all()
+    assert (
+        best_of_map(np.arange(2, dtype=np.uint16).reshape(2, 1, 1), np.full((2, 1, 1), 4, np.float32), 2).best
+        == NO_CLASS
+    ).all()
     assert (best_of_targets(np.full((4, 3), 1 / 3, np.float32), 2).best == NO_CLASS).all()
     assert (best_of_targets(np.ones((4, 1), np.float32), 2).best == 0).all()
 
@@ -316,7 +365,9 @@ def test_recipes_by_name(tmp_path):
     own.write_text("train_data: x.beton\n")
     assert find_recipe(str(own)) == own
     for name in ("lvvit_x", "", "lvvit_s_", "lvvit_", str(tmp_path / "none.yaml")):
-        with pytest.raises(ValueError, match="there is no recipe .*known are demo_photos, lvvit_l_224, lvvit_m_224, lvvit_s_224, lvvit"):
+        with pytest.raises(
+            ValueError, match="there is no recipe .*known are demo_photos, lvvit_l_224, lvvit_m_224, lvvit_s_224, lvvit"
+        ):
             find_recipe(name)
     for name in ("vit_224", "vit_384"):
         (tmp_path / f"{name}.yaml").touch()
@@ -394,8 +445,8 @@ def test_crops_are_the_loaders_with_the_recipes_augmentation(many, lvvit_s):
 
 
 def test_fill_has_no_colour_and_the_image_has(many, lvvit_s):
-    """Tokens a map's half cell and more beyond the image know nothing; those well inside it know a class; what is filled is dark."""
-    outside = inside = filled = 0
+    """Tokens a map's half cell and more beyond the image know nothing; those well inside it know a class."""
+    outside = inside = 0
     with the_recipes_loader(many) as loader:
         chosen = np.linspace(0, len(loader.samples) - 1, 24).round().astype(int)
         for sample, (crop, tokens) in zip(chosen, tiles(lvvit_s, 24), strict=True):
@@ -404,8 +455,15 @@ def test_fill_has_no_colour_and_the_image_has(many, lvvit_s):
             linear = drawn["affine"].astype(float).reshape(2, 3)
             for i, j in np.ndindex(14, 14):
                 # Fractions of the image at the token's corners: an affine has its extremes there.
-                corners = np.array([[(j + a) / 14, (i + b) / 14, 1] for a in (0, 1) for b in (0, 1)]) @ linear.T / (width, height)
-                middle = (slice(16 * i + 2, 16 * i + 14), slice(16 * j + 2, 16 * j + 14))  # without the lines between tokens
+                corners = (
+                    np.array([[(j + a) / 14, (i + b) / 14, 1] for a in (0, 1) for b in (0, 1)])
+                    @ linear.T
+                    / (width, height)
+                )
+                middle = (
+                    slice(16 * i + 2, 16 * i + 14),
+                    slice(16 * j + 2, 16 * j + 14),
+                )  # without the lines between tokens
                 token, below = tokens[middle], crop[middle]
                 if ((corners < -0.51 / np.array((6, 5))) | (corners > 1 + 0.51 / np.array((6, 5)))).all(axis=0).any():
                     assert np.ptp(token, axis=2).max() == 0, f"sample {sample}, token {i}, {j}"
@@ -447,16 +505,32 @@ def test_same_seed_same_picture(many, tmp_path):
 def test_operations_in_words():
     record = plan.of_boxes(np.array([[0, 0, 4, 4]]))[0]
     assert operations(record) == []
-    drawn = [("Rotate", -21.34), ("Color", 1.537), ("Equalize", 0), ("Posterize", 3), ("Solarize", 17), ("TranslateX", -0.449)]
+    drawn = [
+        ("Rotate", -21.34),
+        ("Color", 1.537),
+        ("Equalize", 0),
+        ("Posterize", 3),
+        ("Solarize", 17),
+        ("TranslateX", -0.449),
+    ]
     record["ops"][:6] = [OPS.index(name) for name, _ in drawn]
     record["arguments"][:6] = [argument for _, argument in drawn]
-    assert operations(record) == ["Rotate -21.3°", "Color 1.54", "Equalize", "Posterize 3 bit", "Solarize 17", "TranslateX -0.45"]
+    assert operations(record) == [
+        "Rotate -21.3°",
+        "Color 1.54",
+        "Equalize",
+        "Posterize 3 bit",
+        "Solarize 17",
+        "TranslateX -0.45",
+    ]
 
 
 def test_captions_stay_below_their_tiles(photos, tmp_path):
     """With the most operations, long names of images and of classes."""
     names = [f"{name}, which is a class of a name that nobody would want to read in full" for name in NAMES]
-    beton = write(tmp_path / "long.beton", photos, MapSpec(4, 5, 6, CLASSES), names=names, suffix="-of-a-name-that-is-long" * 6)
+    beton = write(
+        tmp_path / "long.beton", photos, MapSpec(4, 5, 6, CLASSES), names=names, suffix="-of-a-name-that-is-long" * 6
+    )
     recipe = tmp_path / "strong.yaml"
     recipe.write_text("train_data: long.beton\nauto_augment: rand-m9-n8-p1.0-mstd0.5-inc1\nsmoothing: 0.1\n")
     picture = np.asarray(Image.open(show_recipe(str(recipe), beton, tmp_path / "strong.png", samples=8)).convert("RGB"))

@@ -1,4 +1,6 @@
-"""Sources: every kind lists and reads what the image folder it was made from does; damage is said, never passed over."""
+"""Sources: every kind lists and reads what the image folder it was made from does; damage is said, never passed
+over."""
+
 from __future__ import annotations
 
 import io
@@ -16,12 +18,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tl_fast.sources import tar_source as tar_files
 from tl_fast.beton.reader import BetonError, write_beton
 from tl_fast.convert.selection import Conversion
+from tl_fast.sources import tar_source as tar_files
 from tl_fast.sources.image_folder import ImageFolder, ImageFolderError, list_images
-from tl_fast.sources.open import Source, SourceChanged, SourceError, expand_paths, label_classes, open_source
-from tl_fast.sources.open import read_class_names
+from tl_fast.sources.open import (
+    Source,
+    SourceChanged,
+    SourceError,
+    expand_paths,
+    label_classes,
+    open_source,
+    read_class_names,
+)
 
 WNIDS = ["n01440764", "n01443537", "n02110341", "n03000684"]
 
@@ -48,7 +57,8 @@ def class_tar(members: list[tuple[str, bytes]], **options: int) -> bytes:
 
 
 def pack_train(path: Path, folder: Source, seed: int = 0) -> Path:
-    """The training tar as ImageNet's: class tars, here in random order inside and out, to prove that order does not matter."""
+    """The training tar as ImageNet's: class tars, here in random order inside and out, to prove that order does not
+    matter."""
     classes: dict[str, list[tuple[str, bytes]]] = {}
     for i, name in enumerate(folder.ids):
         classes.setdefault(name.split("/")[0], []).append((name.split("/")[1], folder.read(i)))
@@ -60,7 +70,9 @@ def pack_train(path: Path, folder: Source, seed: int = 0) -> Path:
     return pack(path, [(f"{name}.tar", class_tar(members)) for name, members in rows])
 
 
-def pack_webdataset(folder: Source, out: Path, shards: int = 2, classes: str = "number", extra: bool = True) -> list[Path]:
+def pack_webdataset(
+    folder: Source, out: Path, shards: int = 2, classes: str = "number", extra: bool = True
+) -> list[Path]:
     paths = []
     for shard in range(shards):
         members = []
@@ -68,7 +80,9 @@ def pack_webdataset(folder: Source, out: Path, shards: int = 2, classes: str = "
             key, suffix = Path(folder.ids[i]).stem, Path(folder.ids[i]).suffix[1:].lower()
             label = int(folder.labels[i])
             members.append((f"./{key}.{suffix}", folder.read(i)))
-            members.append((f"./{key}.cls", (str(label) if classes == "number" else folder.class_names[label] + "\n").encode()))
+            members.append(
+                (f"./{key}.cls", (str(label) if classes == "number" else folder.class_names[label] + "\n").encode())
+            )
             members += [(f"./{key}.json", b"{}")] if extra else []
         paths.append(pack(out / f"train-{shard:03d}.tar", members))
     return paths
@@ -80,11 +94,16 @@ def parquet_table(folder: Source, rows: list[int], names: list[str] | None = Non
     images = []
     for i in rows:
         name, path = folder.ids[i].split("/", 1)
-        images.append({"bytes": folder.read(i), "path": f"{Path(path).stem}_{name}{Path(path).suffix}" if hub else folder.ids[i]})
-    table = pa.table({
-        "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        "label": pa.array(folder.labels[rows]),
-    } | changes)
+        images.append(
+            {"bytes": folder.read(i), "path": f"{Path(path).stem}_{name}{Path(path).suffix}" if hub else folder.ids[i]}
+        )
+    table = pa.table(
+        {
+            "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "label": pa.array(folder.labels[rows]),
+        }
+        | changes
+    )
     features = {"image": {"_type": "Image"}, "label": {"names": names or folder.class_names, "_type": "ClassLabel"}}
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
@@ -95,13 +114,25 @@ def write_parquet(path: Path, table, **options: object) -> Path:
 
 
 def write_devkit(folder: Path, wnids: list[str], truth: list[str]) -> None:
-    """data/meta.mat in the layout of the real one: struct array [n, 1], leaf classes first in an order of their own, then groups."""
+    """data/meta.mat in the layout of the real one: struct array [n, 1], leaf classes first in an order of their own,
+    then groups."""
     savemat = pytest.importorskip("scipy.io").savemat
-    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train_images"]
+    fields = [
+        "ILSVRC2012_ID",
+        "WNID",
+        "words",
+        "gloss",
+        "num_children",
+        "children",
+        "wordnet_height",
+        "num_train_images",
+    ]
     shuffled = random.Random(1).sample(wnids, len(wnids))
     synsets = np.zeros((len(wnids) + 2, 1), [(field, object) for field in fields])
     for place, wnid in enumerate([*shuffled, "n00001740", "n00001930"]):
-        count, children, height = (0.0, np.zeros((1, 0)), 0.0) if place < len(wnids) else (2.0, np.array([[1.0, 2.0]]), 1.0)
+        count, children, height = (
+            (0.0, np.zeros((1, 0)), 0.0) if place < len(wnids) else (2.0, np.array([[1.0, 2.0]]), 1.0)
+        )
         synsets[place, 0] = (float(place + 1), wnid, f"word {wnid}, other", "gloss", count, children, height, 1300.0)
     (folder / "data").mkdir(parents=True)
     savemat(folder / "data" / "meta.mat", {"synsets": synsets})
@@ -118,7 +149,9 @@ def assert_equal(source: Source, folder: Source, *, names: bool = True, ids: boo
     assert source.labels.dtype == source.sizes.dtype == np.int64 and len(source) == len(folder) == len(source.stamps)
     assert np.array_equal(source.labels, folder.labels)
     with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(source.read, range(len(source)))) == [Path(folder.root, name).read_bytes() for name in folder.ids]
+        assert list(threads.map(source.read, range(len(source)))) == [
+            Path(folder.root, name).read_bytes() for name in folder.ids
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +215,12 @@ def test_what_cannot_be_read_in_a_folder_is_a_bad_sample_and_not_the_end_of_list
     (tmp_path / "a" / "itself.jpg").symlink_to(tmp_path / "a" / "itself.jpg")
     os.mkfifo(tmp_path / "a" / "pipe.jpg")
     source = ImageFolder(tmp_path)
-    assert source.ids == ["a/0.jpg", "a/dangling.jpg", "a/itself.jpg", "a/pipe.jpg"] and source.sizes.tolist() == [3, 0, 0, 0]
+    assert source.ids == ["a/0.jpg", "a/dangling.jpg", "a/itself.jpg", "a/pipe.jpg"] and source.sizes.tolist() == [
+        3,
+        0,
+        0,
+        0,
+    ]
     assert source.read(0) == b"one"
     for i, message in ((1, "No such file.*dangling"), (2, "symbolic links.*itself"), (3, "pipe.jpg: .*no file")):
         with pytest.raises((OSError, SourceError), match=message):
@@ -255,11 +293,15 @@ def test_class_tars_taken_out(folder, tmp_path, monkeypatch):
 
 
 def test_train_tar_agrees_with_torchvision(folder, tmp_path, monkeypatch):
-    """torchvision unpacks the tars and reads the devkit with its own code; what it makes of them is what we read in place."""
-    import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
+    """torchvision unpacks the tars and reads the devkit with its own code; what it makes of them is what we read in
+    place."""
+    import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+    # isort: split
 
     imagenet = pytest.importorskip("torchvision.datasets.imagenet")
-    monkeypatch.setattr(imagenet, "_verify_archive", lambda *_: None)  # these are not the originals, so their MD5 differs
+    monkeypatch.setattr(
+        imagenet, "_verify_archive", lambda *_: None
+    )  # these are not the originals, so their MD5 differs
     pack_train(tmp_path / "ILSVRC2012_img_train.tar", folder)
     imagenet.parse_train_archive(tmp_path)
     unpacked = ImageFolder(tmp_path / "train")
@@ -273,13 +315,18 @@ def test_train_tar_agrees_with_torchvision(folder, tmp_path, monkeypatch):
     assert imagenet.load_meta_file(tmp_path)[1] == truth
     imagenet.parse_val_archive(tmp_path)
     unpacked = ImageFolder(tmp_path / "val")
-    for devkit in (tmp_path / "ILSVRC2012_devkit_t12.tar.gz", tmp_path / "devkit", tmp_path / "devkit" / "ILSVRC2012_devkit_t12",
-                   tmp_path / "devkit" / "ILSVRC2012_devkit_t12" / "data" / "ILSVRC2012_validation_ground_truth.txt"):
+    for devkit in (
+        tmp_path / "ILSVRC2012_devkit_t12.tar.gz",
+        tmp_path / "devkit",
+        tmp_path / "devkit" / "ILSVRC2012_devkit_t12",
+        tmp_path / "devkit" / "ILSVRC2012_devkit_t12" / "data" / "ILSVRC2012_validation_ground_truth.txt",
+    ):
         assert_equal(open_source(val, labels=devkit), unpacked)
 
 
 def pack_val(path: Path, folder: Source) -> tuple[Path, list[str]]:
-    """Flat tar of the folder's images under validation names, classes mixed; returns the class of each in order of the names."""
+    """Flat tar of the folder's images under validation names, classes mixed; returns the class of each in order of the
+    names."""
     order = random.Random(2).sample(range(len(folder)), len(folder))
     members = [(f"ILSVRC2012_val_{number:08d}.JPEG", folder.read(i)) for number, i in enumerate(order, 1)]
     pack(path, random.Random(3).sample(members, len(members)))
@@ -297,7 +344,8 @@ def test_val_tar_with_lists(images, tmp_path):
         "bare": "".join(f"{wnid}\n" for wnid in truth),
         "numbers": "\n".join(map(str, numbers)),
         "csv": "file,class\n" + "".join(f"{name}.JPEG,{wnid}\n" for name, wnid in zip(names, truth, strict=True)),
-        "kaggle": "ImageId,PredictionString\n" + "".join(f"{n},{w} 85 1 499 272 {w} 1 2 3 4 \n" for n, w in zip(names, truth, strict=True)),
+        "kaggle": "ImageId,PredictionString\n"
+        + "".join(f"{n},{w} 85 1 499 272 {w} 1 2 3 4 \n" for n, w in zip(names, truth, strict=True)),
     }
     for kind, text in lists.items():
         (tmp_path / f"{kind}.txt").write_text(text)
@@ -315,17 +363,20 @@ def test_val_tar_with_lists(images, tmp_path):
     assert numbered.origin(0).startswith(f"{val}:ILSVRC2012_val_")
 
 
-@pytest.mark.parametrize("text, message", [
-    ("n01440764\n" * 23, "23 labels.*24 images"),
-    ("{0} n01440764\n{0} n01443537\n", "line 2: .*has class 'n01443537' here and 'n01440764' above"),
-    ("{0} n01440764\n", "no class for .*23 such"),
-    ("{0} n01440764\nother.JPEG n01440764\n", "line 2: 'other.JPEG' is no image"),
-    ("{0} n01440764\nodd\n", "line 2: 'odd'"),
-    ("ImageId,PredictionString\n{0},n01440764 1 2 3 4 n01443537 1 2 3 4\n", "line 2: .*one class"),
-    ("", "0 labels"),
-    ("-1\n" * 24, "no whole number|class '-1'"),
-    ("7\n" * 23 + "x\n", "'x'"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("n01440764\n" * 23, "23 labels.*24 images"),
+        ("{0} n01440764\n{0} n01443537\n", "line 2: .*has class 'n01443537' here and 'n01440764' above"),
+        ("{0} n01440764\n", "no class for .*23 such"),
+        ("{0} n01440764\nother.JPEG n01440764\n", "line 2: 'other.JPEG' is no image"),
+        ("{0} n01440764\nodd\n", "line 2: 'odd'"),
+        ("ImageId,PredictionString\n{0},n01440764 1 2 3 4 n01443537 1 2 3 4\n", "line 2: .*one class"),
+        ("", "0 labels"),
+        ("-1\n" * 24, "no whole number|class '-1'"),
+        ("7\n" * 23 + "x\n", "'x'"),
+    ],
+)
 def test_val_labels_refused(folder, tmp_path, text, message):
     val, _ = pack_val(tmp_path / "val.tar", folder)
     (tmp_path / "labels.txt").write_text(text.replace("{0}", "ILSVRC2012_val_00000001"))
@@ -362,14 +413,33 @@ def test_cut_off_tars_name_the_member(folder, tmp_path):
     """Cut anywhere, inside or outside: an error each time, for the last bytes of a tar say that it is whole."""
     whole = pack_train(tmp_path / "train.tar", folder).read_bytes()
     end = len(whole.rstrip(b"\0"))
-    for cut in [0, 1, 511, 512, 700, 1024, 5000, len(whole) // 2 // 512 * 512, len(whole) // 2 + 77, end - 1, end // 512 * 512]:
+    for cut in [
+        0,
+        1,
+        511,
+        512,
+        700,
+        1024,
+        5000,
+        len(whole) // 2 // 512 * 512,
+        len(whole) // 2 + 77,
+        end - 1,
+        end // 512 * 512,
+    ]:
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
         with pytest.raises(SourceError, match="cut.tar"):
             open_source(tmp_path / "cut.tar")
     inner = class_tar([("n01440764_1.JPEG", bytes(2000)), ("n01440764_2.JPEG", b"y" * 3000)])
     other = class_tar([("n01443537_1.JPEG", b"z")])
-    cuts = {100: "first header", 2000: "_1.JPEG' is cut off", 2560: "behind 'n01440764_1.JPEG'", 3000: "behind 'n01440764_1.JPEG'",
-            5200: "_2.JPEG' is cut off", 6140: "cut off behind 'n01440764_2.JPEG'", 6144: "cut off after 6144 .*_2.JPEG'"}
+    cuts = {
+        100: "first header",
+        2000: "_1.JPEG' is cut off",
+        2560: "behind 'n01440764_1.JPEG'",
+        3000: "behind 'n01440764_1.JPEG'",
+        5200: "_2.JPEG' is cut off",
+        6140: "cut off behind 'n01440764_2.JPEG'",
+        6144: "cut off after 6144 .*_2.JPEG'",
+    }
     for cut, named in cuts.items():
         pack(tmp_path / "inner.tar", [("n01440764.tar", inner[:cut]), ("n01443537.tar", other)])
         with pytest.raises(SourceError, match=f"inner.tar:n01440764.tar: .*{named}"):
@@ -377,7 +447,8 @@ def test_cut_off_tars_name_the_member(folder, tmp_path):
 
 
 def test_damaged_tar_headers(folder, tmp_path):
-    """tarfile ends silently at a damaged header; here it is an error. Random damage gives an error or the right bytes."""
+    """tarfile ends silently at a damaged header; here it is an error. Random damage gives an error or the right
+    bytes."""
     plain = [(f"{wnid}_{n}.JPEG", bytes([n]) * (500 + n)) for wnid in WNIDS[:1] for n in range(5)]
     whole = class_tar(plain)
     damaged = bytearray(whole)
@@ -402,7 +473,11 @@ def test_damaged_tar_headers(folder, tmp_path):
                 with open_source(tmp_path / "n01440764.tar") as source:
                     for i, name in enumerate(source.ids):
                         data = source.read(i)
-                        assert base is not whole or name.split("/")[1] not in wanted or len(data) == len(wanted[name.split("/")[1]])
+                        assert (
+                            base is not whole
+                            or name.split("/")[1] not in wanted
+                            or len(data) == len(wanted[name.split("/")[1]])
+                        )
                         sound += 1
             except SourceError as error:
                 assert "n01440764.tar" in str(error)
@@ -421,7 +496,8 @@ SIZES = [b"\x80" + b"\xff" * 11, b"\xff" * 12, b"77777777777\0", b"\x80" + bytes
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", [b"0", b"L", b"x", b"g", b"S", b"K", b"7", b"5", b"1"])
 def test_claimed_sizes_are_bounded(tmp_path, size, kind):
-    """Sizes of exabytes, or below zero: an error at once, whatever kind of member claims them; nothing that large is asked for."""
+    """Sizes of exabytes, or below zero: an error at once, whatever kind of member claims them; nothing that large is
+    asked for."""
     whole = bytearray(class_tar([("n01440764_1.JPEG", b"a" * 600), ("n01440764_2.JPEG", b"b" * 600)]))
     header = whole[:512]
     header[124:136], header[156:157] = size, kind
@@ -481,7 +557,13 @@ def test_tar_members_that_cannot_be_used(tmp_path, folder):
         ([("n01440764.tar", inner, {}), ("n01443537.tar.gz", b"x", {})], "n01443537.tar.gz: a compressed class tar"),
         ([("n01440764.tar", inner, {}), ("stray.JPEG", b"x", {})], "stray.JPEG: an image beside"),
         ([("n01440764.tar", inner, {}), ("n01443537.tar", class_tar([]), {})], "n01443537.tar: no images"),
-        ([("n01440764.tar", inner, {}), ("n01443537.tar", b"", {"type": tarfile.SYMTYPE, "linkname": "n01440764.tar"})], "is a link"),
+        (
+            [
+                ("n01440764.tar", inner, {}),
+                ("n01443537.tar", b"", {"type": tarfile.SYMTYPE, "linkname": "n01440764.tar"}),
+            ],
+            "is a link",
+        ),
         ([("n01440764.tar", b"\x1f\x8b" + bytes(600), {})], "n01440764.tar: is gzip"),
         ([("n01440764.tar", inner, {}), ("again/n01440764.tar", inner, {})], "two samples with the id"),
         ([("README", b"x", {})], "README"),
@@ -531,7 +613,9 @@ def test_webdataset(images, tmp_path, classes):
     source = open_source(str(tmp_path / "train-{000..002}.tar"))
     assert source.kind == "WebDataset" and source.ignored == len(images)
     rows = np.concatenate([np.arange(shard, len(images), 3) for shard in range(3)])
-    assert source.ids == [f"train-{i % 3:03d}/{Path(images.ids[i]).stem}.{Path(images.ids[i]).suffix[1:].lower()}" for i in rows]
+    assert source.ids == [
+        f"train-{i % 3:03d}/{Path(images.ids[i]).stem}.{Path(images.ids[i]).suffix[1:].lower()}" for i in rows
+    ]
     assert np.array_equal(source.labels, images.labels[rows]) and source.class_names == images.class_names
     assert [source.read(i) for i in range(len(source))] == [images.read(i) for i in rows.tolist()]
     assert source.origin(0) == f"{tmp_path}/train-000.tar:{source.ids[0].split('/')[1]}"
@@ -543,32 +627,40 @@ def test_webdataset(images, tmp_path, classes):
     assert np.array_equal(plain.labels, source.labels)  # the names sort as the labels do
 
 
-@pytest.mark.parametrize("members, message", [
-    ([("a.jpg", b"1"), ("a.cls", b"0"), ("b.jpg", b"1")], "train.tar: sample 'b' has no cls"),
-    ([("a.jpg", b"1"), ("a.cls", b"0"), ("b.cls", b"1")], "train.tar: sample 'b' has no image"),
-    ([("a.jpg", b"1"), ("a.png", b"1"), ("a.cls", b"0")], "'a' has two images"),
-    ([("a.jpg", b"1"), ("a.cls", b"0"), ("a.cls", b"1")], "'a' has two classes"),
-    ([("a.jpg", b"1"), ("a.cls", b"0"), ("b.jpg", b"1"), ("b.cls", b"0"), ("a.json", b"")], "'a' returns"),
-    ([("a.cls", b"x"), ("a.jpg", b"1"), ("b.cls", b"3"), ("b.jpg", b"1")], "a.jpg: class 'x'"),
-    ([("a.cls", b"-1"), ("a.jpg", b"1")], "class '-1'"),
-    ([("a.cls", b"99999999999999999999999"), ("a.jpg", b"1")], "not below 65535"),
-    ([("a.cls", b"9" * 5000), ("a.jpg", b"1")], "no class"),
-    ([("a.cls", b" "), ("a.jpg", b"1")], "empty"),
-    ([("a.cls", b"\xff"), ("a.jpg", b"1")], "no text"),
-    ([("v1.5.cls", b"1"), ("v1.5.jpg", b"1")], "first dot"),
-])
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ([("a.jpg", b"1"), ("a.cls", b"0"), ("b.jpg", b"1")], "train.tar: sample 'b' has no cls"),
+        ([("a.jpg", b"1"), ("a.cls", b"0"), ("b.cls", b"1")], "train.tar: sample 'b' has no image"),
+        ([("a.jpg", b"1"), ("a.png", b"1"), ("a.cls", b"0")], "'a' has two images"),
+        ([("a.jpg", b"1"), ("a.cls", b"0"), ("a.cls", b"1")], "'a' has two classes"),
+        ([("a.jpg", b"1"), ("a.cls", b"0"), ("b.jpg", b"1"), ("b.cls", b"0"), ("a.json", b"")], "'a' returns"),
+        ([("a.cls", b"x"), ("a.jpg", b"1"), ("b.cls", b"3"), ("b.jpg", b"1")], "a.jpg: class 'x'"),
+        ([("a.cls", b"-1"), ("a.jpg", b"1")], "class '-1'"),
+        ([("a.cls", b"99999999999999999999999"), ("a.jpg", b"1")], "not below 65535"),
+        ([("a.cls", b"9" * 5000), ("a.jpg", b"1")], "no class"),
+        ([("a.cls", b" "), ("a.jpg", b"1")], "empty"),
+        ([("a.cls", b"\xff"), ("a.jpg", b"1")], "no text"),
+        ([("v1.5.cls", b"1"), ("v1.5.jpg", b"1")], "first dot"),
+    ],
+)
 def test_webdataset_refused(tmp_path, members, message):
     with pytest.raises(SourceError, match=message):
         open_source(pack(tmp_path / "train.tar", members))
 
 
 def test_webdataset_details(tmp_path):
-    """Keys with folders, upper-case extensions, other members between; keys that begin anew in each shard; more classes than samples."""
+    """Keys with folders, upper-case extensions, other members between; keys that begin anew in each shard; more classes
+    than samples."""
     others = [("._0.jpg", b"mac"), ("x/0.seg.png", b""), ("info.json", b"")]
     pack(tmp_path / "s-0.tar", [("README", b""), ("x/0.JPG", b"1"), others[0], ("x/0.cls", b"2"), *others[1:]])
     pack(tmp_path / "s-1.tar", [("x/0.cls", b"1\n"), ("x/0.webp", b"2")])
     source = open_source(tmp_path)
-    assert source.ids == ["s-0/x/0.JPG", "s-1/x/0.webp"] and source.labels.tolist() == [2, 1] and source.class_names == ["0", "1", "2"]
+    assert (
+        source.ids == ["s-0/x/0.JPG", "s-1/x/0.webp"]
+        and source.labels.tolist() == [2, 1]
+        and source.class_names == ["0", "1", "2"]
+    )
     assert source.ignored == 4 and [source.read(0), source.read(1)] == [b"1", b"2"]
     (tmp_path / "other").mkdir()
     shutil.copy(tmp_path / "s-0.tar", tmp_path / "other" / "s-0.tar")
@@ -587,7 +679,9 @@ def test_parquet(images, tmp_path):
     human = [f"name of {name}" for name in images.class_names]
     halves = [list(range(len(images)))[: len(images) // 2], list(range(len(images)))[len(images) // 2 :]]
     for part, rows in enumerate(halves):
-        write_parquet(tmp_path / f"train-0000{part}-of-00002.parquet", parquet_table(images, rows, human), row_group_size=5)
+        write_parquet(
+            tmp_path / f"train-0000{part}-of-00002.parquet", parquet_table(images, rows, human), row_group_size=5
+        )
     source = open_source(tmp_path)
     assert source.kind == "parquet" and source.class_names == human
     assert_equal(source, images, names=False)
@@ -602,7 +696,8 @@ def test_parquet(images, tmp_path):
 
 
 def test_parquet_forms(folder, tmp_path):
-    """Bytes without a struct, other column names, text labels, dictionaries, large types, no features: all that pyarrow users write."""
+    """Bytes without a struct, other column names, text labels, dictionaries, large types, no features: all that pyarrow
+    users write."""
     pa = pytest.importorskip("pyarrow")
     data = [folder.read(i) for i in range(len(folder))]
     texts = [folder.class_names[label] for label in folder.labels]
@@ -610,7 +705,9 @@ def test_parquet_forms(folder, tmp_path):
         "plain": pa.table({"img": pa.array(data, pa.binary()), "labels": pa.array(folder.labels, pa.uint8())}),
         "large": pa.table({"photo": pa.array(data, pa.large_binary()), "kind": pa.array(texts)}),
         "dictionary": pa.table({"image": data, "label": pa.array(texts).dictionary_encode()}),
-        "chunks": pa.concat_tables([pa.table({"image": [item], "label": [text]}) for item, text in zip(data, texts, strict=True)]),
+        "chunks": pa.concat_tables(
+            [pa.table({"image": [item], "label": [text]}) for item, text in zip(data, texts, strict=True)]
+        ),
     }
     for name, table in tables.items():
         path = write_parquet(tmp_path / f"{name}.parquet", table, row_group_size=7)
@@ -635,11 +732,19 @@ def test_parquet_ids(folder, tmp_path):
     paths = ["d/a.jpg", None, "b.jpg", "b.jpg", "", "n01440764_1_n01440764.JPEG"]
     images = pa.array([{"bytes": b"1", "path": path} for path in paths], struct)
     write_parquet(tmp_path / "s.parquet", pa.table({"image": images, "label": [0] * 6}))
-    assert open_source(tmp_path / "s.parquet").ids == ["d/a.jpg", "s/1", "s/2/b.jpg", "s/3/b.jpg", "s/4", "n01440764_1_n01440764.JPEG"]
+    assert open_source(tmp_path / "s.parquet").ids == [
+        "d/a.jpg",
+        "s/1",
+        "s/2/b.jpg",
+        "s/3/b.jpg",
+        "s/4",
+        "n01440764_1_n01440764.JPEG",
+    ]
 
 
 def test_parquet_decodes_each_row_group_once(folder, tmp_path, monkeypatch):
-    """In the order of `order`, by 8 threads, with a cache of a part of the file; and never more than the cache holds."""
+    """In the order of `order`, by 8 threads, with a cache of a part of the file; and never more than the cache
+    holds."""
     rows = list(range(len(folder))) * 4
     table = parquet_table(folder, rows, hub=False)
     path = write_parquet(tmp_path / "s.parquet", table, row_group_size=4, compression="none", use_dictionary=False)
@@ -674,14 +779,20 @@ def test_parquet_bad_rows(folder, tmp_path):
     pa = pytest.importorskip("pyarrow")
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     images = [{"bytes": b"1"}, None, {"bytes": None, "path": "x.jpg"}, {"bytes": b""}, {"bytes": b"5"}]
-    path = write_parquet(tmp_path / "s.parquet", pa.table({"image": pa.array(images, struct), "label": pa.array([0, 0, 1, 1, None])}))
+    path = write_parquet(
+        tmp_path / "s.parquet", pa.table({"image": pa.array(images, struct), "label": pa.array([0, 0, 1, 1, None])})
+    )
     source = open_source(path)
     assert source.labels.tolist() == [0, 0, 1, 1, -1] and source.read(0) == b"1" and source.read(3) == b""
     for row, message in ((1, "row 1: has no image"), (2, "row 2: has no image"), (4, "row 4: has no label")):
         with pytest.raises(SourceError, match=f"s.parquet {message}"):
             source.read(row)
-    for labels, message in (([0, 9], "row 1: label 9 is not below 4"), ([0, -1], "row 1: label -1"), ([0.5, 1.0], "double"),
-                            ([1 << 40, 0], "label 1099511627776")):
+    for labels, message in (
+        ([0, 9], "row 1: label 9 is not below 4"),
+        ([0, -1], "row 1: label -1"),
+        ([0.5, 1.0], "double"),
+        ([1 << 40, 0], "label 1099511627776"),
+    ):
         write_parquet(path, parquet_table(folder, [0, 1], label=pa.array(labels)))
         with pytest.raises(SourceError, match=f"s.parquet.*{message}"):
             open_source(path)
@@ -705,7 +816,9 @@ def test_parquet_files_that_disagree(folder, tmp_path):
 
 def test_damaged_parquet(folder, tmp_path):
     """Cut or flipped anywhere: an error that names the file, or the right bytes (pages carry checksums)."""
-    good = write_parquet(tmp_path / "good.parquet", parquet_table(folder, list(range(24))), row_group_size=8, write_page_checksum=True)
+    good = write_parquet(
+        tmp_path / "good.parquet", parquet_table(folder, list(range(24))), row_group_size=8, write_page_checksum=True
+    )
     whole, path, said = good.read_bytes(), tmp_path / "bad.parquet", 0
     for cut in (0, 3, 8, 1000, len(whole) // 2, len(whole) - 8, len(whole) - 1):
         path.write_bytes(whole[:cut])
@@ -749,8 +862,12 @@ def test_paths(tmp_path):
     assert names("{b,a}-0{0..0}.tar") == ["b-00.tar", "a-00.tar"]
     assert names("odd{1}.tar") == ["odd{1}.tar"]
     for patterns, message in (
-        (["a-{00..03}.tar"], r"a-03.tar \(one of .*no such file"), (["c*.tar"], "no file fits"), (["c.tar"], "no such file"),
-        (["b.tar", "b.tar"], "given twice"), (["a-*.tar", "a-01.tar"], "given twice"), (["a-{0..99999999}.tar"], "stands for 100,000,000"),
+        (["a-{00..03}.tar"], r"a-03.tar \(one of .*no such file"),
+        (["c*.tar"], "no file fits"),
+        (["c.tar"], "no such file"),
+        (["b.tar", "b.tar"], "given twice"),
+        (["a-*.tar", "a-01.tar"], "given twice"),
+        (["a-{0..99999999}.tar"], "stands for 100,000,000"),
     ):
         with pytest.raises(SourceError, match=message):
             names(*patterns)
@@ -762,16 +879,30 @@ def test_paths(tmp_path):
 
 
 def test_guesses_refuse(folder, tmp_path):
-    for name in ("x.tar.gz", "x.csv", "d/train-0.parquet", "d/validation-0.parquet", "e/ILSVRC2012_img_train.tar", "e/train/x.jpg",
-                 "f/x.tgz", "g/a.tar", "g/a.parquet"):
+    for name in (
+        "x.tar.gz",
+        "x.csv",
+        "d/train-0.parquet",
+        "d/validation-0.parquet",
+        "e/ILSVRC2012_img_train.tar",
+        "e/train/x.jpg",
+        "f/x.tgz",
+        "g/a.tar",
+        "g/a.parquet",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     shutil.copytree(folder.root, tmp_path / "images")
     for paths, message in (
-        (["x.tar.gz"], "x.tar.gz: compressed.*gunzip"), (["x.csv"], "not a kind of data set"),
+        (["x.tar.gz"], "x.tar.gz: compressed.*gunzip"),
+        (["x.csv"], "not a kind of data set"),
         (["d"], "train-0.parquet and validation-0.parquet"),
-        (["e"], "ILSVRC2012_img_train.tar and train/"), (["f"], "x.tgz: compressed"), (["g"], "a.tar and a.parquet"),
-        (["g/a.tar", "g/a.parquet"], "different kinds"), (["images", "g/a.tar"], "is a folder"), (["g/a.tar"], "a.tar"),
+        (["e"], "ILSVRC2012_img_train.tar and train/"),
+        (["f"], "x.tgz: compressed"),
+        (["g"], "a.tar and a.parquet"),
+        (["g/a.tar", "g/a.parquet"], "different kinds"),
+        (["images", "g/a.tar"], "is a folder"),
+        (["g/a.tar"], "a.tar"),
         (["g/a.parquet"], "a.parquet"),
     ):
         with pytest.raises(SourceError, match=message):
@@ -798,8 +929,11 @@ def test_missing_packages_are_named(folder, tmp_path, monkeypatch):
 
 def test_class_names_files(tmp_path):
     file = tmp_path / "names"
-    for text, names in (("cat\ndog\n", ["cat", "dog"]), ('["cat", "hot dog"]', ["cat", "hot dog"]),
-                        ("n01440764 tench, Tinca tinca\nn01443537 goldfish\n", ["n01440764", "n01443537"])):
+    for text, names in (
+        ("cat\ndog\n", ["cat", "dog"]),
+        ('["cat", "hot dog"]', ["cat", "hot dog"]),
+        ("n01440764 tench, Tinca tinca\nn01443537 goldfish\n", ["n01440764", "n01443537"]),
+    ):
         file.write_text(text)
         assert read_class_names(file) == names
     for text in (b"", b"a\n\nb", b"a\na", b'["a", 1]', b"[1", b"\xff\xfe"):
@@ -817,7 +951,11 @@ def test_text_classes():
     assert classes(["2", "0"]) == ([2, 0], ["0", "1", "2"])
     assert classes(["2", "0"], ["x", "y", "z"]) == ([2, 0], ["x", "y", "z"])
     assert classes(["2", "1"], ["2", "1", "0"]) == ([0, 1], ["2", "1", "0"])  # names that look like numbers are names
-    for texts, names, message in ((["0", "3"], ["x", "y"], "sample 1: class 3 is not below 2"), (["1", "x"], None, "sample 1"),
-                                  (["x", "q"], ["x", "y"], "sample 1: class 'q'"), (["²"], ["x"], "'²'")):
+    for texts, names, message in (
+        (["0", "3"], ["x", "y"], "sample 1: class 3 is not below 2"),
+        (["1", "x"], None, "sample 1"),
+        (["x", "q"], ["x", "y"], "sample 1: class 'q'"),
+        (["²"], ["x"], "'²'"),
+    ):
         with pytest.raises(SourceError, match=message):
             classes(texts, names)

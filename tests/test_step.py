@@ -1,4 +1,6 @@
-"""The training step: equal to the published one, one graph, no recompilation, no tensor of the token logits' size but its gradient."""
+"""The training step: equal to the published one, one graph, no recompilation, no tensor of the token logits' size but
+its gradient."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -15,13 +17,16 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 from timm.utils import ModelEmaV3
+
 from tl_fast.models.loss import TokenLabelLoss, soft_cross_entropy
 from tl_fast.models.lvvit import LVViT
 from tl_fast.models.normalise import Normalise
-from tl_fast.plan.records import mix_box
 from tl_fast.models.step import TrainStep, compiled
+from tl_fast.plan.records import mix_box
 
 BATCH, GRID, CLASSES = 4, 4, 50
 SIZE = dict(img_size=64, embed_dim=32, depth=3, num_heads=2, stem_width=8, num_classes=CLASSES)
@@ -70,7 +75,9 @@ def test_loss_and_every_gradient_equal_the_published_step(published, box):
     torch.testing.assert_close(terms[0] + 0.5 * terms[1], expected)
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
     for name, parameter in step.model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=2e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=2e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_the_moving_average_is_the_published_one(published):
@@ -151,7 +158,9 @@ class Sizes(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.numel() >= self.numel:
-                self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so no address is used twice
+                self.storages[tensor.untyped_storage().data_ptr()] = (
+                    tensor.untyped_storage()
+                )  # held, so no address is used twice
         return out
 
 
@@ -166,7 +175,9 @@ def test_eager_loss_allocates_only_the_gradient(dtype):
     assert new == {logits.grad.untyped_storage().data_ptr()} and logits.grad.dtype == dtype
     reference = logits.detach().float().requires_grad_()
     torch.nn.functional.cross_entropy(reference.flatten(0, 1), target.flatten(0, 1)).backward()
-    torch.testing.assert_close(logits.grad.float(), reference.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        logits.grad.float(), reference.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-8
+    )
 
 
 @pytest.mark.usefixtures("compiler")
@@ -178,10 +189,17 @@ def test_compiled_loss_allocates_only_the_gradient():
         torch.compile(soft_cross_entropy, fullgraph=True)(logits, target).backward()
 
     _, code = run_and_get_code(both)
-    sizes = [np.prod([int(n) for n in re.findall(r"\d+", found)])
-             for source in code for found in re.findall(r"empty_strided_cpu\w*\(\(([\d, ]*)\)", source)]
-    assert len(code) == 2 and sizes.count(logits.numel()) == 1, sizes  # forward and backward; the gradient alone is as large
-    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1)), logits)[0]
+    sizes = [
+        np.prod([int(n) for n in re.findall(r"\d+", found)])
+        for source in code
+        for found in re.findall(r"empty_strided_cpu\w*\(\(([\d, ]*)\)", source)
+    ]
+    assert len(code) == 2 and sizes.count(logits.numel()) == 1, (
+        sizes
+    )  # forward and backward; the gradient alone is as large
+    expected = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1)), logits
+    )[0]
     torch.testing.assert_close(logits.grad, expected)
 
 

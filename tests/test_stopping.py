@@ -1,4 +1,5 @@
 """The ranks' agreement to stop and to save, in the order of a GPU, where a vote is read one step late."""
+
 from __future__ import annotations
 
 import signal
@@ -6,8 +7,8 @@ import signal
 import pytest
 import torch
 
-from tl_fast.training import stopping
 from tl_fast.system.ranks import Ranks
+from tl_fast.training import stopping
 from tl_fast.training.stopping import Agreement, StopSignals
 
 
@@ -43,7 +44,8 @@ def agreement():
 
 
 def test_a_checkpoint_by_the_clock_is_written_once(clock, agreement):
-    """A step takes 25 s: of the steps from 0 on the third is the first to end after a minute, and a vote is read a step later."""
+    """A step takes 25 s: of the steps from 0 on the third is the first to end after a minute, and a vote is read a step
+    later."""
     due = []
     for step in range(12):
         clock[0] += 25

@@ -1,7 +1,10 @@
-"""What a run survives: signals at any moment on one rank and on two, dead ranks, restarts; and that it then continues exactly.
+"""What a run survives: signals at any moment on one rank and on two, dead ranks, restarts; and that it then continues
+exactly.
 
-The kill matrix is marked `matrix` and runs on demand: `make test ARGS='-m matrix'`, about five minutes on two cores. Every run gets a handful of its cases.
+The kill matrix is marked `matrix` and runs on demand: `make test ARGS='-m matrix'`, about five minutes on two cores.
+Every run gets a handful of its cases.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -23,7 +26,8 @@ from tl_fast.training.runlog import read_rows
 PER_EPOCH, EPOCHS, EVERY = 5, 2, 2  # steps, epochs, steps between checkpoints
 SETTINGS = dict(epochs=EPOCHS, checkpoint_steps=EVERY, keep=2, resume="auto", checkpoint_minutes=None)
 
-# Moment -> which rank is hit on two ranks (the first alone writes), and at which pass: always in the second epoch, past a checkpoint within it.
+# Moment -> which rank is hit on two ranks (the first alone writes), and at which pass: always in the second epoch, past
+# a checkpoint within it.
 MOMENTS = {
     "before the first step": (1, 1),
     "waiting for data": (1, 8),
@@ -37,8 +41,12 @@ MOMENTS = {
 }
 CASES = list(itertools.product((signal.SIGTERM, signal.SIGINT, signal.SIGKILL), MOMENTS, (1, 2)))
 EVERY_TIME = {  # the cases of every run of the tests
-    (signal.SIGTERM, "in a step", 2), (signal.SIGTERM, "in validation", 1), (signal.SIGINT, "before the first step", 1),
-    (signal.SIGKILL, "writing a checkpoint", 1), (signal.SIGKILL, "before the weights change", 2), (signal.SIGTERM, "waiting for data", 1),
+    (signal.SIGTERM, "in a step", 2),
+    (signal.SIGTERM, "in validation", 1),
+    (signal.SIGINT, "before the first step", 1),
+    (signal.SIGKILL, "writing a checkpoint", 1),
+    (signal.SIGKILL, "before the weights change", 2),
+    (signal.SIGTERM, "waiting for data", 1),
 }
 
 
@@ -66,7 +74,8 @@ def straight(context, betons, tmp_path_factory):
 
 
 def same_weights(found: Path, expected: Path, world_size: int) -> None:
-    """Bit for bit; with several ranks batch norm's running statistics, which no gradient sees, to rounding: saving averages them over ranks."""
+    """Bit for bit; with several ranks batch norm's running statistics, which no gradient sees, to rounding: saving
+    averages them over ranks."""
     a, b = weights(found), weights(expected)
     assert a.keys() == b.keys()
     for name, tensor in a.items():
@@ -81,13 +90,18 @@ def newest(config) -> Path | None:
 
 
 def losses(config) -> list[tuple]:
-    return [(row["kind"], row["step"], row["epoch"], row.get("loss"), row.get("lr"), row.get("val_loss_ema"))
-            for row in read_rows(Path(config.output_dir) / "metrics.jsonl")]
+    return [
+        (row["kind"], row["step"], row["epoch"], row.get("loss"), row.get("lr"), row.get("val_loss_ema"))
+        for row in read_rows(Path(config.output_dir) / "metrics.jsonl")
+    ]
 
 
 def mark(case):
-    return pytest.param(*case, marks=() if case in EVERY_TIME else (pytest.mark.slow, pytest.mark.matrix),
-                        id=f"{case[0].name} {case[1]}, {case[2]} rank{'s' * (case[2] > 1)}")
+    return pytest.param(
+        *case,
+        marks=() if case in EVERY_TIME else (pytest.mark.slow, pytest.mark.matrix),
+        id=f"{case[0].name} {case[1]}, {case[2]} rank{'s' * (case[2] > 1)}",
+    )
 
 
 @pytest.mark.parametrize("number, moment, world_size", [mark(case) for case in CASES])
@@ -103,7 +117,9 @@ def test_killed_and_resumed(context, straight, betons, tmp_path, number, moment,
     if number == signal.SIGKILL:
         assert run.codes[rank] == -signal.SIGKILL, run.outputs
         assert all(code not in (0, -signal.SIGKILL) for i, code in enumerate(run.codes) if i != rank), run.outputs
-        expected_step = done - 1 - (done - 1) % EVERY if done else 0  # at least this one: the last periodic one that was whole
+        expected_step = (
+            done - 1 - (done - 1) % EVERY if done else 0
+        )  # at least this one: the last periodic one that was whole
         if moment in ("writing a checkpoint", "renaming a checkpoint"):
             expected_step = PER_EPOCH  # the one under way is lost
     else:
@@ -129,7 +145,9 @@ def test_killed_and_resumed(context, straight, betons, tmp_path, number, moment,
     folder = Path(config.output_dir) / "checkpoints"
     assert not list(folder.glob(".tmp*")) and 2 <= len(checkpoint.checkpoints(folder)) <= 3
     starts = json.loads((Path(config.output_dir) / "run.json").read_text())["starts"]
-    assert [start["step"] for start in starts] == ([0, step] if step else [0]) and starts[0]["config"] == config.to_dict() | {"num_classes": 4}
+    assert [start["step"] for start in starts] == ([0, step] if step else [0]) and starts[0][
+        "config"
+    ] == config.to_dict() | {"num_classes": 4}
 
 
 def test_the_matrix_is_as_large_as_promised():
@@ -137,7 +155,8 @@ def test_the_matrix_is_as_large_as_promised():
 
 
 def test_another_world_size_takes_the_same_samples_in_every_step(context, straight, tmp_path):
-    """Killed on two ranks, continued on one, in two passes a step: the samples of a global step, its lr and box are a function of the step."""
+    """Killed on two ranks, continued on one, in two passes a step: the samples of a global step, its lr and box are a
+    function of the step."""
     _, expected = straight(1)
     config = dataclasses.replace(straight(2)[0], output_dir=str(tmp_path / "run"))
     first = kill_run.run(context, config, 2, Blow("in a step", signal.SIGTERM, 0, 7))

@@ -36,7 +36,9 @@ def pixels(data: bytes | np.ndarray) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(bytes(data))).convert("RGB")).astype(int)
 
 
-def store_for(folder: Path, ids: list[str], num_classes: int, class_names: list[str] | None) -> tuple[Path, dict[str, np.void], MapSpec]:
+def store_for(
+    folder: Path, ids: list[str], num_classes: int, class_names: list[str] | None
+) -> tuple[Path, dict[str, np.void], MapSpec]:
     spec = MapSpec(k=2, height=3, width=4, num_classes=num_classes)
     rng = np.random.default_rng(0)
     records = {}
@@ -62,7 +64,12 @@ def test_photos_with_label_maps(
     summary = capsys.readouterr().err
     assert re.search(rf"JPEGs copied .* {len(photo_ids)} ", summary) and "images/s" in summary
     reader = BetonReader(out)
-    assert reader.source_ids == photo_ids and reader.class_names == names and reader.spec == spec and reader.annotator["model"] == "a test"
+    assert (
+        reader.source_ids == photo_ids
+        and reader.class_names == names
+        and reader.spec == spec
+        and reader.annotator["model"] == "a test"
+    )
     classes, scores = reader.label_maps(np.arange(len(reader)))
     for i, sample_id in enumerate(photo_ids):
         assert bytes(reader.jpeg(i)) == (photos / "train" / sample_id).read_bytes()
@@ -73,7 +80,11 @@ def test_photos_with_label_maps(
 
     assert to_beton.main(["info", str(out)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "animal, fish, monument, tool" in text and "top 2 of 4 classes in 3×4 cells, extent full" in text and "a test" in text
+    assert (
+        "animal, fish, monument, tool" in text
+        and "top 2 of 4 classes in 3×4 cells, extent full" in text
+        and "a test" in text
+    )
 
     assert to_beton.main([str(photos / "train"), str(out)]) == 1
     assert "--overwrite" in capsys.readouterr().err
@@ -109,9 +120,16 @@ def test_every_kind_of_image(to_beton: ModuleType, tmp_path: Path, capsys: pytes
         save(rgb, root / "a" / "baseline.jpg", quality=92),
         save(rgb, root / "a" / "deep" / "4 4 4.JPEG", subsampling=0),
         save(rgb, root / "b" / "named.png", format="JPEG"),
-        save(rgb, root / "a" / "rotated.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+        save(
+            rgb,
+            root / "a" / "rotated.jpg",
+            exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0",
+        ),
     }  # orientation 6 is ignored
-    transcoded = {save(rgb, root / "b" / "progressive.jpg", progressive=True), save(rgb.convert("L"), root / "b" / "grey.jpg")}
+    transcoded = {
+        save(rgb, root / "b" / "progressive.jpg", progressive=True),
+        save(rgb.convert("L"), root / "b" / "grey.jpg"),
+    }
     encoded = {
         save(rgb.convert("CMYK"), root / "b" / "cmyk.jpg"): None,
         save(rgb, root / "b" / "adobe rgb.jpg", keep_rgb=True): None,
@@ -131,8 +149,13 @@ def test_every_kind_of_image(to_beton: ModuleType, tmp_path: Path, capsys: pytes
     assert to_beton.main([str(root), str(out), "--quality", "95"]) == 0
     summary = capsys.readouterr().err
     for line, count in (
-        ("JPEGs copied", len(copied)), ("transcoded", len(transcoded)), ("re-encoded", len(encoded)), ("shrunk", 0), ("stripped", 1),
-        ("orientation ignored", 1), ("no image by name", 1),
+        ("JPEGs copied", len(copied)),
+        ("transcoded", len(transcoded)),
+        ("re-encoded", len(encoded)),
+        ("shrunk", 0),
+        ("stripped", 1),
+        ("orientation ignored", 1),
+        ("no image by name", 1),
     ):
         assert re.search(rf"{line}.*│ +{count} ", summary)
     assert verify(out, decode=True) == []
@@ -141,13 +164,18 @@ def test_every_kind_of_image(to_beton: ModuleType, tmp_path: Path, capsys: pytes
     for i, sample_id in enumerate(reader.source_ids):
         data, file = bytes(reader.jpeg(i)), root / sample_id
         stored = Image.open(io.BytesIO(data))
-        assert stored.mode == "RGB" and stored.format == "JPEG" and stored.size == (97, 61) == (reader.widths[i], reader.heights[i])
+        assert (
+            stored.mode == "RGB"
+            and stored.format == "JPEG"
+            and stored.size == (97, 61) == (reader.widths[i], reader.heights[i])
+        )
         if file in copied | transcoded:
             assert (pixels(data) == pixels(file.read_bytes())).all() and stored.getexif() == {}
             assert data == file.read_bytes() or file.name in ("rotated.jpg", "progressive.jpg", "grey.jpg")
         else:
             expected = encoded[file] if encoded[file] is not None else pixels(file.read_bytes())
-            # The dithered ones have more noise than 4:2:0 at quality 95 keeps; a wrong conversion is off by dozens of levels everywhere.
+            # The dithered ones have more noise than 4:2:0 at quality 95 keeps; a wrong conversion is off by dozens of
+            # levels everywhere.
             limit = 12 if file.name in ("palette.png", "plain.gif", "bits.png") else 2.5
             assert np.abs(pixels(data) - expected).mean() < limit, sample_id
 
@@ -199,7 +227,9 @@ def test_truncated_and_damaged_jpegs_end_the_run_by_name(
     assert to_beton.main([str(tmp_path / "images"), str(tmp_path / "out.beton")]) == 0
 
 
-def test_unusable_inputs(to_beton: ModuleType, photos: Path, photo_ids: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_unusable_inputs(
+    to_beton: ModuleType, photos: Path, photo_ids: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     names = ["animal", "fish", "monument", "tool"]
     out, images = str(tmp_path / "out.beton"), str(photos / "train")
     (tmp_path / "empty").mkdir()
@@ -209,9 +239,17 @@ def test_unusable_inputs(to_beton: ModuleType, photos: Path, photo_ids: list[str
         (str(tmp_path / "empty"), None, "no class folders"),
         (str(tmp_path / "hollow"), None, "hollow/a: no images"),
         (images, tmp_path / "empty", "not a label-map store"),
-        (images, store_for(tmp_path / "imagenet", photo_ids, 1000, None)[0], "1000 classes.* has 4.*--classes.*--fit-head"),
+        (
+            images,
+            store_for(tmp_path / "imagenet", photo_ids, 1000, None)[0],
+            "1000 classes.* has 4.*--classes.*--fit-head",
+        ),
         (images, store_for(tmp_path / "other", photo_ids, 4, names[::-1])[0], "class 0 is 'tool'.*'animal'"),
-        (images, store_for(tmp_path / "short", photo_ids[:-1], 4, names)[0], re.escape(f"{images}/{photo_ids[-1]}") + ".*no label map"),
+        (
+            images,
+            store_for(tmp_path / "short", photo_ids[:-1], 4, names)[0],
+            re.escape(f"{images}/{photo_ids[-1]}") + ".*no label map",
+        ),
     ]
     for folder, maps, message in cases:
         assert to_beton.main([folder, out, *(["--label-maps", str(maps)] if maps else [])]) == 1

@@ -1,4 +1,6 @@
-"""The training loop on real betons of the bundled photos: it learns, resumes exactly, agrees across world sizes, and stops when it must."""
+"""The training loop on real betons of the bundled photos: it learns, resumes exactly, agrees across world sizes, and
+stops when it must."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,14 +22,14 @@ from tiny_runs import CLASSES, ROOT, TINY, betons, flags, tiny, torchrun, weight
 from torch._dynamo.utils import counters
 
 from tl_fast import evaluate
-from tl_fast.training import accuracy, checkpoint
-from tl_fast.models import step as training_step
-from tl_fast.training import loop as training
 from tl_fast.beton.reader import BetonReader, Sample, write_beton
+from tl_fast.models import step as training_step
 from tl_fast.models.erase import erase
-from tl_fast.training.nonfinite import NonFiniteError
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.ranks import Ranks
+from tl_fast.training import accuracy, checkpoint
+from tl_fast.training import loop as training
+from tl_fast.training.nonfinite import NonFiniteError
 from tl_fast.training.runlog import read_rows
 
 
@@ -56,7 +58,8 @@ def test_a_run_learns_and_leaves_its_record(tiny, betons):
 
 @pytest.mark.parametrize("interrupt", ["at an epoch's end", "within an epoch"])
 def test_resume_is_exact(tiny, betons, interrupt):
-    """Weights, EMA and optimiser of an interrupted run equal the uninterrupted one's bit for bit, drop path and MixToken on."""
+    """Weights, EMA and optimiser of an interrupted run equal the uninterrupted one's bit for bit, drop path and
+    MixToken on."""
     straight = training.train(tiny("straight"))
     per_epoch = straight["steps"] // 3
     stop = per_epoch if interrupt == "at an epoch's end" else per_epoch + 2
@@ -77,7 +80,12 @@ def test_resume_is_exact(tiny, betons, interrupt):
 def test_drop_path_and_mixtoken_are_on_in_the_exactness_test(tiny):
     """The test above would pass without randomness; each of these changes the first step's loss."""
     losses = {}
-    for name, changes in {"both": {}, "no drop path": {"drop_path": 0.0}, "no mix": {"mix_token": False}, "seed": {"seed": 1}}.items():
+    for name, changes in {
+        "both": {},
+        "no drop path": {"drop_path": 0.0},
+        "no mix": {"mix_token": False},
+        "seed": {"seed": 1},
+    }.items():
         losses[name] = training.train(tiny(name, max_steps=2, **changes))["loss"]
     assert len({round(loss, 6) for loss in losses.values()}) == 4, losses
 
@@ -90,8 +98,10 @@ def test_two_ranks_follow_one(tiny, betons, tmp_path):
     same = dict(drop_path=0.0, mix_token=False, freeze_stem_bn=True, max_steps=10, val_data=str(betons / "val.beton"))
     one, two = tiny("one", **same), tiny("two", **same)
     training.train(one)
-    for name, config, says in (("a", dataclasses.replace(two, max_steps=4, val_data=None), "from step 0 to 4"),
-                               ("b", dataclasses.replace(two, resume="auto"), "from step 4 to 10")):
+    for name, config, says in (
+        ("a", dataclasses.replace(two, max_steps=4, val_data=None), "from step 0 to 4"),
+        ("b", dataclasses.replace(two, resume="auto"), "from step 4 to 10"),
+    ):
         run = torchrun(["tl_fast/train.py", *flags(config, tmp_path / f"{name}.yaml")], ranks=2)
         assert run.returncode == 0, run.stderr[-3000:]
         assert run.stdout.count(says) == 1, "only the first rank talks"
@@ -100,7 +110,9 @@ def test_two_ranks_follow_one(tiny, betons, tmp_path):
     assert len(loss_one) == len(loss_two) == 10
     assert np.ptp(loss_one) > 0.02, "the losses must move for their agreement to mean anything"
     np.testing.assert_allclose(loss_two, loss_one, rtol=0, atol=1e-3)
-    assert rows_two[-1]["kind"] == "val" and rows_two[-1]["val_loss_raw"] == pytest.approx(rows_one[-1]["val_loss_raw"], abs=1e-3)
+    assert rows_two[-1]["kind"] == "val" and rows_two[-1]["val_loss_raw"] == pytest.approx(
+        rows_one[-1]["val_loss_raw"], abs=1e-3
+    )
     assert rows_two[-1]["val_top1_raw"] == pytest.approx(rows_one[-1]["val_top1_raw"])
 
 
@@ -128,13 +140,17 @@ def test_a_non_finite_step_stops_the_run_and_names_it(tiny, tmp_path):
     state = training.build_model(dataclasses.replace(config, num_classes=4)).state_dict()
     state["norm.bias"][0] = math.inf
     torch.save(state, tmp_path / "poisoned.pth")
-    with pytest.raises(NonFiniteError, match=r"step 0 \(epoch 0, lr 1\.000e-06, rank 0\); sample ids \[\d+(, \d+){15}\]"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 0 \(epoch 0, lr 1\.000e-06, rank 0\); sample ids \[\d+(, \d+){15}\]"
+    ):
         training.train(dataclasses.replace(config, init_weights=str(tmp_path / "poisoned.pth")))
     assert not (Path(config.output_dir) / "checkpoints").exists()
 
 
 def test_without_token_labels_only_the_class_token_learns(tiny, betons):
-    config = tiny(train_data=str(betons / "plain.beton"), token_label=False, val_data=str(betons / "val.beton"), max_steps=4)
+    config = tiny(
+        train_data=str(betons / "plain.beton"), token_label=False, val_data=str(betons / "val.beton"), max_steps=4
+    )
     summary = training.train(config)
     model = training.build_model(dataclasses.replace(config, num_classes=4))
     checkpoint.load_weights(model, Path(summary["checkpoint"]), use_ema=False)
@@ -151,12 +167,18 @@ def test_without_token_labels_only_the_class_token_learns(tiny, betons):
         ({"train_data": "plain.beton"}, r"plain\.beton has no label maps.*--token_label false"),
         ({"num_classes": 10}, r"train\.beton has 4 classes, the model 10"),
         ({"batch_size": 512}, "512"),
-        ({"model": "vit_tiny_patch16_224", "model_kwargs": {}}, "vit_tiny_patch16_224' is a VisionTransformer, which has no token labeling.*lvvit_t"),
+        (
+            {"model": "vit_tiny_patch16_224", "model_kwargs": {}},
+            "vit_tiny_patch16_224' is a VisionTransformer, which has no token labeling.*lvvit_t",
+        ),
         ({"model": "resnet_of_dreams"}, "resnet_of_dreams.*lvvit_t"),
         ({"model_kwargs": {"embed_width": 3}}, "embed_width"),
         ({"batch_size": 16, "accumulate": 16}, "mix_token mixes .* leaves one"),
-        pytest.param({"device": "auto", "sync_bn": True}, "sync_bn needs GPUs.* device is cpu",
-                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),
+        pytest.param(
+            {"device": "auto", "sync_bn": True},
+            "sync_bn needs GPUs.* device is cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_at_the_start(tiny, betons, changes, named):
@@ -223,9 +245,13 @@ def test_resume_refuses_data_of_another_size_and_takes_the_new_optimiser_setting
     with pytest.raises(checkpoint.CheckpointError, match="steps_per_epoch"):
         training.train(tiny(resume="auto", train_data=[str(betons / "train.beton")] * 2))
     seen = []
-    monkeypatch.setattr(training, "seed_step", lambda *_: seen.append([group["weight_decay"] for group in optimizers[-1].param_groups]))
+    monkeypatch.setattr(
+        training, "seed_step", lambda *_: seen.append([group["weight_decay"] for group in optimizers[-1].param_groups])
+    )
     optimizers, build = [], training.build_optimizer
-    monkeypatch.setattr(training, "build_optimizer", lambda *arguments: optimizers.append(build(*arguments)) or optimizers[-1])
+    monkeypatch.setattr(
+        training, "build_optimizer", lambda *arguments: optimizers.append(build(*arguments)) or optimizers[-1]
+    )
     training.train(tiny(resume="auto", max_steps=2, weight_decay=0.2))
     assert sorted(seen[0]) == [0.0, 0.2]
 
@@ -261,8 +287,14 @@ def test_schedule_is_warm_up_cosine_cooldown(tiny):
         schedule.step_update(step)
         lrs.append(optimizer.param_groups[0]["lr"])
     peak = 1e-3 * 16 / 32
-    expected = [1e-6 + (peak - 1e-6) * s / 10 if s < 10 else 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * s / 50)) / 2 if s < 50 else 1e-5
-                for s in range(65)]
+    expected = [
+        1e-6 + (peak - 1e-6) * s / 10
+        if s < 10
+        else 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * s / 50)) / 2
+        if s < 50
+        else 1e-5
+        for s in range(65)
+    ]
     np.testing.assert_allclose(lrs, expected, rtol=1e-9)
 
 
@@ -278,7 +310,8 @@ def test_decay_spares_norms_biases_and_tokens(tiny):
 
 
 def test_ema_follows_its_warm_up(tiny, monkeypatch):
-    """The checkpoint's EMA is the recurrence e += (1 - d) (w - e), d = min(decay, (1 + t) / (10 + t)), over the weights after each step."""
+    """The checkpoint's EMA is the recurrence e += (1 - d) (w - e), d = min(decay, (1 + t) / (10 + t)), over the weights
+    after each step."""
     seen = []
     original = training.ModelEmaV3.update
 
@@ -299,7 +332,8 @@ def test_ema_follows_its_warm_up(tiny, monkeypatch):
 
 
 def test_evaluation_counts_every_sample_once(tiny, betons, tmp_path, capsys):
-    """Top-1 and top-5 equal a count image by image, with a partial last batch. (Two ranks: see test_two_ranks_follow_one.)"""
+    """Top-1 and top-5 equal a count image by image, with a partial last batch. (Two ranks: see
+    test_two_ranks_follow_one.)"""
     summary = training.train(tiny(max_steps=6))
     model = training.build_model(dataclasses.replace(tiny(), num_classes=4))
     model.load_state_dict(safetensors.torch.load_file(Path(summary["checkpoint"]) / checkpoint.EMA))
@@ -312,9 +346,21 @@ def test_evaluation_counts_every_sample_once(tiny, betons, tmp_path, capsys):
             logits = model(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32))
         hits, number = hits + int(logits.argmax() == batch.labels[0]), number + 1
     assert number % 7, "the last batch of 7 must be partial for this test"
-    command = [str(betons / "val.beton"), "--checkpoint", str(tmp_path / "run"), "--batch-size", "7", "--threads", "1", "--device", "cpu"]
+    command = [
+        str(betons / "val.beton"),
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--batch-size",
+        "7",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     result = evaluate.main(command)
-    assert result["samples"] == number and result["top1"] == pytest.approx(100 * hits / number) and result["top5"] == 100
+    assert (
+        result["samples"] == number and result["top1"] == pytest.approx(100 * hits / number) and result["top5"] == 100
+    )
     assert evaluate.main([*command, "--raw"])["loss"] != result["loss"]
     assert f"top-1 {result['top1']:.2f} %, top-5 100.00 %, {number} images" in capsys.readouterr().out
 
@@ -322,7 +368,9 @@ def test_evaluation_counts_every_sample_once(tiny, betons, tmp_path, capsys):
 def test_evaluation_at_another_size_and_of_bare_weights(tiny, betons, tmp_path, capsys):
     config = tiny(max_steps=1)
     summary = training.train(config)
-    larger = evaluate.main([str(betons / "val.beton"), "--checkpoint", summary["checkpoint"], "--img-size", "96", "--crop-pct", "1.0"])
+    larger = evaluate.main(
+        [str(betons / "val.beton"), "--checkpoint", summary["checkpoint"], "--img-size", "96", "--crop-pct", "1.0"]
+    )
     assert any("resized pos_embed from 16 to 36" in remark for remark in larger["remarks"])
     torch.save({}, tmp_path / "empty.pth")
     for arguments, named in (
@@ -337,7 +385,15 @@ def test_evaluation_at_another_size_and_of_bare_weights(tiny, betons, tmp_path, 
 
 def test_plain_python_runs_the_script(tiny, tmp_path):
     """Without torchrun, from the repository's root, with tl_fast/ first on sys.path; flags override the recipe."""
-    command = [sys.executable, "tl_fast/train.py", *flags(tiny(), tmp_path / "c.yaml"), "--max_steps", "2", "--compile", "false"]
+    command = [
+        sys.executable,
+        "tl_fast/train.py",
+        *flags(tiny(), tmp_path / "c.yaml"),
+        "--max_steps",
+        "2",
+        "--compile",
+        "false",
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "images/s, data wait" in run.stdout
@@ -366,7 +422,8 @@ def test_erasing_reaches_the_network(tiny, monkeypatch):
 
 
 def test_checkpoints_by_the_clock_change_nothing(tiny):
-    """A checkpoint after every step (0 minutes) and one in 15 minutes: the same weights; what they hold is a place to continue from."""
+    """A checkpoint after every step (0 minutes) and one in 15 minutes: the same weights; what they hold is a place to
+    continue from."""
     seldom, often = training.train(tiny("seldom")), training.train(tiny("often", checkpoint_minutes=0.0, keep=100))
     expected, found = weights(seldom["checkpoint"]), weights(often["checkpoint"])
     assert not [name for name in expected if not torch.equal(expected[name], found[name])]
@@ -384,7 +441,11 @@ def test_the_record_of_a_run(tiny):
     training.train(dataclasses.replace(config, max_steps=2, resume="auto"))
     first, second = json.loads((Path(config.output_dir) / "run.json").read_text())["starts"]
     assert (first["step"], second["step"]) == (0, 1)
-    assert second["config"]["max_steps"] == 2 and second["config"]["num_classes"] == 4 and second["versions"]["torch"] == torch.__version__
+    assert (
+        second["config"]["max_steps"] == 2
+        and second["config"]["num_classes"] == 4
+        and second["versions"]["torch"] == torch.__version__
+    )
     described = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     head = described.stdout.strip() if (ROOT / ".git").exists() and described.returncode == 0 else None
     assert (first["versions"]["commit"] or "").removesuffix("-dirty") == (head or "")
@@ -417,9 +478,11 @@ def test_loss_terms_are_means_of_the_window(tiny):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_a_compiled_run_is_the_eager_one_and_compiles_once(tiny, betons, tmp_path, monkeypatch):
-    """Two epochs with validation through inductor: the gradients of the first step, and the losses of all, equal the eager run's.
+    """Two epochs with validation through inductor: the gradients of the first step, and the losses of all, equal the
+    eager run's.
 
-    Drop path is off, for the generators differ. Losses agree within 1e-3 (of about 2.1); rounding grows with the steps, and reached 2e-4 in the tenth.
+    Drop path is off, for the generators differ. Losses agree within 1e-3 (of about 2.1); rounding grows with the steps,
+    and reached 2e-4 in the tenth.
     """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
@@ -445,7 +508,14 @@ def test_a_compiled_run_is_the_eager_one_and_compiles_once(tiny, betons, tmp_pat
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", seen)
     rows = []
     for compile in (False, True):
-        config = tiny(f"compile-{compile}", compile=compile, val_data=str(betons / "val.beton"), model_kwargs={**TINY, "depth": 1}, drop_path=0.0, epochs=2)
+        config = tiny(
+            f"compile-{compile}",
+            compile=compile,
+            val_data=str(betons / "val.beton"),
+            model_kwargs={**TINY, "depth": 1},
+            drop_path=0.0,
+            epochs=2,
+        )
         before = counters["stats"]["unique_graphs"]
         rows.append(read_rows(Path(training.train(config)["metrics"])))
     assert len(graphs) == 20 and set(graphs[:10]) == {before} and set(graphs[10:]) == {before + 1}, graphs
@@ -461,6 +531,7 @@ def test_a_compiled_run_is_the_eager_one_and_compiles_once(tiny, betons, tmp_pat
 @pytest.mark.parametrize("world_size, sync_bn", [(2, True), (1, True), (2, False)])
 def test_sync_bn_converts_batch_norm_before_the_step_is_compiled(tiny, monkeypatch, world_size, sync_bn):
     """The real one needs GPUs: the run is stopped where it has made its network."""
+
     class Made(Exception):
         pass
 
@@ -481,7 +552,9 @@ def test_sync_bn_converts_batch_norm_before_the_step_is_compiled(tiny, monkeypat
     loader, _ = training.make_loaders(config, ranks)
     with pytest.raises(Made) as caught:
         training._run(dataclasses.replace(config, sync_bn=sync_bn, device="auto"), ranks, loader, None, None)
-    norms = [module for module in caught.value.args[0].modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        module for module in caught.value.args[0].modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+    ]
     assert len(norms) == 3
     assert [isinstance(module, torch.nn.SyncBatchNorm) for module in norms] == [sync_bn and world_size > 1] * 3
 
@@ -491,10 +564,24 @@ def test_tensorboard_holds_the_numbers_of_the_log(tiny, betons):
     config = tiny(val_data=str(betons / "val.beton"), epochs=2, non_finite="skip")
     training.train(dataclasses.replace(config, max_steps=7))
     rows = read_rows(Path(training.train(dataclasses.replace(config, resume="auto"))["metrics"]))
-    expected = {(f"{row['kind']}/{name}", row["step"]): value for row in rows for name, value in row.items() if name not in ("kind", "step", "epoch")}
+    expected = {
+        (f"{row['kind']}/{name}", row["step"]): value
+        for row in rows
+        for name, value in row.items()
+        if name not in ("kind", "step", "epoch")
+    }
     board = EventAccumulator(str(Path(config.output_dir) / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     points = [((tag, point.step), point.value) for tag in board.Tags()["scalars"] for point in board.Scalars(tag)]
     assert len(points) == len(dict(points)) and dict(points) == pytest.approx(expected, rel=1e-6)
     tags = {tag for tag, _ in expected}
-    assert {"train/loss", "train/class_loss", "train/token_loss", "train/grad_norm", "train/lr", "train/images_per_second", "train/data_wait",
-            "val/val_top1_ema", "val/val_top1_raw"} <= tags and len(expected) > 90
+    assert {
+        "train/loss",
+        "train/class_loss",
+        "train/token_loss",
+        "train/grad_norm",
+        "train/lr",
+        "train/images_per_second",
+        "train/data_wait",
+        "val/val_top1_ema",
+        "val/val_top1_raw",
+    } <= tags and len(expected) > 90

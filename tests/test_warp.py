@@ -1,4 +1,6 @@
-"""Images and label maps through affines: against Pillow, positions computed the long way, and RoIAlign by its definition."""
+"""Images and label maps through affines: against Pillow, positions computed the long way, and RoIAlign by its
+definition."""
+
 import itertools
 import math
 
@@ -6,17 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
-from tests import reference
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 from timm.data import auto_augment
-from tl_fast.maths import scalar
-from tl_fast.plan import records as plan
+
+from tests import reference
 from tl_fast.kernels import cpu
 from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.maths import scalar
+from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import OPS
 
-THEIRS = {"Rotate": auto_augment.rotate, "ShearX": auto_augment.shear_x, "ShearY": auto_augment.shear_y,
-          "TranslateX": auto_augment.translate_x_rel, "TranslateY": auto_augment.translate_y_rel}  # fmt: skip
+THEIRS = {
+    "Rotate": auto_augment.rotate,
+    "ShearX": auto_augment.shear_x,
+    "ShearY": auto_augment.shear_y,
+    "TranslateX": auto_augment.translate_x_rel,
+    "TranslateY": auto_augment.translate_y_rel,
+}
 RESAMPLING = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 FILL = np.array([124, 116, 104], np.uint8)
 SIZE = 112
@@ -35,7 +45,8 @@ def images(photos) -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def soft_images(images) -> list[Image.Image]:
-    """The photos at half contrast, so that no overshoot is clipped: Pillow clips after either pass of a bicubic resize, ours once."""
+    """The photos at half contrast, so that no overshoot is clipped: Pillow clips after either pass of a bicubic resize,
+    ours once."""
     return [image.point(lambda value: 64 + value // 2) for image in images]
 
 
@@ -53,7 +64,8 @@ def record(crop, flip, operations, interpolation) -> np.ndarray:
 
 
 def show(pixels: np.ndarray, plans: np.ndarray, size=SIZE, fill=FILL, decoded="needed") -> np.ndarray:
-    """uint8 [h, w, 3] through the one plan -> [3, size, size]. decoded: "needed", as the loader does, "all", or "garbage" around it."""
+    """uint8 [h, w, 3] through the one plan -> [3, size, size]. decoded: "needed", as the loader does, "all", or
+    "garbage" around it."""
     height, width = pixels.shape[:2]
     (start,), (stop,) = warp.needed(plans, np.array([height]), np.array([width]), size)
     assert (start >= 0).all() and (start < stop).all() and (stop <= [height, width]).all()
@@ -77,7 +89,9 @@ def whole(image: Image.Image) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.parametrize("interpolation", [0, 1], ids=["bilinear", "bicubic"])
-@pytest.mark.parametrize("name, pixels", [("TranslateX", 30), ("TranslateX", -13), ("TranslateY", 7), ("TranslateY", -50)])
+@pytest.mark.parametrize(
+    "name, pixels", [("TranslateX", 30), ("TranslateX", -13), ("TranslateY", 7), ("TranslateY", -50)]
+)
 def test_whole_pixel_translations_are_pillows_within_one_level(images, soft_images, name, pixels, interpolation):
     for image, flip in itertools.product(soft_images if interpolation else images, (False, True)):
         resized = image.resize((SIZE, SIZE), RESAMPLING[interpolation])
@@ -90,16 +104,29 @@ def test_whole_pixel_translations_are_pillows_within_one_level(images, soft_imag
 @pytest.mark.parametrize("interpolation", [0, 1], ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     "name, argument",
-    [("Rotate", 27.0), ("Rotate", -13.3), ("Rotate", 90.0), ("Rotate", 200.0),
-     ("ShearX", 0.3), ("ShearX", -0.11), ("ShearY", 0.27), ("ShearY", -0.3)],
-)  # fmt: skip
+    [
+        ("Rotate", 27.0),
+        ("Rotate", -13.3),
+        ("Rotate", 90.0),
+        ("Rotate", 200.0),
+        ("ShearX", 0.3),
+        ("ShearX", -0.11),
+        ("ShearY", 0.27),
+        ("ShearY", -0.3),
+    ],
+)
 def test_rotation_and_shear_are_pillows(soft_images, name, argument, interpolation):
-    """A whole image, resized and then transformed as by Pillow. Both round in between; Pillow's bilinear transform then cuts fractions
-    off, ours rounds them. 2 levels, 3 bicubic; at the edge of the fill fixed point and floating point may disagree about a pixel."""
+    """A whole image, resized and then transformed as by Pillow. Both round in between; Pillow's bilinear transform then
+    cuts fractions off, ours rounds them. 2 levels, 3 bicubic; at the edge of the fill fixed point and floating point
+    may disagree about a pixel."""
     for image in soft_images:
         resized = image.resize((SIZE, SIZE), RESAMPLING[interpolation])
-        theirs = np.asarray(THEIRS[name](resized, argument, fillcolor=tuple(FILL), resample=RESAMPLING[interpolation]), int)
-        ours = show(np.asarray(image), record(whole(image), False, [(name, argument)], interpolation)).transpose(1, 2, 0)
+        theirs = np.asarray(
+            THEIRS[name](resized, argument, fillcolor=tuple(FILL), resample=RESAMPLING[interpolation]), int
+        )
+        ours = show(np.asarray(image), record(whole(image), False, [(name, argument)], interpolation)).transpose(
+            1, 2, 0
+        )
         off = np.abs(ours - theirs).max(axis=2)
         limit = 3 if interpolation else 2
         assert (off > limit).mean() < 1e-3 and off[off <= limit].mean() < 1, (off > limit).sum()
@@ -114,7 +141,9 @@ def test_any_translation_is_pillows_resize_of_the_moved_box(images, soft_images,
         top, left = rng.integers(0, image.height - height + 1), rng.integers(0, image.width - width + 1)
         moved = rng.uniform([0, 0], [image.height - height, image.width - width])
         operations = [("TranslateY", (moved[0] - top) / height), ("TranslateX", (moved[1] - left) / width)]
-        ours = show(np.asarray(image), record((top, left, height, width), False, operations, interpolation)).transpose(1, 2, 0)
+        ours = show(np.asarray(image), record((top, left, height, width), False, operations, interpolation)).transpose(
+            1, 2, 0
+        )
         box = (moved[1], moved[0], moved[1] + width, moved[0] + height)
         theirs = np.asarray(image.resize((SIZE, SIZE), RESAMPLING[interpolation], box=box), int)
         assert np.abs(ours - theirs).max() <= 1
@@ -133,7 +162,10 @@ def test_bicubic_differs_from_pillows_where_pillow_clips_twice(images):
 
 def random_operations(rng, strength: float = 1.0) -> list[tuple[str, float]]:
     ranges = {"Rotate": 30, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 0.45, "TranslateY": 0.45}
-    return [(name, float(strength * rng.uniform(-ranges[name], ranges[name]))) for name in rng.choice(list(ranges), rng.integers(1, 4))]
+    return [
+        (name, float(strength * rng.uniform(-ranges[name], ranges[name])))
+        for name in rng.choice(list(ranges), rng.integers(1, 4))
+    ]
 
 
 def random_crop(rng, height, width) -> tuple[int, int, int, int]:
@@ -142,7 +174,8 @@ def random_crop(rng, height, width) -> tuple[int, int, int, int]:
 
 
 def output_to_source(crop, flip, operations, size) -> np.ndarray:
-    """3 x 3 matrix from output pixels to source pixels: each operation's matrix as timm hands it to Pillow, multiplied the long way."""
+    """3 x 3 matrix from output pixels to source pixels: each operation's matrix as timm hands it to Pillow, multiplied
+    the long way."""
     top, left, height, width = crop
     matrix = np.array([[width / size, 0, left], [0, height / size, top], [0, 0, 1.0]])
     if flip:
@@ -169,12 +202,18 @@ def positions(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("interpolation", [0, 1], ids=["bilinear", "bicubic"])
 def test_composed_operations_are_pillows_transform_of_pillows_resize(soft_images, interpolation):
-    """The image resized by Pillow at the crop's scale, then one transform with the matrix of crop, flip and all operations."""
+    """The image resized by Pillow at the crop's scale, then one transform with the matrix of crop, flip and all
+    operations."""
     rng = np.random.default_rng(1)
     compared = 0
     for n, image in enumerate(soft_images * 4):
         height, width = (int(rng.integers(side // 3, side + 1)) for side in (image.height, image.width))
-        crop = int(rng.integers(0, image.height - height + 1)), int(rng.integers(0, image.width - width + 1)), height, width
+        crop = (
+            int(rng.integers(0, image.height - height + 1)),
+            int(rng.integers(0, image.width - width + 1)),
+            height,
+            width,
+        )
         operations, flip = [*random_operations(rng), ("Rotate", 5.0)], n % 2 == 0
         ours = show(np.asarray(image), record(crop, flip, operations, interpolation)).transpose(1, 2, 0)
         # A canvas of whole pixels around the crop, as far as the image goes.
@@ -188,7 +227,9 @@ def test_composed_operations_are_pillows_transform_of_pillows_resize(soft_images
         matrix = output_to_source(crop, flip, operations, SIZE)
         to_canvas = np.diag([1 / scale_x, 1 / scale_y, 1]) @ np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1]]) @ matrix
         data = tuple(to_canvas[:2].ravel())
-        theirs = np.asarray(canvas.transform((SIZE, SIZE), Image.Transform.AFFINE, data, RESAMPLING[interpolation]), int)
+        theirs = np.asarray(
+            canvas.transform((SIZE, SIZE), Image.Transform.AFFINE, data, RESAMPLING[interpolation]), int
+        )
         y, x = positions(to_canvas, SIZE)
         inside = (y > 3) & (y < rows - 3) & (x > 3) & (x < columns - 3)  # where the canvas is not cut
         assert np.abs(ours - theirs)[inside].max(initial=0) <= (3 if interpolation else 2)
@@ -197,7 +238,8 @@ def test_composed_operations_are_pillows_transform_of_pillows_resize(soft_images
 
 
 def test_positions_are_those_of_the_drawn_operations():
-    """Images that encode their coordinates: each pixel of the full recipe's geometry shows its own place, or fill where that is outside."""
+    """Images that encode their coordinates: each pixel of the full recipe's geometry shows its own place, or fill where
+    that is outside."""
     n, height, width = 60, 180, 240
     y, x = np.mgrid[:height, :width]
     ramp = np.stack([y, x, 0 * y], axis=2).astype(np.uint8)
@@ -207,7 +249,9 @@ def test_positions_are_those_of_the_drawn_operations():
     outside_seen, means = 0, []
     for b in range(n):
         p = plans[b : b + 1].copy()
-        operations = [(OPS[op], float(a)) for op, a in zip(p["ops"][0], p["arguments"][0], strict=True) if op in geometric]
+        operations = [
+            (OPS[op], float(a)) for op, a in zip(p["ops"][0], p["arguments"][0], strict=True) if op in geometric
+        ]
         p["ops"] = scalar.NO_OP  # the colours are not for this test
         crop = tuple(int(p[name][0]) for name in ("top", "left", "height", "width"))
         y, x = positions(output_to_source(crop, bool(p["flip"][0]), operations, SIZE), SIZE)
@@ -218,13 +262,15 @@ def test_positions_are_those_of_the_drawn_operations():
         inside = border > 3
         for channel, expected in enumerate((y - 0.5, x - 0.5)):
             off = (out[channel] - expected)[inside]
-            # Rounded twice where rotated or sheared, and Pillow's cubic there (a = -1) bends a ramp by a tenth of its step.
+            # Rounded twice where rotated or sheared, and Pillow's cubic there (a = -1) bends a ramp by a tenth of its
+            # step.
             assert np.abs(off).max(initial=0) <= 1.5
             if off.size > 1000:
                 means.append(off.mean())
         outside_seen += (border < -0.01).sum()
     assert outside_seen > 0.01 * n * SIZE**2
-    # Half a pixel of the output is 0.3 to 1.1 levels. Integers at one and the same distance round one and the same way, hence some tenths.
+    # Half a pixel of the output is 0.3 to 1.1 levels. Integers at one and the same distance round one and the same way,
+    # hence some tenths.
     assert len(means) > 100 and np.max(np.abs(means)) < 0.3 and np.mean(np.abs(means)) < 0.03
 
 
@@ -240,14 +286,28 @@ def test_fill_is_where_the_image_is_not():
             inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
             nearest = np.minimum(np.minimum(np.abs(y), np.abs(height - y)), np.minimum(np.abs(x), np.abs(width - x)))
             sure = nearest > 1e-4 * max(height, width)
-            out = show(np.full((height, width, 3), 10, np.uint8), record(crop, flip, operations, n % 4 // 2), size, (200, 201, 202))
+            out = show(
+                np.full((height, width, 3), 10, np.uint8),
+                record(crop, flip, operations, n % 4 // 2),
+                size,
+                (200, 201, 202),
+            )
             for c in range(3):
-                assert (out[c][sure] == np.where(inside, 10, 200 + c)[sure]).all(), (height, width, crop, flip, operations, size)
+                assert (out[c][sure] == np.where(inside, 10, 200 + c)[sure]).all(), (
+                    height,
+                    width,
+                    crop,
+                    flip,
+                    operations,
+                    size,
+                )
             seen += np.bincount(inside.ravel(), minlength=2)
     assert seen.min() > 10_000
 
 
-@pytest.mark.parametrize("operations", [[("TranslateX", 3.0)], [("TranslateY", -2.5)], [("Rotate", 20.0), ("TranslateX", -4.5)]], ids=str)
+@pytest.mark.parametrize(
+    "operations", [[("TranslateX", 3.0)], [("TranslateY", -2.5)], [("Rotate", 20.0), ("TranslateX", -4.5)]], ids=str
+)
 @pytest.mark.parametrize("interpolation", [0, 1])
 def test_an_image_moved_out_of_sight_is_all_fill(images, operations, interpolation):
     for pixels in (np.asarray(images[0]), np.zeros((1, 1, 3), np.uint8)):
@@ -280,7 +340,9 @@ def test_evaluation_boxes_with_bicubic_are_pillows(soft_images):
     for image in soft_images:
         side = min(image.size) * 0.875
         top, left = (image.height - side) / 2, (image.width - side) / 2
-        out = show(np.asarray(image), plan.of_boxes(np.array([[top, left, side, side]]), scalar.BICUBIC)).transpose(1, 2, 0)
+        out = show(np.asarray(image), plan.of_boxes(np.array([[top, left, side, side]]), scalar.BICUBIC)).transpose(
+            1, 2, 0
+        )
         theirs = np.asarray(image.resize((SIZE, SIZE), RESAMPLING[1], box=(left, top, left + side, top + side)), int)
         assert np.abs(out - theirs).max() <= 1
 
@@ -302,7 +364,8 @@ def softmax(logits: np.ndarray, smoothing: float) -> np.ndarray:
 
 
 def slow_targets(classes, scores, affine, num_classes, grid, smoothing, cut) -> np.ndarray:
-    """One map's targets [1 + grid * grid, C]: RoIAlign's points of each bin of the output, mapped to the map, averaged."""
+    """One map's targets [1 + grid * grid, C]: RoIAlign's points of each bin of the output, mapped to the map,
+    averaged."""
     rows, columns = classes.shape[1:]
     dense = reference.dense_map(classes, scores, num_classes)
     matrix = np.asarray(affine, float).reshape(2, 3) * [[columns], [rows]]
@@ -319,7 +382,11 @@ def slow_targets(classes, scores, affine, num_classes, grid, smoothing, cut) -> 
         for i, j in np.ndindex(bins, bins):
             total = np.zeros(num_classes)
             for sy, sx in np.ndindex(counts[1], counts[0]):
-                x, y = start + sides[0] * (j + (sx + 0.5) / counts[0]) / bins + sides[1] * (i + (sy + 0.5) / counts[1]) / bins
+                x, y = (
+                    start
+                    + sides[0] * (j + (sx + 0.5) / counts[0]) / bins
+                    + sides[1] * (i + (sy + 0.5) / counts[1]) / bins
+                )
                 if not cut or (-0.5 <= y <= rows - 0.5 and -0.5 <= x <= columns - 0.5):
                     total += reference._interpolate(dense, y, x)
             logits.append(total / (counts[0] * counts[1]))
@@ -330,12 +397,15 @@ def map_affine(rng, strength=1.0, thin=False) -> np.ndarray:
     """A crop of the unit square, mirrored half the time, rotated and sheared."""
     height, width = rng.uniform(0.02, 0.1, 2) if thin else rng.uniform(0.3, 1, 2)
     top, left = rng.uniform(0, 1 - height), rng.uniform(0, 1 - width)
-    affine = np.append(output_to_source((top, left, height, width), rng.random() < 0.5, random_operations(rng, strength), 1.0)[:2], [])
+    affine = np.append(
+        output_to_source((top, left, height, width), rng.random() < 0.5, random_operations(rng, strength), 1.0)[:2], []
+    )
     return affine.reshape(6).astype(np.float32)
 
 
 @pytest.mark.parametrize(
-    "rows, columns, grid, thin", [(18, 18, 5, False), (7, 11, 3, False), (4, 3, 4, False), (1, 1, 2, False), (9, 14, 2, True)]
+    "rows, columns, grid, thin",
+    [(18, 18, 5, False), (7, 11, 3, False), (4, 3, 4, False), (1, 1, 2, False), (9, 14, 2, True)],
 )
 @pytest.mark.parametrize("cut", [False, True])
 def test_warped_targets_are_roi_align_by_its_definition(rows, columns, grid, thin, cut):
@@ -360,13 +430,18 @@ def test_warped_targets_are_roi_align_by_its_definition(rows, columns, grid, thi
 @pytest.mark.parametrize("turns", [1, 2, 3])
 @pytest.mark.parametrize("flip", [False, True])
 def test_quarter_turns_are_the_turned_maps_targets(turns, flip):
-    """The way of rotated maps against the way along the axes, of a map turned by numpy. The crop is 9.2 cells wide: at whole numbers the
-    number of sampling points hangs on rounding."""
+    """The way of rotated maps against the way along the axes, of a map turned by numpy. The crop is 9.2 cells wide: at
+    whole numbers the number of sampling points hangs on rounding."""
     rng = np.random.default_rng(turns)
     classes, scores = random_maps(rng, 3, 10, 10, 9)
     turned = [np.ascontiguousarray(np.rot90(part, turns, axes=(2, 3))) for part in (classes, scores)]
-    expected = cpu.token_targets(*turned, np.array([[0.04, 0.04, 0.92, 0.92]] * 2, np.float32), np.array([flip] * 2), 9, 4, 0.1)
-    x, y = np.array({1: [0, -1, 1], 2: [-1, 1e-7, 1], 3: [0, 1, 0]}[turns]), np.array({1: [1, 0, 0], 2: [0, -1, 1], 3: [-1, 0, 1]}[turns])
+    expected = cpu.token_targets(
+        *turned, np.array([[0.04, 0.04, 0.92, 0.92]] * 2, np.float32), np.array([flip] * 2), 9, 4, 0.1
+    )
+    x, y = (
+        np.array({1: [0, -1, 1], 2: [-1, 1e-7, 1], 3: [0, 1, 0]}[turns]),
+        np.array({1: [1, 0, 0], 2: [0, -1, 1], 3: [-1, 0, 1]}[turns]),
+    )
     if flip:
         x, y = (np.array([-row[0], row[1], row[2] + row[0]]) for row in (x, y))
     affine = np.concatenate([row * 0.92 + [0, 0, 0.04] for row in (x, y)])
@@ -395,9 +470,14 @@ def test_affines_along_the_axes_give_the_golden_targets(golden, case):
     for (top, left, height, width), flip in zip(data["boxes"], data["flip"], strict=True):
         affines.append([-width, 0, left + width, 0, height, top] if flip else [width, 0, left, 0, height, top])
     targets = cpu.warped_targets(
-        data["index"].astype(np.uint16), data["scores"].astype(np.float32), np.array(affines, np.float32),
-        int(data["num_classes"]), int(data["grid"]), float(data["smoothing"]), cut=False,
-    )  # fmt: skip
+        data["index"].astype(np.uint16),
+        data["scores"].astype(np.float32),
+        np.array(affines, np.float32),
+        int(data["num_classes"]),
+        int(data["grid"]),
+        float(data["smoothing"]),
+        cut=False,
+    )
     np.testing.assert_allclose(targets, data["target"], rtol=0, atol=1e-5)
 
 
@@ -410,7 +490,9 @@ def test_tokens_outside_the_map_know_nothing(slant):
     np.testing.assert_allclose(cpu.warped_targets(classes, scores, affine, 5, 4, 0.1), uniform, atol=1e-7)
 
 
-@pytest.mark.parametrize("affines", [np.zeros((2, 5), np.float32), np.zeros((1, 6), np.float32), np.full((2, 6), np.nan, np.float32)])
+@pytest.mark.parametrize(
+    "affines", [np.zeros((2, 5), np.float32), np.zeros((1, 6), np.float32), np.full((2, 6), np.nan, np.float32)]
+)
 def test_affines_that_do_not_fit_are_refused(affines):
     with pytest.raises(ValueError, match="affines must be finite"):
         cpu.warped_targets(np.zeros((2, 1, 3, 3), np.uint16), np.zeros((2, 1, 3, 3), np.float32), affines, 2, 2, 0.1)

@@ -1,4 +1,5 @@
 """Runs of a tiny model on the bundled photos: what the tests of training share."""
+
 from __future__ import annotations
 
 import os
@@ -12,10 +13,10 @@ import safetensors.torch
 import torch
 import yaml
 
-from tl_fast.training import checkpoint
 from tl_fast.beton.reader import Sample, write_beton
-from tl_fast.training.config import TrainConfig
 from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.training import checkpoint
+from tl_fast.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["animal", "fish", "monument", "tool"]
@@ -33,7 +34,8 @@ train.main()
 
 
 def write_photos(path: Path, folder: Path, maps: bool) -> None:
-    """A beton of the photos under `folder`, with label maps whose strongest class is the photo's own, more so in the middle."""
+    """A beton of the photos under `folder`, with label maps whose strongest class is the photo's own, more so in the
+    middle."""
     spec = MapSpec(k=2, height=6, width=6, num_classes=len(CLASSES)) if maps else None
     samples = []
     for label, name in enumerate(CLASSES):
@@ -78,8 +80,20 @@ def scattered(tmp_path) -> Path:
 
 def tiny_config(betons: Path, output_dir: Path, **changes) -> TrainConfig:
     values = dict(
-        train_data=str(betons / "train.beton"), output_dir=str(output_dir), model="lvvit_t", model_kwargs=TINY, img_size=64,
-        drop_path=0.2, batch_size=16, epochs=3, cooldown_epochs=0, warmup_epochs=1, lr=1e-3, lr_base_batch=16, log_every=1, threads=1,
+        train_data=str(betons / "train.beton"),
+        output_dir=str(output_dir),
+        model="lvvit_t",
+        model_kwargs=TINY,
+        img_size=64,
+        drop_path=0.2,
+        batch_size=16,
+        epochs=3,
+        cooldown_epochs=0,
+        warmup_epochs=1,
+        lr=1e-3,
+        lr_base_batch=16,
+        log_every=1,
+        threads=1,
         device="cpu",
     )
     return TrainConfig(**{**values, **changes})
@@ -92,15 +106,31 @@ def weights(path: str | Path) -> dict[str, torch.Tensor]:
     for name in (checkpoint.MODEL, checkpoint.EMA):
         tensors |= {f"{name}:{key}": value for key, value in safetensors.torch.load_file(path / name).items()}
     state = torch.load(path / checkpoint.OPTIMIZER, weights_only=True)["state"]
-    return tensors | {f"optimizer:{index}:{key}": value for index, moments in state.items() for key, value in moments.items()}
+    return tensors | {
+        f"optimizer:{index}:{key}": value for index, moments in state.items() for key, value in moments.items()
+    }
 
 
 def torchrun(script: list[str], ranks: int, *options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(torchrun_command(script, ranks, *options), cwd=ROOT, capture_output=True, text=True, timeout=240, env=one_thread())
+    return subprocess.run(
+        torchrun_command(script, ranks, *options),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=one_thread(),
+    )
 
 
 def torchrun_command(script: list[str], ranks: int, *options: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"]), f"--nproc_per_node={ranks}", *script]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *(options or ["--standalone"]),
+        f"--nproc_per_node={ranks}",
+        *script,
+    ]
 
 
 def one_thread() -> dict[str, str]:

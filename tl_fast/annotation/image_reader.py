@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tl_fast.annotation.annotator import AnnotateError, Preprocessing, squash
 from tl_fast.convert.write import FATAL, ordered_map
-from tl_fast.sources.rejects import reason_of
 from tl_fast.sources.open import Source, SourceChanged
+from tl_fast.sources.rejects import reason_of
 
 
 @dataclasses.dataclass

@@ -1,7 +1,10 @@
-"""A linear probe: multinomial logistic regression on an annotator's pooled features, for classes the annotator does not know.
+"""A linear probe: multinomial logistic regression on an annotator's pooled features, for classes the annotator does not
+know.
 
-The penalty is chosen by cross-validated log-loss, not accuracy: the probe's logits become soft labels, so their scale has to be right.
+The penalty is chosen by cross-validated log-loss, not accuracy: the probe's logits become soft labels, so their scale
+has to be right.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -31,23 +34,31 @@ class Probe:
     cv_loss: float
 
     def report(self) -> dict[str, float]:
-        return {"penalty": self.penalty, "train_top1": self.train_accuracy, "cv_top1": self.cv_accuracy, "cv_loss": self.cv_loss}
+        return {
+            "penalty": self.penalty,
+            "train_top1": self.train_accuracy,
+            "cv_top1": self.cv_accuracy,
+            "cv_loss": self.cv_loss,
+        }
 
 
 def fit(features: Tensor, labels: Tensor, num_classes: int) -> Probe:
     """Fit on features float32 `[N, D]` and labels int64 `[N]`, on the features' device. Deterministic.
 
-    Standardises the features, minimises mean cross-entropy + penalty/2 · ‖weight‖² (bias free) by L-BFGS, chooses the penalty by 5-fold
-    cross-validation (stratified; the accuracy of the chosen one is so slightly optimistic), and folds the standardisation into weight and
-    bias.
+    Standardises the features, minimises mean cross-entropy + penalty/2 · ‖weight‖² (bias free) by L-BFGS, chooses the
+    penalty by 5-fold cross-validation (stratified; the accuracy of the chosen one is so slightly optimistic), and folds
+    the standardisation into weight and bias.
     Raises ValueError for fewer than 2 classes or samples, or non-finite features.
     """
     if num_classes < 2 or len(features) < 2 * FOLDS:
-        raise ValueError(f"a probe needs at least 2 classes and {2 * FOLDS} images, got {num_classes} and {len(features)}")
+        raise ValueError(
+            f"a probe needs at least 2 classes and {2 * FOLDS} images, got {num_classes} and {len(features)}"
+        )
     if not torch.isfinite(features).all():
         raise ValueError("the annotator's pooled features are not finite; try --dtype float32")
     mean, std = features.mean(0), features.std(0)
-    # A feature that is all but silent in the pooled training images may be loud in single cells: bound how much it is blown up.
+    # A feature that is all but silent in the pooled training images may be loud in single cells: bound how much it is
+    # blown up.
     std = std.maximum(0.1 * std.mean()).clamp_min(torch.finfo(torch.float32).tiny)
     x = (features - mean) / std
     folds = _folds(labels)
@@ -83,8 +94,13 @@ def _zeros(x: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 def _minimise(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=MAX_ITERATIONS, tolerance_grad=1e-5, tolerance_change=1e-8,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=MAX_ITERATIONS,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-8,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -1,5 +1,5 @@
-"""Label maps of a data set by a machine annotator: a store of `tl_fast.labelmaps.format`, filled part by part, by one process
-or several.
+"""Label maps of a data set by a machine annotator: a store of `tl_fast.labelmaps.format`, filled part by part, by one
+process or several.
 
 The annotator sees each full image squashed to a square, so that its H x W cells span the image. What a run finds done
 it keeps, if it was done in the same way, of the same images.
@@ -25,25 +25,26 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 import timm
 
 import tl_fast
-from tl_fast.annotation import store
-from tl_fast.annotation import linear_probe
-from tl_fast.labelmaps import format as labelmap
+from tl_fast.annotation import linear_probe, store
+from tl_fast.annotation.annotator import DTYPES, AnnotateError, Annotator, build_annotator
 from tl_fast.annotation.classes import class_indices, name_classes
-from tl_fast.annotation.annotator import AnnotateError, Annotator, DTYPES, build_annotator
-from tl_fast.system.atomic import write_atomic
-from tl_fast.beton.source import open_images, settled_exif
-from tl_fast.sources.image import EXIF, ignored_orientations
 from tl_fast.annotation.image_reader import ImageReader
+from tl_fast.beton.source import open_images, settled_exif
+from tl_fast.labelmaps import format as labelmap
 from tl_fast.labelmaps.format import LabelMapError, MapSpec, top_k_relative
+from tl_fast.sources.image import EXIF, ignored_orientations
+from tl_fast.sources.open import Source
+from tl_fast.sources.rejects import list_beside, write_rejects
+from tl_fast.system.atomic import write_atomic
 from tl_fast.system.mistakes import share
 from tl_fast.system.progress import ProgressDisplay
 from tl_fast.system.ranks import Ranks, cores_of_this_rank, join
-from tl_fast.sources.rejects import list_beside, write_rejects
-from tl_fast.sources.open import Source
 
 NO_CLASS = 65_535  # the pooled class of an image that was left out; no class index is that high
 
@@ -225,7 +226,7 @@ def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source, held_out: So
         ids_sha256=ids_sha256,
         class_counts=np.bincount(labels, minlength=len(images.class_names)).tolist() if images.class_names else None,
         versions={"tl_fast": tl_fast.__version__, "timm": timm.__version__, "torch": torch.__version__},
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     record = json.loads(json.dumps(record))  # as it will be read back: tuples are lists
     record = ranks.on_main(

@@ -1,5 +1,5 @@
-"""The files of a store that is being annotated beyond those that `tl_fast.labelmaps.format` reads, and whether a run may go on
-with what is there.
+"""The files of a store that is being annotated beyond those that `tl_fast.labelmaps.format` reads, and whether a run
+may go on with what is there.
 
     pooled-00000.npy ...    uint16 [n]: the class the annotator gives the whole image
     stamps-00000.npy ...    int64 [n, m]: the images' `Source.stamps` when the part was made
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from tl_fast.labelmaps import format as labelmap
 from tl_fast.annotation.annotator import AnnotateError
-from tl_fast.system.atomic import write_atomic
+from tl_fast.labelmaps import format as labelmap
 from tl_fast.labelmaps.format import MapSpec, part_path
-from tl_fast.sources.rejects import Reject, list_beside, read_rejects, write_rejects
 from tl_fast.sources.open import Source
+from tl_fast.sources.rejects import Reject, list_beside, read_rejects, write_rejects
+from tl_fast.system.atomic import write_atomic
 
 # What two runs must share for their parts to belong in one store. The images themselves are compared by their stamps.
 FINGERPRINT = (

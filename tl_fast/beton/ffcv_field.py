@@ -18,12 +18,12 @@ from ffcv.pipeline.state import State
 from numba import types
 
 from tl_fast.beton.layout import LABEL_MAP, spec_from_arguments, spec_to_arguments
-from tl_fast.labelmaps.loops import expand
 from tl_fast.labelmaps.format import LEVELS, MapSpec, encode, encoded_sizes
+from tl_fast.labelmaps.loops import expand
 
-# ffcv 1.0.2 declares the memory it reads from by setting `mutable = False` on numba's own type objects, which are keys of every table of
-# compiled functions in the process. Others that use the same types then fail with "Cannot modify readonly array" or KeyError, or their
-# type inference does not end. These declare the same without touching them.
+# ffcv 1.0.2 declares the memory it reads from by setting `mutable = False` on numba's own type objects, which are keys
+# of every table of compiled functions in the process. Others that use the same types then fail with "Cannot modify
+# readonly array" or KeyError, or their type inference does not end. These declare the same without touching them.
 _READ_ONLY = types.Array(types.uint8, 1, "C", readonly=True)
 
 
@@ -43,11 +43,14 @@ ProcessCacheManager.state_type = property(
 
 
 class LabelMapDecoder(Operation):
-    """Decodes to float32 `[B, 2, k, H, W]`, laid out as the published maps are: `[:, 0]` the dequantised scores, `[:, 1]` the classes."""
+    """Decodes to float32 `[B, 2, k, H, W]`, laid out as the published maps are: `[:, 0]` the dequantised scores, `[:,
+    1]` the classes."""
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         shape = (2, *self.field.spec.shape)
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("<f4")), AllocationQuery(shape, np.dtype("<f4"))
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("<f4")), AllocationQuery(
+            shape, np.dtype("<f4")
+        )
 
     def generate_code(self) -> Callable:
         memory_read, parallel_range = self.memory_read, Compiler.get_iterator()
@@ -73,7 +76,8 @@ class LabelMapDecoder(Operation):
 
 
 class LabelMapField(Field):
-    """One packed label map per sample (`tl_fast.labelmaps.format`); all maps of a file share one MapSpec, kept in the field's arguments."""
+    """One packed label map per sample (`tl_fast.labelmaps.format`); all maps of a file share one MapSpec, kept in the
+    field's arguments."""
 
     def __init__(self, spec: MapSpec) -> None:
         self.spec = spec

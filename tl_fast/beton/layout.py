@@ -1,7 +1,8 @@
-"""The byte layout of a .beton file: ffcv 1.0's types, and what tl_fast keeps in the places that ffcv leaves free (docs/file_format.md).
+"""The byte layout of a .beton file: ffcv 1.0's types, and what tl_fast keeps in the places that ffcv leaves free
+(docs/file_format.md).
 
-ffcv itself is not imported: that takes 9 s where numpy takes 0.2 s, pulls in OpenCV, and training hosts need not have it.
-tests/test_beton.py holds these types against ffcv's own.
+ffcv itself is not imported: that takes 9 s where numpy takes 0.2 s, pulls in OpenCV, and training hosts need not have
+it. tests/test_beton.py holds these types against ffcv's own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from tl_fast.system.mistakes import InputError
 
 VERSION = 2  # of the FFCV format
 HEADER = np.dtype(
-    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table_ptr", "<u8")], align=True
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
 )
 FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", 1024)])
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
@@ -22,7 +30,15 @@ LABEL_MAP = np.dtype([("ptr", "<u8"), ("score_min", "<f4"), ("score_step", "<f4"
 BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 INT, RGB_IMAGE, CUSTOM = 1, 2, 255
 # float, int, image, bytes, array, JSON, tensor: a sample's entry in the metadata table
-STOCK_TYPES = {0: np.dtype("<f8"), INT: np.dtype("<i8"), RGB_IMAGE: IMAGE, 3: BYTES, 4: np.dtype("<u8"), 5: BYTES, 6: np.dtype("<u8")}
+STOCK_TYPES = {
+    0: np.dtype("<f8"),
+    INT: np.dtype("<i8"),
+    RGB_IMAGE: IMAGE,
+    3: BYTES,
+    4: np.dtype("<u8"),
+    5: BYTES,
+    6: np.dtype("<u8"),
+}
 WITH_ARGUMENTS = (4, 6, CUSTOM)  # arrays and tensors keep their shape there; the others' argument bytes are zeros
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 1 << 21, 1 << 31  # ffcv's limits, powers of two
 MAX_INFO = 4 << 20  # bytes: 65,535 class names of 60 bytes each
@@ -30,9 +46,12 @@ MAX_INFO = 4 << 20  # bytes: 65,535 class names of 60 bytes each
 # Arguments of the `label_map` field: what ffcv's loader hands to our field class.
 SPEC_MAGIC, SPEC_ARGUMENTS = (
     b"tlf_map1",
-    np.dtype([("magic", "S8"), ("k", "<u4"), ("height", "<u4"), ("width", "<u4"), ("num_classes", "<u4"), ("extent", "S32")]),
+    np.dtype(
+        [("magic", "S8"), ("k", "<u4"), ("height", "<u4"), ("width", "<u4"), ("num_classes", "<u4"), ("extent", "S32")]
+    ),
 )
-# Arguments of the `crc` field, which ffcv ignores (IntField.from_binary): where our own tables are, and the CRC-32 of all tables.
+# Arguments of the `crc` field, which ffcv ignores (IntField.from_binary): where our own tables are, and the CRC-32 of
+# all tables.
 INDEX_MAGIC, INDEX = (
     b"tlf_idx1",
     np.dtype(
@@ -64,7 +83,9 @@ def metadata_dtype(types: list[np.dtype]) -> np.dtype:
 def spec_to_arguments(spec: MapSpec) -> np.ndarray:
     """The label_map field's 1,024 argument bytes, uint8."""
     arguments = np.zeros(1024, np.uint8)
-    values = np.array((SPEC_MAGIC, spec.k, spec.height, spec.width, spec.num_classes, spec.extent.encode("ascii")), SPEC_ARGUMENTS)
+    values = np.array(
+        (SPEC_MAGIC, spec.k, spec.height, spec.width, spec.num_classes, spec.extent.encode("ascii")), SPEC_ARGUMENTS
+    )
     arguments[: SPEC_ARGUMENTS.itemsize] = np.frombuffer(values.tobytes(), np.uint8)
     return arguments
 
@@ -73,7 +94,9 @@ def spec_from_arguments(arguments: np.ndarray) -> MapSpec:
     """Inverse of `spec_to_arguments`. Raises LabelMapError on anything else."""
     values = np.frombuffer(np.asarray(arguments, np.uint8).tobytes()[: SPEC_ARGUMENTS.itemsize], SPEC_ARGUMENTS)[0]
     if values["magic"] != SPEC_MAGIC:
-        raise LabelMapError(f"label_map field is not tl_fast's (magic {bytes(values['magic'])!r}, expected {SPEC_MAGIC!r})")
+        raise LabelMapError(
+            f"label_map field is not tl_fast's (magic {bytes(values['magic'])!r}, expected {SPEC_MAGIC!r})"
+        )
     return MapSpec(
         int(values["k"]),
         int(values["height"]),

@@ -1,7 +1,8 @@
 """One data set in one FFCV .beton file: read it memory-mapped, verify it; `write_beton` writes it.
 
-The bytes are laid out as ffcv 1.0 lays them out, so stock `ffcv.Loader` opens the file; docs/file_format.md has the tables. Beyond that it
-holds label maps, a CRC-32 for every sample and every table, class names, source ids and the annotator's manifest.
+The bytes are laid out as ffcv 1.0 lays them out, so stock `ffcv.Loader` opens the file; docs/file_format.md has the
+tables. Beyond that it holds label maps, a CRC-32 for every sample and every table, class names, source ids and the
+annotator's manifest.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from typing import Self
 import numpy as np
 
 from tl_fast.beton.layout import BetonError
-from tl_fast.beton.tables import BetonTables, DAMAGED
-from tl_fast.system.crc import crc32
+from tl_fast.beton.tables import DAMAGED, BetonTables
 from tl_fast.convert.write import Sample, WriteSummary, ordered_map, write_beton
 from tl_fast.labelmaps.format import LEVELS, encoded_sizes
+from tl_fast.system.crc import crc32
 
 __all__ = ["BetonError", "BetonReader", "Sample", "WriteSummary", "verify", "write_beton"]
 
 VERIFY_CHUNK = 64  # samples per task: a task costs some 20 µs of its own
-PIXELS_PER_BYTE = 512  # more no JPEG holds: an 8×8 block takes a bit at least. A header that says more is not worth the memory.
+PIXELS_PER_BYTE = (
+    512  # more no JPEG holds: an 8×8 block takes a bit at least. A header that says more is not worth the memory.
+)
 
 
 def frame_size(jpeg: bytes | memoryview) -> tuple[int, int] | None:
-    """(height, width) in pixels as the JPEG's own header says, or None where there is none. Microseconds; decoding takes milliseconds."""
+    """(height, width) in pixels as the JPEG's own header says, or None where there is none. Microseconds; decoding
+    takes milliseconds."""
     at = 2 if jpeg[:2] == b"\xff\xd8" else len(jpeg)
     while at + 9 <= len(jpeg) and jpeg[at] == 0xFF:
         marker = jpeg[at + 1]
@@ -37,18 +41,20 @@ def frame_size(jpeg: bytes | memoryview) -> tuple[int, int] | None:
 
 
 class BetonReader(BetonTables):
-    """Read access to a beton, memory-mapped; needs numpy only. Files of the stock ffcv writer open too (without ids, class names, CRCs).
+    """Read access to a beton, memory-mapped; needs numpy only. Files of the stock ffcv writer open too (without ids,
+    class names, CRCs).
 
-    `len()` or `num_samples`; `heights`, `widths` int32 `[n]` in pixels; `labels` int64 `[n]`; `spec` (None without label maps);
-    `class_names`; `source_ids`; `annotator` (the label-map store's manifest, or None); `conversion` (what
-    was converted and how, or None). Picklable: another process opens the file itself.
-    Every table is checked when the file is opened; a sample's bytes by `check`. Raises BetonError that names file and field, OSError if
-    there is no such file.
+    `len()` or `num_samples`; `heights`, `widths` int32 `[n]` in pixels; `labels` int64 `[n]`; `spec` (None without
+    label maps); `class_names`; `source_ids`; `annotator` (the label-map store's manifest, or None); `conversion` (what
+    was converted and how, or None). Picklable: another process opens the file itself. Every table is checked when the
+    file is opened; a sample's bytes by `check`. Raises BetonError that names file and field, OSError if there is no
+    such file.
 
-    The file must stay as it is while it is open. If it is shortened, or its disk or server fails, the operating system ends the process
-    with SIGBUS, as it does with every memory-mapped file, and no code of ours is asked. So put a new file in the place of an old one by
-    renaming it (`write_beton` does, `mv` within a file system, rsync without --inplace), never by `cp` over it: readers then keep
-    the old one. `verify` reads without mapping, and reports what cannot be read.
+    The file must stay as it is while it is open. If it is shortened, or its disk or server fails, the operating system
+    ends the process with SIGBUS, as it does with every memory-mapped file, and no code of ours is asked. So put a new
+    file in the place of an old one by renaming it (`write_beton` does, `mv` within a file system, rsync without
+    --inplace), never by `cp` over it: readers then keep the old one. `verify` reads without mapping, and reports what
+    cannot be read.
     """
 
     def __len__(self) -> int:
@@ -74,9 +80,14 @@ class BetonReader(BetonTables):
         return None if self.spec is None else self._map_size
 
     def _places(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where samples first to last − 1 have their JPEG, and label map, in the file, and how long it is: int64 `[parts, samples]` each."""
-        parts = [(self._jpeg_ptr, self._jpeg_size)] + ([(self._map_ptr, self._map_size)] if self.spec is not None else [])
-        return np.stack([starts[first:last] for starts, _ in parts]), np.stack([sizes[first:last] for _, sizes in parts])
+        """Where samples first to last − 1 have their JPEG, and label map, in the file, and how long it is: int64
+        `[parts, samples]` each."""
+        parts = [(self._jpeg_ptr, self._jpeg_size)] + (
+            [(self._map_ptr, self._map_size)] if self.spec is not None else []
+        )
+        return np.stack([starts[first:last] for starts, _ in parts]), np.stack(
+            [sizes[first:last] for _, sizes in parts]
+        )
 
     def jpeg(self, i: int) -> np.ndarray:
         """The JPEG file of sample i: uint8 `[size]`, a read-only view of the mapped file."""
@@ -90,7 +101,8 @@ class BetonReader(BetonTables):
     def label_maps(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """classes uint16 `[B, k, H, W]` and dequantised scores float32 `[B, k, H, W]` of the samples `indices` `[B]`.
 
-        Raises BetonError when the file has no label maps, or one that lists what is no class or refers beyond its palette.
+        Raises BetonError when the file has no label maps, or one that lists what is no class or refers beyond its
+        palette.
         """
         if self.spec is None:
             raise self._error("label_map", "the file has no label maps; convert with --label-maps")
@@ -101,15 +113,18 @@ class BetonReader(BetonTables):
         return classes, scores
 
     def raw_label_maps(self, indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """The label maps of the samples `indices` [B] as they lie in the file (docs/file_format.md): uint8 views, and float32 [B, 2] =
-        (score_min, score_step). Nothing in them is checked. Raises BetonError when the file has no label maps."""
+        """The label maps of the samples `indices` [B] as they lie in the file (docs/file_format.md): uint8 views, and
+        float32 [B, 2] = (score_min, score_step). Nothing in them is checked. Raises BetonError when the file has no
+        label maps."""
         if self.spec is None:
             raise self._error("label_map", "the file has no label maps; convert with --label-maps")
         metadata = self._column("label_map")[indices]
         ranges = np.stack([metadata["score_min"], metadata["score_step"]], axis=1)
         return [self._map_bytes(int(i)) for i in indices], ranges.astype(np.float32)
 
-    def _expand(self, data: np.ndarray, starts: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
+    def _expand(
+        self, data: np.ndarray, starts: np.ndarray, indices: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, int, int]:
         """`label_maps` of maps that lie in `data` at `starts`; also which row is wrong and how, 0 if none is."""
         from tl_fast.labelmaps import loops as maps  # here: opening a beton takes 0.2 s without numba
 
@@ -150,7 +165,8 @@ class BetonReader(BetonTables):
         return None if self._index is None else self._column("crc")
 
     def crc(self, i: int) -> int:
-        """The stored CRC-32 of sample i: JPEG bytes, then label-map bytes. Raises BetonError in files of the stock writer."""
+        """The stored CRC-32 of sample i: JPEG bytes, then label-map bytes. Raises BetonError in files of the stock
+        writer."""
         if self._index is None:
             raise self._error("crc", "the file has none (written by stock ffcv)")
         return int(self._column("crc")[i])
@@ -167,12 +183,15 @@ class BetonReader(BetonTables):
         return self._error("crc", f"{self._name(i)}: CRC-32 is {found:08x}, the file says {self.crc(i):08x}; {DAMAGED}")
 
     def _problems(self, first: int, block: np.ndarray, starts: np.ndarray, decode: bool) -> list[str]:
-        """What `verify` finds in the samples from `first` on, whose parts lie in `block` at `starts` (`_read_block`)."""
+        """What `verify` finds in the samples from `first` on, whose parts lie in `block` at `starts`
+        (`_read_block`)."""
         found: dict[int, BetonError] = {}  # one a sample
         count, data = starts.shape[1], block.data
         sizes = self._places(first, first + count)[1]
         crcs = self._column("crc")[first : first + count].tolist() if self.has_crc else [None] * count
-        for i, crc, places in zip(range(first, first + count), crcs, np.stack([starts, starts + sizes]).T.tolist(), strict=True):
+        for i, crc, places in zip(
+            range(first, first + count), crcs, np.stack([starts, starts + sizes]).T.tolist(), strict=True
+        ):
             parts = [data[start:end] for start, end in places]
             if crc is not None:
                 value = 0
@@ -201,10 +220,13 @@ class BetonReader(BetonTables):
         if found is None:
             raise self._error("image", f"{self._name(i)} is no JPEG: no frame header; {DAMAGED}")
         if found != said:
-            raise self._error("image", f"{self._name(i)} is {found[1]}×{found[0]}, the file says {said[1]}×{said[0]}; {DAMAGED}")
+            raise self._error(
+                "image", f"{self._name(i)} is {found[1]}×{found[0]}, the file says {said[1]}×{said[0]}; {DAMAGED}"
+            )
 
     def check_decode(self, i: int, jpeg: memoryview | None = None) -> None:
-        """Raises BetonError when sample i's JPEG does not decode without a warning to the size the file says. Needs simplejpeg.
+        """Raises BetonError when sample i's JPEG does not decode without a warning to the size the file says. Needs
+        simplejpeg.
 
         jpeg: its bytes where they have been read and `_check_size` has seen them already.
         """
@@ -214,7 +236,9 @@ class BetonReader(BetonTables):
             jpeg = self.jpeg(i).data
             self._check_size(i, jpeg)
         if int(self.heights[i]) * int(self.widths[i]) > PIXELS_PER_BYTE * len(jpeg):
-            raise self._error("image", f"{self._name(i)}: {len(jpeg)} bytes for {self.widths[i]}×{self.heights[i]} pixels; {DAMAGED}")
+            raise self._error(
+                "image", f"{self._name(i)}: {len(jpeg)} bytes for {self.widths[i]}×{self.heights[i]} pixels; {DAMAGED}"
+            )
         try:  # at 1/8 of the size: all of the coded data is read, little memory written
             simplejpeg.decode_jpeg(jpeg, fastdct=True, fastupsample=True, min_height=1, min_width=1, min_factor=8)
         except ValueError as error:
@@ -239,32 +263,36 @@ def _layout_problems(reader: BetonReader) -> list[str]:
     problems = []
     starts, sizes = reader._places(0, len(reader))
     ends = starts + sizes
-    if len(crossing := np.flatnonzero(starts.min(axis=0) // reader.page_size != (ends.max(axis=0) - 1) // reader.page_size)):
+    if len(
+        crossing := np.flatnonzero(starts.min(axis=0) // reader.page_size != (ends.max(axis=0) - 1) // reader.page_size)
+    ):
         problems.append(
-            f"page_size: the data of {len(crossing)} samples, {reader._name(crossing[0])} first, lie in several pages of "
-            f"{reader.page_size} bytes: stock ffcv would read them wrong; convert again"
+            f"page_size: the data of {len(crossing)} samples, {reader._name(crossing[0])} first, lie in several pages"
+            f" of {reader.page_size} bytes: stock ffcv would read them wrong; convert again"
         )
-    if reader._allocations > starts.size:  # every sample's parts have an entry of their own, or the file had not been opened
+    if (
+        reader._allocations > starts.size
+    ):  # every sample's parts have an entry of their own, or the file had not been opened
         ptr, size, _ = reader._read_allocations()
         if len(unused := np.flatnonzero(~np.isin(ptr, reader._pointers()))):
             problems.append(
-                f"allocation table: {len(unused)} entries with {size[unused].sum()} bytes, at {ptr[unused[0]]} first, are no sample's "
-                "data; convert again"
+                f"allocation table: {len(unused)} entries with {size[unused].sum()} bytes, at {ptr[unused[0]]} first,"
+                " are no sample's data; convert again"
             )
     del starts, sizes, ends
     if len(names := set(reader.source_ids)) < len(reader):
         seen: set[str] = set()
         again = next(i for i, name in enumerate(reader.source_ids) if name in seen or seen.add(name))
         problems.append(
-            f"ids: {len(reader) - len(names)} samples have the id of another, {reader._name(again)} first; remove duplicates from "
-            "the source and convert again"
+            f"ids: {len(reader) - len(names)} samples have the id of another, {reader._name(again)} first; remove"
+            " duplicates from the source and convert again"
         )
     return [f"{reader.path}: {problem}" for problem in problems]
 
 
 def _read_block(reader: BetonReader, handle: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes of samples first to last − 1, read with as few calls as they allow: uint8, and where in them each JPEG and each label map
-    begins, int64 `[parts, samples]`. Raises OSError, also where the file is shorter than it was."""
+    """The bytes of samples first to last − 1, read with as few calls as they allow: uint8, and where in them each JPEG
+    and each label map begins, int64 `[parts, samples]`. Raises OSError, also where the file is shorter than it was."""
 
     starts, sizes = reader._places(first, last)
     low, high, total = int(starts.min()), int((starts + sizes).max()), int(sizes.sum())
@@ -285,11 +313,15 @@ def _read_block(reader: BetonReader, handle: int, first: int, last: int) -> tupl
     return block, places
 
 
-def verify(path: Path | str, decode: bool = False, workers: int = 1, progress: Callable[[int], None] | None = None) -> list[str]:
-    """Check a whole file: every table, every sample's place, CRC-32 (files of ours) and size in its JPEG's header, every label map; with
-    `decode` every JPEG's coded data too. Returns the problems found, each beginning with file and field.
+def verify(
+    path: Path | str, decode: bool = False, workers: int = 1, progress: Callable[[int], None] | None = None
+) -> list[str]:
+    """Check a whole file: every table, every sample's place, CRC-32 (files of ours) and size in its JPEG's header,
+    every label map; with `decode` every JPEG's coded data too. Returns the problems found, each beginning with file and
+    field.
 
-    progress: called with the number of samples done. Raises BetonError where the tables are damaged: there are no samples to look at then.
+    progress: called with the number of samples done. Raises BetonError where the tables are damaged: there are no
+    samples to look at then.
     """
 
     def problems_of(first: int) -> list[str]:
@@ -304,7 +336,10 @@ def verify(path: Path | str, decode: bool = False, workers: int = 1, progress: C
                     block, starts = _read_block(reader, file.fileno(), i, i + 1)
                     found += reader._problems(i, block, starts, decode)
                 except OSError as error:
-                    found.append(f"{reader.path}: image: {reader._name(i)} cannot be read ({error}); check the disk, copy the file anew")
+                    found.append(
+                        f"{reader.path}: image: {reader._name(i)} cannot be read ({error}); check the disk, copy the"
+                        " file anew"
+                    )
             return found
 
     with BetonReader(path) as reader, open(path, "rb") as file:

@@ -1,4 +1,5 @@
 """One or several betons as one data set."""
+
 from __future__ import annotations
 
 import glob
@@ -21,11 +22,14 @@ class Samples:
         first = self.readers[0]
         for reader in self.readers[1:]:
             if reader.spec != first.spec:
-                raise InputError(f"{reader.path}: label maps are {reader.spec}, but {first.path} has {first.spec}; "
-                                 "convert both alike")
+                raise InputError(
+                    f"{reader.path}: label maps are {reader.spec}, but {first.path} has {first.spec}; "
+                    "convert both alike"
+                )
             if reader.class_names != first.class_names:
-                raise InputError(f"{reader.path}: class names differ from those of {first.path}; convert both from "
-                                 "the same classes")
+                raise InputError(
+                    f"{reader.path}: class names differ from those of {first.path}; convert both from the same classes"
+                )
         self.spec = first.spec
         self.class_names = first.class_names
         self.heights = np.concatenate([reader.heights for reader in self.readers]).astype(np.int64)
@@ -101,7 +105,8 @@ class Samples:
 
 
 def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """A path, a glob pattern or a list of either -> the files, globs sorted. FileNotFoundError names what matches nothing."""
+    """A path, a glob pattern or a list of either -> the files, globs sorted. FileNotFoundError names what matches
+    nothing."""
     found: list[Path] = []
     for pattern in [paths] if isinstance(paths, (str, Path)) else paths:
         matches = [str(pattern)] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))

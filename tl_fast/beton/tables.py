@@ -1,7 +1,8 @@
 """The tables of a beton, checked when it is opened: header, fields, index, metadata, allocations, info and ids.
 
-Whatever the bytes are, the outcome is a BetonError that names file and field, or tables that agree with each other and the file's size
-(tests/fuzz_beton.py). Counts and places are Python integers until they are known to lie inside the file: numpy's wrap around.
+Whatever the bytes are, the outcome is a BetonError that names file and field, or tables that agree with each other and
+the file's size (tests/fuzz_beton.py). Counts and places are Python integers until they are known to lie inside the
+file: numpy's wrap around.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import numpy as np
 
 from tl_fast.beton.layout import (
     ALLOCATION,
-    BetonError,
     CUSTOM,
     FIELD,
     HEADER,
@@ -34,14 +34,16 @@ from tl_fast.beton.layout import (
     STOCK_TYPES,
     VERSION,
     WITH_ARGUMENTS,
+    BetonError,
     metadata_dtype,
     spec_from_arguments,
 )
-from tl_fast.system.crc import crc32
 from tl_fast.labelmaps.format import LEVELS, LabelMapError, encoded_sizes
+from tl_fast.system.crc import crc32
 
 DAMAGED = "the file is damaged: convert again or copy it anew"
-# Reading must not take more memory than the file has bytes. What Python makes of JSON takes up to 30 times the text's size, so info is
+# Reading must not take more memory than the file has bytes. What Python makes of JSON takes up to 30 times the text's
+# size, so info is
 # limited: MAX_INFO and a 32nd of the file. Ids are not parsed but for their strings.
 MAX_GAP = 1 << 20  # bytes looked at between tables and data where no CRC covers the tables
 STRING_LIST = re.compile(rb'\s*\[\s*(?:"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"\s*(?:,\s*(?!\])|(?=\])))*+\]\s*')
@@ -61,7 +63,9 @@ class BetonTables:
         with open(self.path, "rb") as file:
             self._size = os.fstat(file.fileno()).st_size
             if self._size < HEADER.itemsize:
-                raise self._error("header", f"the file has {self._size} bytes, a beton at least {HEADER.itemsize}; {DAMAGED}")
+                raise self._error(
+                    "header", f"the file has {self._size} bytes, a beton at least {HEADER.itemsize}; {DAMAGED}"
+                )
             self._bytes = np.frombuffer(mmap.mmap(file.fileno(), self._size, access=mmap.ACCESS_READ), np.uint8)
         self._read_header()
         self._read_index()
@@ -73,7 +77,9 @@ class BetonTables:
     def _region(self, start: int, size: int, field: str) -> np.ndarray:
         if start < 0 or size < 0 or start + size > self._size:
             raise self._error(
-                field, f"bytes {start} to {start + size} are outside the file of {self._size} bytes; it is cut off or damaged: copy it anew"
+                field,
+                f"bytes {start} to {start + size} are outside the file of {self._size} bytes; it is cut off or damaged:"
+                " copy it anew",
             )
         return self._bytes[start : start + size]
 
@@ -81,11 +87,19 @@ class BetonTables:
         header = self._bytes[: HEADER.itemsize].view(HEADER)[0]
         if header["version"] != VERSION:
             raise self._error(
-                "version", f"{header['version']}, this code reads {VERSION}; not a beton, or one whose writing was interrupted"
+                "version",
+                f"{header['version']}, this code reads {VERSION}; not a beton, or one whose writing was interrupted",
             )
-        self.page_size, self.num_samples, count = int(header["page_size"]), int(header["num_samples"]), int(header["num_fields"])
+        self.page_size, self.num_samples, count = (
+            int(header["page_size"]),
+            int(header["num_samples"]),
+            int(header["num_fields"]),
+        )
         if not MIN_PAGE_SIZE <= self.page_size <= MAX_PAGE_SIZE or self.page_size & (self.page_size - 1):
-            raise self._error("page_size", f"{self.page_size} is not a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}; {DAMAGED}")
+            raise self._error(
+                "page_size",
+                f"{self.page_size} is not a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}; {DAMAGED}",
+            )
         if self.num_samples == 0:
             raise self._error("num_samples", "0: there is nothing in the file; convert again")
         self._alloc_ptr = int(header["alloc_table_ptr"])
@@ -95,7 +109,9 @@ class BetonTables:
         for column, field in enumerate(fields):
             name = bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace")
             if not name or not name.isascii() or not name.isprintable():
-                raise self._error(f"field {column}", f"its name {bytes(field['name'])!r} is not printable ASCII; {DAMAGED}")
+                raise self._error(
+                    f"field {column}", f"its name {bytes(field['name'])!r} is not printable ASCII; {DAMAGED}"
+                )
             kind = int(field["type_id"])
             if name in self._fields:
                 raise self._error(f"field {name}", f"appears twice; {DAMAGED}")
@@ -107,10 +123,14 @@ class BetonTables:
                 if name != "label_map":
                     raise self._error(f"field {name}", "a label map must be called label_map")
             elif kind not in STOCK_TYPES:
-                raise self._error(f"field {name}", f"type {kind} is unknown; known are {sorted([*STOCK_TYPES, CUSTOM])}")
+                raise self._error(
+                    f"field {name}", f"type {kind} is unknown; known are {sorted([*STOCK_TYPES, CUSTOM])}"
+                )
             elif name == "crc" or (field["arguments"].any() and kind not in WITH_ARGUMENTS):
                 index = field["arguments"][: INDEX.itemsize].view(INDEX)[0]
-                if name != "crc" or kind != INT or index["magic"] != INDEX_MAGIC:  # taken for a stock file, it would be read without CRCs
+                if (
+                    name != "crc" or kind != INT or index["magic"] != INDEX_MAGIC
+                ):  # taken for a stock file, it would be read without CRCs
                     expected = f"a crc field of type {INT} with {INDEX_MAGIC!r} was expected; {DAMAGED}"
                     raise self._error(f"field {name}", f"type {kind} with {bytes(index['magic'])!r}; {expected}")
                 self._index = index
@@ -127,8 +147,9 @@ class BetonTables:
         if self._alloc_ptr < self._data_start or size <= 0 or size % ALLOCATION.itemsize:
             raise self._error(
                 "alloc_table_ptr",
-                f"no table of {ALLOCATION.itemsize}-byte entries lies between {self._alloc_ptr} and the end of the file at {self._size}, "
-                f"behind the tables that end at {self._data_start}; the file is cut off or damaged: copy it anew",
+                f"no table of {ALLOCATION.itemsize}-byte entries lies between {self._alloc_ptr} and the end of the file"
+                f" at {self._size}, behind the tables that end at {self._data_start}; the file is cut off or damaged:"
+                " copy it anew",
             )
 
     def _read_index(self) -> None:
@@ -140,9 +161,18 @@ class BetonTables:
         if self._index is None:
             return
         head = self._bytes[: self._head_size].copy()
-        start = HEADER.itemsize + self._fields["crc"] * FIELD.itemsize + FIELD.fields["arguments"][1] + INDEX.fields["head_crc"][1]
+        start = (
+            HEADER.itemsize
+            + self._fields["crc"] * FIELD.itemsize
+            + FIELD.fields["arguments"][1]
+            + INDEX.fields["head_crc"][1]
+        )
         head[start : start + 4] = 0
-        for name, data in (("head", head), ("metadata", self._metadata.view(np.uint8)), ("alloc", self._bytes[self._alloc_ptr :])):
+        for name, data in (
+            ("head", head),
+            ("metadata", self._metadata.view(np.uint8)),
+            ("alloc", self._bytes[self._alloc_ptr :]),
+        ):
             self._check_crc(name, data)
         for name in ("info", "ids"):
             start, size = self._place(name)
@@ -150,11 +180,19 @@ class BetonTables:
             if start < self._data_start or start + size > self._alloc_ptr:
                 raise self._error(
                     f"{name}_ptr",
-                    f"bytes {start} to {start + size} are not between the tables, {self._data_start} to {self._alloc_ptr}; {DAMAGED}",
+                    f"bytes {start} to {start + size} are not between the tables, {self._data_start} to"
+                    f" {self._alloc_ptr}; {DAMAGED}",
                 )
         info = self._info()
-        if not isinstance(info, dict) or not _is_strings(info.get("class_names")) or not isinstance(info.get("annotator"), dict | None):
-            raise self._error("info", f"not an object with class_names, a list of strings, and annotator, an object or null; {DAMAGED}")
+        if (
+            not isinstance(info, dict)
+            or not _is_strings(info.get("class_names"))
+            or not isinstance(info.get("annotator"), dict | None)
+        ):
+            raise self._error(
+                "info",
+                f"not an object with class_names, a list of strings, and annotator, an object or null; {DAMAGED}",
+            )
         self.class_names, self.annotator = info["class_names"], info.get("annotator")
         self.conversion, self.tl_fast_version = info.get("conversion"), info.get("tl_fast")
         if not isinstance(self.tl_fast_version, str | None) or not isinstance(self.conversion, dict | None):
@@ -173,19 +211,24 @@ class BetonTables:
     def _info(self) -> Any:
         data = self._region(*self._place("info"), "info_ptr")
         if len(data) > (limit := MAX_INFO + self._size // 32):
-            raise self._error("info_size", f"{len(data)} bytes, at most {limit} are read from a file of {self._size}; {DAMAGED}")
+            raise self._error(
+                "info_size", f"{len(data)} bytes, at most {limit} are read from a file of {self._size}; {DAMAGED}"
+            )
         self._check_crc("info", data)
         try:
             text = str(data.data, "utf-8")
             info = json.loads(text)
             if "\\u" in text:
-                json.dumps(info, ensure_ascii=False).encode()  # finds halves of surrogate pairs, which no one could print
+                json.dumps(
+                    info, ensure_ascii=False
+                ).encode()  # finds halves of surrogate pairs, which no one could print
         except (ValueError, RecursionError) as error:
             raise self._error("info", f"not readable as JSON ({error}); {DAMAGED}") from error
         return info
 
     def _read_allocations(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ptr, size, sample_id) int64, sorted by ptr; inside the data region, of samples that exist, and not overlapping."""
+        """(ptr, size, sample_id) int64, sorted by ptr; inside the data region, of samples that exist, and not
+        overlapping."""
         table = np.frombuffer(self._bytes[self._alloc_ptr :], ALLOCATION)
 
         def refuse(bad: np.ndarray, problem: str) -> None:
@@ -198,20 +241,28 @@ class BetonTables:
         outside |= table["size"] > self._alloc_ptr - np.minimum(table["ptr"], self._alloc_ptr)
         outside &= table["size"] > 0
         refuse(np.flatnonzero(outside), f"is outside the data, bytes {self._data_start} to {self._alloc_ptr}")
-        refuse(np.flatnonzero(table["sample_id"] >= self.num_samples), f"is for a sample outside 0..{self.num_samples - 1}")
+        refuse(
+            np.flatnonzero(table["sample_id"] >= self.num_samples), f"is for a sample outside 0..{self.num_samples - 1}"
+        )
         order = np.flatnonzero(table["size"] > 0)
         order = order[np.argsort(table["ptr"][order], kind="stable")]
         ptr, size = table["ptr"][order].astype(np.int64), table["size"][order].astype(np.int64)
         refuse(order[1:][ptr[1:] < ptr[:-1] + size[:-1]], "begins within the one before it")
-        if self._index is None and (gap := self._bytes[self._data_start : ptr[0] if len(ptr) else None][:MAX_GAP]).any():
+        if (
+            self._index is None
+            and (gap := self._bytes[self._data_start : ptr[0] if len(ptr) else None][:MAX_GAP]).any()
+        ):
             raise self._error(
                 "fields",
-                f"there are {np.count_nonzero(gap)} bytes other than 0 between the tables that end at {self._data_start} and the data: "
-                f"num_fields, num_samples or a field's type is wrong; {DAMAGED}",
+                f"there are {np.count_nonzero(gap)} bytes other than 0 between the tables that end at"
+                f" {self._data_start} and the data: num_fields, num_samples or a field's type is wrong; {DAMAGED}",
             )
         for name in ("info", "ids") if self._index is not None else ():
             start, length = self._place(name)
-            refuse(order[(ptr < start + length) & (ptr + size > start)], f"overlaps {name}, bytes {start} to {start + length}")
+            refuse(
+                order[(ptr < start + length) & (ptr + size > start)],
+                f"overlaps {name}, bytes {start} to {start + length}",
+            )
         self._allocations = len(ptr)
         return ptr, size, table["sample_id"][order].astype(np.int64)
 
@@ -225,7 +276,9 @@ class BetonTables:
                 wrong |= (ptr[row] != pointers) | (sample_id[row] != np.arange(self.num_samples))
             if len(bad := np.flatnonzero(wrong)):
                 raise self._error(
-                    field, f"sample {bad[0]} points to {pointers[bad[0]]}, where the allocation table gives it nothing; {DAMAGED}"
+                    field,
+                    f"sample {bad[0]} points to {pointers[bad[0]]}, where the allocation table gives it nothing;"
+                    f" {DAMAGED}",
                 )
             return size[row]
 
@@ -233,20 +286,26 @@ class BetonTables:
         if len(raw := np.flatnonzero(image["mode"] != 0)):
             raise self._error(
                 "image",
-                f"sample {raw[0]} and {len(raw) - 1} others are stored as raw pixels; write JPEGs, with converters/to_beton.py or "
-                "ffcv's RGBImageField(write_mode='jpg')",
+                f"sample {raw[0]} and {len(raw) - 1} others are stored as raw pixels; write JPEGs, with"
+                " converters/to_beton.py or ffcv's RGBImageField(write_mode='jpg')",
             )
         self.heights, self.widths = image["height"].astype(np.int32), image["width"].astype(np.int32)
         if len(flat := np.flatnonzero((self.heights == 0) | (self.widths == 0))):
-            raise self._error("image", f"sample {flat[0]} is {self.widths[flat[0]]}×{self.heights[flat[0]]} pixels; {DAMAGED}")
+            raise self._error(
+                "image", f"sample {flat[0]} is {self.widths[flat[0]]}×{self.heights[flat[0]]} pixels; {DAMAGED}"
+            )
         self._jpeg_ptr = image["data_ptr"].astype(np.int64)
         self._jpeg_size = sizes(self._jpeg_ptr, "image")
         self.labels = self._column("label").astype(np.int64)
         classes = len(self.class_names) if self.spec is None else self.spec.num_classes
         if self.spec is not None and self.class_names and len(self.class_names) != classes:
-            raise self._error("info", f"{len(self.class_names)} class names, but label maps of {classes} classes; {DAMAGED}")
+            raise self._error(
+                "info", f"{len(self.class_names)} class names, but label maps of {classes} classes; {DAMAGED}"
+            )
         if classes and len(bad := np.flatnonzero((self.labels < 0) | (self.labels >= classes))):
-            raise self._error("label", f"sample {bad[0]} has label {self.labels[bad[0]]}, outside 0..{classes - 1}; {DAMAGED}")
+            raise self._error(
+                "label", f"sample {bad[0]} has label {self.labels[bad[0]]}, outside 0..{classes - 1}; {DAMAGED}"
+            )
         if self.spec is not None:
             maps = self._column("label_map")
             self._map_ptr = maps["ptr"].astype(np.int64)
@@ -254,7 +313,9 @@ class BetonTables:
             possible = [size for size in encoded_sizes(self.spec) if size <= self._size]
             if len(bad := np.flatnonzero(~np.isin(self._map_size, possible))):
                 raise self._error(
-                    "label_map", f"sample {bad[0]} has {self._map_size[bad[0]]} bytes; a map of {self.spec} has {encoded_sizes(self.spec)}"
+                    "label_map",
+                    f"sample {bad[0]} has {self._map_size[bad[0]]} bytes; a map of {self.spec} has"
+                    f" {encoded_sizes(self.spec)}",
                 )
             if len(bad := np.flatnonzero(self._map_ptr == self._jpeg_ptr)):
                 raise self._error("label_map", f"sample {bad[0]} has its label map where its JPEG is; {DAMAGED}")
@@ -264,8 +325,8 @@ class BetonTables:
             if len(bad := np.flatnonzero(~good)):
                 raise self._error(
                     "label_map",
-                    f"sample {bad[0]} has score_min {low[bad[0]]:g} and score_step {step[bad[0]]:g}, and so scores that float32 does not "
-                    f"hold, or falling ones; {DAMAGED}",
+                    f"sample {bad[0]} has score_min {low[bad[0]]:g} and score_step {step[bad[0]]:g}, and so scores that"
+                    f" float32 does not hold, or falling ones; {DAMAGED}",
                 )
 
     def _column(self, name: str) -> np.ndarray:
@@ -288,7 +349,9 @@ class BetonTables:
         data = self._region(*self._place("ids"), "ids_ptr")
         self._check_crc("ids", data)
         raw = data.tobytes()
-        if STRING_LIST.fullmatch(raw) is None:  # so nothing is made of other JSON, which may be much larger than its text
+        if (
+            STRING_LIST.fullmatch(raw) is None
+        ):  # so nothing is made of other JSON, which may be much larger than its text
             raise self._error("ids", f"not a JSON list of strings; {DAMAGED}")
         count = (raw.count(b'"') - raw.replace(b"\\\\", b"").count(b'\\"')) // 2
         if count != self.num_samples:

@@ -1,7 +1,8 @@
-"""Consecutive bytes of a large file, written in aligned blocks by a thread of their own, past the page cache where the file system can.
+"""Consecutive bytes of a large file, written in aligned blocks by a thread of their own, past the page cache where the
+file system can.
 
-Through the page cache every byte is copied into fresh pages and waits for the sync at the end: measured, that took more CPU time a sample
-than checking its image. A file of this size would not stay in the cache anyway.
+Through the page cache every byte is copied into fresh pages and waits for the sync at the end: measured, that took more
+CPU time a sample than checking its image. A file of this size would not stay in the cache anyway.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
 
 
 class BlockWriter:
-    """Appends to the open file `handle`, which is at `path`, from `begin(offset)` on. Bytes are in the file after `flush`, not before.
+    """Appends to the open file `handle`, which is at `path`, from `begin(offset)` on. Bytes are in the file after
+    `flush`, not before.
 
     Once a write has failed, it and every later call raise that OSError: nothing behind a gap counts as written.
     """

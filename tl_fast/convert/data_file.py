@@ -25,8 +25,8 @@ from tl_fast.beton.layout import (
     spec_to_arguments,
 )
 from tl_fast.convert.block_writer import BlockWriter, write_all
-from tl_fast.system.crc import crc32
 from tl_fast.labelmaps.format import MapSpec
+from tl_fast.system.crc import crc32
 
 if TYPE_CHECKING:
     from tl_fast.convert.image import Prepared
@@ -69,16 +69,16 @@ class BetonFile:
     def add(self, sample: Encoded, label: int) -> None:
         """Append one sample, all of it in one page: ffcv's process cache maps whole pages and nothing across them.
 
-        Data begins on even addresses, as label maps are uint16. It is in the file after the next `flush`. Raises ValueError when it is too
-        large.
+        Data begins on even addresses, as label maps are uint16. It is in the file after the next `flush`. Raises
+        ValueError when it is too large.
         """
         jpeg_size, map_size = sum(map(len, sample.image.parts)), len(sample.label_map)
         odd = jpeg_size % 2
         size = jpeg_size + odd * (map_size > 0) + map_size
         if size > self.page_size:
             raise ValueError(
-                f"its {size} bytes do not fit in a page of {self.page_size}; set --page-size {1 << (size - 1).bit_length()} "
-                "or limit --max-resolution"
+                f"its {size} bytes do not fit in a page of {self.page_size}; set --page-size"
+                f" {1 << (size - 1).bit_length()} or limit --max-resolution"
             )
         start = self.offset + self.offset % 2
         if self.page_size - start % self.page_size < size:
@@ -119,7 +119,8 @@ class BetonFile:
         self.blocks.begin(offset)
 
     def close(self, info: dict[str, Any], ids: list[str]) -> None:
-        """Write what follows the data, then what precedes it; until the header is there nothing takes the file for a beton."""
+        """Write what follows the data, then what precedes it; until the header is there nothing takes the file for a
+        beton."""
         self.flush()
         texts = [json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") for value in (info, ids)]
         metadata, allocations = self.metadata[: self.samples].tobytes(), self.allocations[: self.allocated].tobytes()
@@ -132,7 +133,9 @@ class BetonFile:
         header = np.array([(VERSION, len(self.fields), self.page_size, self.samples, starts[2])], HEADER).tobytes()
 
         def head(head_crc: int) -> bytes:
-            index = np.array([(INDEX_MAGIC, starts[0], len(texts[0]), starts[1], len(texts[1]), *crcs, head_crc)], INDEX)
+            index = np.array(
+                [(INDEX_MAGIC, starts[0], len(texts[0]), starts[1], len(texts[1]), *crcs, head_crc)], INDEX
+            )
             self.fields["arguments"][-1, : INDEX.itemsize] = index.view(np.uint8)
             return header + self.fields.tobytes()
 

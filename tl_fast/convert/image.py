@@ -1,9 +1,10 @@
-"""Any image file → the JPEG bytes a beton stores: baseline, three components, YCbCr, 8 bit, which every decoder reads alike.
+"""Any image file → the JPEG bytes a beton stores: baseline, three components, YCbCr, 8 bit, which every decoder reads
+alike.
 
 Files that are so already are copied less their metadata, after a full check of their entropy-coded data; other JPEGs
 become so without loss where coefficients allow it; everything else is decoded by Pillow and encoded anew. An EXIF
-orientation is applied or ignored, as by `tl_fast.sources.image.open_rgb`, and never stored: every decoder shows a stored image as
-its label map has it.
+orientation is applied or ignored, as by `tl_fast.sources.image.open_rgb`, and never stored: every decoder shows a
+stored image as its label map has it.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from tl_fast.system.crc import crc32
-from tl_fast.sources.image import EXIF, REMEDY, check_size, open_rgb
+from tl_fast.convert.lossless import is_lossless, lossless_baseline
 from tl_fast.jpeg import huffman as scans
 from tl_fast.jpeg import markers as marks
 from tl_fast.jpeg import restarts
-from tl_fast.convert.lossless import is_lossless, lossless_baseline
+from tl_fast.sources.image import EXIF, REMEDY, check_size, open_rgb
+from tl_fast.system.crc import crc32
 
 TRANSFORMABLE = {marks.SOF0, marks.SOF1, marks.SOF2, marks.SOF9, marks.SOF10}
 
-# What to say of a file on which libjpeg has nothing to say, being laxer (`tl_fast.jpeg.huffman.check_scan`), or need not be asked.
+# What to say of a file on which libjpeg has nothing to say, being laxer (`tl_fast.jpeg.huffman.check_scan`), or need
+# not be asked.
 TRUNCATED = {
     marks.ENDS_IN_HEADER: "it ends before the image data",
     marks.NO_END: "no end-of-image marker follows the image data",
@@ -52,11 +54,11 @@ ZERO_TABLES = b"".join(bytes([table, 1]) + bytes(16) for table in (0x01, 0x11)) 
 class Prepared:
     """The JPEG to store.
 
-    parts: its bytes in order, views of the source where they are copied; height, width: pixels; action: `copied` (the image data
-    untouched), `transcoded` (without loss), `re-encoded` or `resized`; stripped: bytes of metadata or behind the end left out (0 for
-    files other than JPEGs); rotated: the source states an EXIF orientation other than upright, whether ignored or
-    applied; crc: CRC-32 (zlib's) of the parts; row_index: its restart markers let regions be cut out of it
-    (`tl_fast.jpeg.restarts.splice`), asked for and so made or found.
+    parts: its bytes in order, views of the source where they are copied; height, width: pixels; action: `copied` (the
+    image data untouched), `transcoded` (without loss), `re-encoded` or `resized`; stripped: bytes of metadata or behind
+    the end left out (0 for files other than JPEGs); rotated: the source states an EXIF orientation other than upright,
+    whether ignored or applied; crc: CRC-32 (zlib's) of the parts; row_index: its restart markers let regions be cut out
+    of it (`tl_fast.jpeg.restarts.splice`), asked for and so made or found.
     """
 
     parts: tuple[bytes | memoryview, ...]
@@ -72,7 +74,16 @@ class Prepared:
         """Its bytes out of band where the protocol can (`tl_fast.convert.processes`)."""
         wrap = pickle.PickleBuffer if protocol >= 5 else bytes
         parts = tuple(wrap(part) for part in self.parts)
-        return Prepared, (parts, self.height, self.width, self.action, self.stripped, self.rotated, self.crc, self.row_index)
+        return Prepared, (
+            parts,
+            self.height,
+            self.width,
+            self.action,
+            self.stripped,
+            self.rotated,
+            self.crc,
+            self.row_index,
+        )
 
     @property
     def data(self) -> bytes:
@@ -99,7 +110,9 @@ class _Workspace(threading.local):
         if self.stream.size < len(data) + scans.PADDING:
             self.stream = np.zeros(2 * len(data) + scans.PADDING, np.uint8)
         array = np.frombuffer(data, np.uint8)
-        scans.inspect(array, decode, self.record, self.head, self.stream, self.keys, self.lookup, self.layout, self.accuracy)
+        scans.inspect(
+            array, decode, self.record, self.head, self.stream, self.keys, self.lookup, self.layout, self.accuracy
+        )
         return self.record.tolist()
 
     def check_grey(self, data: bytes, splice: bool) -> tuple[int, bytes]:
@@ -109,13 +122,17 @@ class _Workspace(threading.local):
             return marks.ENDS_IN_SCAN, b""
         places = np.empty(mcus, np.uint64) if splice else None
         out = np.empty(2 * len(data) + mcus + 64, np.uint8) if splice else None
-        status, used = scans.check_scan(array, self.record, self.stream, self.keys, self.lookup, self.layout, places, out)
+        status, used = scans.check_scan(
+            array, self.record, self.stream, self.keys, self.lookup, self.layout, places, out
+        )
         return status, out[:used].tobytes() if splice and status == marks.OK else b""
 
     def insert_restarts(self, data: bytes) -> tuple[int, int, bytes]:
-        """(status, interval, the scan of `data` to its end with a restart marker every `interval` MCUs), the scan only where status > 0.
+        """(status, interval, the scan of `data` to its end with a restart marker every `interval` MCUs), the scan only
+        where status > 0.
 
-        Status `restarts.MISSING`: a DC table lacks a code. 0: nothing to insert; the interval is then the file's own where that is fit.
+        Status `restarts.MISSING`: a DC table lacks a code. 0: nothing to insert; the interval is then the file's own
+        where that is fit.
         """
         array, record = np.frombuffer(data, np.uint8), self.record
         if restarts.read_markers(array, record, self.head) != marks.OK:
@@ -135,7 +152,9 @@ class _Workspace(threading.local):
             self.places = np.zeros(2 * blocks, np.uint64)
         if self.out.size < size:
             self.out = np.zeros(2 * size, np.uint8)
-        used = restarts.insert_restarts(array, record, interval, self.stream, self.keys, self.lookup, self.layout, self.places, self.out)
+        used = restarts.insert_restarts(
+            array, record, interval, self.stream, self.keys, self.lookup, self.layout, self.places, self.out
+        )
         return used, interval, self.out[: max(used, 0)].tobytes()
 
 
@@ -144,8 +163,8 @@ _workspace = _Workspace()
 
 @functools.cache
 def compile_kernels() -> None:
-    """Compile, or load, everything that `prepare` calls. To be called before threads do: numba's tables of a function's compiled versions get
-    damaged where two threads call it for the first time at once (KeyError ever after)."""
+    """Compile, or load, everything that `prepare` calls. To be called before threads do: numba's tables of a function's
+    compiled versions get damaged where two threads call it for the first time at once (KeyError ever after)."""
     colour, grey = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 1), np.uint8)
     small = simplejpeg.encode_jpeg(grey, colorspace="GRAY", colorsubsampling="Gray")
     cut = prepare(simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8), colorspace="RGB"), row_index=True)
@@ -167,14 +186,14 @@ def prepare(
 ) -> Prepared:
     """The JPEG to store for an image file's bytes.
 
-    max_resolution: largest side in pixels (as ffcv's), larger images are shrunk to it with Pillow's antialiased Lanczos filter. quality:
-    1..100 of new encodes, which are 4:2:0. decode_check: decode what is copied to know that it is whole; without it only its markers
-    are read and its end is found. row_index: with restart markers, so that regions can be cut out of it, where that is possible: the same
-    pixels. exif: one of `tl_fast.sources.image.EXIF`; "apply" turns an image whose EXIF orientation is 2..8 upright, a JPEG
-    without loss where that is possible (`tl_fast.convert.lossless.is_lossless`). Safe in threads; a file that is
-    copied needs the GIL for about 10 µs. Raises ValueError with the reason on anything that is not a whole, undamaged
-    image (any warning of libjpeg counts as damage), and
-    `tl_fast.convert.lossless.TurboJpegMissing` where a file needs libturbojpeg and it is missing.
+    max_resolution: largest side in pixels (as ffcv's), larger images are shrunk to it with Pillow's antialiased Lanczos
+    filter. quality: 1..100 of new encodes, which are 4:2:0. decode_check: decode what is copied to know that it is
+    whole; without it only its markers are read and its end is found. row_index: with restart markers, so that regions
+    can be cut out of it, where that is possible: the same pixels. exif: one of `tl_fast.sources.image.EXIF`; "apply"
+    turns an image whose EXIF orientation is 2..8 upright, a JPEG without loss where that is possible
+    (`tl_fast.convert.lossless.is_lossless`). Safe in threads; a file that is copied needs the GIL for about 10 µs.
+    Raises ValueError with the reason on anything that is not a whole, undamaged image (any warning of libjpeg counts as
+    damage), and `tl_fast.convert.lossless.TurboJpegMissing` where a file needs libturbojpeg and it is missing.
     """
     if exif not in EXIF:
         raise ValueError(f"exif {exif!r} is not one of {', '.join(EXIF)}")
@@ -191,12 +210,15 @@ def _with_restarts(prepared: Prepared) -> Prepared:
     if status <= 0:
         return dataclasses.replace(prepared, row_index=interval > 0 and status == 0)
     start = int(_workspace.record[marks.SCAN])
-    head = data[: start - SOS_BYTES] + _segment(marks.DRI, interval.to_bytes(2, "big")) + data[start - SOS_BYTES : start]
+    head = (
+        data[: start - SOS_BYTES] + _segment(marks.DRI, interval.to_bytes(2, "big")) + data[start - SOS_BYTES : start]
+    )
     return dataclasses.replace(prepared, parts=(head, scan), crc=crc32(scan, crc32(head)), row_index=True)
 
 
 def _with_all_categories(data: bytes, record: list[int]) -> bytes:
-    """`data`, what `_prepare` makes, with codes for the DC categories that its optimised tables lack; all others stay as they are.
+    """`data`, what `_prepare` makes, with codes for the DC categories that its optimised tables lack; all others stay
+    as they are.
 
     Longer codes follow the longest one: none may be of ones only (T.81 B.2.4.2), so one of each greater length is free.
     """
@@ -251,12 +273,17 @@ def _copy(data: bytes, record: list[int]) -> Prepared:
     if record[marks.EXACT]:
         parts: tuple[bytes | memoryview, ...] = (data,)
     else:
-        parts = _workspace.head[: record[marks.HEAD]].tobytes(), memoryview(data)[record[marks.SCAN] : record[marks.END]]
+        parts = (
+            _workspace.head[: record[marks.HEAD]].tobytes(),
+            memoryview(data)[record[marks.SCAN] : record[marks.END]],
+        )
     left_out = len(data) - sum(len(part) for part in parts)
     return _prepared(parts, record, "copied", left_out, record[marks.ORIENTATION] > 1)
 
 
-def _prepared(parts: tuple[bytes | memoryview, ...], record: list[int], action: str, stripped: int, rotated: bool) -> Prepared:
+def _prepared(
+    parts: tuple[bytes | memoryview, ...], record: list[int], action: str, stripped: int, rotated: bool
+) -> Prepared:
     crc = 0
     for part in parts:
         crc = crc32(part, crc)
@@ -285,7 +312,8 @@ def _turns_without_loss(record: list[int]) -> bool:
 
 
 def _refuse_damaged(data: bytes, record: list[int], status: int, decode: bool) -> None:
-    """Raise ValueError for damage that the markers show and, when `decode`, unless libjpeg decodes all without a warning."""
+    """Raise ValueError for damage that the markers show and, when `decode`, unless libjpeg decodes all without a
+    warning."""
     where = f"at byte {record[marks.WHERE]} of {len(data)}"
     if status in TRUNCATED:
         raise ValueError(f"truncated JPEG: {TRUNCATED[status]} ({where}); {REMEDY}")
@@ -301,10 +329,13 @@ def _refuse_damaged(data: bytes, record: list[int], status: int, decode: bool) -
 
 
 def check_entropy(data: bytes, components: int) -> None:
-    """Have libjpeg decode all of a JPEG, at 1/8 size to save time. Raises ValueError in its words on any error or warning."""
+    """Have libjpeg decode all of a JPEG, at 1/8 size to save time. Raises ValueError in its words on any error or
+    warning."""
     colorspace = {1: "GRAY", 4: "CMYK"}.get(components, "RGB")
     try:
-        simplejpeg.decode_jpeg(data, colorspace, fastdct=True, fastupsample=True, min_height=1, min_width=1, min_factor=8)
+        simplejpeg.decode_jpeg(
+            data, colorspace, fastdct=True, fastupsample=True, min_height=1, min_width=1, min_factor=8
+        )
     except ValueError as error:
         raise ValueError(f"damaged JPEG: {error}; {REMEDY}") from error
 
@@ -326,7 +357,8 @@ def _transcode(data: bytes, record: list[int], orientation: int) -> Prepared | N
 
 
 def _grey(data: bytes, record: list[int], scan: bytes, stripped: int, rotated: bool) -> Prepared:
-    """A greyscale file as three components without subsampling, of which Cb and Cr are 128 everywhere, so that R = G = B = Y exactly."""
+    """A greyscale file as three components without subsampling, of which Cb and Cr are 128 everywhere, so that R = G =
+    B = Y exactly."""
     _, _, _, quantisation, huffman = record[marks.COMPONENT : marks.COMPONENT + 5]
     steps = record[marks.QUANTISATION + quantisation]
     head = [b"\xff\xd8", JFIF, _segment(marks.DQT, b"\0" + data[steps : steps + 64])]
@@ -352,7 +384,9 @@ def _encode(data: bytes, limit: int, quality: int, exif: str, record: list[int] 
     image, orientation = open_rgb(data, exif)
     longest, action = max(image.size), "re-encoded"
     if longest > limit:
-        image = image.resize([max(1, (side * limit + longest // 2) // longest) for side in image.size], Image.Resampling.LANCZOS)
+        image = image.resize(
+            [max(1, (side * limit + longest // 2) // longest) for side in image.size], Image.Resampling.LANCZOS
+        )
         action = "resized"
     encoded = simplejpeg.encode_jpeg(np.asarray(image), quality=quality, colorspace="RGB", colorsubsampling="420")
     stripped = _left_out(data, record) if record is not None else 0

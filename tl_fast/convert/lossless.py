@@ -83,12 +83,11 @@ def _library() -> ctypes.CDLL:
         ]
     except (OSError, AttributeError) as error:
         raise TurboJpegMissing(
-            "progressive, arithmetic and multi-scan JPEGs become baseline ones, and others are turned upright, by libturbojpeg, "
-            f"which cannot be loaded ({error}); "
-            "install it: as root `apt-get install libturbojpeg0`; without root on Debian "
-            f"`cd {shlex.quote(sys.prefix)} && apt-get download libturbojpeg0 && dpkg -x libturbojpeg0_*.deb .` "
-            "(Ubuntu calls it libturbojpeg); with conda `conda install -c conda-forge libjpeg-turbo`; elsewhere put "
-            "the folder of a libturbojpeg.so.0 into LD_LIBRARY_PATH"
+            "progressive, arithmetic and multi-scan JPEGs become baseline ones, and others are turned upright, by"
+            f" libturbojpeg, which cannot be loaded ({error}); install it: as root `apt-get install libturbojpeg0`;"
+            f" without root on Debian `cd {shlex.quote(sys.prefix)} && apt-get download libturbojpeg0 && dpkg -x"
+            " libturbojpeg0_*.deb .` (Ubuntu calls it libturbojpeg); with conda `conda install -c conda-forge"
+            " libjpeg-turbo`; elsewhere put the folder of a libturbojpeg.so.0 into LD_LIBRARY_PATH"
         ) from error
     return library
 
@@ -99,8 +98,8 @@ def lossless_baseline(data: bytes, orientation: int = 1) -> bytes:
     Its coefficients stay the same, and so do its pixels, to the bit. orientation: EXIF's; for 2..8 the image is turned
     upright, which must be possible (`is_lossless`), and decoders round a few pixels to another level.
 
-    Safe in threads. Raises ValueError in libjpeg's words on any error or warning, TurboJpegMissing where there is no libturbojpeg.
-    (Quantisation steps above 255 do not fit in baseline; such a file comes back as extended sequential.)
+    Safe in threads. Raises ValueError in libjpeg's words on any error or warning, TurboJpegMissing where there is no
+    libturbojpeg. (Quantisation steps above 255 do not fit in baseline; such a file comes back as extended sequential.)
     """
     library = _library()
     handle = library.tjInitTransform()  # one a call: a few microseconds of the milliseconds to come
@@ -109,9 +108,13 @@ def lossless_baseline(data: bytes, orientation: int = 1) -> bytes:
     output, size = ctypes.c_void_p(), ctypes.c_ulong()
     transform = _Transform(operation=OPERATIONS[orientation], options=COPY_NO_MARKERS | PERFECT)
     try:
-        failed = library.tjTransform(handle, data, len(data), 1, ctypes.byref(output), ctypes.byref(size), ctypes.byref(transform), 0)
+        failed = library.tjTransform(
+            handle, data, len(data), 1, ctypes.byref(output), ctypes.byref(size), ctypes.byref(transform), 0
+        )
         if failed:
-            raise ValueError(f"damaged JPEG: {library.tjGetErrorStr2(handle).decode(errors='replace')}; replace or remove the file")
+            raise ValueError(
+                f"damaged JPEG: {library.tjGetErrorStr2(handle).decode(errors='replace')}; replace or remove the file"
+            )
         return ctypes.string_at(output, size.value)
     finally:
         library.tjFree(output)

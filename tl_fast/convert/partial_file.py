@@ -1,11 +1,13 @@
 """A large file under construction, of which no more is lost to a kill or a power cut than the last seconds.
 
-The file grows as `.NAME.partial` and takes its final name when it is whole. Beside it `.NAME.journal` says how much of it is known to be
+The file grows as `.NAME.partial` and takes its final name when it is whole. Beside it `.NAME.journal` says how much of
+it is known to be
 on the disk: the bytes are synced first, then a record is appended and synced. A record is
 
     magic 8 bytes, size of its JSON head u32, size of its data u64, CRC-32 of head and data u32, head, data
 
-and a torn one at the end does not count. The first record holds the settings that the bytes depend on, the others what the writer says.
+and a torn one at the end does not count. The first record holds the settings that the bytes depend on, the others what
+the writer says.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from tl_fast.system.atomic import replace_synced
 from tl_fast.beton.layout import BetonError
 from tl_fast.convert.block_writer import write_all
+from tl_fast.system.atomic import replace_synced
 from tl_fast.system.crc import crc32
 
 MAGIC = b"tlf_jrn1"
@@ -30,10 +32,12 @@ RECORD = struct.Struct("<8sIQI")
 
 
 class PartialFile:
-    """`handle`: the file descriptor to write to. `records`: (head, data) of every commit of the run that is being resumed, oldest first.
+    """`handle`: the file descriptor to write to. `records`: (head, data) of every commit of the run that is being
+    resumed, oldest first.
 
-    settings: JSON-able; a resumed run must have the same. resume: go on from what an earlier run left, if it left anything; otherwise what
-    it left is dropped. Leaving the `with` block without `publish` keeps the file if there was a commit, and removes it if there was none.
+    settings: JSON-able; a resumed run must have the same. resume: go on from what an earlier run left, if it left
+    anything; otherwise what it left is dropped. Leaving the `with` block without `publish` keeps the file if there was
+    a commit, and removes it if there was none.
     Raises BetonError when another process is writing the file, or the settings differ.
     """
 
@@ -66,12 +70,20 @@ class PartialFile:
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # some network file systems have no locks
+            if error.errno not in (
+                errno.ENOSYS,
+                errno.EOPNOTSUPP,
+                errno.ENOLCK,
+            ):  # some network file systems have no locks
                 raise BetonError(
                     f"{self.path}: another process is writing it (it holds {self.partial}); wait for it or stop it"
                 ) from error
-        if not self.partial.exists() or os.fstat(self.handle).st_ino != self.partial.stat().st_ino:  # it ended between our open and our lock
-            raise BetonError(f"{self.path}: another process has just written it; run again with --overwrite to replace it")
+        if (
+            not self.partial.exists() or os.fstat(self.handle).st_ino != self.partial.stat().st_ino
+        ):  # it ended between our open and our lock
+            raise BetonError(
+                f"{self.path}: another process has just written it; run again with --overwrite to replace it"
+            )
 
     def _read_journal(self) -> list[tuple[dict[str, Any], bytes]]:
         """Every whole record whose bytes the partial file has; `_journal_size` is where they end."""
@@ -98,8 +110,8 @@ class PartialFile:
             key = different[0]
             values = " and now ".join(f"{str(value.get(key)):.100}" for value in (theirs, ours))
             raise BetonError(
-                f"{self.path}: cannot be resumed, the unfinished run had other settings ({', '.join(different)}); {key} was {values}. "
-                "Give the same ones, or leave --resume out to start over"
+                f"{self.path}: cannot be resumed, the unfinished run had other settings ({', '.join(different)}); {key}"
+                f" was {values}. Give the same ones, or leave --resume out to start over"
             )
 
     def _append(self, head: dict[str, Any], data: bytes) -> None:
@@ -123,7 +135,8 @@ class PartialFile:
         return self._pending is not None
 
     def commit(self, size: int, head: dict[str, Any], data: bytes) -> None:
-        """Let a background thread make the file's first `size` bytes and then the record durable, in order with earlier commits."""
+        """Let a background thread make the file's first `size` bytes and then the record durable, in order with earlier
+        commits."""
 
         def run(before: Future | None = self._pending) -> None:
             if before is not None:

@@ -1,8 +1,11 @@
-"""A function over many items in forked processes, in order; what its results hold in large buffers comes back through shared memory.
+"""A function over many items in forked processes, in order; what its results hold in large buffers comes back through
+shared memory.
 
-concurrent.futures' process pool copies every result through a pipe and keeps three threads that compete with the caller for its GIL. Here
-each process has a pipe of its own and the tasks go round in turn, so nothing but the caller's thread is needed.
+concurrent.futures' process pool copies every result through a pipe and keeps three threads that compete with the caller
+for its GIL. Here each process has a pipe of its own and the tasks go round in turn, so nothing but the caller's thread
+is needed.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,10 +27,12 @@ class ProcessDied(RuntimeError):
 
 
 class Forked:
-    """`count` processes that run `function`, forked when the context is entered: they see what was there then, and nothing later.
+    """`count` processes that run `function`, forked when the context is entered: they see what was there then, and
+    nothing later.
 
-    function: picklable argument -> picklable result, whose PickleBuffers (pickle protocol 5) arrive as memoryviews that hold until the
-    next result is asked for. What it raises is raised in the caller; to be picklable it must not need more than its message.
+    function: picklable argument -> picklable result, whose PickleBuffers (pickle protocol 5) arrive as memoryviews that
+    hold until the next result is asked for. What it raises is raised in the caller; to be picklable it must not need
+    more than its message.
     """
 
     def __init__(self, count: int, function: Callable[[Any], Any]) -> None:
@@ -110,7 +115,8 @@ class Forked:
             process = self._processes[number % self._count]
             process.join(1)
             raise ProcessDied(
-                f"a worker process ended by itself (exit code {process.exitcode}; -9 usually means that the machine ran out of memory)"
+                f"a worker process ended by itself (exit code {process.exitcode}; -9 usually means that the machine ran"
+                " out of memory)"
             ) from error
 
     def __exit__(self, *_: object) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from tl_fast.beton.layout import ALLOCATION, IMAGE, LABEL_MAP, BetonError
 from tl_fast.beton.reader import BetonReader
-from tl_fast.beton.layout import ALLOCATION, BetonError, IMAGE, LABEL_MAP
 from tl_fast.convert.write import Encoded, Sample, encode
 from tl_fast.labelmaps.format import LabelMapStore
 from tl_fast.labelmaps.published import PublishedMaps, open_label_maps
-from tl_fast.sources.rejects import reason_of
 from tl_fast.sources.open import Source
+from tl_fast.sources.rejects import reason_of
 
 MARGIN = 1.02  # of the space that is asked for: holes at page ends, and the estimate itself
 
@@ -61,8 +61,8 @@ class Shard:
             last = number("SLURM_ARRAY_TASK_MAX", str(first + step * (count - 1)))
             if (last - first) // step + 1 != count or (task - first) % step:
                 raise BetonError(
-                    f"--shard auto: SLURM's array of {count} tasks from {first} to {last} has no even steps of {step}, so "
-                    f"which shard is task {task}'s is not known; give i/n, or an array as 0-{count - 1}"
+                    f"--shard auto: SLURM's array of {count} tasks from {first} to {last} has no even steps of {step},"
+                    f" so which shard is task {task}'s is not known; give i/n, or an array as 0-{count - 1}"
                 )
             words, index = f"SLURM's array task {task}", (task - first) // step
         elif {"SLURM_PROCID", "SLURM_NTASKS"} <= environment.keys():
@@ -247,16 +247,17 @@ def open_maps(path: Path, extent: str | None, source: Source, exif: str = "ignor
 def _check_maps(maps: LabelMapStore | PublishedMaps, path: Path, source: Source, exif: str) -> None:
     if (theirs := maps.manifest.get("exif", "ignore")) != exif:  # stores of before the option ignored orientations
         raise BetonError(
-            f"{path}: its label maps were made with --exif {theirs}, the images are to be packed with --exif {exif}, so a "
-            f"turned photo and its map would not fit; pack with --exif {theirs}, or annotate again"
+            f"{path}: its label maps were made with --exif {theirs}, the images are to be packed with --exif {exif}, so"
+            f" a turned photo and its map would not fit; pack with --exif {theirs}, or annotate again"
         )
     remedy = (
-        "token targets and labels must be of the same classes: annotate this data set with --classes (keep the logits of its classes) or "
-        "--fit-head (a head for them), or name all classes of the label maps with --class-names"
+        "token targets and labels must be of the same classes: annotate this data set with --classes (keep the logits"
+        " of its classes) or --fit-head (a head for them), or name all classes of the label maps with --class-names"
     )
     if maps.spec.num_classes != len(source.class_names):
         raise BetonError(
-            f"{path}: its label maps know {maps.spec.num_classes} classes, {source.root} has {len(source.class_names)}; {remedy}"
+            f"{path}: its label maps know {maps.spec.num_classes} classes, {source.root} has {len(source.class_names)};"
+            f" {remedy}"
         )
     if maps.class_names is not None and list(maps.class_names) != list(source.class_names):
         i, (theirs, ours) = next(
@@ -267,8 +268,8 @@ def _check_maps(maps: LabelMapStore | PublishedMaps, path: Path, source: Source,
         raise BetonError(f"{path}: its class {i} is {theirs!r}, that of {source.root} is {ours!r}; {remedy}")
     if isinstance(maps, LabelMapStore) and maps.missing_parts:
         raise BetonError(
-            f"{path}: {len(maps.missing_parts)} parts are missing ({maps.missing_parts[0]} first); run the same tl_fast.annotate command "
-            "again to finish it"
+            f"{path}: {len(maps.missing_parts)} parts are missing ({maps.missing_parts[0]} first); run the same"
+            " tl_fast.annotate command again to finish it"
         )
 
 
@@ -343,6 +344,6 @@ def check_space(path: Path, size: int, there: int = 0) -> None:
     needed, free = int(size * MARGIN) - there, free_space(path)
     if needed > free:
         raise BetonError(
-            f"{path}: needs about {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free; free some, choose another folder, limit "
-            "--max-resolution, or give --no-space-check if you know better"
+            f"{path}: needs about {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free; free some, choose another"
+            " folder, limit --max-resolution, or give --no-space-check if you know better"
         )

@@ -27,24 +27,33 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 import tl_fast
-from tl_fast.convert.data_file import BetonFile, Encoded
-from tl_fast.beton.layout import BetonError, MAX_INFO, MAX_PAGE_SIZE, MIN_PAGE_SIZE
+from tl_fast.beton.layout import MAX_INFO, MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
 from tl_fast.convert.block_writer import BlockWriter
-from tl_fast.system.cores import usable_cores
-from tl_fast.system.crc import crc32
+from tl_fast.convert.data_file import BetonFile, Encoded
+from tl_fast.convert.partial_file import PartialFile
 from tl_fast.convert.processes import Forked, ProcessDied
 from tl_fast.labelmaps.format import MapSpec
 from tl_fast.labelmaps.format import encode as encode_map
-from tl_fast.convert.partial_file import PartialFile
-from tl_fast.sources.rejects import list_beside, reason_of, reject_lines, write_rejects
 from tl_fast.sources.open import SourceChanged
+from tl_fast.sources.rejects import list_beside, reason_of, reject_lines, write_rejects
+from tl_fast.system.cores import usable_cores
+from tl_fast.system.crc import crc32
 
 PAGE_SIZE = 8 << 20  # ffcv's default, bytes
 CHUNK = 16  # samples per task: handing one to a thread and back costs some 50 µs
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 COMMIT_SECONDS = 2.0  # how much work a kill may cost
 # Errors of the machine, not of a sample: quarantining would throw good samples away.
-FATAL = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENOSPC, errno.EDQUOT}
+FATAL = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,7 +156,12 @@ def ordered_map(workers: int, function: Callable, items: Iterable, ahead: int = 
 
 
 def encode(
-    sample: Sample, spec: MapSpec | None, max_resolution: int | None, quality: int, decode_check: bool, row_index: bool = False,
+    sample: Sample,
+    spec: MapSpec | None,
+    max_resolution: int | None,
+    quality: int,
+    decode_check: bool,
+    row_index: bool = False,
     exif: str = "ignore",
 ) -> Encoded | Exception:
     """Read, check and encode one sample; the exception, not raised, when the sample is bad. Raises what is no fault of
@@ -166,7 +180,11 @@ def encode(
             if sample.label_map is None:
                 raise ValueError("has no label map")
             record = sample.label_map()
-            data, score_min, score_step = encode_map(record, spec), float(record["score_min"]), float(record["score_step"])
+            data, score_min, score_step = (
+                encode_map(record, spec),
+                float(record["score_min"]),
+                float(record["score_step"]),
+            )
             crc = crc32(data, crc)
     except UnicodeEncodeError:
         return ValueError("its name is not UTF-8; rename it")
@@ -181,7 +199,17 @@ def encode(
     return Encoded(image, data, score_min, score_step, crc)
 
 
-COUNTS = ("copied", "transcoded", "re-encoded", "resized", "stripped", "rotated", "row_indexed", "image_bytes", "label_map_bytes")
+COUNTS = (
+    "copied",
+    "transcoded",
+    "re-encoded",
+    "resized",
+    "stripped",
+    "rotated",
+    "row_indexed",
+    "image_bytes",
+    "label_map_bytes",
+)
 
 
 def compile_kernels(spec: MapSpec | None) -> None:
@@ -232,8 +260,8 @@ class Writer:
                 self.ids.append(sample.source_id)
         if self.digest.hexdigest() != head["digest"]:
             raise BetonError(
-                f"{self.partial.path}: cannot be resumed, the first {head['taken']} samples (their ids, labels, file sizes or times) are not "
-                "those of the unfinished run; leave --resume out to start over"
+                f"{self.partial.path}: cannot be resumed, the first {head['taken']} samples (their ids, labels, file"
+                " sizes or times) are not those of the unfinished run; leave --resume out to start over"
             )
         self.counts, self.taken = head["counts"], head["taken"]
         self._committed = (self.file.samples, self.file.allocated, len(self.rejects))
@@ -257,7 +285,8 @@ class Writer:
             return result
         if len(self.ids) == len(self.file.metadata):
             raise BetonError(
-                f"{self.partial.path}: more samples than the {len(self.file.metadata)} announced; the source has changed, run again"
+                f"{self.partial.path}: more samples than the {len(self.file.metadata)} announced; the source has"
+                " changed, run again"
             )
         try:
             self.file.add(result, sample.label)
@@ -289,7 +318,12 @@ class Writer:
             self.file.allocations[allocated : self.file.allocated].tobytes(),
             reject_lines(self.rejects[rejects:]),
         )
-        head = {"taken": self.taken, "digest": self.digest.hexdigest(), "counts": self.counts, "parts": list(map(len, parts))}
+        head = {
+            "taken": self.taken,
+            "digest": self.digest.hexdigest(),
+            "counts": self.counts,
+            "parts": list(map(len, parts)),
+        }
         self.partial.commit(self.file.offset, head, b"".join(parts))
         self._committed = (self.file.samples, self.file.allocated, len(self.rejects))
         self._commit_time = time.monotonic()
@@ -311,7 +345,9 @@ class Writer:
 
 def library_versions() -> dict[str, str]:
     """Of everything that decides which bytes a new encode has."""
-    return {name: importlib.metadata.version(name) for name in ("Pillow", "simplejpeg")} | {"tl_fast": tl_fast.__version__}
+    return {name: importlib.metadata.version(name) for name in ("Pillow", "simplejpeg")} | {
+        "tl_fast": tl_fast.__version__
+    }
 
 
 def write_beton(
@@ -344,12 +380,12 @@ def write_beton(
     by its own stamp. workers: threads, by default one per CPU core this process may use. processes: forked processes
     instead, which do not wait for each other's GIL; `samples` must then be a sequence, and the bytes of its images and
     label maps are asked for in those processes. Samples with `decodes_groups` are read by threads in any case.
-    max_resolution, quality, decode_check, row_index, exif: see `tl_fast.convert.image.prepare`. page_size: bytes, a power of
-    two; no sample may be larger. on_error: `stop` at the first bad sample, or `quarantine`: leave it out and list it, a
-    JSON object a line, in `PATH.rejects.jsonl`. max_rejects: how many may be left out. resume: go on from what an
-    unfinished run left (`tl_fast.convert.partial_file`), if it left something. progress: called with the samples taken from the
-    source, those of them left out, and the bytes written. Raises BetonError that names the sample (the first bad one in
-    the samples' order), TooManyRejects at the end; nothing bears the name `path` then.
+    max_resolution, quality, decode_check, row_index, exif: see `tl_fast.convert.image.prepare`. page_size: bytes, a
+    power of two; no sample may be larger. on_error: `stop` at the first bad sample, or `quarantine`: leave it out and
+    list it, a JSON object a line, in `PATH.rejects.jsonl`. max_rejects: how many may be left out. resume: go on from
+    what an unfinished run left (`tl_fast.convert.partial_file`), if it left something. progress: called with the
+    samples taken from the source, those of them left out, and the bytes written. Raises BetonError that names the
+    sample (the first bad one in the samples' order), TooManyRejects at the end; nothing bears the name `path` then.
     """
     path, started = Path(path), time.perf_counter()
     if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
@@ -369,8 +405,9 @@ def write_beton(
         raise BetonError(f"{path}: there are no samples to write")
     if spec is not None and len(class_names) != spec.num_classes:
         raise BetonError(
-            f"{path}: the label maps know {spec.num_classes} classes, the labels {len(class_names)}; token targets and labels must be of "
-            "the same classes: annotate with --classes (keep the data set's classes) or --fit-head (a head for them)"
+            f"{path}: the label maps know {spec.num_classes} classes, the labels {len(class_names)}; token targets and"
+            " labels must be of the same classes: annotate with --classes (keep the data set's classes) or --fit-head"
+            " (a head for them)"
         )
     if path.exists():
         if not overwrite:
@@ -396,7 +433,10 @@ def write_beton(
     if conversion is not None:
         info["conversion"] = conversion
     if (size := len(json.dumps(info, ensure_ascii=False).encode("utf-8"))) > MAX_INFO:
-        raise BetonError(f"{path}: class names and the annotator's record have {size} bytes, at most {MAX_INFO} are read; shorten them")
+        raise BetonError(
+            f"{path}: class names and the annotator's record have {size} bytes, at most {MAX_INFO} are read; shorten"
+            " them"
+        )
     rejects_path = list_beside(path)
     processes = processes and not getattr(samples, "decodes_groups", False)
 
@@ -419,7 +459,9 @@ def write_beton(
     compile_kernels(spec)
     try:
         with contextlib.ExitStack() as stack:
-            forked = stack.enter_context(Forked(workers, run_places)) if processes else None  # before anything has threads and locks
+            forked = (
+                stack.enter_context(Forked(workers, run_places)) if processes else None
+            )  # before anything has threads and locks
             partial = stack.enter_context(PartialFile(path, settings, resume))
             blocks = stack.enter_context(BlockWriter(partial.handle, partial.partial))
             file = BetonFile(blocks, len(samples), page_size, spec)
@@ -428,7 +470,9 @@ def write_beton(
             resumed = writer.taken
             try:
                 chunks = tasks(writer.checked(source), resumed)
-                with contextlib.closing(forked.map(chunks) if forked else ordered_map(workers, run, chunks, ahead=2)) as results:
+                with contextlib.closing(
+                    forked.map(chunks) if forked else ordered_map(workers, run, chunks, ahead=2)
+                ) as results:
                     for chunk in results:
                         for sample, result in zip(begun.popleft(), chunk, strict=True):
                             problem = writer.add(sample, result)
@@ -441,15 +485,19 @@ def write_beton(
                             progress(writer.taken, len(writer.rejects), file.offset)
                 if writer.taken != len(samples):
                     raise BetonError(
-                        f"{path}: {len(samples)} samples were announced, {writer.taken} came; the source has changed, run again"
+                        f"{path}: {len(samples)} samples were announced, {writer.taken} came; the source has changed,"
+                        " run again"
                     )
                 if max_rejects is not None and len(writer.rejects) > max_rejects:
                     raise TooManyRejects(
-                        f"{path}: {len(writer.rejects)} of {len(samples)} samples are bad and --max-rejects allows {max_rejects}; they are "
-                        f"listed in {rejects_path}. Mend them and run again, or allow more and add --resume to finish with what is done"
+                        f"{path}: {len(writer.rejects)} of {len(samples)} samples are bad and --max-rejects allows"
+                        f" {max_rejects}; they are listed in {rejects_path}. Mend them and run again, or allow more and"
+                        " add --resume to finish with what is done"
                     )
                 if not writer.ids:
-                    raise BetonError(f"{path}: all {len(samples)} samples are bad, the first: {writer.rejects[0]['reason']}")
+                    raise BetonError(
+                        f"{path}: all {len(samples)} samples are bad, the first: {writer.rejects[0]['reason']}"
+                    )
                 if conversion is not None:
                     info["conversion"] = {**conversion, "rejected": len(writer.rejects)}
                 file.close(info, writer.ids)
@@ -459,11 +507,16 @@ def write_beton(
                 if isinstance(error, TooManyRejects):
                     write_rejects(rejects_path, writer.rejects)
                 if writer.keep(always=isinstance(error, TooManyRejects)):
-                    error.add_note(f"The first {writer.taken:,} samples are done; the same command with --resume goes on from there.")
+                    error.add_note(
+                        f"The first {writer.taken:,} samples are done; the same command with --resume goes on from"
+                        " there."
+                    )
                 raise
     except (OSError, ProcessDied) as error:
         what = "cannot be written" if isinstance(error, OSError) else "unfinished"
-        remedy = "free some space or choose another folder" if isinstance(error, OSError) else "run with fewer --workers"
+        remedy = (
+            "free some space or choose another folder" if isinstance(error, OSError) else "run with fewer --workers"
+        )
         failure = BetonError(f"{path}: {what} ({error}); {remedy}")
         for note in getattr(error, "__notes__", ()):
             failure.add_note(note)

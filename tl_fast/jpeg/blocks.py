@@ -1,21 +1,24 @@
-"""The blocks of a baseline JPEG's scan (ITU-T T.81 annex F), one at a time: coefficients where they are wanted, else passed over.
+"""The blocks of a baseline JPEG's scan (ITU-T T.81 annex F), one at a time: coefficients where they are wanted, else
+passed over.
 
-Where they are, a look-up gives up to two coefficients with their values. Where they are not, only DC differences matter, and one look-up
-passes over as many coefficients as fit in its index (`tl_fast.jpeg.huffman`). A scan is read by addresses (`tl_fast.maths.memory`), from
-a stream without stuffing.
+Where they are, a look-up gives up to two coefficients with their values. Where they are not, only DC differences
+matter, and one look-up passes over as many coefficients as fit in its index (`tl_fast.jpeg.huffman`). A scan is read by
+addresses (`tl_fast.maths.memory`), from a stream without stuffing.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
-from tl_fast.maths.compile import njit
-from tl_fast.jpeg.huffman import INDEX_SHIFT, KEY, SLOTS, U, U0, U1, U16, U3, U32, U511, U56, U6, U63, U64, take_key
+from tl_fast.jpeg.huffman import INDEX_SHIFT, KEY, SLOTS, U0, U1, U3, U6, U16, U32, U56, U63, U64, U511, U, take_key
 from tl_fast.jpeg.markers import COMPONENT, COMPONENTS, HUFFMAN, fill
-from tl_fast.maths.memory import load_big, load_int16, load_uint64, load_uint8, store_int16
+from tl_fast.maths.compile import njit
+from tl_fast.maths.memory import load_big, load_int16, load_uint8, load_uint64, store_int16
 
-# An entry of a table of values, uint64. Bits 0..5: bits to consume; 6..12: what to advance by to the first coefficient; 13..20: to the last
-# one, and BEYOND more where the block ends; 21..25: bits of the first alone; 26..30: bits of the code, where a closer look is needed;
-# 32..47 and 48..63: the two values, int16. The index is short enough for a DC entry and four AC entries to fit in one refill of 56 bits.
+# An entry of a table of values, uint64. Bits 0..5: bits to consume; 6..12: what to advance by to the first coefficient;
+# 13..20: to the last one, and BEYOND more where the block ends; 21..25: bits of the first alone; 26..30: bits of the
+# code, where a closer look is needed; 32..47 and 48..63: the two values, int16. The index is short enough for a DC
+# entry and four AC entries to fit in one refill of 56 bits.
 VALUE_BITS = 10
 VALUES = 1 << VALUE_BITS
 BEYOND = 64  # leads out of any block: it ends
@@ -25,10 +28,12 @@ BLOCK = 72  # int16 of room for a block's coefficients and the trash, a multiple
 VALUE_SHIFT = U(64 - VALUE_BITS)
 U4, U10, U11, U13, U15, U17, U21, U26, U31, U48, U127, U255 = (
     U(n) for n in (4, 10, 11, 13, 15, 17, 21, 26, 31, 48, 127, 255)
-)  # fmt: skip
+)
 
 _PLACES = sorted(np.ndindex(8, 8), key=lambda place: (sum(place), place[0] if sum(place) % 2 else place[1]))
-ZIGZAG = np.array([8 * row + column for row, column in _PLACES] + [TRASH] * 128, np.uint8)  # an advance may lead 127 beyond the last one
+ZIGZAG = np.array(
+    [8 * row + column for row, column in _PLACES] + [TRASH] * 128, np.uint8
+)  # an advance may lead 127 beyond the last one
 
 
 @njit
@@ -79,13 +84,21 @@ def build_values(keys, key, is_dc, values, base):
             if second >> 13 & 255 != CLOSER and used + (second & 63) <= VALUE_BITS:
                 value = second >> 32 & 0xFFFF if second >> 13 & 255 < BEYOND else 0
                 total = advance + (second >> 13 & 255)
-                first = (used + (second & 63)) | advance << 6 | total << 13 | used << 21 | (first >> 32 & 0xFFFF) << 32 | value << 48
+                first = (
+                    (used + (second & 63))
+                    | advance << 6
+                    | total << 13
+                    | used << 21
+                    | (first >> 32 & 0xFFFF) << 32
+                    | value << 48
+                )
         values[base + i] = U(first)
 
 
 @njit
 def prepare_values(data, record, keys, values):
-    """The tables of values of a file whose other tables are prepared; keys, values: as `prepare_tables` has them, of their own."""
+    """The tables of values of a file whose other tables are prepared; keys, values: as `prepare_tables` has them, of
+    their own."""
     for i in range(record[COMPONENTS]):
         tables = record[COMPONENT + 5 * i + 4]
         slot = i
@@ -143,7 +156,8 @@ def read_dc(stream, at, window, bits, values, codes):
 
 @njit
 def read_ac(stream, at, window, bits, values, codes, zigzag, coefficients):
-    """The AC coefficients of a block, from a window of 44 bits or more -> (at, window, bits, whether the codes are ones)."""
+    """The AC coefficients of a block, from a window of 44 bits or more -> (at, window, bits, whether the codes are
+    ones)."""
     k = U0
     while True:
         before, step = window, U0
@@ -188,7 +202,8 @@ def read_ac(stream, at, window, bits, values, codes, zigzag, coefficients):
             continue
         if total >= U64 and (first == total or k + first < U63):
             return at, window, bits, True
-        # The first coefficient was the block's last, so what follows it is the next block's; or the codes lead beyond the block.
+        # The first coefficient was the block's last, so what follows it is the next block's; or the codes lead beyond
+        # the block.
         single = step >> U21 & U31
         return at, before << single, bits + (step & U63) - single, k + first == U63
 

@@ -1,13 +1,15 @@
-"""Rows of JPEG samples -> RGB, to libjpeg's bits: chroma upsampled (jdsample.c), YCbCr converted (jdcolor.c); vectors, by addresses."""
+"""Rows of JPEG samples -> RGB, to libjpeg's bits: chroma upsampled (jdsample.c), YCbCr converted (jdcolor.c); vectors,
+by addresses."""
+
 from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tl_fast.maths.compile import njit
+from tl_fast.jpeg.huffman import U0, U1, U2, U3, U8, U16, U
 from tl_fast.jpeg.idct import BYTE, BYTES, INT, INTS, SHORT, SHORTS, same, to_bytes
-from tl_fast.jpeg.huffman import U, U0, U1, U16, U2, U3, U8
+from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import load_int16, load_uint8, store_int16, store_uint8
 
 U4, U7 = U(4), U(7)
@@ -15,12 +17,14 @@ U4, U7 = U(4), U(7)
 
 @intrinsic
 def weigh_rows(typingctx, near, other, out):
-    """Sixteen int16 at `out`: three times the bytes at `near` and those at `other`. All addresses (uint64). Nothing is checked."""
+    """Sixteen int16 at `out`: three times the bytes at `near` and those at `other`. All addresses (uint64). Nothing is
+    checked."""
 
     def generate(context, builder, signature, arguments):
         bytes16, shorts16 = ir.VectorType(BYTE, 16), ir.VectorType(SHORT, 16)
         first, second = (
-            builder.zext(builder.load(builder.inttoptr(place, bytes16.as_pointer()), align=1), shorts16) for place in arguments[:2]
+            builder.zext(builder.load(builder.inttoptr(place, bytes16.as_pointer()), align=1), shorts16)
+            for place in arguments[:2]
         )
         total = builder.add(builder.mul(first, ir.Constant(shorts16, [3] * 16)), second)
         builder.store(total, builder.inttoptr(arguments[2], shorts16.as_pointer()), align=2)
@@ -33,13 +37,16 @@ def weigh_rows(typingctx, near, other, out):
 def widen(typingctx, sums, early, late, out):
     """Sixteen int16 at `out` from eight at `sums` and their neighbours.
 
-    Pairs of (3 s[i] + s[i - 1] + early) >> 4 and (3 s[i] + s[i + 1] + late) >> 4. sums, out: addresses (uint64); early, late: uint64.
-    Nothing is checked.
+    Pairs of (3 s[i] + s[i - 1] + early) >> 4 and (3 s[i] + s[i + 1] + late) >> 4. sums, out: addresses (uint64); early,
+    late: uint64. Nothing is checked.
     """
 
     def generate(context, builder, signature, arguments):
         before, centre, behind = (
-            builder.load(builder.inttoptr(builder.add(arguments[0], ir.Constant(ir.IntType(64), 2 * n)), SHORTS.as_pointer()), align=2)
+            builder.load(
+                builder.inttoptr(builder.add(arguments[0], ir.Constant(ir.IntType(64), 2 * n)), SHORTS.as_pointer()),
+                align=2,
+            )
             for n in (-1, 0, 1)
         )
 
@@ -64,13 +71,16 @@ def widen(typingctx, sums, early, late, out):
 def to_rgb(typingctx, luma, blue, red, out):
     """Eight RGB pixels at `out` from YCbCr (jdcolor.c), to the bit.
 
-    All addresses (uint64) of eight samples: luma uint8; blue and red, the chroma, int16; out has 24 bytes. Nothing is checked.
+    All addresses (uint64) of eight samples: luma uint8; blue and red, the chroma, int16; out has 24 bytes. Nothing is
+    checked.
     """
 
     def generate(context, builder, signature, arguments):
         y = builder.zext(builder.load(builder.inttoptr(arguments[0], BYTES.as_pointer()), align=1), INTS)
         cb, cr = (
-            builder.sub(builder.sext(builder.load(builder.inttoptr(place, SHORTS.as_pointer()), align=2), INTS), same(128))
+            builder.sub(
+                builder.sext(builder.load(builder.inttoptr(place, SHORTS.as_pointer()), align=2), INTS), same(128)
+            )
             for place in arguments[1:3]
         )
         half = same(1 << 15)
@@ -96,7 +106,8 @@ def to_rgb(typingctx, luma, blue, red, out):
 
 @njit
 def repeat(near, other, first, stop, across, rounding, out):
-    """Chroma of pixels `first` to `stop` (exclusive) where libjpeg smooths down the columns alone (across = 1) or not at all.
+    """Chroma of pixels `first` to `stop` (exclusive) where libjpeg smooths down the columns alone (across = 1) or not
+    at all.
 
     All uint64 but across; near, other: as `upsample`; rounding: of the smoothed; out: address of int16.
     """
@@ -119,11 +130,12 @@ def grey_row(luma, out, width):
 
 @njit
 def upsample(near, other, first, stop, width, down, sums, out):
-    """Chroma of columns `first` to `stop` (exclusive) at twice the resolution, as jdsample.c's "fancy" routines make it.
+    """Chroma of columns `first` to `stop` (exclusive) at twice the resolution, as jdsample.c's "fancy" routines make
+    it.
 
-    All uint64. near, other: addresses of column 0 of the row of samples (uint8) that lies nearest and of the next one (the same where the
-    rows are the image's, down = 1); width: the columns that there are, beyond which the outermost is repeated; sums, out: addresses of
-    int16, with room for 16 more than the columns need.
+    All uint64. near, other: addresses of column 0 of the row of samples (uint8) that lies nearest and of the next one
+    (the same where the rows are the image's, down = 1); width: the columns that there are, beyond which the outermost
+    is repeated; sums, out: addresses of int16, with room for 16 more than the columns need.
     """
     low = first - U1 if first else U0
     count = stop - first

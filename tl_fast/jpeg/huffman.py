@@ -1,15 +1,16 @@
-"""Huffman-coded JPEG data (ITU-T T.81 annex F) without pixels: decoded to its end to know that it is whole, or with chroma spliced in.
+"""Huffman-coded JPEG data (ITU-T T.81 annex F) without pixels: decoded to its end to know that it is whole, or with
+chroma spliced in.
 
-Validating needs no coefficients, so one look-up passes over as many symbols as fit in its index, their extra bits included, and the
-loop over look-ups has no branch on what it finds: the next table follows from the entry by masks. Measured: 0.4 of the time that
-libjpeg-turbo needs to decode at 1/8 size. `tl_fast.jpeg.markers` reads what comes before and between.
+Validating needs no coefficients, so one look-up passes over as many symbols as fit in its index, their extra bits
+included, and the loop over look-ups has no branch on what it finds: the next table follows from the entry by masks.
+Measured: 0.4 of the time that libjpeg-turbo needs to decode at 1/8 size. `tl_fast.jpeg.markers` reads what comes before
+and between.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tl_fast.maths.compile import njit
 from tl_fast.jpeg.markers import (
     BAD_CODE,
     BAD_RESTART,
@@ -39,12 +40,14 @@ from tl_fast.jpeg.markers import (
     read_markers,
     skip_fill,
     walk_scans,
-)  # fmt: skip
+)
+from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import address, copy_to_ff
 
 U = np.uint64
 
-# An entry of a look-up table, int16. Bits 0..5: bits to consume, 6..14: coefficients to advance by, 15 (the sign): the block ends.
+# An entry of a look-up table, int16. Bits 0..5: bits to consume, 6..14: coefficients to advance by, 15 (the sign): the
+# block ends.
 INDEX_BITS = 11  # 10: 6 % slower; 12: 3 % faster, but its tables take 1.7 times as long to build
 TABLE = 1 << INDEX_BITS
 LONGEST = 18  # bits an entry may consume, so that three fit in one refill of 56 bits
@@ -56,31 +59,46 @@ LOOKUP = (2 * SLOTS + 3) * TABLE
 PADDING = 64  # zeros that the decoder may read behind the data
 BLOCKS = 10  # of an MCU at most (T.81 B.2.3)
 
-U0, U1, U2, U3, U6, U8, U16, U32, U56, U63, U64, U511, U_WORD = (U(n) for n in (0, 1, 2, 3, 6, 8, 16, 32, 56, 63, 64, 511, 0xFFFF))
+U0, U1, U2, U3, U6, U8, U16, U32, U56, U63, U64, U511, U_WORD = (
+    U(n) for n in (0, 1, 2, 3, 6, 8, 16, 32, 56, 63, 64, 511, 0xFFFF)
+)
 INDEX_SHIFT = U(64 - INDEX_BITS)
 
 
-# --- bits ------------------------------------------------------------------------------------------------------------------
+# --- bits
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @njit
 def big(stream, at):
     """Eight bytes from `at` on (uint64), the first one highest; LLVM makes it one load."""
-    high = U(stream[at]) << U(56) | U(stream[at + U(1)]) << U(48) | U(stream[at + U(2)]) << U(40) | U(stream[at + U(3)]) << U(32)
-    low = U(stream[at + U(4)]) << U(24) | U(stream[at + U(5)]) << U(16) | U(stream[at + U(6)]) << U(8) | U(stream[at + U(7)])
+    high = (
+        U(stream[at]) << U(56)
+        | U(stream[at + U(1)]) << U(48)
+        | U(stream[at + U(2)]) << U(40)
+        | U(stream[at + U(3)]) << U(32)
+    )
+    low = (
+        U(stream[at + U(4)]) << U(24)
+        | U(stream[at + U(5)]) << U(16)
+        | U(stream[at + U(6)]) << U(8)
+        | U(stream[at + U(7)])
+    )
     return high | low
 
 
 @njit
 def refill(stream, at, window, bits):
-    """Top up to 56 bits or more, without a branch. window: next bits, the first one highest; bits: how many; at: the byte to read next."""
+    """Top up to 56 bits or more, without a branch. window: next bits, the first one highest; bits: how many; at: the
+    byte to read next."""
     window |= big(stream, at) >> bits
     return at + ((U63 - bits) >> U3), window, bits | U56
 
 
 @njit
 def unstuff(data, at, stream):
-    """Copy entropy-coded bytes, less the zeros behind each 0xFF, up to the next marker -> (bytes copied, where its 0xFF stands).
+    """Copy entropy-coded bytes, less the zeros behind each 0xFF, up to the next marker -> (bytes copied, where its 0xFF
+    stands).
 
     PADDING zeros follow. The place is len(data) where no marker comes.
     """
@@ -108,7 +126,8 @@ def unstuff(data, at, stream):
     return count, at
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------------
+# --- tables
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @njit
@@ -126,9 +145,11 @@ def read_symbol(window, keys, key):
 
 @njit
 def entry(length, symbol, is_dc):
-    """What one symbol with its extra bits does, as a table's entry that may be of any length; UNKNOWN for what 8-bit data cannot hold.
+    """What one symbol with its extra bits does, as a table's entry that may be of any length; UNKNOWN for what 8-bit
+    data cannot hold.
 
-    libjpeg takes AC symbols of a run with no coefficient (0x10..0xE0) for end-of-block and 16 bits for a size; encoders write neither.
+    libjpeg takes AC symbols of a run with no coefficient (0x10..0xE0) for end-of-block and 16 bits for a size; encoders
+    write neither.
     """
     if length == 0:
         return UNKNOWN
@@ -142,7 +163,8 @@ def entry(length, symbol, is_dc):
 
 @njit
 def build(keys, key, is_dc, lookup, base):
-    """The table at lookup[base:] for the codes at keys[key:]; False where they are no Huffman code in libjpeg's eyes."""
+    """The table at lookup[base:] for the codes at keys[key:]; False where they are no Huffman code in libjpeg's
+    eyes."""
     single, lengths = 2 * SLOTS * TABLE, (2 * SLOTS + 1) * TABLE
     fill(lookup, single, single + TABLE, UNKNOWN)
     fill(lookup, lengths, lengths + TABLE, 99)
@@ -160,7 +182,9 @@ def build(keys, key, is_dc, lookup, base):
                     for i in range(code * width, (code + 1) * width):
                         lookup[single + i], lookup[lengths + i] = step, length
             code += 1
-        if code >= 1 << length and index > key + 16:  # more codes than there are, or one of ones only, which T.81 excludes
+        if (
+            code >= 1 << length and index > key + 16
+        ):  # more codes than there are, or one of ones only, which T.81 excludes
             return False
         code <<= 1
     for i in range(TABLE):
@@ -169,7 +193,11 @@ def build(keys, key, is_dc, lookup, base):
         while not is_dc and not end and advance <= 63:
             shifted = (i << bits) & (TABLE - 1)
             step = np.int64(lookup[single + shifted])
-            if bits + lookup[lengths + shifted] > INDEX_BITS or bits + (step & 63) > LONGEST or advance + (step >> 6 & 511) > 63:
+            if (
+                bits + lookup[lengths + shifted] > INDEX_BITS
+                or bits + (step & 63) > LONGEST
+                or advance + (step >> 6 & 511) > 63
+            ):
                 break
             bits, advance, end = bits + (step & 63), advance + (step >> 6 & 511), step & END_OF_BLOCK
         lookup[base + i] = bits | advance << 6 | end
@@ -180,9 +208,9 @@ def build(keys, key, is_dc, lookup, base):
 def prepare_tables(data, record, keys, lookup, layout):
     """Tables and block order of a single scan -> (blocks of an MCU, status).
 
-    keys: uint8 [2 * SLOTS * KEY] and lookup: int16 [LOOKUP] keep the last file's tables: most files use the same ones. layout: uint64
-    [BLOCKS], for each block of an MCU where its AC table is in `lookup` (16 bits), that xor the next block's DC table (16 bits) and
-    the next block.
+    keys: uint8 [2 * SLOTS * KEY] and lookup: int16 [LOOKUP] keep the last file's tables: most files use the same ones.
+    layout: uint64 [BLOCKS], for each block of an MCU where its AC table is in `lookup` (16 bits), that xor the next
+    block's DC table (16 bits) and the next block.
     """
     blocks = 0
     for i in range(record[COMPONENTS]):
@@ -226,18 +254,24 @@ def take_key(data, at, keys, key):
     return True
 
 
-# --- blocks ----------------------------------------------------------------------------------------------------------------
+# --- blocks
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @njit
 def decode_blocks(stream, size, blocks, keys, lookup, layout, marks):
-    """Decode `blocks` blocks (of whole MCUs) from stream[:size] -> (bits consumed, blocks decoded); fewer where the data is bad.
+    """Decode `blocks` blocks (of whole MCUs) from stream[:size] -> (bits consumed, blocks decoded); fewer where the
+    data is bad.
 
     marks: uint64 [blocks], where the bit behind each block is put, or None (which is compiled apart: 10 % faster).
     """
     total, limit = U(blocks), U(size + 8)
     at, window, bits = U0, U0, U0
-    count, k, block = U0, U0, layout[0]  # blocks behind, coefficients behind in the block, where the block is in the MCU
+    count, k, block = (
+        U0,
+        U0,
+        layout[0],
+    )  # blocks behind, coefficients behind in the block, where the block is in the MCU
     base = (block & U_WORD) ^ U(TABLE)
     while count != total and at <= limit:
         at, window, bits = refill(stream, at, window, bits)
@@ -282,17 +316,19 @@ def decode_blocks(stream, size, blocks, keys, lookup, layout, marks):
     return np.int64(at * U8 - bits), np.int64(count)
 
 
-# --- scans -----------------------------------------------------------------------------------------------------------------
+# --- scans
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @njit
 def check_scan(data, record, stream, keys, lookup, layout, marks, grey):
     """Decode a single scan to its EOI -> (status, bytes written to `grey`).
 
-    OK is stricter than libjpeg, which is silent on: codes that do not exist (in its fast loop), runs beyond the 63rd coefficient, up to
-    seven bytes too many before a marker, a restart marker behind the last MCU, other segments between the data and EOI, 0xFF before
-    a stuffed one. The first two are BAD_CODE; the others ODD, to be looked at by libjpeg. grey: uint8, where the scan of a greyscale
-    file goes with its chroma spliced in (`splice_grey`), and marks: uint64 [MCUs] for it; None for both otherwise.
+    OK is stricter than libjpeg, which is silent on: codes that do not exist (in its fast loop), runs beyond the 63rd
+    coefficient, up to seven bytes too many before a marker, a restart marker behind the last MCU, other segments
+    between the data and EOI, 0xFF before a stuffed one. The first two are BAD_CODE; the others ODD, to be looked at by
+    libjpeg. grey: uint8, where the scan of a greyscale file goes with its chroma spliced in (`splice_grey`), and marks:
+    uint64 [MCUs] for it; None for both otherwise.
     """
     blocks, status = prepare_tables(data, record, keys, lookup, layout)
     if status != OK:
@@ -408,9 +444,9 @@ def _put(out, at, byte):
 def inspect(data, decode, record, head, stream, keys, lookup, layout, accuracy):
     """All that is to know before a JPEG is copied, in one call without the GIL. Results: record, head (`read_markers`).
 
-    data: uint8 [n]; decode: decode a single scan's data, else look for its end only, as with greyscale ones in any case, which are still
-    to be spliced; stream: uint8 [n + PADDING or more]. record[STATUS] is about the whole file. The last five arrays are working memory of
-    one thread at a time.
+    data: uint8 [n]; decode: decode a single scan's data, else look for its end only, as with greyscale ones in any
+    case, which are still to be spliced; stream: uint8 [n + PADDING or more]. record[STATUS] is about the whole file.
+    The last five arrays are working memory of one thread at a time.
     """
     status = read_markers(data, record, head)
     if status == OK:

@@ -1,6 +1,8 @@
-"""JPEG markers (ITU-T T.81 annex B) in one compiled pass: what a file says of itself, and the header to store in place of its own.
+"""JPEG markers (ITU-T T.81 annex B) in one compiled pass: what a file says of itself, and the header to store in place
+of its own.
 
-Results go into an int64 record, `MARKERS` long, whose fields are the constants below. Data is hostile: every read is checked first.
+Results go into an int64 record, `MARKERS` long, whose fields are the constants below. Data is hostile: every read is
+checked first.
 """
 
 from __future__ import annotations
@@ -10,8 +12,22 @@ import numpy as np
 from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import address, before_marker
 
-# What was found. Above OK: not a file to copy. libjpeg warns or fails on those up to ODD; it accepts ODD ones, with or without a warning.
-OK, NOT_JPEG, ENDS_IN_HEADER, NO_END, ENDS_IN_SCAN, BAD_CODE, BAD_RESTART, BAD_MARKER, BAD_FRAME, BAD_SCAN, BAD_TABLE, ODD = range(12)
+# What was found. Above OK: not a file to copy. libjpeg warns or fails on those up to ODD; it accepts ODD ones, with or
+# without a warning.
+(
+    OK,
+    NOT_JPEG,
+    ENDS_IN_HEADER,
+    NO_END,
+    ENDS_IN_SCAN,
+    BAD_CODE,
+    BAD_RESTART,
+    BAD_MARKER,
+    BAD_FRAME,
+    BAD_SCAN,
+    BAD_TABLE,
+    ODD,
+) = range(12)
 
 # Fields of the record.
 STATUS, WHERE, FRAME, PRECISION, HEIGHT, WIDTH, COMPONENTS, COLOUR, SURE, ORIENTATION, RESTART, SINGLE = range(12)
@@ -24,8 +40,25 @@ MARKERS = 56
 GREY, YCBCR, RGB, OTHER = range(4)  # COLOUR, as libjpeg guesses it; SURE where every decoder must agree
 
 SOF0, SOF1, SOF2, SOF9, SOF10, DHT, RST0, RST7, SOI, EOI, SOS, DQT, DRI, APP0, APP1, APP14, TEM, DAC = (
-    0xC0, 0xC1, 0xC2, 0xC9, 0xCA, 0xC4, 0xD0, 0xD7, 0xD8, 0xD9, 0xDA, 0xDB, 0xDD, 0xE0, 0xE1, 0xEE, 0x01, 0xCC
-)  # fmt: skip
+    0xC0,
+    0xC1,
+    0xC2,
+    0xC9,
+    0xCA,
+    0xC4,
+    0xD0,
+    0xD7,
+    0xD8,
+    0xD9,
+    0xDA,
+    0xDB,
+    0xDD,
+    0xE0,
+    0xE1,
+    0xEE,
+    0x01,
+    0xCC,
+)
 HEAD_BYTES = 4096  # room for the new header; real ones need 330 to 900
 MAX_SIDE = 65_500  # libjpeg's limit
 JFIF_LENGTH, ADOBE_LENGTH = 16, 14
@@ -43,7 +76,11 @@ def fill(array, start, stop, value):
 @njit
 def little(data, at):
     """Eight bytes from `at` on (uint64), the first one lowest; LLVM makes it one load."""
-    low = np.uint64(data[at]) | np.uint64(data[at + np.uint64(1)]) << np.uint64(8) | np.uint64(data[at + np.uint64(2)]) << np.uint64(16)
+    low = (
+        np.uint64(data[at])
+        | np.uint64(data[at + np.uint64(1)]) << np.uint64(8)
+        | np.uint64(data[at + np.uint64(2)]) << np.uint64(16)
+    )
     low |= np.uint64(data[at + np.uint64(3)]) << np.uint64(24) | np.uint64(data[at + np.uint64(4)]) << np.uint64(32)
     high = np.uint64(data[at + np.uint64(5)]) << np.uint64(40) | np.uint64(data[at + np.uint64(6)]) << np.uint64(48)
     return low | high | np.uint64(data[at + np.uint64(7)]) << np.uint64(56)
@@ -66,7 +103,8 @@ def first_ff(word):
 
 @njit
 def next_marker(data, at):
-    """Where the next 0xFF stands that is followed by something other than a stuffed zero; len(data) where there is none."""
+    """Where the next 0xFF stands that is followed by something other than a stuffed zero; len(data) where there is
+    none."""
     last = len(data) - 1  # a 0xFF there has nothing behind it
     while at + 32 <= last:
         plain = np.int64(before_marker(address(data) + np.uint64(at)))
@@ -108,7 +146,8 @@ EXIF, JFIF_NAME, ADOBE_NAME = (np.frombuffer(text, np.uint8) for text in (b"Exif
 
 @njit
 def exif_orientation(data, at, stop):
-    """The orientation tag (1..8) of an EXIF segment's payload [at, stop); 0 where there is none or the TIFF structure leads outside."""
+    """The orientation tag (1..8) of an EXIF segment's payload [at, stop); 0 where there is none or the TIFF structure
+    leads outside."""
     if not starts_with(data, at, stop, EXIF) or stop - at < 14:
         return 0
     tiff = at + 6
@@ -141,9 +180,10 @@ def _number(data, at, size, little_endian):
 def read_markers(data, record, head):
     """Everything before the first scan's data -> status; fills `record` and writes the header to store into `head`.
 
-    data: uint8 [n]; record: int64 [MARKERS]; head: uint8 [HEAD_BYTES], of which record[HEAD] are used: SOI, the segments that decoding
-    needs, JFIF (without thumbnail) and Adobe, in the file's order; SOF1 becomes SOF0 where only the name differs. record[SINGLE]: one
-    Huffman-coded scan of all components, for which `tl_fast.jpeg.huffman` decides; ODD then stands for nothing but is left to libjpeg.
+    data: uint8 [n]; record: int64 [MARKERS]; head: uint8 [HEAD_BYTES], of which record[HEAD] are used: SOI, the
+    segments that decoding needs, JFIF (without thumbnail) and Adobe, in the file's order; SOF1 becomes SOF0 where only
+    the name differs. record[SINGLE]: one Huffman-coded scan of all components, for which `tl_fast.jpeg.huffman`
+    decides; ODD then stands for nothing but is left to libjpeg.
     """
     fill(record, 0, len(record), 0)
     record[ADOBE] = -1
@@ -173,7 +213,13 @@ def read_markers(data, record, head):
         length = stop - at
         keep = length
         status = OK
-        if code == SOF0 or code == SOF1 or code == SOF2 or (code > DHT and code <= 0xCF and code != 0xC8 and code != DAC) or code == 0xC3:
+        if (
+            code == SOF0
+            or code == SOF1
+            or code == SOF2
+            or (code > DHT and code <= 0xCF and code != 0xC8 and code != DAC)
+            or code == 0xC3
+        ):
             status = _frame(data, body, stop, code, record)
         elif code == DHT:
             status = _huffman(data, body, stop, record)
@@ -232,7 +278,12 @@ def _frame(data, at, stop, code, record):
         return BAD_FRAME
     record[FRAME], record[PRECISION] = code, np.int64(data[at])
     record[HEIGHT], record[WIDTH], record[COMPONENTS] = two(data, at + 1), two(data, at + 3), np.int64(data[at + 5])
-    if record[HEIGHT] == 0 or record[WIDTH] == 0 or max(record[HEIGHT], record[WIDTH]) > MAX_SIDE or not 1 <= record[COMPONENTS] <= 4:
+    if (
+        record[HEIGHT] == 0
+        or record[WIDTH] == 0
+        or max(record[HEIGHT], record[WIDTH]) > MAX_SIDE
+        or not 1 <= record[COMPONENTS] <= 4
+    ):
         return BAD_FRAME
     status = OK
     for i in range(record[COMPONENTS]):
@@ -314,13 +365,16 @@ def _colour(record):
     letters = a == 82 and b == 71 and c == 66
     rgb = not jfif and (adobe == 0 or (adobe < 0 and letters))
     record[COLOUR] = RGB if rgb else YCBCR
-    record[SURE] = not rgb and not letters and (adobe < 0 or adobe == 1) and (jfif or adobe == 1 or (a == 1 and b == 2 and c == 3))
+    record[SURE] = (
+        not rgb and not letters and (adobe < 0 or adobe == 1) and (jfif or adobe == 1 or (a == 1 and b == 2 and c == 3))
+    )
     return not jfif and adobe > 1
 
 
 @njit
 def _known_sampling(record):
-    """One component, or 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1 (chroma 1 x 1): the layouts that TurboJPEG and nvJPEG know."""
+    """One component, or 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1 (chroma 1 x 1): the layouts that TurboJPEG and nvJPEG
+    know."""
     if record[COMPONENTS] == 1:
         return True
     for i in range(1, min(record[COMPONENTS], 3)):
@@ -351,7 +405,8 @@ def _is_single(data, scan, record):
 
 @njit
 def find_end(data, record):
-    """The end of a single scan by its markers alone: restart markers in order and as many as the size asks for, then EOI -> status."""
+    """The end of a single scan by its markers alone: restart markers in order and as many as the size asks for, then
+    EOI -> status."""
     at, restarts, odd = record[SCAN], 0, False
     while True:
         at = next_marker(data, at)
@@ -381,7 +436,8 @@ def find_end(data, record):
 
 @njit
 def mcu_count(record):
-    """MCUs of a single scan (T.81 A.2): of one block each where there is one component, whatever its sampling factors say."""
+    """MCUs of a single scan (T.81 A.2): of one block each where there is one component, whatever its sampling factors
+    say."""
     across, down = 1, 1
     if record[COMPONENTS] > 1:
         for i in range(record[COMPONENTS]):
@@ -393,8 +449,8 @@ def mcu_count(record):
 def walk_scans(data, record, accuracy):
     """The markers of all scans -> status, for what `SINGLE` excludes: progressive, multi-scan, arithmetic.
 
-    accuracy: int8 [4, 64], the lowest bit known of each component's coefficients (-1: none). record[COMPLETE] says that all are exact:
-    libjpeg smooths the others of a progressive file, without a warning.
+    accuracy: int8 [4, 64], the lowest bit known of each component's coefficients (-1: none). record[COMPLETE] says that
+    all are exact: libjpeg smooths the others of a progressive file, without a warning.
     """
     for c in range(4):
         fill(accuracy[c], 0, 64, -1)

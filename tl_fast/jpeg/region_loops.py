@@ -1,17 +1,18 @@
-"""The pixels of a region of a baseline JPEG, to the bit libjpeg's of the whole image (accurate integer IDCT, smooth chroma upsampling).
+"""The pixels of a region of a baseline JPEG, to the bit libjpeg's of the whole image (accurate integer IDCT, smooth
+chroma upsampling).
 
-A decoder of a region must read every Huffman code above it and beside it; segments between restart markers that the region does not touch
-are not read at all.
+A decoder of a region must read every Huffman code above it and beside it; segments between restart markers that the
+region does not touch are not read at all.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
-from tl_fast.maths.compile import njit
-from tl_fast.jpeg.idct import idct
-from tl_fast.jpeg.huffman import BLOCKS, KEY, TABLE, U, U0, U1, U2, U3, U8, prepare_tables, unstuff
 from tl_fast.jpeg.blocks import BLOCK, VALUES, prepare_values, read_ac, read_dc, skip_ac, top_up
 from tl_fast.jpeg.colour import colour_row, grey_row, repeat, upsample
+from tl_fast.jpeg.huffman import BLOCKS, KEY, TABLE, U0, U1, U2, U3, U8, U, prepare_tables, unstuff
+from tl_fast.jpeg.idct import idct
 from tl_fast.jpeg.markers import (
     BAD_CODE,
     BAD_RESTART,
@@ -35,7 +36,8 @@ from tl_fast.jpeg.markers import (
     next_marker,
     read_markers,
     skip_fill,
-)  # fmt: skip
+)
+from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import address, store_int16
 
 UNFIT = -1  # a file that is left to other decoders
@@ -46,12 +48,26 @@ ROOM = 64  # bytes that vectors may write behind a row
 
 @njit
 def decode_planes(
-    data, record, area, stream, keys, lookup, layout, value_keys, values, factors, zigzag, coefficients, planes, starts, strides
-):  # fmt: skip
+    data,
+    record,
+    area,
+    stream,
+    keys,
+    lookup,
+    layout,
+    value_keys,
+    values,
+    factors,
+    zigzag,
+    coefficients,
+    planes,
+    starts,
+    strides,
+):
     """Decode the MCUs of `area` into planes -> status.
 
-    area: first MCU row, first MCU column, and the rows and columns behind the last ones; planes: uint8, component c's begins at starts[c]
-    with rows of strides[c]; the rest as `decode_region`.
+    area: first MCU row, first MCU column, and the rows and columns behind the last ones; planes: uint8, component c's
+    begins at starts[c] with rows of strides[c]; the rest as `decode_region`.
     """
     blocks, status = prepare_tables(data, record, keys, lookup, layout)
     if status != OK:
@@ -77,7 +93,12 @@ def decode_planes(
             b += 1
         down_step[c], across_step[c] = high * 8 * strides[c], wide * 8
     stream_at, values_at, lookup_at, keys_at = address(stream), address(values), address(lookup), address(keys)
-    zigzag_at, coefficients_at, factors_at, planes_at = address(zigzag), address(coefficients), address(factors), address(planes)
+    zigzag_at, coefficients_at, factors_at, planes_at = (
+        address(zigzag),
+        address(coefficients),
+        address(factors),
+        address(planes),
+    )
     fill(coefficients, 0, len(coefficients), 0)
     mcus = mcu_count(record)
     interval = record[RESTART] if record[RESTART] else mcus
@@ -113,7 +134,9 @@ def decode_planes(
                     table, c = U(2 * slots[b]), component[b]
                     codes = keys_at + table * U(KEY)
                     at, window, bits = top_up(stream_at, at, window, bits)
-                    at, window, bits, difference, good = read_dc(stream_at, at, window, bits, values_at + table * U(8 * VALUES), codes)
+                    at, window, bits, difference, good = read_dc(
+                        stream_at, at, window, bits, values_at + table * U(8 * VALUES), codes
+                    )
                     previous[c] += difference
                     codes += U(KEY)
                     table += U1
@@ -124,14 +147,21 @@ def decode_planes(
                         )
                         into += U(2 * BLOCK)
                     else:
-                        at, window, bits, fine = skip_ac(stream_at, at, window, bits, lookup_at + table * U(2 * TABLE), codes)
+                        at, window, bits, fine = skip_ac(
+                            stream_at, at, window, bits, lookup_at + table * U(2 * TABLE), codes
+                        )
                     if not (good and fine):
                         return BAD_CODE
                 if wanted:
                     for b in range(blocks):
                         c = component[b]
                         target = place[b] + (row - area[0]) * down_step[c] + (column - area[1]) * across_step[c]
-                        idct(coefficients_at + U(2 * BLOCK * b), factors_at + U(128 * c), planes_at + U(target), U(strides[c]))
+                        idct(
+                            coefficients_at + U(2 * BLOCK * b),
+                            factors_at + U(128 * c),
+                            planes_at + U(target),
+                            U(strides[c]),
+                        )
             if U8 * at - bits > U(8 * size):
                 return ENDS_IN_SCAN
         raw, code = skip_fill(data, raw)
@@ -144,15 +174,31 @@ def decode_planes(
 
 @njit
 def decode_region(
-    data, region, record, head, stream, keys, lookup, layout, value_keys, values, factors, zigzag, coefficients, planes, room, out
-):  # fmt: skip
+    data,
+    region,
+    record,
+    head,
+    stream,
+    keys,
+    lookup,
+    layout,
+    value_keys,
+    values,
+    factors,
+    zigzag,
+    coefficients,
+    planes,
+    room,
+    out,
+):
     """Pixels of rows region[0] to region[2] and columns region[1] to region[3] (exclusive) of a JPEG -> status.
 
-    data: uint8 [n]; region: within the image; out: uint8 [rows * columns * 3 or more], RGB. OK: all of them are there. Any other status:
-    the file is damaged, or of a kind that is left to others (UNFIT). The rest is working memory of a thread: record, head: as
-    `read_markers`; keys, lookup, layout: as `prepare_tables`; value_keys, values: as `prepare_values`; stream: uint8 [n + STREAM_ROOM];
-    factors: int16 [256]; zigzag: ZIGZAG; coefficients: int16 [BLOCKS * BLOCK]; planes: uint8 [3 (rows + PLANE_ROOM) (columns +
-    PLANE_ROOM)]; room: uint8 [3 (2 columns + ROOM)].
+    data: uint8 [n]; region: within the image; out: uint8 [rows * columns * 3 or more], RGB. OK: all of them are there.
+    Any other status: the file is damaged, or of a kind that is left to others (UNFIT). The rest is working memory of a
+    thread: record, head: as `read_markers`; keys, lookup, layout: as `prepare_tables`; value_keys, values: as
+    `prepare_values`; stream: uint8 [n + STREAM_ROOM];
+    factors: int16 [256]; zigzag: ZIGZAG; coefficients: int16 [BLOCKS * BLOCK]; planes: uint8 [3 (rows + PLANE_ROOM)
+    (columns + PLANE_ROOM)]; room: uint8 [3 (2 columns + ROOM)].
     """
     status = read_markers(data, record, head)
     if status != OK:
@@ -176,7 +222,21 @@ def decode_region(
     strides = (columns * across, columns, columns)
     starts = (0, rows * down * columns * across, rows * columns * (down * across + 1))
     status = decode_planes(
-        data, record, area, stream, keys, lookup, layout, value_keys, values, factors, zigzag, coefficients, planes, starts, strides
+        data,
+        record,
+        area,
+        stream,
+        keys,
+        lookup,
+        layout,
+        value_keys,
+        values,
+        factors,
+        zigzag,
+        coefficients,
+        planes,
+        starts,
+        strides,
     )
     if status != OK:
         return status

@@ -1,7 +1,9 @@
-"""JPEGs whose restart markers cut them into a grid of segments: made without loss, and a region taken out of them without decoding.
+"""JPEGs whose restart markers cut them into a grid of segments: made without loss, and a region taken out of them
+without decoding.
 
-A decoder of a region must read every Huffman code above it and beside it. Where each MCU row begins a segment, and the segments of all
-rows are equally wide, those that cover the region are a JPEG of their own: with another size in its header and its markers counted anew.
+A decoder of a region must read every Huffman code above it and beside it. Where each MCU row begins a segment, and the
+segments of all rows are equally wide, those that cover the region are a JPEG of their own: with another size in its
+header and its markers counted anew.
 """
 
 from __future__ import annotations
@@ -10,13 +12,12 @@ import math
 
 import numpy as np
 
-from tl_fast.maths.compile import njit
 from tl_fast.jpeg.huffman import (
     KEY,
     TABLE,
-    U,
     U0,
     U_WORD,
+    U,
     big,
     copy_bits,
     decode_blocks,
@@ -25,7 +26,7 @@ from tl_fast.jpeg.huffman import (
     put_bits,
     read_symbol,
     unstuff,
-)  # fmt: skip
+)
 from tl_fast.jpeg.markers import (
     COMPONENT,
     COMPONENTS,
@@ -46,21 +47,25 @@ from tl_fast.jpeg.markers import (
     next_marker,
     read_markers,
     two,
-)  # fmt: skip
+)
+from tl_fast.maths.compile import njit
 
 SEGMENT = 80  # pixels across that a segment should have: narrower ones cost bytes, wider ones are decoded for nothing
 NARROWEST = 32
-GROWTH = 26  # bytes that a segment may add: its marker, padding and three DC codes of at most 27 bits, with all bytes stuffed
+# bytes that a segment may add: its marker, padding and three DC codes of at most 27 bits, with all bytes stuffed
+GROWTH = 26
 MISSING = -1  # no code for a DC category
 
 
 def restart_interval(mcus: int, pixels: int) -> int:
-    """MCUs of a segment in rows of `mcus`, each `pixels` wide: a divisor, so that segments form a grid; a whole row where none is fit."""
+    """MCUs of a segment in rows of `mcus`, each `pixels` wide: a divisor, so that segments form a grid; a whole row
+    where none is fit."""
     fit = [n for n in range(1, mcus + 1) if mcus % n == 0 and n * pixels >= NARROWEST]
     return min(fit, key=lambda n: abs(math.log(n * pixels / SEGMENT)), default=mcus)
 
 
-# --- making them -----------------------------------------------------------------------------------------------------------
+# --- making them
+# -----------------------------------------------------------------------------------------------------------
 
 
 @njit
@@ -78,11 +83,14 @@ def find_code(keys, key, symbol):
 
 @njit
 def insert_restarts(data, record, interval, stream, keys, lookup, layout, marks, out):
-    """Write the scan of `data` with a restart marker every `interval` MCUs, and EOI, to `out` -> bytes; 0 where the data is bad, MISSING.
+    """Write the scan of `data` with a restart marker every `interval` MCUs, and EOI, to `out` -> bytes; 0 where the
+    data is bad, MISSING.
 
-    data: uint8 [n], a file of three components without restarts, known sampling and a single scan; record: what `read_markers` says of it.
-    marks: uint64 [blocks of the scan]; out: uint8 [2 n + GROWTH a segment, or more]. stream, keys, lookup, layout: as `check_scan`.
-    Differences of DC values start from 0 in each segment, so the first of each component is written anew; all other bits are copied.
+    data: uint8 [n], a file of three components without restarts, known sampling and a single scan; record: what
+    `read_markers` says of it.
+    marks: uint64 [blocks of the scan]; out: uint8 [2 n + GROWTH a segment, or more]. stream, keys, lookup, layout: as
+    `check_scan`. Differences of DC values start from 0 in each segment, so the first of each component is written anew;
+    all other bits are copied.
     """
     blocks, status = prepare_tables(data, record, keys, lookup, layout)
     mcus = mcu_count(record)
@@ -92,7 +100,14 @@ def insert_restarts(data, record, interval, stream, keys, lookup, layout, marks,
     used, decoded = decode_blocks(stream, size, mcus * blocks, keys, lookup, layout, marks)
     if decoded < mcus * blocks or used > 8 * size:
         return 0
-    held, fill, at, position, begin, restarts = U0, U0, 0, U0, U0, 0  # position: copied up to there; begin: of the block
+    held, fill, at, position, begin, restarts = (
+        U0,
+        U0,
+        0,
+        U0,
+        U0,
+        0,
+    )  # position: copied up to there; begin: of the block
     luma, blue, red = 0, 0, 0
     for mcu in range(mcus):
         first = mcu % interval == 0
@@ -139,12 +154,14 @@ def insert_restarts(data, record, interval, stream, keys, lookup, layout, marks,
     return at + 2
 
 
-# --- using them ------------------------------------------------------------------------------------------------------------
+# --- using them
+# ------------------------------------------------------------------------------------------------------------
 
 
 @njit
 def segments(record):
-    """Columns and rows of MCUs in each segment, when they form a grid of more than one; (0, 0) otherwise, and for what is not cut."""
+    """Columns and rows of MCUs in each segment, when they form a grid of more than one; (0, 0) otherwise, and for what
+    is not cut."""
     if record[SINGLE] == 0 or record[COMPONENTS] != 3 or record[KNOWN_SAMPLING] == 0 or record[RESTART] == 0:
         return 0, 0
     interval, across = record[RESTART], -(-record[WIDTH] // (8 * record[COMPONENT + 1]))
@@ -159,10 +176,12 @@ def segments(record):
 
 @njit
 def cut(data, top, left, bottom, right, record, head, out):
-    """The segments of `data` that cover rows top to bottom and columns left to right, as a JPEG in `out` -> (bytes, row, column).
+    """The segments of `data` that cover rows top to bottom and columns left to right, as a JPEG in `out` -> (bytes,
+    row, column).
 
-    Row and column: the source's pixel that is its first one. No bytes where there is nothing to be cut: no segments, or damaged ones, all
-    of them needed, or a region outside the image. data, out: uint8 [n]; record, head: as `read_markers`.
+    Row and column: the source's pixel that is its first one. No bytes where there is nothing to be cut: no segments, or
+    damaged ones, all of them needed, or a region outside the image. data, out: uint8 [n]; record, head: as
+    `read_markers`.
     """
     if read_markers(data, record, head) != OK:
         return 0, 0, 0
@@ -184,8 +203,16 @@ def cut(data, top, left, bottom, right, record, head, out):
     at = 2
     while out[at + 1] != SOF0 and at < used:
         at += 2 + two(out, at + 2)
-    new_height, new_width = min(stop_y * tile_y, height) - first_y * tile_y, min(stop_x * tile_x, width) - first_x * tile_x
-    out[at + 5], out[at + 6], out[at + 7], out[at + 8] = new_height >> 8, new_height & 255, new_width >> 8, new_width & 255
+    new_height, new_width = (
+        min(stop_y * tile_y, height) - first_y * tile_y,
+        min(stop_x * tile_x, width) - first_x * tile_x,
+    )
+    out[at + 5], out[at + 6], out[at + 7], out[at + 8] = (
+        new_height >> 8,
+        new_height & 255,
+        new_width >> 8,
+        new_width & 255,
+    )
     at, restarts = record[SCAN], 0
     for y in range(stop_y):
         for x in range(wide):
@@ -215,11 +242,12 @@ def _copy(data, start, stop, out, at):
 
 
 def splice(jpeg: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """A smaller JPEG that shows pixels `start` to `stop` (row, column; exclusive) of `jpeg` bit for bit as every decoder shows them there.
+    """A smaller JPEG that shows pixels `start` to `stop` (row, column; exclusive) of `jpeg` bit for bit as every
+    decoder shows them there.
 
-    jpeg: uint8 [n], as `BetonReader.jpeg` gives it: not writeable, which is another type to numba. Returns the JPEG, uint8 [m], and
-    which pixel of the source is its (0, 0); the source itself and (0, 0) where it has no grid of segments, is damaged or is needed whole.
-    Without the GIL.
+    jpeg: uint8 [n], as `BetonReader.jpeg` gives it: not writeable, which is another type to numba. Returns the JPEG,
+    uint8 [m], and which pixel of the source is its (0, 0); the source itself and (0, 0) where it has no grid of
+    segments, is damaged or is needed whole. Without the GIL.
     """
     out = np.empty(jpeg.size, np.uint8)
     record, head = np.empty(MARKERS, np.int64), np.empty(HEAD_BYTES, np.uint8)

@@ -1,9 +1,12 @@
-"""The GPU's side of the decode pipeline: token targets and images, as `tl_fast.kernels.cpu` makes them, from arrays on the device.
+"""The GPU's side of the decode pipeline: token targets and images, as `tl_fast.kernels.cpu` makes them, from arrays on
+the device.
 
-Arrays are numba device arrays, CUDA tensors of torch (bfloat16 ones too) or, under numba's simulator, numpy arrays or CPU tensors;
-bfloat16 without torch is uint16. They must be contiguous. Nothing here waits for the GPU unless its docstring says so; `stream` is a
-handle as torch's `stream.cuda_stream` is, 0 for the default one. Importing this module needs no GPU.
+Arrays are numba device arrays, CUDA tensors of torch (bfloat16 ones too) or, under numba's simulator, numpy arrays or
+CPU tensors; bfloat16 without torch is uint16. They must be contiguous. Nothing here waits for the GPU unless its
+docstring says so; `stream` is a handle as torch's `stream.cuda_stream` is, 0 for the default one. Importing this module
+needs no GPU.
 """
+
 from __future__ import annotations
 
 import functools
@@ -17,15 +20,17 @@ from numba import cuda
 
 from tl_fast.kernels import cuda_launch
 from tl_fast.kernels.colour import cuda as cuda_colour
-from tl_fast.kernels.geometry import cuda as cuda_geometry
-from tl_fast.kernels.targets import cuda as cuda_targets
 from tl_fast.kernels.cuda_device import SIMULATED
+from tl_fast.kernels.geometry import cuda as cuda_geometry
 from tl_fast.kernels.geometry.cuda import REGION
+from tl_fast.kernels.targets import cuda as cuda_targets
 from tl_fast.labelmaps.format import MapSpec, encoded_sizes
 from tl_fast.plan.records import PLAN
 
 SIMULATED_LANES = 8  # threads of a block in the simulator, which makes some 1,700 a second
-ROUNDS = 6  # rows that a warp makes of one sample, about: fewer and reading the map takes the time, more and the last blocks run alone
+# rows that a warp makes of one sample, about: fewer and reading the map takes the time, more and the last blocks run
+# alone
+ROUNDS = 6
 
 
 def token_targets(
@@ -42,22 +47,35 @@ def token_targets(
 ) -> Any:
     """`tl_fast.kernels.cpu.token_targets` on device arrays -> out [B, 1 + grid**2, C], float32 or bfloat16.
 
-    classes: uint16 [B, k, H, W] (int16 with the same bits will do); scores: float32 [B, k, H, W]; crops: float32 [B, 4]; flips: bool [B];
-    out: where to write, else a new float32 numba device array. Waits for the GPU, for a class >= C is an error as on the CPU.
+    classes: uint16 [B, k, H, W] (int16 with the same bits will do); scores: float32 [B, k, H, W]; crops: float32 [B,
+    4]; flips: bool [B];
+    out: where to write, else a new float32 numba device array. Waits for the GPU, for a class >= C is an error as on
+    the CPU.
     Raises ValueError for shapes that do not fit, crops that are not finite or a class >= C.
     """
     shape = tuple(classes.shape)
-    if len(shape) != 4 or tuple(scores.shape) != shape or tuple(crops.shape) != (shape[0], 4) or tuple(flips.shape) != (shape[0],):
-        raise ValueError(f"classes and scores must be [B, k, H, W], crops [B, 4] and flips [B]; got {shape}, {tuple(scores.shape)}, "
-                         f"{tuple(crops.shape)}, {tuple(flips.shape)}")
+    if (
+        len(shape) != 4
+        or tuple(scores.shape) != shape
+        or tuple(crops.shape) != (shape[0], 4)
+        or tuple(flips.shape) != (shape[0],)
+    ):
+        raise ValueError(
+            f"classes and scores must be [B, k, H, W], crops [B, 4] and flips [B]; got {shape}, {tuple(scores.shape)}, "
+            f"{tuple(crops.shape)}, {tuple(flips.shape)}"
+        )
     cuda.synchronize()  # crops and flips may still be on their way, on any stream
     crops, flips = to_host(_flat(crops, np.float32)).reshape(-1, 4), to_host(_flat(flips, np.bool_))
     if not np.isfinite(crops).all() or (crops[:, 2:] <= 0).any():
         raise ValueError("crops must be finite with height and width > 0 (fractions of the label map)")
     top, left, height, width = crops.T
     nothing = np.zeros_like(top)
-    affines = np.stack([np.where(flips, -width, width), nothing, np.where(flips, left + width, left), nothing, height, top], axis=1)
-    return warped_targets(classes, scores, affines.astype(np.float32), num_classes, grid, smoothing, out, cut=False, stream=stream)
+    affines = np.stack(
+        [np.where(flips, -width, width), nothing, np.where(flips, left + width, left), nothing, height, top], axis=1
+    )
+    return warped_targets(
+        classes, scores, affines.astype(np.float32), num_classes, grid, smoothing, out, cut=False, stream=stream
+    )
 
 
 def warped_targets(
@@ -72,7 +90,8 @@ def warped_targets(
     *,
     stream: int = 0,
 ) -> Any:
-    """`tl_fast.kernels.cpu.warped_targets` on device arrays; affines float32 [B, 6] may be on the host. Otherwise as `token_targets`."""
+    """`tl_fast.kernels.cpu.warped_targets` on device arrays; affines float32 [B, 6] may be on the host. Otherwise as
+    `token_targets`."""
     batch, k, height, width = classes.shape
     if out is None:
         out = cuda.device_array((batch, 1 + grid * grid, num_classes), np.float32)
@@ -81,7 +100,9 @@ def warped_targets(
         affines = cuda.to_device(np.ascontiguousarray(affines, np.float32))
     source = _flat(classes, np.uint16), _flat(scores, np.float32)
     cuda.synchronize()  # uploads go on the default stream, for which torch's streams do not wait, nor it for them
-    _launch_targets("arrays", source, (0, 0), affines, (k, height, width, num_classes), grid, smoothing, cut, out, errors, stream)
+    _launch_targets(
+        "arrays", source, (0, 0), affines, (k, height, width, num_classes), grid, smoothing, cut, out, errors, stream
+    )
     cuda.synchronize()
     wrong = np.flatnonzero(errors.copy_to_host())
     if len(wrong):
@@ -103,18 +124,21 @@ def packed_targets(
     *,
     stream: int = 0,
 ) -> None:
-    """Token targets of a batch from its label maps as they lie in a beton (docs/file_format.md), in one launch and without waiting.
+    """Token targets of a batch from its label maps as they lie in a beton (docs/file_format.md), in one launch and
+    without waiting.
 
-    maps: uint8 [M], the batch's maps one after the other; starts: int64 [B+1], where each begins, and where the last ends; ranges:
-    float32 [B, 2] = (score_min, score_step); affines: float32 [B, 6] and cut: as of `cpu.warped_targets`; spec: of the maps; out: float32
-    or bfloat16 [B, 1 + grid**2, C], written; errors: int32 [B], zeros: a sample whose map is damaged (a size that is none of the
-    layouts', a class >= C, a place outside its palette) gets one of `tl_fast.labelmaps.loops`' codes there and NaN for targets. Nothing is
-    read or written out of bounds whatever the map holds. A class listed twice in one cell may count once. Raises ValueError for shapes
-    that do not fit.
+    maps: uint8 [M], the batch's maps one after the other; starts: int64 [B+1], where each begins, and where the last
+    ends; ranges: float32 [B, 2] = (score_min, score_step); affines: float32 [B, 6] and cut: as of `cpu.warped_targets`;
+    spec: of the maps; out: float32 or bfloat16 [B, 1 + grid**2, C], written; errors: int32 [B], zeros: a sample whose
+    map is damaged (a size that is none of the layouts', a class >= C, a place outside its palette) gets one of
+    `tl_fast.labelmaps.loops`' codes there and NaN for targets. Nothing is read or written out of bounds whatever the
+    map holds. A class listed twice in one cell may count once. Raises ValueError for shapes that do not fit.
     """
     batch = len(errors)
     if tuple(starts.shape) != (batch + 1,) or tuple(ranges.shape) != (batch, 2):
-        raise ValueError(f"starts must be [{batch + 1}] and ranges [{batch}, 2], got {tuple(starts.shape)} and {tuple(ranges.shape)}")
+        raise ValueError(
+            f"starts must be [{batch + 1}] and ranges [{batch}, 2], got {tuple(starts.shape)} and {tuple(ranges.shape)}"
+        )
     source = _flat(maps, np.uint8), _flat(starts, np.int64), _flat(ranges, np.float32)
     sizes = encoded_sizes(spec)
     shape = spec.k, spec.height, spec.width, spec.num_classes
@@ -125,13 +149,19 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
     k, height, width, num_classes = (int(n) for n in shape)
     batch = len(errors)
     if tuple(out.shape) != (batch, 1 + grid * grid, num_classes) or tuple(affines.shape) != (batch, 6):
-        raise ValueError(f"out must be [{batch}, {1 + grid * grid}, {num_classes}] and affines [{batch}, 6], "
-                         f"got {tuple(out.shape)} and {tuple(affines.shape)}")
+        raise ValueError(
+            f"out must be [{batch}, {1 + grid * grid}, {num_classes}] and affines [{batch}, 6], "
+            f"got {tuple(out.shape)} and {tuple(affines.shape)}"
+        )
     if grid < 1 or not 1 <= num_classes <= cuda_targets.NONE or k < 1 or not 0 <= smoothing < 1:
-        raise ValueError(f"grid, k >= 1, 1 <= num_classes <= {cuda_targets.NONE} and smoothing in [0, 1) needed, "
-                         f"got {grid}, {k}, {num_classes}, {smoothing}")
+        raise ValueError(
+            f"grid, k >= 1, 1 <= num_classes <= {cuda_targets.NONE} and smoothing in [0, 1) needed, "
+            f"got {grid}, {k}, {num_classes}, {smoothing}"
+        )
     if max(part.size for part in source) >= 1 << 31:
-        raise ValueError(f"{max(part.size for part in source)} numbers of label maps at once; the kernel counts to 2**31")
+        raise ValueError(
+            f"{max(part.size for part in source)} numbers of label maps at once; the kernel counts to 2**31"
+        )
     if batch == 0:
         return
     bfloat16 = str(out.dtype) in ("torch.bfloat16", "uint16")
@@ -148,26 +178,47 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
         groups //= 2
     shared = cuda_targets.shared_bytes(groups, num_classes, slots, grid, reach, height * width)
     if shared > limit:
-        raise ValueError(f"{num_classes} classes and label maps of {height} x {width} x {k} need {shared} bytes of shared memory a block, "
-                         f"this GPU has {limit}")
+        raise ValueError(
+            f"{num_classes} classes and label maps of {height} x {width} x {k} need {shared} bytes of shared memory a"
+            f" block, this GPU has {limit}"
+        )
     rounds = -(-grid * grid // groups)
     tokens = groups * -(-rounds // -(-rounds // ROUNDS))
     vector = num_classes * (2 if bfloat16 else 4) % 16 == 0 and _pointer(target) % 16 == 0
     blocks = 1 + -(-grid * grid // tokens), batch
-    arguments = (source, *sizes, _flat(affines, np.float32), k, height, width, num_classes, grid, np.float32(smoothing), bool(cut), slots,
-                 reach, tokens, vector, target, _flat(errors, np.int32))
+    arguments = (
+        source,
+        *sizes,
+        _flat(affines, np.float32),
+        k,
+        height,
+        width,
+        num_classes,
+        grid,
+        np.float32(smoothing),
+        bool(cut),
+        slots,
+        reach,
+        tokens,
+        vector,
+        target,
+        _flat(errors, np.int32),
+    )
     cuda_launch.launch(name, blocks, (lanes, groups), arguments, stream, shared)
 
 
 def _flat(array: Any, dtype: type) -> Any:
-    """A contiguous device array as a one-dimensional one of `dtype`, which must have as many bytes or one, sharing its memory."""
+    """A contiguous device array as a one-dimensional one of `dtype`, which must have as many bytes or one, sharing its
+    memory."""
     dtype = np.dtype(dtype)
     if dtype.itemsize not in (1, array.dtype.itemsize):
         raise ValueError(f"an array for the GPU kernels must be {dtype}, got {array.dtype}")
     if isinstance(array, torch.Tensor):  # bfloat16 is no type of the CUDA array interface
         array = array.detach()
         if not array.is_contiguous():
-            raise ValueError(f"arrays for the GPU kernels must be contiguous, got strides {array.stride()} of {tuple(array.shape)}")
+            raise ValueError(
+                f"arrays for the GPU kernels must be contiguous, got strides {array.stride()} of {tuple(array.shape)}"
+            )
         array = array.reshape(-1).view(torch.uint8)
         array = array.numpy() if array.device.type == "cpu" else cuda.as_cuda_array(array, sync=False)
         return array.view(dtype)
@@ -175,7 +226,13 @@ def _flat(array: Any, dtype: type) -> Any:
 
 
 def _pointer(array: Any) -> int:
-    return array.ctypes.data if isinstance(array, np.ndarray) else 0 if SIMULATED else int(array.device_ctypes_pointer.value)
+    return (
+        array.ctypes.data
+        if isinstance(array, np.ndarray)
+        else 0
+        if SIMULATED
+        else int(array.device_ctypes_pointer.value)
+    )
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -203,23 +260,30 @@ def augment(
     scratch: Any,
     stream: int = 0,
 ) -> None:
-    """A batch of images as their plans say, erasing apart: `tl_fast.kernels.cpu.augment`, in two launches and without waiting.
+    """A batch of images as their plans say, erasing apart: `tl_fast.kernels.cpu.augment`, in two launches and without
+    waiting.
 
-    pixels: uint8 [M], memory in which all decoded regions lie; regions: `REGION` records [B] (or their bytes, uint8) with at least the
-    pixels of `tl_fast.kernels.geometry.cpu.needed` (no others are read); plans: `tl_fast.plan.PLAN` records [B] (or their bytes), each crop and
-    box with height and width > 0; fill: RGB, 0..255, of what lies outside the image; out: written: uint8 [B, 3, H, W], or, with mean and
-    std (of each channel, for values 0..1), (x / 255 - mean) / std as float16 or bfloat16 [B, 3, H, W], contiguous or channels-last
-    (torch's memory format; else an array [B, H, W, 3]); scratch: uint8, at least `scratch_bytes`. Raises ValueError for shapes that do
-    not fit.
+    pixels: uint8 [M], memory in which all decoded regions lie; regions: `REGION` records [B] (or their bytes, uint8)
+    with at least the pixels of `tl_fast.kernels.geometry.cpu.needed` (no others are read); plans: `tl_fast.plan.PLAN`
+    records [B] (or their bytes), each crop and box with height and width > 0; fill: RGB, 0..255, of what lies outside
+    the image; out: written: uint8 [B, 3, H, W], or, with mean and std (of each channel, for values 0..1), (x / 255 -
+    mean) / std as float16 or bfloat16 [B, 3, H, W], contiguous or channels-last (torch's memory format; else an array
+    [B, H, W, 3]); scratch: uint8, at least `scratch_bytes`. Raises ValueError for shapes that do not fit.
     """
     normalised = mean is not None or std is not None
     if normalised and (mean is None or std is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0):
         raise ValueError(f"mean and std must both be given, three each, std > 0; got {mean} and {std}")
     kind = str(out.dtype).removeprefix("torch.")
     if kind not in (("float16", "bfloat16", "uint16") if normalised else ("uint8",)):
-        raise ValueError(f"out must be {'float16 or bfloat16' if normalised else 'uint8 without mean and std'}, got {out.dtype}")
+        raise ValueError(
+            f"out must be {'float16 or bfloat16' if normalised else 'uint8 without mean and std'}, got {out.dtype}"
+        )
     layout = cuda_colour.PLANES if normalised else cuda_colour.BYTES
-    if isinstance(out, torch.Tensor) and not out.is_contiguous() and out.is_contiguous(memory_format=torch.channels_last):
+    if (
+        isinstance(out, torch.Tensor)
+        and not out.is_contiguous()
+        and out.is_contiguous(memory_format=torch.channels_last)
+    ):
         out = out.permute(0, 2, 3, 1)
     if len(out.shape) == 4 and out.shape[1] != 3 and out.shape[3] == 3 and normalised:
         layout = cuda_colour.CHANNELS_LAST
@@ -234,8 +298,10 @@ def augment(
     regions, plans, work = _records(regions, REGION), _records(plans, PLAN), _flat(scratch, np.uint8)
     wanted = scratch_bytes(batch, rows, columns, normalised)
     if len(regions) != batch or len(plans) != batch or work.size < wanted:
-        raise ValueError(f"{batch} images need as many regions and plans and {wanted} bytes of scratch; "
-                         f"got {len(regions)}, {len(plans)} and {work.size}")
+        raise ValueError(
+            f"{batch} images need as many regions and plans and {wanted} bytes of scratch; "
+            f"got {len(regions)}, {len(plans)} and {work.size}"
+        )
     if len(fill) != 3 or not all(0 <= int(value) <= 255 for value in fill):
         raise ValueError(f"fill must be three numbers in 0..255, got {fill}")
     if batch == 0:
@@ -248,17 +314,33 @@ def augment(
     cuda_launch.launch("images: geometry", blocks, threads, arguments, stream)
     unit = 4 if rows * columns % 4 == 0 and _pointer(image) % 4 == 0 else 1
     result = _flat(out, np.uint16) if normalised else spare[:2].view(np.uint16)
-    normal = _normal(tuple(map(float, mean)), tuple(map(float, std)), kind == "float16", cuda_launch.current_device()) if normalised else result
+    normal = (
+        _normal(tuple(map(float, mean)), tuple(map(float, std)), kind == "float16", cuda_launch.current_device())
+        if normalised
+        else result
+    )
     threads = (SIMULATED_LANES if SIMULATED else cuda_colour.BOUNDS[0],)
-    cuda_launch.launch("images: colours", (batch,), threads, (image, spare, plans, rows, columns, unit, layout, normal, result), stream)
+    cuda_launch.launch(
+        "images: colours", (batch,), threads, (image, spare, plans, rows, columns, unit, layout, normal, result), stream
+    )
 
 
 @functools.cache
 def _normal(mean: tuple[float, ...], std: tuple[float, ...], half: bool, device: int) -> Any:
-    """(value / 255 - mean) / std of each channel and value, the bits of float16 or bfloat16 -> uint16 [3 256] on the device."""
+    """(value / 255 - mean) / std of each channel and value, the bits of float16 or bfloat16 -> uint16 [3 256] on the
+    device."""
     values = torch.arange(256, dtype=torch.float64) / 255
-    normal = (values - torch.tensor(mean, dtype=torch.float64)[:, None]) / torch.tensor(std, dtype=torch.float64)[:, None]
-    bits = normal.float().to(torch.float16 if half else torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(-1)
+    normal = (values - torch.tensor(mean, dtype=torch.float64)[:, None]) / torch.tensor(std, dtype=torch.float64)[
+        :, None
+    ]
+    bits = (
+        normal.float()
+        .to(torch.float16 if half else torch.bfloat16)
+        .view(torch.int16)
+        .numpy()
+        .view(np.uint16)
+        .reshape(-1)
+    )
     if SIMULATED:
         return bits
     table = cuda.to_device(bits)

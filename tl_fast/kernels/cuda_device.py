@@ -1,10 +1,12 @@
-"""What the CUDA kernels share: device functions of `tl_fast.maths.scalar` in float32, and the accesses to memory that numba has no words for.
+"""What the CUDA kernels share: device functions of `tl_fast.maths.scalar` in float32, and the accesses to memory that
+numba has no words for.
 
-Importing it needs no GPU. Under numba's simulator (NUMBA_ENABLE_CUDASIM=1, set before numba is imported) the kernels are plain Python,
-and so are the twins of the intrinsics here. Device functions use `gpu` for `numba.cuda`: the simulator replaces that name in one module
-while a function of it runs, for all threads at once, so that a function of another module would lose it while other threads still need
-it.
+Importing it needs no GPU. Under numba's simulator (NUMBA_ENABLE_CUDASIM=1, set before numba is imported) the kernels
+are plain Python, and so are the twins of the intrinsics here. Device functions use `gpu` for `numba.cuda`: the
+simulator replaces that name in one module while a function of it runs, for all threads at once, so that a function of
+another module would lose it while other threads still need it.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -47,11 +49,13 @@ if SIMULATED:
         return array[index], array[index + 1], array[index + 2], array[index + 3]
 
     def in_step():
-        """A warp's threads together again, with what each has written. In the simulator a block is one group of any number of threads."""
+        """A warp's threads together again, with what each has written. In the simulator a block is one group of any
+        number of threads."""
         gpu.syncthreads()
 
     def warp_max(value, scratch, lane, lanes):
-        """The highest value of a warp's threads, `warp_sum` their sum; scratch: float32 in shared memory, one a thread, for the simulator."""
+        """The highest value of a warp's threads, `warp_sum` their sum; scratch: float32 in shared memory, one a thread,
+        for the simulator."""
         gpu.syncthreads()
         scratch[lane] = value
         gpu.syncthreads()
@@ -73,7 +77,9 @@ if SIMULATED:
 
     def load_word(array, index):
         """Four uint8 from `index` on, which must be a multiple of 4, as one uint32, the first in its low bits."""
-        return int(array[index]) | int(array[index + 1]) << 8 | int(array[index + 2]) << 16 | int(array[index + 3]) << 24
+        return (
+            int(array[index]) | int(array[index + 1]) << 8 | int(array[index + 2]) << 16 | int(array[index + 3]) << 24
+        )
 
     def store_word(array, index, word):
         """32 bits as four uint8 or two uint16 to `array` from `index` on, a multiple of as many; the low bits first."""
@@ -175,7 +181,9 @@ else:
     @intrinsic
     def store_word(typingctx, array, index, word):
         def codegen(context, builder, signature, args):
-            store = builder.store(args[2], _address(context, builder, signature.args[0], args[0], args[1], ir.IntType(32)))
+            store = builder.store(
+                args[2], _address(context, builder, signature.args[0], args[0], args[1], ir.IntType(32))
+            )
             store.align = 4
             return context.get_dummy_value()
 

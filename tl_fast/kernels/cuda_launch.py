@@ -1,8 +1,11 @@
-"""How the CUDA kernels are compiled and launched: for the types of arguments named here, when a process first launches one.
+"""How the CUDA kernels are compiled and launched: for the types of arguments named here, when a process first launches
+one.
 
-Without link-time optimisation, which numba-cuda turns on wherever nvJitLink is installed and which allots registers anew: what runs shall
-be what tests/test_ptx.py has looked at. Named types also spare each launch numba's look at every argument.
+Without link-time optimisation, which numba-cuda turns on wherever nvJitLink is installed and which allots registers
+anew: what runs shall be what tests/test_ptx.py has looked at. Named types also spare each launch numba's look at every
+argument.
 """
+
 from __future__ import annotations
 
 import functools
@@ -14,15 +17,16 @@ from numba import cuda, types
 from numba.np import numpy_support
 
 from tl_fast.kernels.colour import cuda as cuda_colour
+from tl_fast.kernels.cuda_device import SIMULATED
 from tl_fast.kernels.geometry import cuda as cuda_geometry
 from tl_fast.kernels.targets import cuda as cuda_targets
-from tl_fast.kernels.cuda_device import SIMULATED
 from tl_fast.plan.records import PLAN
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """function: not compiled; bounds: threads of a block, at most, and how many such blocks a multiprocessor shall have registers for;
+    """function: not compiled; bounds: threads of a block, at most, and how many such blocks a multiprocessor shall have
+    registers for;
     arguments: their types."""
 
     function: Callable
@@ -36,9 +40,23 @@ def _array(kind: types.Type) -> types.Array:
 
 def _targets(kind: str, bfloat16: bool) -> Kernel:
     number, whole = types.float32, types.int64
-    source = {"arrays": (_array(types.uint16), _array(number)), "bytes": (_array(types.uint8), _array(whole), _array(number))}[kind]
-    arguments = (types.Tuple(source), whole, whole, _array(number), *[whole] * 5, number, types.boolean, *[whole] * 3, types.boolean,
-                 _array(types.uint16 if bfloat16 else number), _array(types.int32))  # fmt: skip
+    source = {
+        "arrays": (_array(types.uint16), _array(number)),
+        "bytes": (_array(types.uint8), _array(whole), _array(number)),
+    }[kind]
+    arguments = (
+        types.Tuple(source),
+        whole,
+        whole,
+        _array(number),
+        *[whole] * 5,
+        number,
+        types.boolean,
+        *[whole] * 3,
+        types.boolean,
+        _array(types.uint16 if bfloat16 else number),
+        _array(types.int32),
+    )
     return Kernel(cuda_targets.KERNELS[kind, bfloat16], cuda_targets.BOUNDS, arguments)
 
 
@@ -50,16 +68,27 @@ def targets_name(kind: str, bfloat16: bool) -> str:
 _BYTES, _WORDS, _PLANS = _array(types.uint8), _array(types.uint16), _array(numpy_support.from_dtype(PLAN))
 KERNELS = {
     "images: geometry": Kernel(
-        cuda_geometry.SHOW, cuda_geometry.BOUNDS,
-        (_BYTES, _array(numpy_support.from_dtype(cuda_geometry.REGION)), _PLANS, *[types.uint8] * 3, *[types.int64] * 2, _BYTES),
+        cuda_geometry.SHOW,
+        cuda_geometry.BOUNDS,
+        (
+            _BYTES,
+            _array(numpy_support.from_dtype(cuda_geometry.REGION)),
+            _PLANS,
+            *[types.uint8] * 3,
+            *[types.int64] * 2,
+            _BYTES,
+        ),
     ),
-    "images: colours": Kernel(cuda_colour.FINISH, cuda_colour.BOUNDS, (_BYTES, _BYTES, _PLANS, *[types.int64] * 4, _WORDS, _WORDS)),
+    "images: colours": Kernel(
+        cuda_colour.FINISH, cuda_colour.BOUNDS, (_BYTES, _BYTES, _PLANS, *[types.int64] * 4, _WORDS, _WORDS)
+    ),
     **{targets_name(kind, bfloat16): _targets(kind, bfloat16) for kind, bfloat16 in cuda_targets.KERNELS},
-}  # fmt: skip
+}
 
 
 def launch(name: str, blocks: tuple, threads: tuple, arguments: tuple, stream: int = 0, shared: int = 0) -> None:
-    """Launch a kernel of KERNELS and return. stream: its handle; shared: bytes of dynamic shared memory, at most `shared_limit`."""
+    """Launch a kernel of KERNELS and return. stream: its handle; shared: bytes of dynamic shared memory, at most
+    `shared_limit`."""
     handle = 0 if SIMULATED or not stream else _stream(int(stream))
     _compiled(KERNELS[name], current_device())[blocks, threads, handle, shared](*arguments)
 
@@ -83,7 +112,8 @@ def _compiled(kernel: Kernel, device: int) -> Any:
 
 @functools.cache
 def _allow_shared(kernel: Kernel, device: int) -> int:
-    """All that the GPU has beside the kernel's own arrays. More than 48 KB in all must be asked for, which numba-cuda does not do."""
+    """All that the GPU has beside the kernel's own arrays. More than 48 KB in all must be asked for, which numba-cuda
+    does not do."""
     if SIMULATED:
         return 225 << 10
     from numba.cuda.cudadrv.driver import binding, driver

@@ -1,7 +1,10 @@
-"""CPU loops over label maps: quantising and checking them, and their layouts in a beton (docs/file_format.md), compiled by numba.
+"""CPU loops over label maps: quantising and checking them, and their layouts in a beton (docs/file_format.md), compiled
+by numba.
 
-Every loop releases the GIL. Errors are numbers here; `tl_fast.labelmaps.format` and `tl_fast.beton.reader` put them into words.
+Every loop releases the GIL. Errors are numbers here; `tl_fast.labelmaps.format` and `tl_fast.beton.reader` put them
+into words.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -15,12 +18,15 @@ _FLOAT32_MAX, _FLOAT32_TINY = float(np.finfo(np.float32).max), np.finfo(np.float
 
 _BIT_COUNT = np.array([byte.bit_count() for byte in range(256)])
 # Of each byte: the places of its bits that are set, then of the others.
-_SET_BITS = np.array([sorted(range(8), key=lambda bit, byte=byte: not byte >> bit & 1) for byte in range(256)], np.uint16)
+_SET_BITS = np.array(
+    [sorted(range(8), key=lambda bit, byte=byte: not byte >> bit & 1) for byte in range(256)], np.uint16
+)
 
 
 @njit
 def quantise(scores: np.ndarray, levels: np.ndarray) -> tuple[int, np.float32, np.float32]:
-    """`labelmap.quantise` of scores float64 [k, cells per class] → (BAD_SCORE or 0, score_min, score_step); levels: uint8, written."""
+    """`labelmap.quantise` of scores float64 [k, cells per class] → (BAD_SCORE or 0, score_min, score_step); levels:
+    uint8, written."""
     low, high = np.inf, -np.inf
     finite = True
     for t in range(scores.shape[0]):
@@ -37,7 +43,9 @@ def quantise(scores: np.ndarray, levels: np.ndarray) -> tuple[int, np.float32, n
     exact = np.empty(scores.shape, np.float64)
     for t in range(scores.shape[0]):
         for i in range(scores.shape[1]):
-            exact[t, i] = np.sqrt(min(max((scores[t, i] - np.float64(score_min)) / np.float64(score_step), 0.0), 255.0**2))
+            exact[t, i] = np.sqrt(
+                min(max((scores[t, i] - np.float64(score_min)) / np.float64(score_step), 0.0), 255.0**2)
+            )
             levels[t, i] = np.uint8(np.rint(exact[t, i]))
     if scores.shape[0] > 1:
         for i in range(scores.shape[1]):
@@ -47,7 +55,8 @@ def quantise(scores: np.ndarray, levels: np.ndarray) -> tuple[int, np.float32, n
 
 @njit
 def _keep_best_apart(exact: np.ndarray, levels: np.ndarray) -> None:
-    """The best two of one cell, where their levels coincide: moves the one that lies on the side it moves to. Both [k]."""
+    """The best two of one cell, where their levels coincide: moves the one that lies on the side it moves to. Both
+    [k]."""
     best, second = (0, 1) if exact[0] >= exact[1] else (1, 0)
     for t in range(2, len(exact)):
         if exact[t] > exact[best]:
@@ -71,7 +80,8 @@ def pack(
 ) -> tuple[int, np.float32, np.float32]:
     """Check and quantise one map → (what is wrong, score_min, score_step).
 
-    classes: int64 or float64 [k, cells per class]; scores: float64, the same shape; out: uint16 and levels: uint8, written.
+    classes: int64 or float64 [k, cells per class]; scores: float64, the same shape; out: uint16 and levels: uint8,
+    written.
     """
     seen = np.zeros(num_classes, np.int64)
     for i in range(classes.shape[1]):
@@ -92,7 +102,8 @@ def pack(
 def encode(record: np.ndarray, num_classes: int, sizes: tuple[int, int, int], out: np.ndarray) -> int:
     """One map in its smaller layout → its size in bytes; −1 − c if it lists a class c >= C; NOT_FINITE.
 
-    record: uint8 [8 + 3·cells], a record of `MapSpec.dtype`; sizes: `labelmap.encoded_sizes`; out: uint8 [3·cells], written.
+    record: uint8 [8 + 3·cells], a record of `MapSpec.dtype`; sizes: `labelmap.encoded_sizes`; out: uint8 [3·cells],
+    written.
     """
     cells = len(out) // 3
     header = record[:8].view(np.float32)
@@ -131,10 +142,11 @@ def encode(record: np.ndarray, num_classes: int, sizes: tuple[int, int, int], ou
 
 
 def _expand(data: np.ndarray, num_classes: int, sizes: tuple[int, int, int], classes: np.ndarray) -> int:
-    """The classes of one map in either layout; its scores are the last cells bytes of `data` in both. Returns 0 or what is wrong.
+    """The classes of one map in either layout; its scores are the last cells bytes of `data` in both. Returns 0 or what
+    is wrong.
 
-    data: uint8 [size]; sizes: `labelmap.encoded_sizes`; classes: uint16 [cells], written. Nothing is read or written out of bounds,
-    whatever `data` holds.
+    data: uint8 [size]; sizes: `labelmap.encoded_sizes`; classes: uint16 [cells], written. Nothing is read or written
+    out of bounds, whatever `data` holds.
     """
     cells = len(classes)
     greatest = np.int64(0)
@@ -176,8 +188,8 @@ def _expand(data: np.ndarray, num_classes: int, sizes: tuple[int, int, int], cla
 
 
 expand = njit(_expand)
-# For `read_maps` alone, which always has the same types: where a function called from compiled code had been compiled for other types too,
-# numba 0.68 inferred types for ever.
+# For `read_maps` alone, which always has the same types: where a function called from compiled code had been compiled
+# for other types too, numba 0.68 inferred types for ever.
 _expand_inside = njit(_expand)
 
 
@@ -194,10 +206,12 @@ def read_maps(
     classes: np.ndarray,
     scores: np.ndarray,
 ) -> tuple[int, int]:
-    """Maps of a batch, straight from the mapped file: classes and dequantised scores. Returns (row, what is wrong), or (B, 0).
+    """Maps of a batch, straight from the mapped file: classes and dequantised scores. Returns (row, what is wrong), or
+    (B, 0).
 
-    file: uint8 [bytes]; starts, lengths: int64 [B], inside the file; score_min, score_step: float32 [B]; curve: float32 [256], what
-    `labelmap.dequantise` makes of each level before minimum and step; sizes: `labelmap.encoded_sizes`; classes: uint16 [B, cells],
+    file: uint8 [bytes]; starts, lengths: int64 [B], inside the file; score_min, score_step: float32 [B]; curve: float32
+    [256], what `labelmap.dequantise` makes of each level before minimum and step; sizes: `labelmap.encoded_sizes`;
+    classes: uint16 [B, cells],
     scores: float32 [B, cells], written.
     """
     cells = classes.shape[1]

@@ -1,4 +1,5 @@
 """Which label map belongs to which image, when they come from different places: by class folder and file stem."""
+
 from __future__ import annotations
 
 import re
@@ -7,28 +8,33 @@ from typing import NoReturn
 
 import numpy as np
 
-from tl_fast.sources.image_folder import EXTENSIONS
 from tl_fast.labelmaps.format import LabelMapError
+from tl_fast.sources.image_folder import EXTENSIONS
 
 _SUFFIXES = EXTENSIONS | {".pt"}
 _WNID = re.compile(r"(.+)_(n\d{8})")  # Hugging Face's ImageNet has the class once more at the end of a name
 
 
 def split_name(path: str) -> tuple[str, str]:
-    """'train/n01440764/a.b.JPEG' → ('n01440764', 'a.b'): the folder it lies in ('' without one), the name without its one known suffix."""
+    """'train/n01440764/a.b.JPEG' → ('n01440764', 'a.b'): the folder it lies in ('' without one), the name without its
+    one known suffix."""
     folder, _, name = path.rpartition("/")
     stem, dot, suffix = name.rpartition(".")
     return folder.rpartition("/")[2], stem if stem and f"{dot}{suffix}".lower() in _SUFFIXES else name
 
 
 def match_maps(
-    names: Sequence[str], ids: Sequence[str], class_names: Sequence[str], labels: np.ndarray, where: Callable[[int], str]
+    names: Sequence[str],
+    ids: Sequence[str],
+    class_names: Sequence[str],
+    labels: np.ndarray,
+    where: Callable[[int], str],
 ) -> np.ndarray:
     """Place in `names` (paths of the maps, posix) of every sample's map, int64 `[len(ids)]`, −1 where there is none.
 
-    A sample's map has its stem and lies in the folder that the sample itself lies in; else in the one named for its class,
-    `class_names[labels[i]]`; else it is the only map of that stem in no other class's folder. Last, a trailing '_n01440764' is taken off
-    the stem (and is one more folder to look in). where: how messages call a map.
+    A sample's map has its stem and lies in the folder that the sample itself lies in; else in the one named for its
+    class, `class_names[labels[i]]`; else it is the only map of that stem in no other class's folder. Last, a trailing
+    '_n01440764' is taken off the stem (and is one more folder to look in). where: how messages call a map.
     Raises LabelMapError when two maps fit one sample, or one map two samples.
     """
     keys = ["/".join(split_name(name)) for name in names]
@@ -81,4 +87,6 @@ def refuse_shared(found: np.ndarray, ids: Sequence[str], where: Callable[[int], 
     shared = np.flatnonzero((found[order][1:] == found[order][:-1]) & (found[order][1:] >= 0))
     if len(shared):
         first, second = order[shared[0]], order[shared[0] + 1]
-        raise LabelMapError(f"{ids[first]} and {ids[second]}: the label map {where(int(found[first]))} fits both; rename one of them")
+        raise LabelMapError(
+            f"{ids[first]} and {ids[second]}: the label map {where(int(found[first]))} fits both; rename one of them"
+        )

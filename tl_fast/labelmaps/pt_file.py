@@ -1,9 +1,10 @@
 """One published label map from the bytes of its .pt file: by torch.load, or around it where that must give the same.
 
-torch.load takes 230 µs with the GIL held, which would limit a whole conversion. What it does with a file is said by the file's pickle
-alone; so of each different pickle one file goes through it (`weights_only=True`: no code of the file is run), and of later files with the
-very same pickle only the numbers are taken, from their place in the file.
+torch.load takes 230 µs with the GIL held, which would limit a whole conversion. What it does with a file is said by the
+file's pickle alone; so of each different pickle one file goes through it (`weights_only=True`: no code of the file is
+run), and of later files with the very same pickle only the numbers are taken, from their place in the file.
 """
+
 from __future__ import annotations
 
 import io
@@ -21,14 +22,19 @@ _MAX_KNOWN = 64  # different pickles remembered; files of one program have one o
 # Up to which number of classes a dtype holds every class index exactly; None: more than a label map can have.
 _MAX_CLASSES = {torch.float16: 2049, torch.bfloat16: 257, torch.float32: None, torch.float64: None}
 
-_END = struct.Struct("<4sHHHHIIH")  # a zip's end: magic, disks, entries here and in all, bytes and place of the directory, comment
-_ENTRY = struct.Struct("<4s6xH4xIIIHHH8xI")  # of the directory: magic, method, CRC, stored and true size, lengths of 3 texts, place
+_END = struct.Struct(
+    "<4sHHHHIIH"
+)  # a zip's end: magic, disks, entries here and in all, bytes and place of the directory, comment
+_ENTRY = struct.Struct(
+    "<4s6xH4xIIIHHH8xI"
+)  # of the directory: magic, method, CRC, stored and true size, lengths of 3 texts, place
 _LOCAL = struct.Struct("<4s22xHH")  # before the data: magic, lengths of 2 texts
 _STORED = 0
 
 
 def _parts(data: bytes) -> dict[str, bytes] | None:
-    """A zip's stored members by the last part of their path ('data.pkl', '0', ...); None for a file that torch.load should look at.
+    """A zip's stored members by the last part of their path ('data.pkl', '0', ...); None for a file that torch.load
+    should look at.
 
     '0' is the tensor's storage, the only one; its CRC-32 is checked.
     """
@@ -46,8 +52,14 @@ def _parts(data: bytes) -> dict[str, bytes] | None:
             part = data[start : start + size]
             key = path.rpartition("/")[2]
             if (
-                magic != b"PK\1\2" or local != b"PK\3\4" or method != _STORED or stored != size or len(part) != size or key in found
-                or "/data/" in path and (key != "0" or zlib.crc32(part) != crc)
+                magic != b"PK\1\2"
+                or local != b"PK\3\4"
+                or method != _STORED
+                or stored != size
+                or len(part) != size
+                or key in found
+                or "/data/" in path
+                and (key != "0" or zlib.crc32(part) != crc)
             ):
                 return None
             found[key] = part
@@ -57,13 +69,19 @@ def _parts(data: bytes) -> dict[str, bytes] | None:
 
 
 def load(data: bytes, num_classes: int) -> torch.Tensor:
-    """torch.load of a .pt file's bytes: a tensor [2, k, H, W] of a float dtype. Raises LabelMapError saying what is wrong with it."""
+    """torch.load of a .pt file's bytes: a tensor [2, k, H, W] of a float dtype. Raises LabelMapError saying what is
+    wrong with it."""
     try:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # hostile bytes raise anything; nothing of them is run
         reason = str(error).strip().split("\n")[0]
         raise LabelMapError(f"torch.load refuses it ({type(error).__name__}: {reason[:200]})") from error
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_neg():
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+        or tensor.is_neg()
+    ):
         raise LabelMapError(f"holds {type(tensor).__name__}, not a plain tensor [2, k, H, W]")
     if tensor.dtype not in _MAX_CLASSES:
         raise LabelMapError(f"is {tensor.dtype}; label maps are float16, bfloat16, float32 or float64")
@@ -71,7 +89,10 @@ def load(data: bytes, num_classes: int) -> torch.Tensor:
         raise LabelMapError(f"has shape {tuple(tensor.shape)}; a published label map is [2, k, H, W]: logits, classes")
     limit = _MAX_CLASSES[tensor.dtype]
     if limit is not None and num_classes > limit:
-        raise LabelMapError(f"is {tensor.dtype}, which holds class indices exactly only of up to {limit} classes, here are {num_classes}")
+        raise LabelMapError(
+            f"is {tensor.dtype}, which holds class indices exactly only of up to {limit} classes, here are"
+            f" {num_classes}"
+        )
     return tensor.detach()
 
 
@@ -83,7 +104,8 @@ class PtReader:
         self._known: dict[bytes, tuple[np.dtype, tuple[int, ...]]] = {}
 
     def read(self, data: bytes) -> np.ndarray:
-        """Bytes of a .pt file → float16, 32 or 64 `[2, k, H, W]`: logits, classes. Raises LabelMapError saying what is wrong with it."""
+        """Bytes of a .pt file → float16, 32 or 64 `[2, k, H, W]`: logits, classes. Raises LabelMapError saying what is
+        wrong with it."""
         parts = _parts(data) or {}
         pickle, numbers = parts.get("data.pkl"), parts.get("0", b"")
         direct = sys.byteorder == "little" and parts.get("byteorder", b"little") == b"little"
@@ -94,8 +116,13 @@ class PtReader:
         tensor = load(data, self.num_classes)
         values = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         if (
-            direct and pickle is not None and len(self._known) < _MAX_KNOWN and tensor.is_contiguous() and tensor.storage_offset() == 0
-            and tensor.untyped_storage().nbytes() == len(numbers) and numbers == values.tobytes()
+            direct
+            and pickle is not None
+            and len(self._known) < _MAX_KNOWN
+            and tensor.is_contiguous()
+            and tensor.storage_offset() == 0
+            and tensor.untyped_storage().nbytes() == len(numbers)
+            and numbers == values.tobytes()
         ):
             self._known[pickle] = values.dtype, values.shape
         return values

@@ -1,9 +1,11 @@
-"""Label maps in the published format: one .pt file an image, in class folders, in a folder tree or still in its archive.
+"""Label maps in the published format: one .pt file an image, in class folders, in a folder tree or still in its
+archive.
 
-Each holds one tensor `[2, k, H, W]`: the annotator's k best logits of every cell, and their classes. The logits are kept as they are, not
-relative to the cell's tail as in maps of our own (`labelmap.top_k_relative`): a class that is not listed counts as logit 0, as it does in
-the published training code. `tl_fast.labelmaps.pt_file` reads one file.
+Each holds one tensor `[2, k, H, W]`: the annotator's k best logits of every cell, and their classes. The logits are
+kept as they are, not relative to the cell's tail as in maps of our own (`labelmap.top_k_relative`): a class that is not
+listed counts as logit 0, as it does in the published training code. `tl_fast.labelmaps.pt_file` reads one file.
 """
+
 from __future__ import annotations
 
 import os
@@ -25,14 +27,15 @@ from tl_fast.sources.tar_source import Tar, pread
 SAMPLED = 32  # maps that are read to find the shape
 MAX_BYTES = 64 << 20  # of one .pt file; the published ones have 7 KB
 NEEDS_EXTENT = (
-    "not a label-map store (no manifest.json). If it holds published label maps, say what they cover, extent (--extent) full or "
-    "center_square: the files don't, the published generator script crops the image's centre square, and whether the released maps were "
-    "made that way is not documented"
+    "not a label-map store (no manifest.json). If it holds published label maps, say what they cover, extent (--extent)"
+    " full or center_square: the files don't, the published generator script crops the image's centre square, and"
+    " whether the released maps were made that way is not documented"
 )
 
 
 class _Files(Protocol):
-    """Where the n .pt files are. names: their paths inside, posix; ignored: number of other files; stamps: int64 [n, 2 or 4]."""
+    """Where the n .pt files are. names: their paths inside, posix; ignored: number of other files; stamps: int64 [n, 2
+    or 4]."""
 
     names: list[str]
     ignored: int
@@ -83,7 +86,8 @@ class _Folder:
 
 
 class _Zip:
-    """Members are read at their offsets, stored or deflated; Python's zipfile only lists them, as its reading has a lock."""
+    """Members are read at their offsets, stored or deflated; Python's zipfile only lists them, as its reading has a
+    lock."""
 
     LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -171,15 +175,18 @@ def _open_files(path: Path) -> _Files:
         return _Zip(str(path)) if start in (b"PK\3\4", b"PK\5\6") else _Tar(str(path))
     except (OSError, SourceError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         named = str(path) in str(error)
-        raise LabelMapError(str(error) if named else f"{path}: cannot be read as a folder, zip or tar of label maps ({error})") from error
+        raise LabelMapError(
+            str(error) if named else f"{path}: cannot be read as a folder, zip or tar of label maps ({error})"
+        ) from error
 
 
 class PublishedMaps:
     """Published label maps, listed once, then read in any order from any thread.
 
-    `spec`: what most of up to 32 maps spread over all of them look like. `class_names`: None, the format has none. `manifest`; `path`;
-    `names` (paths of the .pt files); `rejects`: none, the format lists no images that annotation left out; `ignored` (number of other files); `stamps` int64 `[n, 2]`: size and mtime (ns) of each file, or
-    `[n, 4]`: of the archive, then two numbers for where in it the map is.
+    `spec`: what most of up to 32 maps spread over all of them look like. `class_names`: None, the format has none.
+    `manifest`; `path`; `names` (paths of the .pt files); `rejects`: none, the format lists no images that annotation
+    left out; `ignored` (number of other files); `stamps` int64 `[n, 2]`: size and mtime (ns) of each file, or `[n, 4]`:
+    of the archive, then two numbers for where in it the map is.
     extent: `full` or `center_square`, required. num_classes: C, of the data set.
     Raises LabelMapError when there are no maps in `path`, or none that can be read.
     """
@@ -187,7 +194,10 @@ class PublishedMaps:
     def __init__(self, path: Path | str, *, extent: str | None, num_classes: int) -> None:
         self.path = Path(path)
         if extent not in EXTENTS:
-            raise LabelMapError(f"{self.path}: {f'extent is {extent!r}' if extent is not None else NEEDS_EXTENT}; must be one of {EXTENTS}")
+            raise LabelMapError(
+                f"{self.path}: {f'extent is {extent!r}' if extent is not None else NEEDS_EXTENT}; must be one of"
+                f" {EXTENTS}"
+            )
         from tl_fast.labelmaps.pt_file import (
             PtReader,
         )  # here: torch takes seconds to import, and a conversion with a store does without
@@ -202,14 +212,20 @@ class PublishedMaps:
             self.close()
             raise
         self.manifest: dict[str, Any] = {
-            "model": "published maps", "source": self.path.resolve().name, "format": "one .pt an image, [2, k, H, W]: raw logits, classes",
-            "scores": "logits as published, classes not listed count as 0", "spec": self.spec.to_dict(), "exif": "ignore",
+            "model": "published maps",
+            "source": self.path.resolve().name,
+            "format": "one .pt an image, [2, k, H, W]: raw logits, classes",
+            "scores": "logits as published, classes not listed count as 0",
+            "spec": self.spec.to_dict(),
+            "exif": "ignore",
         }
 
     def _find_spec(self, extent: str, num_classes: int) -> MapSpec:
         if not self.names:
-            raise LabelMapError(f"{self.path}: no .pt files in it ({self.ignored} others); give the folder, zip or tar of the label maps, "
-                                "or a store that tl_fast.annotate made")
+            raise LabelMapError(
+                f"{self.path}: no .pt files in it ({self.ignored} others); give the folder, zip or tar of the label"
+                " maps, or a store that tl_fast.annotate made"
+            )
         shapes: Counter[tuple[int, ...]] = Counter()
         problem = None
         for j in np.unique(np.linspace(0, len(self.names) - 1, SAMPLED).astype(np.int64)).tolist():
@@ -218,7 +234,9 @@ class PublishedMaps:
             except LabelMapError as error:
                 problem = problem or error
         if not shapes:
-            raise LabelMapError(f"{self.path}: none of {min(SAMPLED, len(self.names))} maps spread over it can be read; first {problem}")
+            raise LabelMapError(
+                f"{self.path}: none of {min(SAMPLED, len(self.names))} maps spread over it can be read; first {problem}"
+            )
         _, k, height, width = shapes.most_common(1)[0][0]
         try:
             return MapSpec(k, height, width, num_classes, extent)
@@ -264,15 +282,21 @@ class PublishedMaps:
 
 
 def open_label_maps(path: Path | str, *, extent: str | None, num_classes: int) -> LabelMapStore | PublishedMaps:
-    """A store that `tl_fast.annotate` made (a folder with manifest.json), or published maps: a folder tree, zip or tar of .pt files.
+    """A store that `tl_fast.annotate` made (a folder with manifest.json), or published maps: a folder tree, zip or tar
+    of .pt files.
 
-    extent: what published maps cover, required for them; for a store it must be None or what the store itself says. num_classes: C of the
-    data set, by which published maps are checked; a store has its own in `spec`. Raises LabelMapError.
+    extent: what published maps cover, required for them; for a store it must be None or what the store itself says.
+    num_classes: C of the data set, by which published maps are checked; a store has its own in `spec`. Raises
+    LabelMapError.
     """
     path = Path(path)
-    if not any((path / name).is_file() for name in ("manifest.json", "ids.jsonl")):  # either: a store, which may lack the other
+    if not any(
+        (path / name).is_file() for name in ("manifest.json", "ids.jsonl")
+    ):  # either: a store, which may lack the other
         return PublishedMaps(path, extent=extent, num_classes=num_classes)
     store = LabelMapStore(path)
     if extent not in (None, store.spec.extent):
-        raise LabelMapError(f"{path}: extent {extent!r} was given, the store says its maps cover {store.spec.extent!r}; leave it out")
+        raise LabelMapError(
+            f"{path}: extent {extent!r} was given, the store says its maps cover {store.spec.extent!r}; leave it out"
+        )
     return store

@@ -1,8 +1,9 @@
 """Reads and writes at an address, for inner loops that are functions of their own.
 
-Numba counts references to the arrays that a function is given, with atomic instructions at each call; an address is a number. Nothing is
-checked, and the caller keeps the array alive.
+Numba counts references to the arrays that a function is given, with atomic instructions at each call; an address is a
+number. Nothing is checked, and the caller keeps the array alive.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -19,7 +20,9 @@ def address(typingctx, array):
     """Where an array's first element is, uint64."""
 
     def generate(context, builder, signature, arguments):
-        return builder.ptrtoint(context.make_array(signature.args[0])(context, builder, arguments[0]).data, ir.IntType(64))
+        return builder.ptrtoint(
+            context.make_array(signature.args[0])(context, builder, arguments[0]).data, ir.IntType(64)
+        )
 
     return types.uint64(array), generate
 
@@ -36,7 +39,9 @@ def _load(kind: types.Type, swapped: bool = False) -> Callable:
         def generate(context, builder, signature, arguments):
             pointer = builder.inttoptr(arguments[0], (ir.IntType(8) if swapped else _raw(kind)).as_pointer())
             place = builder.gep(pointer, [arguments[1]])
-            value = builder.load(builder.bitcast(place, _raw(kind).as_pointer()), align=1 if swapped else kind.bitwidth // 8)
+            value = builder.load(
+                builder.bitcast(place, _raw(kind).as_pointer()), align=1 if swapped else kind.bitwidth // 8
+            )
             return builder.bswap(value) if swapped else value
 
         return kind(types.uint64, types.uint64), generate
@@ -44,7 +49,9 @@ def _load(kind: types.Type, swapped: bool = False) -> Callable:
     return load
 
 
-load_uint8, load_int16, load_uint16, load_uint64 = (_load(kind) for kind in (types.uint8, types.int16, types.uint16, types.uint64))
+load_uint8, load_int16, load_uint16, load_uint64 = (
+    _load(kind) for kind in (types.uint8, types.int16, types.uint16, types.uint64)
+)
 load_float32 = _load(types.float32)
 load_big = _load(types.uint64, swapped=True)  # the eight bytes from byte `index` on, the first one highest
 
@@ -54,7 +61,8 @@ def _store(kind: types.Type) -> Callable:
 
     @intrinsic
     def store(typingctx, start, index, value):
-        """Set element `index` of the numbers from address `start` on to `value`, of integers (uint64) the lowest bits; start, index: uint64."""
+        """Set element `index` of the numbers from address `start` on to `value`, of integers (uint64) the lowest bits;
+        start, index: uint64."""
 
         def generate(context, builder, signature, arguments):
             place = builder.gep(builder.inttoptr(arguments[0], _raw(kind).as_pointer()), [arguments[1]])
@@ -67,12 +75,15 @@ def _store(kind: types.Type) -> Callable:
     return store
 
 
-store_uint8, store_int16, store_uint16, store_float32 = (_store(kind) for kind in (types.uint8, types.int16, types.uint16, types.float32))
+store_uint8, store_int16, store_uint16, store_float32 = (
+    _store(kind) for kind in (types.uint8, types.int16, types.uint16, types.float32)
+)
 
 
 @intrinsic
 def copy_past_caches(typingctx, source, target):
-    """Copy 64 bytes; target, a multiple of 64, is written without being read first and without a place in the caches. Both uint64.
+    """Copy 64 bytes; target, a multiple of 64, is written without being read first and without a place in the caches.
+    Both uint64.
 
     Such writes may reach other cores late: `publish` before another thread is told of them.
     """
@@ -100,7 +111,8 @@ def publish(typingctx):
 
 @intrinsic
 def copy_to_ff(typingctx, source, target):
-    """Copy 32 bytes -> how many of them stand before the first 0xFF, 32 where there is none; all uint64, source and target addresses."""
+    """Copy 32 bytes -> how many of them stand before the first 0xFF, 32 where there is none; all uint64, source and
+    target addresses."""
 
     def generate(context, builder, signature, arguments):
         data = builder.load(builder.inttoptr(arguments[0], VECTOR.as_pointer()), align=1)
@@ -112,17 +124,25 @@ def copy_to_ff(typingctx, source, target):
 
 @intrinsic
 def before_marker(typingctx, source):
-    """How many of the 32 bytes at an address stand before the first 0xFF that is followed by something other than 0; 32 where there is none.
+    """How many of the 32 bytes at an address stand before the first 0xFF that is followed by something other than 0; 32
+    where there is none.
 
     Reads 33 bytes. Both uint64.
     """
 
     def generate(context, builder, signature, arguments):
         data, following = (
-            builder.load(builder.inttoptr(builder.add(arguments[0], ir.Constant(ir.IntType(64), n)), VECTOR.as_pointer()), align=1) for n in (0, 1)
+            builder.load(
+                builder.inttoptr(builder.add(arguments[0], ir.Constant(ir.IntType(64), n)), VECTOR.as_pointer()),
+                align=1,
+            )
+            for n in (0, 1)
         )
         ones, zeros = ir.Constant(VECTOR, [0xFF] * 32), ir.Constant(VECTOR, [0] * 32)
-        return _first(builder, builder.and_(builder.icmp_unsigned("==", data, ones), builder.icmp_unsigned("!=", following, zeros)))
+        return _first(
+            builder,
+            builder.and_(builder.icmp_unsigned("==", data, ones), builder.icmp_unsigned("!=", following, zeros)),
+        )
 
     return types.uint64(types.uint64), generate
 

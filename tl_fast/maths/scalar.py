@@ -1,10 +1,11 @@
 """Scalar maths of the decode pipeline, written once for every backend.
 
 Plain functions of scalars: `numba.njit` compiles them for the CPU and `numba.cuda` as device functions (see
-`tl_fast.maths.compile.compile_scalar`); called undecorated they are their own slow reference. Nothing here allocates, loops over pixels or
-knows a backend. What both backends use works in `real`, float64 on the CPU and float32 on the GPU, and casts integers to it before it mixes them with
-floats, which numba would take for a wish for float64.
+`tl_fast.maths.compile.compile_scalar`); called undecorated they are their own slow reference. Nothing here allocates,
+loops over pixels or knows a backend. What both backends use works in `real`, float64 on the CPU and float32 on the GPU,
+and casts integers to it before it mixes them with floats, which numba would take for a wish for float64.
 """
+
 from __future__ import annotations
 
 import math
@@ -40,7 +41,9 @@ ROI_SLACK = 1e-4  # of `roi_samples`, for bins of rotated crops, whose extent is
 
 # RandAugment's operations, in timm's order.
 NO_OP = -1
-AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS = range(11)
+AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS = (
+    range(11)
+)
 SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(11, 15)
 OP_COUNT = 15
 LEVELS = 10.0  # a level of 10 is an operation's full strength
@@ -82,10 +85,12 @@ def below(word, n):
 
 
 def random_resized_crop(seed, epoch, sample_id, height, width, scale_low, scale_high, log_ratio_low, log_ratio_high):
-    """Random resized crop of an image of `height` x `width` pixels -> int64 (top, left, crop height, crop width) in pixels.
+    """Random resized crop of an image of `height` x `width` pixels -> int64 (top, left, crop height, crop width) in
+    pixels.
 
-    The same distribution as torchvision's `RandomResizedCrop.get_params`: area uniform in [scale_low, scale_high], aspect ratio
-    log-uniform, ten tries, then the central crop with the nearest allowed ratio. Ratios are given as natural logarithms.
+    The same distribution as torchvision's `RandomResizedCrop.get_params`: area uniform in [scale_low, scale_high],
+    aspect ratio log-uniform, ten tries, then the central crop with the nearest allowed ratio. Ratios are given as
+    natural logarithms.
     """
     area = float(height) * float(width)
     for attempt in range(CROP_TRIES):
@@ -113,7 +118,8 @@ def normal(word0, word1):
 
 
 def level_argument(op, level, increasing, negate):
-    """timm's argument of an operation at `level` (0 to 10, or more): degrees, bits kept, threshold, addend, factor, shear or share of the side.
+    """timm's argument of an operation at `level` (0 to 10, or more): degrees, bits kept, threshold, addend, factor,
+    shear or share of the side.
 
     negate: take the mirrored direction, where there is one. Operations without an argument get 0.
     """
@@ -142,7 +148,8 @@ def level_argument(op, level, increasing, negate):
 
 
 def rand_augment_layer(seed, epoch, sample_id, layer, probability, magnitude, std, ceiling, increasing):
-    """One layer of timm's RandAugment -> (op, argument); NO_OP where the layer is left out. std: inf for a uniform level."""
+    """One layer of timm's RandAugment -> (op, argument); NO_OP where the layer is left out. std: inf for a uniform
+    level."""
     draw = DRAW_LAYER + np.uint64(2) * np.uint64(layer)
     r0, r1, r2, r3 = draw4(seed, epoch, sample_id, draw)
     sign = draw4(seed, epoch, sample_id, draw + np.uint64(1))[0]
@@ -159,8 +166,9 @@ def rand_augment_layer(seed, epoch, sample_id, layer, probability, magnitude, st
 
 
 def geometric_step(op, argument):
-    """A geometric operation as Pillow applies it: output -> input coordinates of the unit square, (a, b, c, d, e, f) for x' = a x + b y + c,
-    y' = d x + e y + f; the identity for all other operations. Rotation is about the centre, shear about the top left corner."""
+    """A geometric operation as Pillow applies it: output -> input coordinates of the unit square, (a, b, c, d, e, f)
+    for x' = a x + b y + c, y' = d x + e y + f; the identity for all other operations. Rotation is about the centre,
+    shear about the top left corner."""
     if op == ROTATE:
         cosine, sine = math.cos(math.radians(argument)), -math.sin(math.radians(argument))
         return cosine, sine, 0.5 - 0.5 * cosine - 0.5 * sine, -sine, cosine, 0.5 + 0.5 * sine - 0.5 * cosine
@@ -198,10 +206,13 @@ def erase_fractions(seed, epoch, sample_id, probability, area_low, area_high, lo
 
 
 def erase_box(share, room, size):
-    """One side of an erased box in pixels of an output of `size`: (first, length) for its `share` of the side, at `room` of what is left."""
+    """One side of an erased box in pixels of an output of `size`: (first, length) for its `share` of the side, at
+    `room` of what is left."""
     length = int(math.floor(share * size + 0.5))
     length = min(length, size - 1) if share > 0.0 else 0
-    return min(int(math.floor(room * (size - length + 1))), size - length), length  # kept as float32, a room below 1 may have become 1
+    return min(
+        int(math.floor(room * (size - length + 1))), size - length
+    ), length  # kept as float32, a room below 1 may have become 1
 
 
 def filter_support(box_extent, out_size, interpolation):
@@ -210,12 +221,14 @@ def filter_support(box_extent, out_size, interpolation):
 
 
 def filter_centre(i, box_start, box_extent, out_size):
-    """Middle of output pixel `i` in source pixels when `box_start .. box_start + box_extent` maps to `out_size` pixels."""
+    """Middle of output pixel `i` in source pixels when `box_start .. box_start + box_extent` maps to `out_size`
+    pixels."""
     return box_start + (real(i) + 0.5) * (real(box_extent) / real(out_size))
 
 
 def filter_range(i, box_start, box_extent, out_size, in_size, interpolation):
-    """Source pixels [first, last) that output pixel `i` reads when `box_start .. box_start + box_extent` maps to `out_size` pixels.
+    """Source pixels [first, last) that output pixel `i` reads when `box_start .. box_start + box_extent` maps to
+    `out_size` pixels.
 
     Pillow's rule (`precompute_coeffs`): the window is clipped to the image, not to the box.
     """
@@ -227,7 +240,8 @@ def filter_range(i, box_start, box_extent, out_size, in_size, interpolation):
 
 
 def kernel(distance, interpolation):
-    """Weight at `distance` >= 0 in output pixels: a triangle, or Keys' cubic with a = -0.5, as Pillow's resize has them."""
+    """Weight at `distance` >= 0 in output pixels: a triangle, or Keys' cubic with a = -0.5, as Pillow's resize has
+    them."""
     if interpolation == BICUBIC:
         if distance < 1.0:
             return (1.5 * distance - 2.5) * distance * distance + 1.0
@@ -238,7 +252,8 @@ def kernel(distance, interpolation):
 
 
 def cubic_weights(d):
-    """Weights of the four pixels around a point `d` (0..1) behind the second of them: Keys' cubic with a = -1, as Pillow's transform has it."""
+    """Weights of the four pixels around a point `d` (0..1) behind the second of them: Keys' cubic with a = -1, as
+    Pillow's transform has it."""
     square, cube = d * d, d * d * d
     return 2.0 * square - cube - d, 1.0 - 2.0 * square + cube, d + square - cube, cube - square
 
@@ -255,7 +270,8 @@ def luma(red, green, blue):
 
 
 def product(a, b):
-    """a * b in float32, rounded before anything is added; the GPU's copy keeps its compiler from fusing it with a sum (`compile_scalar`)."""
+    """a * b in float32, rounded before anything is added; the GPU's copy keeps its compiler from fusing it with a sum
+    (`compile_scalar`)."""
     return a * b
 
 
@@ -282,7 +298,8 @@ def curve(op, argument, value):
 
 
 def round53(n):
-    """A positive integer rounded to 53 significant bits, to the nearest, halves to even: what float64 arithmetic keeps of it."""
+    """A positive integer rounded to 53 significant bits, to the nearest, halves to even: what float64 arithmetic keeps
+    of it."""
     bits = 0
     while n >> (53 + bits):
         bits += 1
@@ -292,8 +309,9 @@ def round53(n):
 def stretch(value, low, high):
     """Pillow's autocontrast: `low` to 0, `high` to 255; nothing where there is but one value. All int64, 0..255.
 
-    Pillow computes int(value * s - low * s) with s = 255.0 / (high - low), in double precision, whose rounding shows where the exact result is whole.
-    Here the same three roundings are done in integers, in units of 2**-shift, for the GPU shall do without double precision.
+    Pillow computes int(value * s - low * s) with s = 255.0 / (high - low), in double precision, whose rounding shows
+    where the exact result is whole. Here the same three roundings are done in integers, in units of 2**-shift, for the
+    GPU shall do without double precision.
     """
     if high <= low:
         return value
@@ -311,20 +329,23 @@ def stretch(value, low, high):
 
 
 def rounded_mean(total, count):
-    """The sum `total` of `count` grey values -> their mean, halves rounded up, in integers: what Pillow's double precision gives for any image."""
+    """The sum `total` of `count` grey values -> their mean, halves rounded up, in integers: what Pillow's double
+    precision gives for any image."""
     return (2 * total + count) // (2 * count)
 
 
 def smoothed(around, here):
-    """Pillow's SMOOTH filter of a pixel `here` whose eight neighbours sum to `around`: the mean with weights 1 and 5, rounded (never at a half)."""
+    """Pillow's SMOOTH filter of a pixel `here` whose eight neighbours sum to `around`: the mean with weights 1 and 5,
+    rounded (never at a half)."""
     return (2 * (around + 5 * here) + 13) // 26
 
 
 def roi_samples(extent, bins, slack):
-    """RoIAlign's adaptive number of sampling points per bin along one axis; `extent` in cells (at least 1), `bins` output bins.
+    """RoIAlign's adaptive number of sampling points per bin along one axis; `extent` in cells (at least 1), `bins`
+    output bins.
 
-    The division is float32's on every backend, as torchvision's. slack: 0, or, where `extent` is computed in steps that backends round differently,
-    how far above a whole number it still counts as that number.
+    The division is float32's on every backend, as torchvision's. slack: 0, or, where `extent` is computed in steps that
+    backends round differently, how far above a whole number it still counts as that number.
     """
     return max(int(math.ceil(np.float32(extent) / np.float32(bins) - np.float32(slack))), 1)
 
@@ -350,7 +371,8 @@ def roi_tap(point, cells):
 
 
 def roi_outside(point, cells):
-    """True for a sampling point beyond the map's edge, where RoIAlign goes on with the border cell for half a cell more."""
+    """True for a sampling point beyond the map's edge, where RoIAlign goes on with the border cell for half a cell
+    more."""
     return point < -0.5 or point > real(cells) - 0.5
 
 

@@ -1,8 +1,10 @@
-"""Random erasing on the training device: boxes of normalised images are filled with normal noise, timm's mode "pixel" (arXiv 1708.04896).
+"""Random erasing on the training device: boxes of normalised images are filled with normal noise, timm's mode "pixel"
+(arXiv 1708.04896).
 
-A pixel's noise depends on the sample's seed and the pixel's place in its box alone, on every device and for any batch: two rounds of a 64-bit mixing
-function (SplitMix64's) give the words of a Box-Muller pair.
+A pixel's noise depends on the sample's seed and the pixel's place in its box alone, on every device and for any batch:
+two rounds of a 64-bit mixing function (SplitMix64's) give the words of a Box-Muller pair.
 """
+
 from __future__ import annotations
 
 import math
@@ -10,7 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15, as all constants two's complement, for torch knows no uint64 arithmetic
+_GAMMA = (
+    -7046029254386353131
+)  # 0x9E3779B97F4A7C15, as all constants two's complement, for torch knows no uint64 arithmetic
 _MIX1, _MIX2 = -4658895280553007687, -7723592293110705685
 
 
@@ -33,12 +37,15 @@ def _shift(word: Tensor, bits: int) -> Tensor:
 def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
     """Fill the boxes of normalised images [B, C, H, W], in place where they are on the CPU -> the images.
 
-    boxes: int32 [B, 4] = (top, left, height, width) in pixels, height 0 for none; seeds: int64 [B], both of `pipeline.Batch`. On a GPU, and
-    compiled, without synchronisation in one pass over all pixels; else on the CPU box by box.
+    boxes: int32 [B, 4] = (top, left, height, width) in pixels, height 0 for none; seeds: int64 [B], both of
+    `pipeline.Batch`. On a GPU, and compiled, without synchronisation in one pass over all pixels; else on the CPU box
+    by box.
     """
     batch, channels, height, width = images.shape
     if boxes.shape != (batch, 4) or seeds.shape != (batch,):
-        raise ValueError(f"boxes must be [{batch}, 4] and seeds [{batch}], got {tuple(boxes.shape)} and {tuple(seeds.shape)}")
+        raise ValueError(
+            f"boxes must be [{batch}, 4] and seeds [{batch}], got {tuple(boxes.shape)} and {tuple(seeds.shape)}"
+        )
     if images.device.type == "cpu" and not torch.compiler.is_compiling():
         for b, (top, left, rows, columns) in enumerate(boxes.tolist()):
             if rows and columns:
@@ -50,4 +57,6 @@ def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
     x = torch.arange(width, device=images.device).view(1, 1, 1, width) - left
     channel = torch.arange(channels, device=images.device).view(1, channels, 1, 1)
     inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
-    return torch.where(inside, noise(seeds.view(batch, 1, 1, 1), (channel * rows + y) * columns + x).to(images.dtype), images)
+    return torch.where(
+        inside, noise(seeds.view(batch, 1, 1, 1), (channel * rows + y) * columns + x).to(images.dtype), images
+    )

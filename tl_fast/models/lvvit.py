@@ -1,55 +1,67 @@
 """LV-ViT, the vision transformer of token labeling (arXiv 2104.10858), under the published parameter names.
 
-Sizes, names, initialisation and the eval-time sum follow github.com/zihangJiang/TokenLabeling (tlt/models/lvvit.py and models/layers.py at
-9e0d143), so published checkpoints load as they are. Deliberate differences: MixToken's box is an input of `forward`, never drawn inside
-it, so that a restart mixes as the run before it did; and `reset_classifier` resets both heads, where theirs forgets the token head.
+Sizes, names, initialisation and the eval-time sum follow github.com/zihangJiang/TokenLabeling (tlt/models/lvvit.py and
+models/layers.py at 9e0d143), so published checkpoints load as they are. Deliberate differences: MixToken's box is an
+input of `forward`, never drawn inside it, so that a restart mixes as the run before it did; and `reset_classifier`
+resets both heads, where theirs forgets the token head.
 
 Shapes: B images, D channels, h x w the token grid, N = h * w tokens, C classes.
 """
+
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
 from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 PATCH = 16  # pixels per token side; the stem's strides (2, then 8) fix it
 MixBox = Tensor | Sequence[int]  # (top, left, bottom, right) in tokens, the end exclusive
-Kept = tuple[Tensor | None, Tensor]  # what drop path keeps in one branch: int64 [K] samples or None for all, their float32 scales [K,1,1]
-# The drop path rate from which a branch computes only the samples it keeps. On a GPU a gather and a scatter must first be earned back: an
-# estimate from memory traffic, not yet measured there.
+Kept = tuple[
+    Tensor | None, Tensor
+]  # what drop path keeps in one branch: int64 [K] samples or None for all, their float32 scales [K,1,1]
+# The drop path rate from which a branch computes only the samples it keeps. On a GPU a gather and a scatter must first
+# be earned back: an estimate from memory traffic, not yet measured there.
 SKIP_FROM = {"cpu": 0.0, "cuda": 0.1}
 
 __all__ = ["LVViT", "resize_pos_embed"]
 
 
 def _box_mask(mix_box: MixBox, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Boolean [h,w], true inside the box. A tensor box stays on its device and is not looked at: no host sync, no recompile."""
+    """Boolean [h,w], true inside the box. A tensor box stays on its device and is not looked at: no host sync, no
+    recompile."""
     height, width = grid
     if isinstance(mix_box, Tensor):
         if mix_box.shape != (4,):
-            raise ValueError(f"mix_box has shape {tuple(mix_box.shape)}; expected (4,): top, left, bottom, right in tokens")
+            raise ValueError(
+                f"mix_box has shape {tuple(mix_box.shape)}; expected (4,): top, left, bottom, right in tokens"
+            )
         top, left, bottom, right = mix_box.to(device).unbind()
     else:
         if len(mix_box) != 4:
             raise ValueError(f"mix_box has {len(mix_box)} numbers; expected 4: top, left, bottom, right in tokens")
         top, left, bottom, right = mix_box
         if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
-            raise ValueError(f"mix_box {tuple(mix_box)} is not (top, left, bottom, right) within the {height}x{width} token grid")
+            raise ValueError(
+                f"mix_box {tuple(mix_box)} is not (top, left, bottom, right) within the {height}x{width} token grid"
+            )
     rows = torch.arange(height, device=device)
     columns = torch.arange(width, device=device)
     return ((rows >= top) & (rows < bottom)).unsqueeze(1) & ((columns >= left) & (columns < right))
 
 
 class ConvStem(nn.Module):
-    """Published 4-layer patch embedding: three convolutions at half resolution, then an 8x8 projection. [B,3,H,W] -> [B,D,H/16,W/16]."""
+    """Published 4-layer patch embedding: three convolutions at half resolution, then an 8x8 projection. [B,3,H,W] ->
+    [B,D,H/16,W/16]."""
 
     def __init__(self, in_chans: int, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -68,7 +80,8 @@ class ConvStem(nn.Module):
         return self._project(x)
 
     def _project(self, x: Tensor) -> Tensor:
-        """`proj` as one matrix product, its patches not overlapping: [B,W,8h,8w] -> [B,D,h,w], channels-last in memory."""
+        """`proj` as one matrix product, its patches not overlapping: [B,W,8h,8w] -> [B,D,h,w], channels-last in
+        memory."""
         batch, width, rows, columns = x.shape
         side, weight = PATCH // 2, self.proj.weight
         h, w = rows // side, columns // side
@@ -82,7 +95,8 @@ class ConvStem(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through `scaled_dot_product_attention`; no bias on qkv, as published. [B,1+N,D] -> [B,1+N,D]."""
+    """Multi-head self-attention through `scaled_dot_product_attention`; no bias on qkv, as published. [B,1+N,D] ->
+    [B,1+N,D]."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -111,11 +125,13 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Which samples of a batch a residual branch keeps; the rate of the published stochastic depth, without the work of the dropped.
+    """Which samples of a batch a residual branch keeps; the rate of the published stochastic depth, without the work of
+    the dropped.
 
-    Every sample is dropped with probability `drop_prob`, and kept ones are scaled by 1 / (1 - drop_prob), as published. Shapes are static:
-    a branch computes K = ceil(B * (1 - drop_prob)) samples, a random subset of the batch, and scales a few of those by 0 so that the
-    probability is exact. Samples of one batch are therefore not quite independent, which the published ones are.
+    Every sample is dropped with probability `drop_prob`, and kept ones are scaled by 1 / (1 - drop_prob), as published.
+    Shapes are static: a branch computes K = ceil(B * (1 - drop_prob)) samples, a random subset of the batch, and scales
+    a few of those by 0 so that the probability is exact. Samples of one batch are therefore not quite independent,
+    which the published ones are.
     """
 
     def __init__(self, drop_prob: float) -> None:
@@ -135,8 +151,9 @@ class DropPath(nn.Module):
 
 
 class _Rows(torch.autograd.Function):
-    """x[there], whose gradient is grad[back] * mask instead of a sum over whatever row was taken how often: no atomic additions, so that both
-    directions are gathers that a compiler fuses with what is around them. `there` takes no row twice that the gradient counts."""
+    """x[there], whose gradient is grad[back] * mask instead of a sum over whatever row was taken how often: no atomic
+    additions, so that both directions are gathers that a compiler fuses with what is around them. `there` takes no row
+    twice that the gradient counts."""
 
     @staticmethod
     def forward(ctx, x: Tensor, there: Tensor, back: Tensor, mask: Tensor | None) -> Tensor:
@@ -170,7 +187,9 @@ class Block(nn.Module):
         if index is None:
             return x + layer(norm(x)) * scales
         kept = len(index)
-        place = torch.full((x.shape[0],), kept, device=x.device).index_copy(0, index, torch.arange(kept, device=x.device))
+        place = torch.full((x.shape[0],), kept, device=x.device).index_copy(
+            0, index, torch.arange(kept, device=x.device)
+        )
         mask, place = (place < kept).view(-1, 1, 1).to(x.dtype), place.clamp(max=kept - 1)
         branch = (layer(norm(_Rows.apply(x, index, place, mask))) * scales).to(x.dtype)
         return torch.addcmul(x, _Rows.apply(branch, place, index, None), mask)
@@ -181,7 +200,8 @@ class Block(nn.Module):
 
 
 class LVViT(nn.Module):
-    """LV-ViT with a class head and a head for every patch token, trained with MixToken (arXiv 2104.10858, sections 3.2-3.4).
+    """LV-ViT with a class head and a head for every patch token, trained with MixToken (arXiv 2104.10858, sections
+    3.2-3.4).
 
     Args:
         img_size: side, or (height, width), of the input in pixels; multiples of 16.
@@ -197,9 +217,19 @@ class LVViT(nn.Module):
 
     num_prefix_tokens = 1  # timm's word for the class token in front of `forward_features`' patch tokens
 
-    def __init__(self, img_size: int | tuple[int, int] = 224, embed_dim: int = 384, depth: int = 16, num_heads: int = 6,
-                 mlp_ratio: float = 3.0, stem_width: int = 64, skip_lam: float = 2.0, num_classes: int = 1000,
-                 drop_path_rate: float = 0.0, in_chans: int = 3) -> None:
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        embed_dim: int = 384,
+        depth: int = 16,
+        num_heads: int = 6,
+        mlp_ratio: float = 3.0,
+        stem_width: int = 64,
+        skip_lam: float = 2.0,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        in_chans: int = 3,
+    ) -> None:
         super().__init__()
         self.img_size = height, width = to_2tuple(img_size)
         if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
@@ -220,8 +250,10 @@ class LVViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(self.grid_size), embed_dim))
         self.patch_embed = ConvStem(in_chans, stem_width, embed_dim)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, skip_lam)
-                                    for rate in calculate_drop_path_rates(drop_path_rate, depth))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, rate, skip_lam)
+            for rate in calculate_drop_path_rates(drop_path_rate, depth)
+        )
         self.norm = nn.LayerNorm(embed_dim)
         self.head = self._new_head()
         self.aux_head = self._new_head()
@@ -249,7 +281,8 @@ class LVViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace both heads by new ones for `num_classes` (0: identities), on the old ones' device and dtype. timm's signature."""
+        """Replace both heads by new ones for `num_classes` (0: identities), on the old ones' device and dtype. timm's
+        signature."""
         if num_classes < 0:
             raise ValueError(f"num_classes {num_classes} must be 0 (no heads) or positive")
         if global_pool not in (None, "", "token"):
@@ -267,8 +300,10 @@ class LVViT(nn.Module):
     def _patches(self, x: Tensor) -> Tensor:
         """Stem: images [B,3,H,W] -> patch embeddings [B,D,h,w]."""
         if tuple(x.shape[-2:]) != self.img_size:
-            raise ValueError(f"images are {x.shape[-2]}x{x.shape[-1]} pixels, the model was built for {self.img_size[0]}x"
-                             f"{self.img_size[1]}; build it with img_size=(height, width) and resize the checkpoint's pos_embed")
+            raise ValueError(
+                f"images are {x.shape[-2]}x{x.shape[-1]} pixels, the model was built for {self.img_size[0]}x"
+                f"{self.img_size[1]}; build it with img_size=(height, width) and resize the checkpoint's pos_embed"
+            )
         return self.patch_embed(x)
 
     def _encode(self, x: Tensor) -> Tensor:
@@ -284,7 +319,8 @@ class LVViT(nn.Module):
         return self._encode(self._patches(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features [B,1+N,D] -> logits [B,C]: class logits + 0.5 * max over token logits; the class token [B,D] when `pre_logits`."""
+        """Features [B,1+N,D] -> logits [B,C]: class logits + 0.5 * max over token logits; the class token [B,D] when
+        `pre_logits`."""
         if pre_logits or not self.num_classes:
             return x[:, 0]
         return self.head(x[:, 0]) + 0.5 * self.aux_head(x[:, 1:]).amax(1)
@@ -292,15 +328,18 @@ class LVViT(nn.Module):
     def forward(self, x: Tensor, mix_box: MixBox | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Classify images [B,3,H,W] (float, normalised).
 
-        Eval mode returns logits [B,C]. Train mode returns (class logits [B,C], token logits [B,N,C]), tokens row by row.
-        `mix_box` (train mode only) switches MixToken on: inside the box the patch embeddings of the batch-flipped batch replace
-        the image's own, and the token logits are put back to the image they came from. It is (top, left, bottom, right) in tokens, ends
-        exclusive; give it as an integer tensor [4] on the model's device so that a new box neither recompiles nor synchronises.
+        Eval mode returns logits [B,C]. Train mode returns (class logits [B,C], token logits [B,N,C]), tokens row by
+        row. `mix_box` (train mode only) switches MixToken on: inside the box the patch embeddings of the batch-flipped
+        batch replace the image's own, and the token logits are put back to the image they came from. It is (top, left,
+        bottom, right) in tokens, ends exclusive; give it as an integer tensor [4] on the model's device so that a new
+        box neither recompiles nor synchronises.
 
         Raises ValueError for images of another size than `img_size`, a malformed box, or a box in eval mode.
         """
         if mix_box is not None and not self.training:
-            raise ValueError("mix_box is given in eval mode, where nothing is mixed; call model.train() or leave it out")
+            raise ValueError(
+                "mix_box is given in eval mode, where nothing is mixed; call model.train() or leave it out"
+            )
         x = self._patches(x)
         inside = None if mix_box is None else _box_mask(mix_box, self.grid_size, x.device)
         if inside is not None:
@@ -309,13 +348,16 @@ class LVViT(nn.Module):
         if not self.training:
             return self.forward_head(x)
         tokens = x[:, 1:]
-        if inside is not None:  # the token head acts on each token alone, so un-mixing its D inputs equals un-mixing its C outputs
+        if (
+            inside is not None
+        ):  # the token head acts on each token alone, so un-mixing its D inputs equals un-mixing its C outputs
             tokens = torch.where(inside.view(1, -1, 1), tokens.flip(0), tokens)
         return self.head(x[:, 0]), self.aux_head(tokens)
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], old_grid: tuple[int, int] | None = None) -> Tensor:
-    """Resample position embeddings [1,1+N,D] to a token grid (h, w): [1,1+h*w,D], the class token's unchanged (bicubic, antialiased).
+    """Resample position embeddings [1,1+N,D] to a token grid (h, w): [1,1+h*w,D], the class token's unchanged (bicubic,
+    antialiased).
 
     `old_grid` is the source's (h, w), a square if not given. Raises ValueError when N does not fit it.
     """
@@ -323,23 +365,39 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], old_grid: tuple[i
     if old_grid is None:
         old_grid = math.isqrt(tokens), math.isqrt(tokens)
     if math.prod(old_grid) != tokens:
-        raise ValueError(f"pos_embed {tuple(pos_embed.shape)} holds {tokens} patch positions, not a {old_grid[0]}x{old_grid[1]} grid; "
-                         "give old_grid=(height, width) in tokens")
+        raise ValueError(
+            f"pos_embed {tuple(pos_embed.shape)} holds {tokens} patch positions, not a {old_grid[0]}x{old_grid[1]}"
+            " grid; give old_grid=(height, width) in tokens"
+        )
     return resample_abs_pos_embed(pos_embed, list(grid), list(old_grid), num_prefix_tokens=1)
 
 
 def _cfg(crop_pct: float) -> dict:
-    return dict(num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True, crop_pct=crop_pct, interpolation="bicubic",
-                mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), first_conv="patch_embed.conv1", classifier=("head", "aux_head"),
-                paper_ids="arXiv:2104.10858", origin_url="https://github.com/zihangJiang/TokenLabeling")
+    return dict(
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        fixed_input_size=True,
+        crop_pct=crop_pct,
+        interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        first_conv="patch_embed.conv1",
+        classifier=("head", "aux_head"),
+        paper_ids="arXiv:2104.10858",
+        origin_url="https://github.com/zihangJiang/TokenLabeling",
+    )
 
 
-default_cfgs = generate_default_cfgs({"lvvit_t": _cfg(0.9), "lvvit_s": _cfg(0.9), "lvvit_m": _cfg(1.0), "lvvit_l": _cfg(1.0)})
+default_cfgs = generate_default_cfgs(
+    {"lvvit_t": _cfg(0.9), "lvvit_s": _cfg(0.9), "lvvit_m": _cfg(1.0), "lvvit_l": _cfg(1.0)}
+)
 
 
 def _create(name: str, pretrained: bool, size: dict, kwargs: dict) -> LVViT:
     if pretrained:
-        raise ValueError(f"{name}: no hub holds weights for LV-ViT; build it with pretrained=False and load a file with --checkpoint")
+        raise ValueError(
+            f"{name}: no hub holds weights for LV-ViT; build it with pretrained=False and load a file with --checkpoint"
+        )
     return build_model_with_cfg(LVViT, name, False, **{**size, **kwargs})
 
 
@@ -364,4 +422,6 @@ def lvvit_m(pretrained: bool = False, **kwargs) -> LVViT:
 @register_model
 def lvvit_l(pretrained: bool = False, **kwargs) -> LVViT:
     """LV-ViT-L: 150.02 M parameters at 224 px."""
-    return _create("lvvit_l", pretrained, dict(embed_dim=768, depth=24, num_heads=12, skip_lam=3.0, stem_width=128), kwargs)
+    return _create(
+        "lvvit_l", pretrained, dict(embed_dim=768, depth=24, num_heads=12, skip_lam=3.0, stem_width=128), kwargs
+    )

@@ -1,4 +1,5 @@
 """Pixels as the model takes them, and the number format that it computes in."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ class Normalise(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1))
-        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std)]).view(1, 3, 1, 1))
+        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=False)]).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         layout = torch.channels_last if images.is_cuda else torch.contiguous_format

@@ -1,12 +1,14 @@
-"""One batch's way from uint8 pixels to the loss, as one module: what is compiled, and what DistributedDataParallel goes around.
+"""One batch's way from uint8 pixels to the loss, as one module: what is compiled, and what DistributedDataParallel goes
+around.
 
-Normalisation and random erasing belong to the same graph as the stem, and the loss to the same graph as the heads, so that a compiler fuses
-across these borders and CUDA graphs hold the whole step. Nothing in it looks at a value on the host: a new box, plan or learning rate
-neither recompiles nor synchronises. Shapes: B images, N patch tokens, C classes.
+Normalisation and random erasing belong to the same graph as the stem, and the loss to the same graph as the heads, so
+that a compiler fuses across these borders and CUDA graphs hold the whole step. Nothing in it looks at a value on the
+host: a new box, plan or learning rate neither recompiles nor synchronises. Shapes: B images, N patch tokens, C classes.
 """
+
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +32,15 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.criterion, self.normalise, self.dtype = model, criterion, normalise, dtype
 
-    def forward(self, images: Tensor, targets: Tensor, mix_box: Tensor | None = None, ground_truth: Tensor | None = None,
-                erase_boxes: Tensor | None = None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        mix_box: Tensor | None = None,
+        ground_truth: Tensor | None = None,
+        erase_boxes: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """(loss: float32 scalar, terms: the class and the token loss [2], unweighted and detached).
 
         Args:
@@ -50,10 +59,12 @@ class TrainStep(nn.Module):
 
 
 def compiled(step: nn.Module, device: torch.device, mode: str = "default") -> Callable:
-    """`step` compiled as one graph for static shapes; a break in the graph is an error, unless SyncBatchNorm's collectives make it.
+    """`step` compiled as one graph for static shapes; a break in the graph is an error, unless SyncBatchNorm's
+    collectives make it.
 
-    `mode` is torch.compile's, for GPUs: "reduce-overhead" replays CUDA graphs. On the CPU inductor's default makes convolutions
-    channels-last, which slows this stem's backward pass down by 1.4 (docs/decisions.md), so that is switched off there.
+    `mode` is torch.compile's, for GPUs: "reduce-overhead" replays CUDA graphs. On the CPU inductor's default makes
+    convolutions channels-last, which slows this stem's backward pass down by 1.4 (docs/decisions.md), so that is
+    switched off there.
     """
     whole = not any(isinstance(module, nn.SyncBatchNorm) for module in step.modules())
     if device.type == "cpu":

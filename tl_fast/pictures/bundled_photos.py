@@ -1,5 +1,6 @@
 """The bundled photos, annotated and packed by the project's own commands: what the demo starts from, and what a
 recipe's crops are shown on."""
+
 from __future__ import annotations
 
 import shlex
@@ -14,7 +15,8 @@ FOLDER = ROOT / "runs" / "demo"
 
 
 def run(*command: str | Path) -> float:
-    """Run one of our commands from the repository's root -> wall time in seconds. SystemExit names the command that failed."""
+    """Run one of our commands from the repository's root -> wall time in seconds. SystemExit names the command that
+    failed."""
     words = [str(word) for word in command]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     start = time.perf_counter()
@@ -25,7 +27,8 @@ def run(*command: str | Path) -> float:
 
 
 def annotate_and_pack(folder: Path) -> dict[str, float]:
-    """Annotate the bundled photos and pack them into `folder`: `label_maps/`, `train.beton`, `val.beton` -> wall time in seconds by stage.
+    """Annotate the bundled photos and pack them into `folder`: `label_maps/`, `train.beton`, `val.beton` -> wall time
+    in seconds by stage.
 
     Replaces an earlier demo's; SystemExit where the folder holds something else.
     """
@@ -43,7 +46,15 @@ def annotate_and_pack(folder: Path) -> dict[str, float]:
         old.unlink(missing_ok=True)
     seconds = {}
     seconds["annotate"] = run(
-        "-m", "tl_fast.annotate", photos / "train", maps, "--model", "efficientnet-lite0", "--fit-head", "--eval-images", photos / "val"
+        "-m",
+        "tl_fast.annotate",
+        photos / "train",
+        maps,
+        "--model",
+        "efficientnet-lite0",
+        "--fit-head",
+        "--eval-images",
+        photos / "val",
     )
     seconds["pack"] = run("converters/to_beton.py", photos / "train", train, "--label-maps", maps)
     seconds["pack"] += run("converters/to_beton.py", photos / "val", val)

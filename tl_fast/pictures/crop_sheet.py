@@ -1,9 +1,11 @@
 """The sheet of a recipe's augmented crops: `python -m tl_fast.show --recipe lvvit_s`.
 
-A tile is one sample as the model gets it, RandAugment and random erasing included, beside the same crop in grey under its token targets.
-All comes from `pipeline.Loader` with the recipe's settings; only MixToken, which mixes two such crops inside the model, is not shown. Beyond
-the image the grey is darker, and tokens whose sampling points are there have no class's colour.
+A tile is one sample as the model gets it, RandAugment and random erasing included, beside the same crop in grey under
+its token targets. All comes from `pipeline.Loader` with the recipe's settings; only MixToken, which mixes two such
+crops inside the model, is not shown. Beyond the image the grey is darker, and tokens whose sampling points are there
+have no class's colour.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -16,17 +18,17 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tl_fast.pictures import bundled_photos, sheet
-from tl_fast.plan.augment import INTERPOLATIONS
-from tl_fast.training.config import TrainConfig, parse_config
-from tl_fast.models.erase import erase
-from tl_fast.system.mistakes import InputError
-from tl_fast.models.normalise import Normalise
-from tl_fast.pipeline.loader import Batch, Loader
 from tl_fast.beton.samples import expand
-from tl_fast.plan.rand_augment import OPS
 from tl_fast.maths.scalar import AUTO_CONTRAST, EQUALIZE, INVERT, NO_OP, POSTERIZE, ROTATE, SOLARIZE, SOLARIZE_ADD
-from tl_fast.pictures.sheet import Cells, GAP, LINE, MARGIN, PANEL, PAPER, SWATCH
+from tl_fast.models.erase import erase
+from tl_fast.models.normalise import Normalise
+from tl_fast.pictures import bundled_photos, sheet
+from tl_fast.pictures.sheet import GAP, LINE, MARGIN, PANEL, PAPER, SWATCH, Cells
+from tl_fast.pipeline.loader import Batch, Loader
+from tl_fast.plan.augment import INTERPOLATIONS
+from tl_fast.plan.rand_augment import OPS
+from tl_fast.system.mistakes import InputError
+from tl_fast.training.config import TrainConfig, parse_config
 
 RECIPES = bundled_photos.ROOT / "recipes"
 SAMPLES = 24
@@ -40,8 +42,10 @@ UNITS = {ROTATE: "°", POSTERIZE: " bit"}
 class Tile:
     """What the sheet shows of one sample.
 
-    name: of its image; label: class index; classes, operations, rest: pieces of text, a paragraph each; crop: uint8 [PANEL, PANEL, 3];
-    inside: bool [PANEL, PANEL], which pixels show the image rather than what is beyond it; tokens: None without label maps.
+    name: of its image; label: class index; classes, operations, rest: pieces of text, a paragraph each; crop: uint8
+    [PANEL, PANEL, 3];
+    inside: bool [PANEL, PANEL], which pixels show the image rather than what is beyond it; tokens: None without label
+    maps.
     """
 
     name: str
@@ -82,19 +86,33 @@ def show_recipe(
     replaced = {"seed": seed, "img_size": image_size, "smoothing": smoothing}
     config = dataclasses.replace(config, **{name: value for name, value in replaced.items() if value is not None})
     data = expand(config.train_data) if beton is not None else find_data(config)
-    with Loader(data, 1, image_size=config.img_size, grid=config.grid if grid is None else grid, augment=config.augment, seed=config.seed,
-                geometry=config.geometry, smoothing=config.smoothing, token_labels=config.token_label, threads=1) as loader:
+    with Loader(
+        data,
+        1,
+        image_size=config.img_size,
+        grid=config.grid if grid is None else grid,
+        augment=config.augment,
+        seed=config.seed,
+        geometry=config.geometry,
+        smoothing=config.smoothing,
+        token_labels=config.token_label,
+        threads=1,
+    ) as loader:
         loader.set_epoch(epoch)
         chosen = sheet.choose(len(loader.samples), samples, first, ids, ", ".join(map(str, data)))
         tiles = [_tile(loader, int(sample_id), Normalise(config.mean, config.std)) for sample_id in chosen]
-        header, names = [f"recipe {path.name}", *_augmentation(config), *sheet.describe(loader, epoch)], loader.samples.class_names
+        header, names = (
+            [f"recipe {path.name}", *_augmentation(config), *sheet.describe(loader, epoch)],
+            loader.samples.class_names,
+        )
     colours = sheet.assign_colours(tile.tokens for tile in tiles)
     sheet.save(_draw(tiles, header, colours, names), out)
     return out
 
 
 def find_recipe(name: str, folder: Path = RECIPES) -> Path:
-    """The YAML file of a recipe: a path, or the name of one in `folder`, in full or its beginning where that is one recipe's alone.
+    """The YAML file of a recipe: a path, or the name of one in `folder`, in full or its beginning where that is one
+    recipe's alone.
 
     Raises ValueError naming the recipes there are.
     """
@@ -102,16 +120,20 @@ def find_recipe(name: str, folder: Path = RECIPES) -> Path:
         return Path(name)
     known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     wanted = name.removesuffix(".yaml")
-    found = [stem for stem in known if stem == wanted] or [stem for stem in known if wanted and stem.startswith(f"{wanted}_")]
+    found = [stem for stem in known if stem == wanted] or [
+        stem for stem in known if wanted and stem.startswith(f"{wanted}_")
+    ]
     if len(found) == 1:
         return known[found[0]]
     problem = f"recipe {name!r} may be any of {', '.join(found)}" if found else f"there is no recipe {name!r}"
-    raise InputError(f"{problem}; known are {', '.join(known) or 'none'} (in {folder}), and YAML files are taken by "
-                     "their path")
+    raise InputError(
+        f"{problem}; known are {', '.join(known) or 'none'} (in {folder}), and YAML files are taken by their path"
+    )
 
 
 def find_data(config: TrainConfig, folder: Path = bundled_photos.FOLDER) -> list[Path]:
-    """The recipe's betons where they exist, else the demo's in `folder`, which is made where it is missing; says which it takes."""
+    """The recipe's betons where they exist, else the demo's in `folder`, which is made where it is missing; says which
+    it takes."""
     try:
         return expand(config.train_data)
     except FileNotFoundError:
@@ -120,13 +142,18 @@ def find_data(config: TrainConfig, folder: Path = bundled_photos.FOLDER) -> list
     if beton.is_file():
         print(f"{missing}: showing the demo's photos, {beton}", flush=True)
     else:
-        print(f"{missing}, nor is the demo's: annotating and packing the bundled photos into {folder} (once; a minute or two)", flush=True)
+        print(
+            f"{missing}, nor is the demo's: annotating and packing the bundled photos into {folder} (once; a minute or"
+            " two)",
+            flush=True,
+        )
         bundled_photos.annotate_and_pack(folder)
     return [beton]
 
 
 def pixels(batch: Batch, normalise: Normalise) -> Tensor:
-    """The batch's images as the model gets them, normalised and then erased, back in uint8 [B, 3, H, W]; noise beyond 0..255 is cut off."""
+    """The batch's images as the model gets them, normalised and then erased, back in uint8 [B, 3, H, W]; noise beyond
+    0..255 is cut off."""
     images = normalise(batch.images)
     if batch.erase is not None:
         images = erase(images, batch.erase, batch.noise)
@@ -134,17 +161,23 @@ def pixels(batch: Batch, normalise: Normalise) -> Tensor:
 
 
 def inside_image(affine: np.ndarray, height: int, width: int, size: int) -> np.ndarray:
-    """Which of size x size output pixels show the image of `height` x `width` pixels through a plan's affine, by their centres: bool."""
+    """Which of size x size output pixels show the image of `height` x `width` pixels through a plan's affine, by their
+    centres: bool."""
     v, u = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2, indexing="ij")
     x, y = (row[0] * u + row[1] * v + row[2] for row in np.asarray(affine, np.float64).reshape(2, 3))
     return (x >= 0) & (x < width) & (y >= 0) & (y < height)
 
 
 def operations(plan: np.void) -> list[str]:
-    """The plan's operations in their order, such as "Rotate 21.3°": degrees, bits, levels, factors, shear or shares of the crop's side."""
-    drawn = [(int(op), float(argument)) for op, argument in zip(plan["ops"], plan["arguments"], strict=True) if op != NO_OP]
-    return [OPS[op] if op in (AUTO_CONTRAST, EQUALIZE, INVERT) else f"{OPS[op]} {_number(op, argument)}{UNITS.get(op, '')}"
-            for op, argument in drawn]
+    """The plan's operations in their order, such as "Rotate 21.3°": degrees, bits, levels, factors, shear or shares of
+    the crop's side."""
+    drawn = [
+        (int(op), float(argument)) for op, argument in zip(plan["ops"], plan["arguments"], strict=True) if op != NO_OP
+    ]
+    return [
+        OPS[op] if op in (AUTO_CONTRAST, EQUALIZE, INVERT) else f"{OPS[op]} {_number(op, argument)}{UNITS.get(op, '')}"
+        for op, argument in drawn
+    ]
 
 
 def _number(op: int, argument: float) -> str:
@@ -177,8 +210,13 @@ def _augmentation(config: TrainConfig) -> list[str]:
     """The recipe's settings that decide what the crops look like."""
     augment = config.augment
     colours = f"color jitter {augment.color_jitter:g}" if augment.color_jitter else "no RandAugment"
-    return [augment.auto_augment or colours, f"random erasing {augment.erase:g}", f"interpolation {augment.interpolation}",
-            f"crops of {augment.scale[0]:g} to {augment.scale[1]:g} of the image", "dark below tokens: beyond the image"]
+    return [
+        augment.auto_augment or colours,
+        f"random erasing {augment.erase:g}",
+        f"interpolation {augment.interpolation}",
+        f"crops of {augment.scale[0]:g} to {augment.scale[1]:g} of the image",
+        "dark below tokens: beyond the image",
+    ]
 
 
 def _draw(tiles: Sequence[Tile], header: list[str], colours: dict[int, np.ndarray], names: list[str]) -> Image.Image:
@@ -208,11 +246,15 @@ def _draw(tiles: Sequence[Tile], header: list[str], colours: dict[int, np.ndarra
 
 
 def _lines(tile: Tile, side: int, colours: dict[int, np.ndarray]) -> list[tuple[int, str]]:
-    """The text below a tile `side` pixels wide: (indent, line). The second line, of the label, leaves room for its colour."""
+    """The text below a tile `side` pixels wide: (indent, line). The second line, of the label, leaves room for its
+    colour."""
     indent = SWATCH + 6 if tile.label in colours else 0
     classes = [(indent, line) for line in sheet.wrap(tile.classes, side - indent)]
-    return [(0, sheet.fit(tile.name, side)), *classes,
-            *((0, line) for line in [*sheet.wrap(tile.operations, side, ", "), *sheet.wrap(tile.rest, side)])]
+    return [
+        (0, sheet.fit(tile.name, side)),
+        *classes,
+        *((0, line) for line in [*sheet.wrap(tile.operations, side, ", "), *sheet.wrap(tile.rest, side)]),
+    ]
 
 
 def _tokens(tile: Tile, colours: dict[int, np.ndarray]) -> np.ndarray:

@@ -1,8 +1,10 @@
 """The curves of a run, drawn from its metrics.jsonl: `python -m tl_fast.show RUN_DIR` writes RUN_DIR/curves.png.
 
-One panel a quantity over optimiser steps: loss with its class and token terms, validation top-1 and loss of EMA and raw weights, learning rate,
-gradient norm, images/s, data wait. Grey vertical lines are the steps at which the run was continued after a stop.
+One panel a quantity over optimiser steps: loss with its class and token terms, validation top-1 and loss of EMA and raw
+weights, learning rate, gradient norm, images/s, data wait. Grey vertical lines are the steps at which the run was
+continued after a stop.
 """
+
 from __future__ import annotations
 
 import io
@@ -23,13 +25,17 @@ WIDTH, HEIGHT = 460, 240  # of a panel, in the layout's pixels
 LEFT, RIGHT, ABOVE, BELOW = 62, 14, 46, 34  # from a panel's edge to its axes
 MARGIN, HEADER = 18, 58
 INK, GREY, LINE, PAPER = (32, 32, 32), (120, 120, 120), (226, 226, 226), (255, 255, 255)
-COLOURS = ((0, 90, 181), (220, 50, 32), (0, 140, 90))  # told apart by the colour-blind too, and in this order in every panel
+COLOURS = (
+    (0, 90, 181),
+    (220, 50, 32),
+    (0, 140, 90),
+)  # told apart by the colour-blind too, and in this order in every panel
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity: `names` are the rows' keys -> what the legend calls them; `kind` the rows that have it; `zero`: the axis starts there; `share`:
-    it is in percent."""
+    """One quantity: `names` are the rows' keys -> what the legend calls them; `kind` the rows that have it; `zero`: the
+    axis starts there; `share`: it is in percent."""
 
     title: str
     kind: str
@@ -72,7 +78,9 @@ def draw_curves(folder: Path, out: Path | None = None) -> Path:
     canvas = _Canvas(image)
     canvas.text(MARGIN, 22, str(folder), 16)
     epoch = max(row["epoch"] for row in rows)
-    canvas.text(MARGIN, 43, f"step {last:,}, epoch {epoch}" + f", continued {len(resumed)} times" * bool(resumed), 12, GREY)
+    canvas.text(
+        MARGIN, 43, f"step {last:,}, epoch {epoch}" + f", continued {len(resumed)} times" * bool(resumed), 12, GREY
+    )
     for number, (panel, lines) in enumerate(panels):
         left, top = MARGIN + number % columns * WIDTH, HEADER + number // columns * HEIGHT
         _draw_panel(canvas, panel, lines, left, top, last, resumed)
@@ -86,14 +94,19 @@ def _lines(panel: Panel, rows: Sequence[dict]) -> dict[str, list[tuple[int, floa
     """The panel's lines: name in the legend -> (step, value) of every finite value."""
     found = {}
     for key, name in panel.names.items():
-        points = [(row["step"], row[key]) for row in rows if row["kind"] == panel.kind and math.isfinite(row.get(key, math.nan))]
+        points = [
+            (row["step"], row[key])
+            for row in rows
+            if row["kind"] == panel.kind and math.isfinite(row.get(key, math.nan))
+        ]
         if points:
             found[name] = points
     return found
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 round numbers (1, 2 or 5 times a power of ten apart) that enclose low..high. `low` < `high`."""
+    """At most `most` + 1 round numbers (1, 2 or 5 times a power of ten apart) that enclose low..high. `low` <
+    `high`."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
         first, final = math.floor(low / step * (1 + 1e-12)), math.ceil(high / step * (1 - 1e-12))
@@ -108,7 +121,9 @@ class _Canvas:
     def __init__(self, image: Image.Image) -> None:
         self._draw = ImageDraw.Draw(image)
 
-    def text(self, x: float, y: float, words: str, size: int, colour: tuple[int, int, int] = INK, anchor: str = "lm") -> float:
+    def text(
+        self, x: float, y: float, words: str, size: int, colour: tuple[int, int, int] = INK, anchor: str = "lm"
+    ) -> float:
         """Its width."""
         font = ImageFont.load_default(size * SCALE)
         self._draw.text((x * SCALE, y * SCALE), words, colour, font, anchor)
@@ -120,10 +135,20 @@ class _Canvas:
             self._draw.line(scaled, colour, round(width * SCALE), "curve")
 
     def dot(self, x: float, y: float, colour: tuple[int, int, int], radius: float = 2.2) -> None:
-        self._draw.ellipse([(x - radius) * SCALE, (y - radius) * SCALE, (x + radius) * SCALE, (y + radius) * SCALE], colour)
+        self._draw.ellipse(
+            [(x - radius) * SCALE, (y - radius) * SCALE, (x + radius) * SCALE, (y + radius) * SCALE], colour
+        )
 
 
-def _draw_panel(canvas: _Canvas, panel: Panel, lines: dict[str, list[tuple[int, float]]], left: float, top: float, last: int, resumed: Sequence[int]) -> None:
+def _draw_panel(
+    canvas: _Canvas,
+    panel: Panel,
+    lines: dict[str, list[tuple[int, float]]],
+    left: float,
+    top: float,
+    last: int,
+    resumed: Sequence[int],
+) -> None:
     x0, x1, y0, y1 = left + LEFT, left + WIDTH - RIGHT, top + ABOVE, top + HEIGHT - BELOW
     values = [value for points in lines.values() for _, value in points]
     low, high = (min(values), max(values))
@@ -150,7 +175,7 @@ def _draw_panel(canvas: _Canvas, panel: Panel, lines: dict[str, list[tuple[int, 
     for step in resumed:
         canvas.line([place(step, low), place(step, high)], (200, 200, 200))
     x = left + 8
-    for colour, (name, points) in zip(COLOURS, lines.items()):
+    for colour, (name, points) in zip(COLOURS, lines.items(), strict=False):
         shown = [place(*point) for point in points]
         canvas.line(shown, colour, 1.4)
         if len(shown) <= 40:  # so few that a line alone would hide where they are

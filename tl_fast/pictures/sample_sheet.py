@@ -5,6 +5,7 @@ original and the token targets over the crop. Image and labels come from `pipeli
 here is aligned in training. Cells and tokens are coloured by their best class, over a grey image and the more opaque
 the higher that class's probability.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tl_fast.pictures import sheet
+from tl_fast.pictures.sheet import GAP, LINE, MARGIN, PANEL, PAPER, SWATCH, Cells, best_of_map, best_of_targets
 from tl_fast.pipeline.decode import DecodeError
-from tl_fast.sources.image import open_rgb
 from tl_fast.pipeline.loader import Loader, crop_fractions
-from tl_fast.pictures.sheet import Cells, GAP, LINE, MARGIN, PANEL, PAPER, SWATCH, best_of_map, best_of_targets
+from tl_fast.sources.image import open_rgb
 
 WIDEST = 336  # pixels: an original wider than 3:2 is drawn lower instead
 
@@ -27,8 +28,9 @@ WIDEST = 336  # pixels: an original wider than 3:2 is drawn lower instead
 class Row:
     """What the sheet shows of one sample.
 
-    label: class index; original: uint8 [h, w, 3] as drawn; crop: uint8 [PANEL, PANEL, 3]; box: (left, top, right, bottom) of the crop in
-    pixels of the drawn original; span: the drawn original as (top, left, height, width) in fractions of what the label map covers.
+    label: class index; original: uint8 [h, w, 3] as drawn; crop: uint8 [PANEL, PANEL, 3]; box: (left, top, right,
+    bottom) of the crop in pixels of the drawn original; span: the drawn original as (top, left, height, width) in
+    fractions of what the label map covers.
     """
 
     caption: list[str]
@@ -56,10 +58,10 @@ def show(
 ) -> Path:
     """Write the sheet of some samples of `beton` to `out` and return its path.
 
-    Which samples: `ids`, in that order; or `samples` of them in sequence from `first`; or `samples` of them spread evenly over the file.
-    epoch, seed, image_size (pixels), grid (tokens a side) and smoothing are the loader's. `out` must end as a picture does (.png); it
-    appears whole or not at all. Raises ValueError for settings or sample ids that do not fit the file, FileNotFoundError without the
-    file, DecodeError for a damaged JPEG.
+    Which samples: `ids`, in that order; or `samples` of them in sequence from `first`; or `samples` of them spread
+    evenly over the file. epoch, seed, image_size (pixels), grid (tokens a side) and smoothing are the loader's. `out`
+    must end as a picture does (.png); it appears whole or not at all. Raises ValueError for settings or sample ids that
+    do not fit the file, FileNotFoundError without the file, DecodeError for a damaged JPEG.
     """
     out = Path(out)
     sheet.check_name(out)
@@ -88,7 +90,12 @@ def _row(loader: Loader, sample_id: int) -> Row:
     top, left, crop_height, crop_width = (int(plan[name]) for name in ("top", "left", "height", "width"))
     box = tuple(
         round(edge * drawn[axis] / size)
-        for edge, axis, size in ((left, 0, width), (top, 1, height), (left + crop_width, 0, width), (top + crop_height, 1, height))
+        for edge, axis, size in (
+            (left, 0, width),
+            (top, 1, height),
+            (left + crop_width, 0, width),
+            (top + crop_height, 1, height),
+        )
     )
     label = int(batch.labels[0])
     caption = [

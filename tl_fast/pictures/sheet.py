@@ -1,4 +1,6 @@
-"""What the sheets of samples are made of: classes and their colours, label maps over images, lines of text that fit, the legend."""
+"""What the sheets of samples are made of: classes and their colours, label maps over images, lines of text that fit,
+the legend."""
+
 from __future__ import annotations
 
 import unicodedata
@@ -10,9 +12,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tl_fast.pipeline.loader import Loader
 from tl_fast.system.atomic import write_atomic
 from tl_fast.system.mistakes import InputError
-from tl_fast.pipeline.loader import Loader
 
 PANEL = 224  # pixels: side of a crop's panel, and height of an original's beside it
 MARGIN, GAP, LINE, SWATCH = 14, 12, 20, 13  # pixels
@@ -23,11 +25,21 @@ NO_CLASS = -1
 # Ordered so that the first few, all that most sheets use, differ most, also for the colour-blind.
 PALETTE = np.array(
     [
-        (230, 85, 0), (0, 114, 220), (240, 215, 30), (190, 60, 190), (0, 165, 100), (110, 205, 255), (205, 0, 50), (255, 165, 185),
-        (140, 235, 60), (90, 50, 190), (150, 95, 30), (0, 225, 205),
+        (230, 85, 0),
+        (0, 114, 220),
+        (240, 215, 30),
+        (190, 60, 190),
+        (0, 165, 100),
+        (110, 205, 255),
+        (205, 0, 50),
+        (255, 165, 185),
+        (140, 235, 60),
+        (90, 50, 190),
+        (150, 95, 30),
+        (0, 225, 205),
     ],
     np.uint8,
-)  # fmt: skip
+)
 OTHER = np.array((255, 255, 255), np.uint8)
 PAPER = (238, 238, 238)  # not white, so that white photos keep their edges
 FONT = ImageFont.load_default(size=14)  # comes with Pillow: the same picture on every machine
@@ -42,7 +54,8 @@ class Cells:
 
 
 def choose(count: int, samples: int, first: int | None, ids: Sequence[int] | None, name: str) -> np.ndarray:
-    """Which samples to show of a file of `count`, int64 [n]: `ids`, or `samples` of them from `first` on, or spread over the file.
+    """Which samples to show of a file of `count`, int64 [n]: `ids`, or `samples` of them from `first` on, or spread
+    over the file.
 
     ValueError names an id that is not in the file.
     """
@@ -64,20 +77,23 @@ def choose(count: int, samples: int, first: int | None, ids: Sequence[int] | Non
 
 
 def best_of_map(classes: np.ndarray, scores: np.ndarray, num_classes: int) -> Cells:
-    """Best class of every cell of a sparse map: integers and float32 [k, H, W], unlisted classes at 0; softmax over all C classes."""
+    """Best class of every cell of a sparse map: integers and float32 [k, H, W], unlisted classes at 0; softmax over all
+    C classes."""
     k = len(classes)
     highest = np.maximum(scores.max(axis=0), 0.0)
     mass = np.exp(scores - highest).sum(axis=0) + (num_classes - k) * np.exp(-highest)
     best = scores.argmax(axis=0)
     top = np.take_along_axis(scores, best[None], axis=0)[0]
-    # Nothing stands out where an unlisted class, of which there is no name, is as probable, or where all classes are listed alike.
+    # Nothing stands out where an unlisted class, of which there is no name, is as probable, or where all classes are
+    # listed alike.
     stands_out = top > (0.0 if k < num_classes else scores.min(axis=0))
     found = np.take_along_axis(classes, best[None], axis=0)[0].astype(np.int64)
     return Cells(np.where(stands_out | (num_classes == 1), found, NO_CLASS), np.exp(top - highest) / mass)
 
 
 def best_of_targets(targets: np.ndarray, grid: int) -> Cells:
-    """Best class of every token; targets float32 [grid * grid, C]. Uniform targets (tokens outside the label map) have none."""
+    """Best class of every token; targets float32 [grid * grid, C]. Uniform targets (tokens outside the label map) have
+    none."""
     best, probability = targets.argmax(axis=1), targets.max(axis=1)
     stands_out = (probability > targets.min(axis=1) * 1.0001) | (targets.shape[1] == 1)
     return Cells(np.where(stands_out, best, NO_CLASS).reshape(grid, grid), probability.reshape(grid, grid))
@@ -91,7 +107,8 @@ def class_token(target: np.ndarray, names: Sequence[str]) -> str:
 
 
 def assign_colours(panels: Iterable[Cells | None]) -> dict[int, np.ndarray]:
-    """Class -> colour uint8 [3], largest share of the sheet's panels first; classes for which there is no colour left get OTHER."""
+    """Class -> colour uint8 [3], largest share of the sheet's panels first; classes for which there is no colour left
+    get OTHER."""
     shares: dict[int, float] = {}
     for cells in (cells for cells in panels if cells is not None):
         found, counts = np.unique(cells.best[cells.best != NO_CLASS], return_counts=True)
@@ -109,18 +126,24 @@ def panel_of(image: Tensor) -> np.ndarray:
 
 
 def overlay(panel: np.ndarray, cells: Cells, span: np.ndarray, colours: dict[int, np.ndarray]) -> np.ndarray:
-    """`panel` uint8 [h, w, 3] in grey under its coloured cells and the lines between them; what `cells` does not cover is dark.
+    """`panel` uint8 [h, w, 3] in grey under its coloured cells and the lines between them; what `cells` does not cover
+    is dark.
 
-    span: the panel as (top, left, height, width) in fractions of what `cells` covers, so the whole grid over the panel is (0, 0, 1, 1).
+    span: the panel as (top, left, height, width) in fractions of what `cells` covers, so the whole grid over the panel
+    is (0, 0, 1, 1).
     """
     grey = panel.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     out = np.repeat(grey[:, :, None], 3, axis=2)
-    row, column = (_cells_of_pixels(panel.shape[axis], span[axis], span[axis + 2], cells.best.shape[axis]) for axis in (0, 1))
+    row, column = (
+        _cells_of_pixels(panel.shape[axis], span[axis], span[axis + 2], cells.best.shape[axis]) for axis in (0, 1)
+    )
     colour = np.zeros((*cells.best.shape, 3), np.float32)
     for c in np.unique(cells.best[cells.best != NO_CLASS]):
         colour[cells.best == c] = colours[int(c)]
     alpha = np.where(cells.best != NO_CLASS, OPACITY * cells.probability, 0.0)[..., None]
-    row_in, column_in = ((index >= 0) & (index < count) for index, count in zip((row, column), cells.best.shape, strict=True))
+    row_in, column_in = (
+        (index >= 0) & (index < count) for index, count in zip((row, column), cells.best.shape, strict=True)
+    )
     inside = np.ix_(row_in, column_in)
     at = np.ix_(row[row_in], column[column_in])
     out[inside] = out[inside] * (1 - alpha[at]) + colour[at] * alpha[at]
@@ -132,7 +155,8 @@ def overlay(panel: np.ndarray, cells: Cells, span: np.ndarray, colours: dict[int
 
 
 def _cells_of_pixels(pixels: int, start: float, extent: float, cells: int) -> np.ndarray:
-    """The cell under each pixel's centre along one axis, int64 [pixels]; below 0 or beyond `cells` - 1 outside the label map."""
+    """The cell under each pixel's centre along one axis, int64 [pixels]; below 0 or beyond `cells` - 1 outside the
+    label map."""
     return np.floor((start + (np.arange(pixels) + 0.5) / pixels * extent) * cells).astype(np.int64)
 
 
@@ -146,9 +170,11 @@ def describe(loader: Loader, epoch: int) -> list[str]:
         spec, annotator = samples.spec, samples.readers[0].annotator or {}
         pieces += [
             f"annotator: {annotator.get('model', 'unknown')}{' with a fitted head' if annotator.get('probe') else ''}",
-            f"label maps {spec.height} x {spec.width}, {spec.k} of {spec.num_classes} classes a cell, extent {spec.extent}",
-            f"{loader.grid} x {loader.grid} tokens", f"smoothing {loader.smoothing:g}",
-        ]  # fmt: skip
+            f"label maps {spec.height} x {spec.width}, {spec.k} of {spec.num_classes} classes a cell, "
+            f"extent {spec.extent}",
+            f"{loader.grid} x {loader.grid} tokens",
+            f"smoothing {loader.smoothing:g}",
+        ]
     return [plain(piece) for piece in [*pieces, f"crops {loader.image_size} px", f"epoch {epoch}, seed {loader.seed}"]]
 
 
@@ -207,11 +233,16 @@ def write_text(draw: ImageDraw.ImageDraw, x: float, y: float, line: str, fill: s
 
 def swatch(draw: ImageDraw.ImageDraw, x: float, y: float, colour: np.ndarray) -> None:
     """A square of `colour` uint8 [3] in the line of text from `y` on."""
-    draw.rectangle((x, y + (LINE - SWATCH) // 2, x + SWATCH, y + (LINE + SWATCH) // 2), fill=tuple(colour.tolist()), outline="black")
+    draw.rectangle(
+        (x, y + (LINE - SWATCH) // 2, x + SWATCH, y + (LINE + SWATCH) // 2),
+        fill=tuple(colour.tolist()),
+        outline="black",
+    )
 
 
 class Top:
-    """The first lines of a sheet and the legend of its colours, `room` pixels wide between the margins; `height`: with the margin above."""
+    """The first lines of a sheet and the legend of its colours, `room` pixels wide between the margins; `height`: with
+    the margin above."""
 
     def __init__(self, header: Sequence[str], colours: dict[int, np.ndarray], names: Sequence[str], room: int):
         self._lines, self._legend = wrap(header, room), _legend(colours, names, room)

@@ -1,8 +1,10 @@
-"""JPEGs -> the pixels of one region each, by our own decoder on the CPU or by DALI with nvJPEG; importing this module does not need DALI.
+"""JPEGs -> the pixels of one region each, by our own decoder on the CPU or by DALI with nvJPEG; importing this module
+does not need DALI.
 
-Pillow decodes what our decoder leaves to others, to the same pixels. Whether nvJPEG is faster depends on the machine's cores and on the
-images, so `choose` measures.
+Pillow decodes what our decoder leaves to others, to the same pixels. Whether nvJPEG is faster depends on the machine's
+cores and on the images, so `choose` measures.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -17,10 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from tl_fast.sources.image import open_rgb
-from tl_fast.jpeg.restarts import splice
-from tl_fast.system.mistakes import Mistake
 from tl_fast.jpeg.region import RegionDecoder
+from tl_fast.jpeg.restarts import splice
+from tl_fast.sources.image import open_rgb
+from tl_fast.system.mistakes import Mistake
 
 HW_DECODER_LOAD = 0.65  # share of the images for the GPU's JPEG engine, the others go to its cores; DALI's default
 MEASURE_SECONDS = 0.5  # for each way to decode
@@ -32,7 +34,8 @@ class DecodeError(Mistake, RuntimeError):
 
 
 class _Pixels(list):
-    """Tensors of regions. source: what they are made from and lie in, which the GPU may still be reading: kept as long as they are."""
+    """Tensors of regions. source: what they are made from and lie in, which the GPU may still be reading: kept as long
+    as they are."""
 
     source: Any
 
@@ -55,24 +58,35 @@ def graph_definition() -> Callable:
 
     @pipeline_def
     def graph(device: str, on_gpu: bool, hw_decoder_load: float):
-        jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)  # read where they lie, in the beton's pages
+        jpegs = fn.external_source(
+            name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True
+        )  # read where they lie, in the beton's pages
         starts = fn.external_source(name="starts", dtype=types.INT32, ndim=1)
         shapes = fn.external_source(name="shapes", dtype=types.INT32, ndim=1)
         regions = fn.decoders.image_slice(
-            jpegs, starts, shapes, axis_names="HW", device=device, hw_decoder_load=hw_decoder_load, adjust_orientation=False,
+            jpegs,
+            starts,
+            shapes,
+            axis_names="HW",
+            device=device,
+            hw_decoder_load=hw_decoder_load,
+            adjust_orientation=False,
             output_type=types.RGB,
-        )  # fmt: skip
+        )
         return regions.gpu() if on_gpu else regions
 
     return graph
 
 
 def decode_graph(device: str, on_gpu: bool = False, hw_decoder_load: float = HW_DECODER_LOAD, **options: Any) -> Any:
-    """The DALI graph: JPEG bytes, region start and region shape (rows, columns) -> RGB pixels of the region, uint8 [h, w, 3].
+    """The DALI graph: JPEG bytes, region start and region shape (rows, columns) -> RGB pixels of the region, uint8 [h,
+    w, 3].
 
-    `device` 'cpu' or 'mixed' (nvJPEG) is the only difference between the two; `on_gpu` uploads what the CPU decoded and means nothing to
-    nvJPEG's output, which is there already. EXIF orientation is ignored: conversion has dealt with it. The JPEGs' arrays
-    are not copied: they must stay as they are until the pixels are there. options: of DALI's pipeline. ImportError without DALI.
+    `device` 'cpu' or 'mixed' (nvJPEG) is the only difference between the two; `on_gpu` uploads what the CPU decoded and
+    means nothing to nvJPEG's output, which is there already. EXIF orientation is ignored: conversion has dealt with it.
+    The JPEGs' arrays
+    are not copied: they must stay as they are until the pixels are there. options: of DALI's pipeline. ImportError
+    without DALI.
     """
     return graph_definition()(device, on_gpu, hw_decoder_load, **options)
 
@@ -80,9 +94,9 @@ def decode_graph(device: str, on_gpu: bool = False, hw_decoder_load: float = HW_
 class Decoder:
     """Regions of a data set's images, one at a time or a batch.
 
-    samples: where the JPEGs are; batch_size: at most; threads: that decode a batch, or cut its JPEGs to their regions for nvJPEG; way:
-    'cpu' or 'mixed' (nvJPEG); device: the CUDA device that gets a batch's pixels, or None: they stay on the host. One thread at a time may
-    ask for batches, any number for single regions.
+    samples: where the JPEGs are; batch_size: at most; threads: that decode a batch, or cut its JPEGs to their regions
+    for nvJPEG; way: 'cpu' or 'mixed' (nvJPEG); device: the CUDA device that gets a batch's pixels, or None: they stay
+    on the host. One thread at a time may ask for batches, any number for single regions.
     """
 
     def __init__(
@@ -101,10 +115,13 @@ class Decoder:
         self._threads = ThreadPoolExecutor(threads, "tl_fast-region")
         self._compiled = False
 
-    def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None) -> Sequence:
+    def __call__(
+        self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None
+    ) -> Sequence:
         """The regions' pixels, uint8 [h, w, 3] each: tensors of torch, or DALI's for nvJPEG, whose memory is their own.
 
-        ids: int64 [B]; starts, shapes: int64 [B, 2], row and column; stream: where the pixels will be used, which is made to wait for them;
+        ids: int64 [B]; starts, shapes: int64 [B, 2], row and column; stream: where the pixels will be used, which is
+        made to wait for them;
         None: they are there on return. Raises DecodeError naming the sample, ImportError for 'mixed' without DALI.
         """
         if self.way == "mixed":
@@ -129,7 +146,8 @@ class Decoder:
         return [host[end - size : end].view(*shape, 3) for end, size, shape in places]
 
     def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """One region's pixels on the host, uint8 [h, w, 3]. out: as `RegionDecoder.decode` has it; not written where Pillow had to decode.
+        """One region's pixels on the host, uint8 [h, w, 3]. out: as `RegionDecoder.decode` has it; not written where
+        Pillow had to decode.
 
         Raises DecodeError naming the sample.
         """
@@ -149,24 +167,36 @@ class Decoder:
             "check the beton with `converters/to_beton.py verify FILE --decode` and convert again"
         )
 
-    def _with_nvjpeg(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None) -> Sequence:
+    def _with_nvjpeg(
+        self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None
+    ) -> Sequence:
         """DALI's tensors of the regions."""
         if self._graph is None:
-            # Outputs of DALI's dynamic executor own their memory, so a depth of one is enough: the loader does the prefetching.
+            # Outputs of DALI's dynamic executor own their memory, so a depth of one is enough: the loader does the
+            # prefetching.
             self._graph = decode_graph(
-                "mixed", hw_decoder_load=self.hw_decoder_load, batch_size=self.batch_size, num_threads=self.threads,
-                device_id=self.device.index, prefetch_queue_depth=1, exec_dynamic=True,
-            )  # fmt: skip
+                "mixed",
+                hw_decoder_load=self.hw_decoder_load,
+                batch_size=self.batch_size,
+                num_threads=self.threads,
+                device_id=self.device.index,
+                prefetch_queue_depth=1,
+                exec_dynamic=True,
+            )
             self._graph.build()
         jpegs, origins = self._splice(ids, starts, starts + shapes)
         starts = starts - origins
         try:
-            (regions,) = self._graph.run(stream, jpegs=jpegs, starts=starts.astype(np.int32), shapes=shapes.astype(np.int32))
+            (regions,) = self._graph.run(
+                stream, jpegs=jpegs, starts=starts.astype(np.int32), shapes=shapes.astype(np.int32)
+            )
         except RuntimeError as error:
             self._graph = None  # DALI's pipeline is unusable after a failure
             damaged = self._damaged(ids, str(error))
             if damaged is None:
-                raise DecodeError(f"DALI could not decode samples {ids.tolist()}, though each can be decoded alone: {error}") from error
+                raise DecodeError(
+                    f"DALI could not decode samples {ids.tolist()}, though each can be decoded alone: {error}"
+                ) from error
             raise self._error(damaged) from error
         pixels = _Pixels(regions[b] for b in range(len(ids)))
         pixels.source = regions, jpegs
@@ -180,7 +210,8 @@ class Decoder:
         return results
 
     def _splice(self, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """JPEGs that show the regions, smaller ones where the beton has a row index, and which pixel is their first, int64 [B, 2]."""
+        """JPEGs that show the regions, smaller ones where the beton has a row index, and which pixel is their first,
+        int64 [B, 2]."""
 
         def spliced(part: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
             return [splice(self.samples.jpeg(ids[b]), starts[b], stops[b]) for b in part]
@@ -210,9 +241,11 @@ Work = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def rate(decoder: Callable, work: Work, seconds: float = MEASURE_SECONDS, warm_up: int = 2) -> float:
-    """Images/s of `decoder` over the batches (ids, starts, shapes) of `work`, for about so many seconds after `warm_up` batches.
+    """Images/s of `decoder` over the batches (ids, starts, shapes) of `work`, for about so many seconds after `warm_up`
+    batches.
 
-    Pixels on the device are included. Ends early where `work` does. Raises ValueError when `work` has no batch beyond the warm-up.
+    Pixels on the device are included. Ends early where `work` does. Raises ValueError when `work` has no batch beyond
+    the warm-up.
     """
     images, begin = 0, 0.0
     for number, batch in enumerate(work):
@@ -231,8 +264,8 @@ def rate(decoder: Callable, work: Work, seconds: float = MEASURE_SECONDS, warm_u
 def choose(open_decoder: Callable[[str], Decoder], work: Callable[[], Work]) -> tuple[str, str]:
     """Which way decodes faster here: ('cpu' or 'mixed', the measurement in words).
 
-    open_decoder: makes the decoder of a way; work: endless batches to decode. 'mixed' must gain 10 %. Where nvJPEG cannot be used at all,
-    the words say why.
+    open_decoder: makes the decoder of a way; work: endless batches to decode. 'mixed' must gain 10 %. Where nvJPEG
+    cannot be used at all, the words say why.
     """
     rates = {}
     for way in ("cpu", "mixed"):
@@ -244,8 +277,20 @@ def choose(open_decoder: Callable[[str], Decoder], work: Callable[[], Work]) -> 
         except (RuntimeError, ImportError) as error:  # from building the graph: a driver or GPU without nvJPEG, no DALI
             if way == "cpu":
                 raise
-            return "cpu", f"decode 'cpu', {rates['cpu']:,.0f} images/s; 'mixed' (nvJPEG) does not work here: {str(error).splitlines()[0]}"
+            return (
+                "cpu",
+                (
+                    f"decode 'cpu', {rates['cpu']:,.0f} images/s; 'mixed' (nvJPEG) does not work here:"
+                    f" {str(error).splitlines()[0]}"
+                ),
+            )
         finally:
             decoder.close()
     way = "mixed" if rates["mixed"] > GAIN * rates["cpu"] else "cpu"
-    return way, f"decode {way!r}: cpu {rates['cpu']:,.0f} images/s, mixed (nvJPEG) {rates['mixed']:,.0f}; mixed is taken from {GAIN:.0%} on"
+    return (
+        way,
+        (
+            f"decode {way!r}: cpu {rates['cpu']:,.0f} images/s, mixed (nvJPEG) {rates['mixed']:,.0f}; mixed is taken"
+            f" from {GAIN:.0%} on"
+        ),
+    )

@@ -1,7 +1,9 @@
 """The decode pipeline: betons -> plan -> decode of the crop -> resample and token targets -> Batch.
 
-Sample order and all random decisions come from `tl_fast.plan.records`, so a batch depends on (seed, epoch, step) and on nothing else.
+Sample order and all random decisions come from `tl_fast.plan.records`, so a batch depends on (seed, epoch, step) and on
+nothing else.
 """
+
 from __future__ import annotations
 
 import collections
@@ -16,16 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tl_fast.maths import scalar
-from tl_fast.plan import records as plan
-from tl_fast.pipeline.decode import Decoder, HW_DECODER_LOAD, choose, graph_definition
+from tl_fast.beton.samples import Samples
 from tl_fast.kernels import cpu
 from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.labelmaps.format import EXTENTS
+from tl_fast.maths import scalar
+from tl_fast.pipeline.decode import HW_DECODER_LOAD, Decoder, choose, graph_definition
+from tl_fast.plan import records as plan
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import cores_of_this_rank
-from tl_fast.beton.samples import Samples
-
 
 GEOMETRIES = ("correct", "published")
 DECODES = ("auto", "cpu", "mixed")
@@ -36,10 +37,11 @@ EVAL_INTERPOLATION = scalar.BICUBIC  # the published evaluation's
 class Batch:
     """One step's samples, owned by the receiver, on the loader's device.
 
-    images: uint8 [B, 3, H, W], RGB, not normalised; labels: int64 [B]; targets: float32 [B, 1+N, C], class-token target first, tokens row by
-    row, or None (no label maps, or evaluation); sample_ids: int64 [B], position in the concatenation of the betons.
-    With random erasing, which is left to the training device (`tl_fast.models.erase`): erase: int32 [B, 4] = (top, left, height, width) in pixels, height 0
-    for none; noise: int64 [B], seeds of what to fill the boxes with. None without.
+    images: uint8 [B, 3, H, W], RGB, not normalised; labels: int64 [B]; targets: float32 [B, 1+N, C], class-token target
+    first, tokens row by row, or None (no label maps, or evaluation); sample_ids: int64 [B], position in the
+    concatenation of the betons. With random erasing, which is left to the training device (`tl_fast.models.erase`):
+    erase: int32 [B, 4] = (top, left, height, width) in pixels, height 0 for none; noise: int64 [B], seeds of what to
+    fill the boxes with. None without.
     """
 
     images: torch.Tensor
@@ -75,9 +77,11 @@ def crop_fractions(boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray, e
 
 
 def map_affines(plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, extent: str, geometry: str) -> np.ndarray:
-    """The plans' affines, from output coordinates to fractions of the label map's extent -> float32 [B, 6] as `cpu.warped_targets` takes them.
+    """The plans' affines, from output coordinates to fractions of the label map's extent -> float32 [B, 6] as
+    `cpu.warped_targets` takes them.
 
-    geometry "published" hands the crop's (top, left, height, width) to RoIAlign as (x1, y1, ...), so its labels are mirrored across the diagonal.
+    geometry "published" hands the crop's (top, left, height, width) to RoIAlign as (x1, y1, ...), so its labels are
+    mirrored across the diagonal.
     """
     boxes = np.stack([plans[name] for name in ("top", "left", "height", "width")], axis=1).astype(np.float64)
     crops = crop_fractions(boxes, heights, widths, extent).astype(np.float64)
@@ -92,8 +96,8 @@ def map_affines(plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, exte
 
 
 class _Buffers:
-    """Memory of batches that nobody holds any more, to be written again: new memory costs a page fault every 4 KB, for token targets of 1,000
-    classes several times what computing them takes."""
+    """Memory of batches that nobody holds any more, to be written again: new memory costs a page fault every 4 KB, for
+    token targets of 1,000 classes several times what computing them takes."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[tuple[int, ...], type], list[np.ndarray]] = {}
@@ -107,7 +111,8 @@ class _Buffers:
         except IndexError:
             memory = np.empty(shape, dtype)
             self.allocated += 1
-        # Over a memoryview numpy cannot see `memory`: views of the new array refer to it, and it lives as long as they do.
+        # Over a memoryview numpy cannot see `memory`: views of the new array refer to it, and it lives as long as they
+        # do.
         array = np.asarray(memoryview(memory))
         weakref.finalize(array, free.append, memory).atexit = False
         return array
@@ -116,20 +121,23 @@ class _Buffers:
 class Loader:
     """Batches of one or several betons, image crops and their token targets from the same plan.
 
-    paths: a beton, a glob or a list of them; batch_size: samples a rank and step; image_size: output pixels, square; grid: tokens a side;
-    train: random resized crop + flip in a new order every epoch, whole batches only (what is left over differs from epoch to epoch), or,
-    False, resize + centre crop (`crop_pct`) of every sample exactly once over all ranks, in file order, without targets; augment: ranges of
-    the random decisions, None for the paper's; geometry: "correct", or "published" to crop label maps where the published code does, mirrored
-    across the diagonal; seed: of all randomness; threads: decode and kernel threads, None for this rank's share of the
-    cores; device: where batches are made and delivered, 'cpu' or a CUDA device ('cuda': torch's current one), whose batches are ready for the
-    stream that is current when they are taken; decode: 'cpu', 'mixed' (nvJPEG, on CUDA devices alone) or 'auto', which on a CUDA device decodes
-    for a second in both ways when the first batch is made, takes the faster and says so on stderr (rank 0); hw_decoder_load: share of
-    the images that nvJPEG gives to the GPU's JPEG engine, 0..1; rank, world_size: this rank takes its
-    part of every global batch; smoothing: label smoothing of the targets; token_labels: False leaves the targets out; check: compare every
-    sample's CRC-32 as it is read; prefetch: batches made ahead.
+    paths: a beton, a glob or a list of them; batch_size: samples a rank and step; image_size: output pixels, square;
+    grid: tokens a side;
+    train: random resized crop + flip in a new order every epoch, whole batches only (what is left over differs from
+    epoch to epoch), or, False, resize + centre crop (`crop_pct`) of every sample exactly once over all ranks, in file
+    order, without targets; augment: ranges of the random decisions, None for the paper's; geometry: "correct", or
+    "published" to crop label maps where the published code does, mirrored across the diagonal; seed: of all randomness;
+    threads: decode and kernel threads, None for this rank's share of the cores; device: where batches are made and
+    delivered, 'cpu' or a CUDA device ('cuda': torch's current one), whose batches are ready for the stream that is
+    current when they are taken; decode: 'cpu', 'mixed' (nvJPEG, on CUDA devices alone) or 'auto', which on a CUDA
+    device decodes for a second in both ways when the first batch is made, takes the faster and says so on stderr (rank
+    0); hw_decoder_load: share of the images that nvJPEG gives to the GPU's JPEG engine, 0..1; rank, world_size: this
+    rank takes its part of every global batch; smoothing: label smoothing of the targets; token_labels: False leaves the
+    targets out; check: compare every sample's CRC-32 as it is read; prefetch: batches made ahead.
 
-    Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was under way. An error in any thread is
-    raised by the iteration. Raises ValueError or FileNotFoundError for settings or files that cannot work, ImportError for 'mixed' without DALI.
+    Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was under way. An error in
+    any thread is raised by the iteration. Raises ValueError or FileNotFoundError for settings or files that cannot
+    work, ImportError for 'mixed' without DALI.
     """
 
     def __init__(
@@ -159,16 +167,19 @@ class Loader:
         if device.type not in ("cpu", "cuda"):
             raise InputError(f"device must be 'cpu' or a CUDA device, got {str(device)!r}")
         if decode not in DECODES or (decode == "mixed" and device.type == "cpu"):
-            raise InputError(f"decode must be one of {DECODES}, 'mixed' (nvJPEG) with device='cuda' alone; got "
-                             f"{decode!r}, device={str(device)!r}")
+            raise InputError(
+                f"decode must be one of {DECODES}, 'mixed' (nvJPEG) with device='cuda' alone; got "
+                f"{decode!r}, device={str(device)!r}"
+            )
         if not 0 <= hw_decoder_load <= 1:
             raise InputError(f"hw_decoder_load must be in 0..1, got {hw_decoder_load}")
         if decode == "mixed":
             graph_definition()  # without DALI an error now, not in a thread when the first batch is made
         if min(batch_size, image_size, grid, prefetch, world_size) < 1 or not 0 <= rank < world_size:
             raise InputError(
-                f"batch_size, image_size, grid, prefetch >= 1 and 0 <= rank < world_size needed, got batch_size={batch_size}, "
-                f"image_size={image_size}, grid={grid}, prefetch={prefetch}, rank={rank}, world_size={world_size}"
+                "batch_size, image_size, grid, prefetch >= 1 and 0 <= rank < world_size needed, got"
+                f" batch_size={batch_size}, image_size={image_size}, grid={grid}, prefetch={prefetch}, rank={rank},"
+                f" world_size={world_size}"
             )
         if not 0 < crop_pct <= 1 or not 0 <= smoothing < 1:
             raise InputError(f"crop_pct must be in (0, 1] and smoothing in [0, 1), got {crop_pct} and {smoothing}")
@@ -177,13 +188,20 @@ class Loader:
         self.samples = Samples(paths)
         self.batch_size, self.image_size, self.grid, self.train = batch_size, image_size, grid, train
         self.augment, self.geometry = augment or plan.Augment(), geometry
-        self.seed, self.rank, self.world_size, self.smoothing, self.crop_pct = seed, rank, world_size, smoothing, crop_pct
+        self.seed, self.rank, self.world_size, self.smoothing, self.crop_pct = (
+            seed,
+            rank,
+            world_size,
+            smoothing,
+            crop_pct,
+        )
         self.token_labels = token_labels and train and self.samples.spec is not None
         self.check, self.prefetch = check, prefetch
         self.threads = threads or cores_of_this_rank()
         if train and len(self.samples) < batch_size * world_size:
             raise InputError(
-                f"{len(self.samples)} samples do not fill one global batch of {batch_size} x {world_size} ranks; lower the batch size"
+                f"{len(self.samples)} samples do not fill one global batch of {batch_size} x {world_size} ranks; lower"
+                " the batch size"
             )
         self._epoch, self._start_step = 0, 0
         self._buffers = _Buffers()
@@ -192,13 +210,19 @@ class Loader:
             from tl_fast.pipeline import gpu_batches  # here: numba's CUDA half takes a while to import
 
             self._gpu = gpu_batches.GpuBatches(
-                self.samples, gpu_batches.find_device(device), image_size=image_size, grid=grid, smoothing=smoothing,
-                fill=self.augment.fill, ahead=prefetch + 1,
-            )  # fmt: skip
+                self.samples,
+                gpu_batches.find_device(device),
+                image_size=image_size,
+                grid=grid,
+                smoothing=smoothing,
+                fill=self.augment.fill,
+                ahead=prefetch + 1,
+            )
         if self._gpu is None or self._gpu.decode_device is None:
             decode = "cpu"
         self.decode, self.hw_decoder_load, self._decoder = decode, hw_decoder_load, None
-        # One thread plans batches, and on a GPU decodes them (with threads of the decoder's); the kernels of the batch before are launched meanwhile.
+        # One thread plans batches, and on a GPU decodes them (with threads of the decoder's); the kernels of the batch
+        # before are launched meanwhile.
         enter = None if self._gpu is None else self._gpu.enter_thread
         self._driver = ThreadPoolExecutor(1, "tl_fast-decode", enter)
         self._workers = ThreadPoolExecutor(self.threads if self._gpu is None else 1, "tl_fast-kernel", enter)
@@ -228,11 +252,13 @@ class Loader:
         return plan.draw(self.seed, self._epoch, sample_ids, heights, widths, self.augment)
 
     def batch(self, sample_ids: np.ndarray) -> Batch:
-        """These samples as the chosen epoch has them, at most `batch_size` of them; for looking at, not for training."""
+        """These samples as the chosen epoch has them, at most `batch_size` of them; for looking at, not for
+        training."""
         ids = np.asarray(sample_ids, np.int64)
         if ids.ndim != 1 or not 1 <= ids.size <= self.batch_size or ids.min() < 0 or ids.max() >= len(self.samples):
-            raise InputError(f"sample ids must be 1..{self.batch_size} numbers in 0..{len(self.samples) - 1}, got "
-                             f"{sample_ids}")
+            raise InputError(
+                f"sample ids must be 1..{self.batch_size} numbers in 0..{len(self.samples) - 1}, got {sample_ids}"
+            )
         batch = self._finished(self._driver.submit(self._produce, ids, self._epoch))
         if self._gpu is not None:
             self._gpu.check(wait=True)
@@ -273,7 +299,8 @@ class Loader:
         return order[self.rank :: self.world_size][step * self.batch_size : (step + 1) * self.batch_size]
 
     def _plan(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Plans [B], and of the pixels that they need the first and the one behind the last (row, column), int64 [B, 2]."""
+        """Plans [B], and of the pixels that they need the first and the one behind the last (row, column), int64 [B,
+        2]."""
         heights, widths = self.samples.heights[ids], self.samples.widths[ids]
         if self.train:
             plans = plan.draw(self.seed, epoch, ids, heights, widths, self.augment)
@@ -282,28 +309,33 @@ class Loader:
         return plans, *warp.needed(plans, heights, widths, self.image_size)
 
     def _finished(self, produced: Future) -> Batch:
-        """Wait for a batch of `_produce` and for what fills it, or on a GPU for the launch of that; raises what failed there."""
+        """Wait for a batch of `_produce` and for what fills it, or on a GPU for the launch of that; raises what failed
+        there."""
         batch, kernels = produced.result()
         results = [kernel.result() for kernel in kernels]
         return self._gpu.hand_over(results[0]) if batch is None else batch
 
     def _produce(self, ids: np.ndarray, epoch: int) -> tuple[Batch | None, list[Future]]:
-        """Start the decoding and the kernels of one batch, and return the batch they are filling; on a GPU None, and the future of a
-        `gpu_batches.Made`."""
+        """Start the decoding and the kernels of one batch, and return the batch they are filling; on a GPU None, and
+        the future of a `gpu_batches.Made`."""
         plans, starts, stops = self._plan(ids, epoch)
         heights, widths = self.samples.heights[ids], self.samples.widths[ids]
         if self._gpu is not None and self.check:
             for i in ids:
                 self.samples.check(i)
         shapes = stops - starts
-        affines = map_affines(plans, heights, widths, self.samples.spec.extent, self.geometry) if self.token_labels else None
+        affines = (
+            map_affines(plans, heights, widths, self.samples.spec.extent, self.geometry) if self.token_labels else None
+        )
         extras = {}
         if self.train and self.augment.erase > 0:
             extras = {"erase": plan.erase_boxes(plans, self.image_size), "noise": plans["noise"].view(np.int64).copy()}
         if self._gpu is not None:
             regions = self._decode(ids, starts, shapes)
             decoded = self._gpu.decoded()
-            return None, [self._workers.submit(self._gpu.make, ids, plans, starts, shapes, regions, decoded, affines, extras)]
+            return None, [
+                self._workers.submit(self._gpu.make, ids, plans, starts, shapes, regions, decoded, affines, extras)
+            ]
         if self._decoder is None:
             self._decoder = self._open_decoder("cpu")
         out = self._buffers.take((len(ids), 3, self.image_size, self.image_size), np.uint8)
@@ -313,7 +345,9 @@ class Loader:
             for b in part:
                 if self.check:
                     self.samples.check(ids[b])
-                region = self._decoder.region(ids[b], starts[b], shapes[b])  # which the augmentation finds in the core's cache
+                region = self._decoder.region(
+                    ids[b], starts[b], shapes[b]
+                )  # which the augmentation finds in the core's cache
                 cpu.augment(region, *starts[b], heights[b], widths[b], plans[b], fill, out[b])
 
         parts = [range(t, len(ids), self.threads) for t in range(min(self.threads, len(ids)))]
@@ -326,8 +360,15 @@ class Loader:
 
             def token_targets(part: slice) -> None:
                 cpu.warped_targets(
-                    classes[part], scores[part], affines[part], self.num_classes, self.grid, self.smoothing, target_out[part],
-                    cut=self.samples.spec.extent == "full",  # what is beyond a square map is image, of which its edge says most
+                    classes[part],
+                    scores[part],
+                    affines[part],
+                    self.num_classes,
+                    self.grid,
+                    self.smoothing,
+                    target_out[part],
+                    cut=self.samples.spec.extent
+                    == "full",  # what is beyond a square map is image, of which its edge says most
                 )
 
             bounds = np.linspace(0, len(ids), len(parts) + 1).astype(int)
@@ -340,7 +381,8 @@ class Loader:
         return batch, kernels
 
     def _share(self, kernel: Callable, parts: Sequence) -> list[Future]:
-        """`kernel(part)` on the worker threads; the first time one alone, for numba does not bear two threads that compile one function."""
+        """`kernel(part)` on the worker threads; the first time one alone, for numba does not bear two threads that
+        compile one function."""
         futures = [self._workers.submit(kernel, parts[0])]
         if not self._compiled:
             wait(futures)
@@ -351,8 +393,8 @@ class Loader:
         return Decoder(self.samples, self.batch_size, self.threads, way, device, self.hw_decoder_load)
 
     def _decode(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Sequence:
-        """The regions' pixels, uint8 [h, w, 3] each, on the host or, ordered on its `decoding` stream, on the GPU. Decides about 'auto' when first
-        called."""
+        """The regions' pixels, uint8 [h, w, 3] each, on the host or, ordered on its `decoding` stream, on the GPU.
+        Decides about 'auto' when first called."""
         if self._decoder is None:
             if self.decode == "auto":
                 self.decode, words = choose(self._open_decoder, self._trial)

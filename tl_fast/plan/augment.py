@@ -1,25 +1,28 @@
 """The ranges of a sample's random decisions, as recipes state them. Imports neither numba nor torch."""
+
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from tl_fast.system.mistakes import InputError
 from tl_fast.plan.rand_augment import RandAugment
+from tl_fast.system.mistakes import InputError
 
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Ranges of the random decisions. The defaults are crop and flip alone; LV-ViT's recipe (arXiv 2104.10858) adds the rest.
+    """Ranges of the random decisions. The defaults are crop and flip alone; LV-ViT's recipe (arXiv 2104.10858) adds the
+    rest.
 
     scale: (low, high) share of the image's area that a crop takes, 0 < low <= high <= 1.
     ratio: (low, high) aspect ratio width / height of a crop, 0 < low <= high.
     flip: probability of a horizontal mirror, 0..1.
     interpolation: "bilinear", "bicubic", or "random": either, an image.
     auto_augment: RandAugment as timm writes it ("rand-m9-mstd0.5-inc1"), or "" for none.
-    color_jitter: brightness, contrast and saturation get factors from 1 - this to 1 + this, in random order, 0..1; only without auto_augment, as timm's.
+    color_jitter: brightness, contrast and saturation get factors from 1 - this to 1 + this, in random order, 0..1; only
+    without auto_augment, as timm's.
     erase: probability of random erasing, 0..1.
     fill: RGB where the output shows what is outside the image, 0..255; ImageNet's mean by default, as timm's.
     """
@@ -46,8 +49,9 @@ class Augment:
         if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
             raise InputError(f"augment.fill must be three numbers in 0..255, got {self.fill}")
         if self.rand_augment is not None and self.color_jitter:
-            raise InputError(f"augment.color_jitter {self.color_jitter} and auto_augment {self.auto_augment!r}: "
-                             "choose one of them")
+            raise InputError(
+                f"augment.color_jitter {self.color_jitter} and auto_augment {self.auto_augment!r}: choose one of them"
+            )
 
     @property
     def rand_augment(self) -> RandAugment | None:

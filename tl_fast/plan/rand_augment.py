@@ -1,4 +1,6 @@
-"""RandAugment in timm's notation (`rand-m9-n2-mstd0.5-inc1`): which operations there are and how a string chooses among them."""
+"""RandAugment in timm's notation (`rand-m9-n2-mstd0.5-inc1`): which operations there are and how a string chooses among
+them."""
+
 from __future__ import annotations
 
 import math
@@ -8,9 +10,25 @@ from dataclasses import dataclass
 from tl_fast.maths import scalar
 from tl_fast.system.mistakes import InputError
 
-OPS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness",
-       "ShearX", "ShearY", "TranslateX", "TranslateY")
-"""The 15 operations in timm's order; an operation's code is its place here (`tl_fast.maths.scalar.AUTO_CONTRAST` ...)."""
+OPS = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "Posterize",
+    "Solarize",
+    "SolarizeAdd",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+)
+"""The 15 operations in timm's order; an operation's code is its place here (`tl_fast.maths.scalar.AUTO_CONTRAST` ...).
+"""
 
 MAX_LAYERS = 8  # that a plan record has room for
 
@@ -21,8 +39,9 @@ _PART = re.compile(r"(mstd|mmax|inc|m|n|p|t|w)(.*)")
 class RandAugment:
     """Settings of RandAugment (arXiv 1909.13719) as timm has it.
 
-    magnitude: mean level, 0 to `ceiling`; layers: operations an image, each drawn from all 15 and applied with `probability`; std: of the normal
-    noise on the level, or inf for a uniform level from 0 to `magnitude`; increasing: all operations get stronger with the level (timm's `inc1`);
+    magnitude: mean level, 0 to `ceiling`; layers: operations an image, each drawn from all 15 and applied with
+    `probability`; std: of the normal noise on the level, or inf for a uniform level from 0 to `magnitude`; increasing:
+    all operations get stronger with the level (timm's `inc1`);
     ceiling: largest level after noise.
     """
 
@@ -39,22 +58,31 @@ class RandAugment:
         if not 0 <= self.probability <= 1:
             raise InputError(f"p{self.probability}: a probability must be in 0..1")
         if self.magnitude < 0 or not self.std >= 0 or not 1 <= self.ceiling <= 100:
-            raise InputError(f"m{self.magnitude}, mstd{self.std}, mmax{self.ceiling}: m and mstd must be >= 0 and "
-                             "mmax 1 to 100")
+            raise InputError(
+                f"m{self.magnitude}, mstd{self.std}, mmax{self.ceiling}: m and mstd must be >= 0 and mmax 1 to 100"
+            )
 
     @classmethod
     def parse(cls, text: str) -> RandAugment:
-        """`rand-m9-n2-p0.5-mstd0.5-mmax10-inc1`, any part but the first left out for timm's default. Raises ValueError naming the part."""
+        """`rand-m9-n2-p0.5-mstd0.5-mmax10-inc1`, any part but the first left out for timm's default. Raises ValueError
+        naming the part."""
         name, *parts = text.split("-")
         if name != "rand":
             raise InputError(f"auto_augment {text!r}: only RandAugment is known, as in rand-m9-mstd0.5-inc1")
-        kinds = {"m": ("magnitude", int), "n": ("layers", int), "p": ("probability", float), "mstd": ("std", float), "mmax": ("ceiling", int)}
+        kinds = {
+            "m": ("magnitude", int),
+            "n": ("layers", int),
+            "p": ("probability", float),
+            "mstd": ("std", float),
+            "mmax": ("ceiling", int),
+        }
         values: dict[str, float | bool] = {}
         for part in parts:
             found = _PART.fullmatch(part)
             if found is not None and found[1] in "tw":
-                raise InputError(f"auto_augment {text!r}: the set of operations cannot be chosen ({part}), all "
-                                 f"{len(OPS)} are used")
+                raise InputError(
+                    f"auto_augment {text!r}: the set of operations cannot be chosen ({part}), all {len(OPS)} are used"
+                )
             try:
                 if found is None:
                     raise ValueError("unknown part")
@@ -64,8 +92,9 @@ class RandAugment:
                     key, kind = kinds[found[1]]
                     values[key] = kind(found[2])
             except ValueError as error:
-                raise InputError(f"auto_augment {text!r}: {part!r} is none of m9, n2, p0.5, mstd0.5, mmax10, "
-                                 "inc1") from error
+                raise InputError(
+                    f"auto_augment {text!r}: {part!r} is none of m9, n2, p0.5, mstd0.5, mmax10, inc1"
+                ) from error
         if values.get("std", 0) > 100:
             values["std"] = math.inf
         try:

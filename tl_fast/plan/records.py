@@ -1,8 +1,9 @@
 """The plan: every random decision about one sample in one epoch, drawn once and handed to all who need it.
 
-A record depends on (seed, epoch, sample id) alone: not on batch size, order, workers, ranks or restarts. The decoder, the image kernel
-and the target kernel read the same record, so image and label map cannot drift apart.
+A record depends on (seed, epoch, sample id) alone: not on batch size, order, workers, ranks or restarts. The decoder,
+the image kernel and the target kernel read the same record, so image and label map cannot drift apart.
 """
+
 from __future__ import annotations
 
 import math
@@ -10,8 +11,8 @@ import math
 import numpy as np
 
 from tl_fast.maths import scalar
-from tl_fast.plan.augment import Augment, INTERPOLATIONS
 from tl_fast.maths.compile import compile_scalar, njit
+from tl_fast.plan.augment import INTERPOLATIONS, Augment
 from tl_fast.plan.rand_augment import MAX_LAYERS, RandAugment
 
 _scalar = compile_scalar(njit)
@@ -34,10 +35,11 @@ PLAN = np.dtype(
 )
 """One record a sample.
 
-top, left, height, width: the crop in pixels of the stored image; flip: whether it is then mirrored left-right; interpolation: 0 bilinear,
-1 bicubic; affine: (xu, xv, x0, yu, yv, y0), crop, flip and the geometric operations in one: from output coordinates u (along x), v (along y) in 0..1
-to source pixels x = xu u + xv v + x0, y = yu u + yv v + y0; ops: codes of the drawn operations (`tl_fast.plan.rand_augment.OPS`) in their order, -1 for
-none, and their arguments; erase: the box to fill with noise (`tl_fast.maths.scalar.erase_box`), height 0 for none; noise: its seed.
+top, left, height, width: the crop in pixels of the stored image; flip: whether it is then mirrored left-right;
+interpolation: 0 bilinear, 1 bicubic; affine: (xu, xv, x0, yu, yv, y0), crop, flip and the geometric operations in one:
+from output coordinates u (along x), v (along y) in 0..1 to source pixels x = xu u + xv v + x0, y = yu u + yv v + y0;
+ops: codes of the drawn operations (`tl_fast.plan.rand_augment.OPS`) in their order, -1 for none, and their arguments;
+erase: the box to fill with noise (`tl_fast.maths.scalar.erase_box`), height 0 for none; noise: its seed.
 """
 
 ERASE_AREA = 0.02, 1 / 3  # of the output; timm's
@@ -45,8 +47,11 @@ ERASE_RATIO = 0.3, 1 / 0.3  # height / width; timm's
 JITTERED = np.array([scalar.BRIGHTNESS, scalar.CONTRAST, scalar.COLOR], np.int8)
 
 
-def draw(seed: int, epoch: int, sample_ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, augment: Augment) -> np.ndarray:
-    """Draw the plans of the samples `sample_ids` [B] with stored sizes `heights`, `widths` [B] in pixels -> PLAN records [B].
+def draw(
+    seed: int, epoch: int, sample_ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, augment: Augment
+) -> np.ndarray:
+    """Draw the plans of the samples `sample_ids` [B] with stored sizes `heights`, `widths` [B] in pixels -> PLAN
+    records [B].
 
     `seed` is taken modulo 2**64, `epoch` must fit 32 bits. Raises ValueError for negative ids or images without pixels.
     """
@@ -54,27 +59,50 @@ def draw(seed: int, epoch: int, sample_ids: np.ndarray, heights: np.ndarray, wid
     heights = np.ascontiguousarray(heights, dtype=np.int64)
     widths = np.ascontiguousarray(widths, dtype=np.int64)
     if not ids.shape == heights.shape == widths.shape or ids.ndim != 1:
-        raise ValueError(f"sample_ids, heights and widths must be [B], got {ids.shape}, {heights.shape}, {widths.shape}")
+        raise ValueError(
+            f"sample_ids, heights and widths must be [B], got {ids.shape}, {heights.shape}, {widths.shape}"
+        )
     if ids.size and (ids.min() < 0 or heights.min() < 1 or widths.min() < 1):
         raise ValueError("sample ids must be >= 0 and image sizes >= 1 pixel")
     plans = np.zeros(ids.shape, PLAN)
     policy = augment.rand_augment or RandAugment(probability=0.0)
     ranges = (*augment.scale, math.log(augment.ratio[0]), math.log(augment.ratio[1]))
-    layers = (policy.layers if augment.auto_augment else 0, policy.probability, float(policy.magnitude), float(policy.std),
-              float(policy.ceiling), policy.increasing)
+    layers = (
+        policy.layers if augment.auto_augment else 0,
+        policy.probability,
+        float(policy.magnitude),
+        float(policy.std),
+        float(policy.ceiling),
+        policy.increasing,
+    )
     erasing = (augment.erase, *ERASE_AREA, math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1]))
-    _draw(_seed(seed), _epoch(epoch), ids, heights, widths, ranges, augment.flip, INTERPOLATIONS.index(augment.interpolation), layers,
-          augment.color_jitter, erasing, plans)
+    _draw(
+        _seed(seed),
+        _epoch(epoch),
+        ids,
+        heights,
+        widths,
+        ranges,
+        augment.flip,
+        INTERPOLATIONS.index(augment.interpolation),
+        layers,
+        augment.color_jitter,
+        erasing,
+        plans,
+    )
     return plans
 
 
 def of_boxes(boxes: np.ndarray, interpolation: int = scalar.BILINEAR) -> np.ndarray:
-    """Plans that show `boxes` float [B, 4] = (top, left, height, width) in source pixels and do nothing else -> PLAN records [B]."""
+    """Plans that show `boxes` float [B, 4] = (top, left, height, width) in source pixels and do nothing else -> PLAN
+    records [B]."""
     boxes = np.asarray(boxes, np.float64)
     plans = np.zeros(len(boxes), PLAN)
     plans["ops"] = scalar.NO_OP
     plans["interpolation"] = interpolation
-    for name, column, whole in zip(("top", "left", "height", "width"), boxes.T, (np.floor, np.floor, np.ceil, np.ceil), strict=True):
+    for name, column, whole in zip(
+        ("top", "left", "height", "width"), boxes.T, (np.floor, np.floor, np.ceil, np.ceil), strict=True
+    ):
         plans[name] = whole(column)
     plans["affine"][:, 0], plans["affine"][:, 2] = boxes[:, 3], boxes[:, 1]
     plans["affine"][:, 4], plans["affine"][:, 5] = boxes[:, 2], boxes[:, 0]
@@ -82,7 +110,8 @@ def of_boxes(boxes: np.ndarray, interpolation: int = scalar.BILINEAR) -> np.ndar
 
 
 def erase_boxes(plans: np.ndarray, size: int) -> np.ndarray:
-    """Where to erase in outputs of `size` x `size` pixels -> int32 [B, 4] = (top, left, height, width), height 0 for nowhere."""
+    """Where to erase in outputs of `size` x `size` pixels -> int32 [B, 4] = (top, left, height, width), height 0 for
+    nowhere."""
     boxes = np.empty((len(plans), 4), np.int32)
     _erase_boxes(plans["erase"], size, boxes)
     return boxes
@@ -98,8 +127,8 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 def mix_box(seed: int, epoch: int, step: int, grid: int | tuple[int, int]) -> np.ndarray:
     """MixToken's box of one step -> int32 [4] = (top, left, bottom, right) in tokens, the same on every rank.
 
-    The published draw (CutMix's): lambda ~ Beta(1, 1), sides sqrt(1 - lambda) of the grid, centre uniform, clipped to the grid. The box may
-    be empty.
+    The published draw (CutMix's): lambda ~ Beta(1, 1), sides sqrt(1 - lambda) of the grid, centre uniform, clipped to
+    the grid. The box may be empty.
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     words = _scalar.draw4(_seed(seed), _epoch(epoch), np.uint64(step), _scalar.DRAW_MIX_BOX)
@@ -128,7 +157,9 @@ def _draw(seed, epoch, ids, heights, widths, ranges, flip, interpolation, layers
     count, probability, magnitude, std, ceiling, increasing = layers
     for b in range(ids.size):
         sample, record = np.uint64(ids[b]), plans[b]
-        top, left, height, width = _random_resized_crop(seed, epoch, sample, heights[b], widths[b], ranges[0], ranges[1], ranges[2], ranges[3])
+        top, left, height, width = _random_resized_crop(
+            seed, epoch, sample, heights[b], widths[b], ranges[0], ranges[1], ranges[2], ranges[3]
+        )
         record.top = top
         record.left = left
         record.height = height

@@ -70,8 +70,8 @@ def open_rgb(data: bytes, exif: str = "ignore") -> tuple[Image.Image, int]:
 def ignored_orientations(count: int) -> str:
     """What a run says that ignored the EXIF orientation of `count` images."""
     return (
-        f"{count:,} images say by EXIF that they are to be turned, which was ignored, as ImageNet's training code does: "
-        "photos of phones may lie on their side. --exif apply turns them, in annotation and in conversion"
+        f"{count:,} images say by EXIF that they are to be turned, which was ignored, as ImageNet's training code does:"
+        " photos of phones may lie on their side. --exif apply turns them, in annotation and in conversion"
     )
 
 

@@ -1,6 +1,7 @@
 """A folder of images: which ones, in which order, of which class. Annotator and converter read it alike, so that their
 ids agree.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -38,7 +39,12 @@ class ImageList:
     ignored: int = 0
 
 
-_ONE_FILE = {errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENOTDIR}  # errors of one link; others are the machine's or the folder's
+_ONE_FILE = {
+    errno.ENOENT,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.ENOTDIR,
+}  # errors of one link; others are the machine's or the folder's
 
 
 def is_image(name: str) -> bool:
@@ -91,7 +97,8 @@ def list_images(root: Path) -> ImageList:
         strays.sort()
         if class_names and strays:
             raise ImageFolderError(
-                f"{root}: {len(strays)} images ({strays[0][0]} first) lie beside class folders; move them into one or away"
+                f"{root}: {len(strays)} images ({strays[0][0]} first) lie beside class folders; move them into one or"
+                " away"
             )
         if not class_names and not strays:
             raise ImageFolderError(f"{root}: no images {known} and no class folders")

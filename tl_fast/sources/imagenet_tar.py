@@ -1,4 +1,6 @@
-"""ImageNet's tars as downloaded, read in place: the training tar of 1,000 class tars (nested, or taken out), the flat validation tar."""
+"""ImageNet's tars as downloaded, read in place: the training tar of 1,000 class tars (nested, or taken out), the flat
+validation tar."""
+
 from __future__ import annotations
 
 import itertools
@@ -39,11 +41,15 @@ def open_tars(files: Sequence[str], labels: Path | None = None, class_names: lis
     else:
         seen = ", ".join(map(ascii, first[:3])) or "nothing"
         raise SourceError(
-            f"{files[0]}: has images without classes, or none ({seen}). ImageNet's validation tar needs --labels (the devkit, or a list); "
-            "its training tar holds class tars, WebDataset shards hold .cls members; unpack any other tar and give the folder"
+            f"{files[0]}: has images without classes, or none ({seen}). ImageNet's validation tar needs --labels (the"
+            " devkit, or a list); its training tar holds class tars, WebDataset shards hold .cls members; unpack any"
+            " other tar and give the folder"
         )
     if labels is not None:
-        raise SourceError(f"{files[0]}: --labels {labels} is for ImageNet's validation tar, this one ({kind.kind}) has its classes inside")
+        raise SourceError(
+            f"{files[0]}: --labels {labels} is for ImageNet's validation tar, this one ({kind.kind}) has its classes"
+            " inside"
+        )
     return kind(files, class_names)
 
 
@@ -68,7 +74,9 @@ class TrainTar(TarSource):
                     refuse_unless_file(member, where)
                     self._list_class(classes, base[: -len(".tar")], place, tar, member)
                 elif is_image(base):
-                    raise SourceError(f"{where}: an image beside class tars; give files of one kind, training or validation")
+                    raise SourceError(
+                        f"{where}: an image beside class tars; give files of one kind, training or validation"
+                    )
                 elif re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", base.lower()):
                     raise SourceError(f"{where}: a compressed class tar; decompress and pack again")
                 else:

@@ -1,7 +1,10 @@
-"""Where images and labels come from: one plain interface for every kind of data set, and the guess which kind some paths are.
+"""Where images and labels come from: one plain interface for every kind of data set, and the guess which kind some
+paths are.
 
-A `Source` is listed once, when it is opened (ids, labels, sizes), and then read from any thread, in any order, without unpacking.
+A `Source` is listed once, when it is opened (ids, labels, sizes), and then read from any thread, in any order, without
+unpacking.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,7 +22,9 @@ import numpy as np
 
 from tl_fast.system.mistakes import InputError
 
-MAX_CLASSES = 65_535  # labels above this fit in no label map; a larger one is damage, and names for it would fill the memory
+MAX_CLASSES = (
+    65_535  # labels above this fit in no label map; a larger one is damage, and names for it would fill the memory
+)
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _URL = re.compile(r"^([a-z0-9+.-]+://|pipe:|::)", re.IGNORECASE)
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -38,11 +43,14 @@ class Source(Protocol):
     """A listed data set of n images. Kinds subclass this; anything of the same shape serves as well.
 
     kind: 'image folder', 'ImageNet tar', 'WebDataset', 'parquet' or 'beton'. root: what was opened, for messages.
-    ids: n different strings, stable between runs. labels: int64 [n], places in `class_names`; -1 where the file has none: `read` says so.
-    sizes: int64 [n], bytes of each image (parquet: mean of its row group). stamps: int64 [n, m], rows that change when the input does.
-    ignored: how many other files or archive members were seen. exif: what was done about EXIF orientations when the images were converted
-    ('ignore' or 'apply'); None: nothing yet. decodes_groups: reading one image decodes its neighbours too and keeps them
-    for the next reads (parquet). One process should then do all reading, with threads: each process would decode them anew.
+    ids: n different strings, stable between runs. labels: int64 [n], places in `class_names`; -1 where the file has
+    none: `read` says so.
+    sizes: int64 [n], bytes of each image (parquet: mean of its row group). stamps: int64 [n, m], rows that change when
+    the input does.
+    ignored: how many other files or archive members were seen. exif: what was done about EXIF orientations when the
+    images were converted ('ignore' or 'apply'); None: nothing yet. decodes_groups: reading one image decodes its
+    neighbours too and keeps them for the next reads (parquet). One process should then do all reading, with threads:
+    each process would decode them anew.
     """
 
     kind: str
@@ -59,7 +67,8 @@ class Source(Protocol):
     def stamps(self) -> np.ndarray: ...
 
     def read(self, i: int) -> bytes:
-        """Bytes of image i's file. Thread-safe. Raises SourceError or OSError naming it, also when it changed since it was listed."""
+        """Bytes of image i's file. Thread-safe. Raises SourceError or OSError naming it, also when it changed since it
+        was listed."""
         ...
 
     def origin(self, i: int) -> str:
@@ -68,7 +77,11 @@ class Source(Protocol):
 
     def order(self, seed: int | None) -> np.ndarray:
         """Order of reading, int64 [n]: as listed for None, else a permutation of that seed (numpy's PCG64)."""
-        return np.arange(len(self.ids)) if seed is None else np.random.Generator(np.random.PCG64(seed)).permutation(len(self.ids))
+        return (
+            np.arange(len(self.ids))
+            if seed is None
+            else np.random.Generator(np.random.PCG64(seed)).permutation(len(self.ids))
+        )
 
     def release(self, but_for: int | None = None) -> None:
         """Drop what is kept for the next reads, except what sample `but_for` needs; reads make it again."""
@@ -88,7 +101,9 @@ class Source(Protocol):
 
 def add_source_options(group: argparse._ArgumentGroup) -> None:
     """The command-line options that `open_source` takes, alike wherever images are read."""
-    group.add_argument("--labels", type=Path, metavar="FILE", help="of the ImageNet validation tar: its devkit, or a list")
+    group.add_argument(
+        "--labels", type=Path, metavar="FILE", help="of the ImageNet validation tar: its devkit, or a list"
+    )
     group.add_argument("--class-names", type=Path, metavar="FILE", help="in label order, one a line or a JSON list")
     group.add_argument("--image-column", metavar="NAME", help="of parquet files (default: found)")
     group.add_argument("--label-column", metavar="NAME", help="of parquet files (default: found)")
@@ -103,17 +118,23 @@ def open_source(
     label_column: str | None = None,
     unlabelled: bool = False,
 ) -> Source:
-    """List the data set at `paths`: an image folder, ImageNet tars, WebDataset shards or parquet shards (see docs/converting.md).
+    """List the data set at `paths`: an image folder, ImageNet tars, WebDataset shards or parquet shards (see
+    docs/converting.md).
 
-    paths: a folder, files, globs or WebDataset's brace patterns ('train-{000..146}.tar'). labels: the classes of ImageNet's validation tar
-    (devkit, or a list). class_names: file of names, one per line or a JSON list, in the order of the labels; without it names come from
-    the data, or else from `class_names.txt` or `.json` beside the shards. image_column, label_column: of parquet files. unlabelled: images
-    without labels will do, as a flat folder of images has them.
+    paths: a folder, files, globs or WebDataset's brace patterns ('train-{000..146}.tar'). labels: the classes of
+    ImageNet's validation tar (devkit, or a list). class_names: file of names, one per line or a JSON list, in the order
+    of the labels; without it names come from the data, or else from `class_names.txt` or `.json` beside the shards.
+    image_column, label_column: of parquet files. unlabelled: images without labels will do, as a flat folder of images
+    has them.
     Raises SourceError naming the file at fault and the remedy.
     """
     files = expand_paths([paths] if isinstance(paths, (str, Path)) else paths)
     kind, files = _kind(files)
-    options = (("--labels", labels, "tar"), ("--image-column", image_column, "parquet"), ("--label-column", label_column, "parquet"))
+    options = (
+        ("--labels", labels, "tar"),
+        ("--image-column", image_column, "parquet"),
+        ("--label-column", label_column, "parquet"),
+    )
     for option, given, its_kind in options:
         if given is not None and kind != its_kind:
             raise SourceError(f"{files[0]}: {option} {given} is for {its_kind} files, this is a {kind}")
@@ -130,7 +151,9 @@ def open_source(
     try:
         from tl_fast.sources.parquet_files import ParquetSource
     except ModuleNotFoundError as error:
-        raise SourceError(f"{files[0]}: reading parquet needs {error.name}, which is not installed; pip install pyarrow") from error
+        raise SourceError(
+            f"{files[0]}: reading parquet needs {error.name}, which is not installed; pip install pyarrow"
+        ) from error
     return ParquetSource(files, image_column=image_column, label_column=label_column, class_names=names)
 
 
@@ -139,18 +162,24 @@ def read_listed(path: str, size: int) -> bytes:
 
     Raises SourceError when it has more or fewer now, or is no file; OSError.
     """
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a pipe that nobody writes to would never open
+    file = os.open(
+        path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    )  # NONBLOCK: a pipe that nobody writes to would never open
     try:
         if size == 0 and not stat.S_ISREG(os.fstat(file).st_mode):
             raise SourceError(f"{path}: named like a file of the data set, but no file; remove it")
         data = os.read(file, size + 1)  # one call each: Path.read_bytes takes ten
-        while len(data) < size and (more := os.read(file, size + 1 - len(data))):  # network file systems may answer in pieces
+        while len(data) < size and (
+            more := os.read(file, size + 1 - len(data))
+        ):  # network file systems may answer in pieces
             data += more
     finally:
         os.close(file)
     if len(data) != size:
         now = f"more than {size}" if len(data) > size else len(data)
-        raise SourceError(f"{path}: has {now} bytes, it had {size} when it was listed; run again once nobody changes it")
+        raise SourceError(
+            f"{path}: has {now} bytes, it had {size} when it was listed; run again once nobody changes it"
+        )
     return data
 
 
@@ -165,7 +194,9 @@ def _expand_braces(pattern: str) -> list[str]:
             first, last = (int(number) for number in numbers.groups())
             if abs(last - first) >= 1_000_000:
                 raise SourceError(f"{pattern}: {{{piece}}} stands for {abs(last - first) + 1:,} files")
-            width = max(map(len, numbers.groups())) if any(re.match(r"-?0\d", number) for number in numbers.groups()) else 0
+            width = (
+                max(map(len, numbers.groups())) if any(re.match(r"-?0\d", number) for number in numbers.groups()) else 0
+            )
             step = 1 if last >= first else -1
             choices.append([f"{number:0{width}d}" for number in range(first, last + step, step)])
         else:
@@ -174,7 +205,8 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def expand_paths(paths: Sequence[Path | str]) -> list[str]:
-    """Files and folders that `paths` stand for, globs in sorted order. Raises SourceError for what is missing, remote or named twice."""
+    """Files and folders that `paths` stand for, globs in sorted order. Raises SourceError for what is missing, remote
+    or named twice."""
     found: list[str] = []
     for pattern in map(os.fspath, paths):
         if _URL.match(pattern):
@@ -186,7 +218,10 @@ def expand_paths(paths: Sequence[Path | str]) -> list[str]:
             matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []
             if not matches:
                 said = "" if path == pattern else f" (one of {pattern})"
-                raise SourceError(f"{path}{said}: " + ("no file fits this pattern" if glob.has_magic(path) else "no such file or folder"))
+                raise SourceError(
+                    f"{path}{said}: "
+                    + ("no file fits this pattern" if glob.has_magic(path) else "no such file or folder")
+                )
             found += matches
     if not found:
         raise SourceError("no paths given: name a folder of images, tar files or parquet files")
@@ -202,14 +237,24 @@ def _kind(paths: list[str]) -> tuple[str, list[str]]:
     folders = [path for path in paths if os.path.isdir(path)]
     if folders:
         if len(paths) > 1:
-            raise SourceError(f"{folders[0]}: one of {len(paths)} paths is a folder; give one folder, or files of one kind")
+            raise SourceError(
+                f"{folders[0]}: one of {len(paths)} paths is a folder; give one folder, or files of one kind"
+            )
         return _folder_kind(folders[0])
-    kinds = {path: next((kind for kind in ("tar", "parquet") if path.lower().endswith("." + kind)), None) for path in paths}
+    kinds = {
+        path: next((kind for kind in ("tar", "parquet") if path.lower().endswith("." + kind)), None) for path in paths
+    }
     for path, kind in kinds.items():
         if path.lower().endswith(_COMPRESSED):
-            raise SourceError(f"{path}: compressed, nothing in it can be read without all before it; decompress it first (gunzip, unzstd)")
+            raise SourceError(
+                f"{path}: compressed, nothing in it can be read without all before it; decompress it first (gunzip,"
+                " unzstd)"
+            )
         if kind is None:
-            raise SourceError(f"{path}: not a kind of data set known here; give a folder with one folder per class, .tar or .parquet files")
+            raise SourceError(
+                f"{path}: not a kind of data set known here; give a folder with one folder per class, .tar or .parquet"
+                " files"
+            )
         if kind != kinds[paths[0]]:
             raise SourceError(f"{paths[0]} and {path} are of different kinds; give files of one kind")
     return kinds[paths[0]], paths
@@ -221,32 +266,48 @@ def _folder_kind(folder: str) -> tuple[str, list[str]]:
     present = [kind for kind, files in shards.items() if files]
     if not present:
         if compressed := [name for name in names if name.lower().endswith(_COMPRESSED)]:
-            raise SourceError(f"{os.path.join(folder, compressed[0])}: compressed; decompress it first (gunzip, unzstd) and name the .tar")
+            raise SourceError(
+                f"{os.path.join(folder, compressed[0])}: compressed; decompress it first (gunzip, unzstd) and name the"
+                " .tar"
+            )
         return "folder", [folder]
     folders = [name for name in names if os.path.isdir(os.path.join(folder, name))]
     if len(present) == 2 or folders:
         other = shards["parquet"][0] if len(present) == 2 else folders[0] + "/"
-        raise SourceError(f"{folder}: holds {shards[present[0]][0]} and {other}; name the one that is meant (or a pattern, as '*.tar')")
+        raise SourceError(
+            f"{folder}: holds {shards[present[0]][0]} and {other}; name the one that is meant (or a pattern, as"
+            " '*.tar')"
+        )
     files = shards[present[0]]
     families: dict[str, list[str]] = {}
     for name in files:  # 'train-00003-of-00294-0af3.parquet' → 'train-#-of-#'
-        families.setdefault(re.sub(r"\d+", "#", re.sub(r"-[0-9a-f]{16}$", "", name[: name.rindex(".")])), []).append(name)
+        families.setdefault(re.sub(r"\d+", "#", re.sub(r"-[0-9a-f]{16}$", "", name[: name.rindex(".")])), []).append(
+            name
+        )
     if len(families) > 1:
         first, second = itertools.islice(families.values(), 2)
-        raise SourceError(f"{folder}: holds {first[0]} and {second[0]}, which look like different sets; name one, as in '{folder}/PREFIX*'")
+        raise SourceError(
+            f"{folder}: holds {first[0]} and {second[0]}, which look like different sets; name one, as in"
+            f" '{folder}/PREFIX*'"
+        )
     totals = {int(total.group(1)) for name in files if (total := re.search(r"-of-(\d+)[-.]", name))}
     if totals and totals != {len(files)}:
-        raise SourceError(f"{folder}: has {len(files)} of {max(totals)} shards; fetch the rest, or name the files to take")
+        raise SourceError(
+            f"{folder}: has {len(files)} of {max(totals)} shards; fetch the rest, or name the files to take"
+        )
     return present[0], [os.path.join(folder, name) for name in files]
 
 
 def read_class_names(path: Path | str) -> list[str]:
-    """Names from a JSON list, or one per line; of ImageNet's 'n01440764 tench, ...' lines the WordNet id. Raises SourceError."""
+    """Names from a JSON list, or one per line; of ImageNet's 'n01440764 tench, ...' lines the WordNet id. Raises
+    SourceError."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         names = json.loads(text) if text.lstrip().startswith("[") else text.strip().splitlines()
     except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise SourceError(f"{path}: cannot be read as class names ({error}); give one name per line, or a JSON list") from error
+        raise SourceError(
+            f"{path}: cannot be read as class names ({error}); give one name per line, or a JSON list"
+        ) from error
     if not all(isinstance(name, str) and name.strip() for name in names) or not names:
         raise SourceError(f"{path}: must be a list of class names, none of them empty")
     names = [name.strip() for name in names]
@@ -260,33 +321,44 @@ def read_class_names(path: Path | str) -> list[str]:
 
 
 def names_beside(file: str) -> list[str] | None:
-    """Names from `class_names.txt` or `.json` beside a shard that has none inside, if there is one. Raises SourceError."""
+    """Names from `class_names.txt` or `.json` beside a shard that has none inside, if there is one. Raises
+    SourceError."""
     beside = (Path(file).parent / f"class_names.{suffix}" for suffix in ("txt", "json"))
     return next((read_class_names(path) for path in beside if path.is_file()), None)
 
 
-def reorder_classes(labels: np.ndarray, found: list[str], wanted: list[str] | None, root: str) -> tuple[np.ndarray, list[str]]:
-    """Labels as places in `wanted` instead of in `found`. Raises SourceError naming a found class that is not wanted."""
+def reorder_classes(
+    labels: np.ndarray, found: list[str], wanted: list[str] | None, root: str
+) -> tuple[np.ndarray, list[str]]:
+    """Labels as places in `wanted` instead of in `found`. Raises SourceError naming a found class that is not
+    wanted."""
     if wanted is None:
         return labels, found
     places = {name: place for place, name in enumerate(wanted)}
     if unknown := [name for name in found if name not in places]:
-        raise SourceError(f"{root}: class {unknown[0]!r} is not among the {len(wanted)} of --class-names ({len(unknown)} such)")
+        raise SourceError(
+            f"{root}: class {unknown[0]!r} is not among the {len(wanted)} of --class-names ({len(unknown)} such)"
+        )
     return np.array([places[name] for name in found], np.int64)[labels], wanted
 
 
-def label_classes(texts: Sequence[str], class_names: list[str] | None, origin: Callable[[int], str]) -> tuple[np.ndarray, list[str]]:
+def label_classes(
+    texts: Sequence[str], class_names: list[str] | None, origin: Callable[[int], str]
+) -> tuple[np.ndarray, list[str]]:
     """Labels int64 [n] and class names from each sample's class as text.
 
-    All of `class_names`: those. All whole numbers: places in `class_names`; without any the classes are called '0', '1', ... up to the
-    highest. Otherwise, without `class_names`: the sorted different texts. Raises SourceError naming the first sample that fits none.
+    All of `class_names`: those. All whole numbers: places in `class_names`; without any the classes are called '0',
+    '1', ... up to the highest. Otherwise, without `class_names`: the sorted different texts. Raises SourceError naming
+    the first sample that fits none.
     """
     different = set(texts)
     places = None if class_names is None else {name: place for place, name in enumerate(class_names)}
     by_name = places is not None and different <= places.keys()
     if not by_name and all(text.isascii() and text.isdigit() for text in different):
         limit = MAX_CLASSES if class_names is None else len(class_names)
-        numbers = {text: int(text) if len(text) <= 18 else limit for text in different}  # int() refuses 4,300 digits in its own words
+        numbers = {
+            text: int(text) if len(text) <= 18 else limit for text in different
+        }  # int() refuses 4,300 digits in its own words
         for i, text in enumerate(texts if max(numbers.values(), default=0) >= limit else ()):
             if numbers[text] >= limit:
                 raise SourceError(f"{origin(i)}: class {text:.20} is not below {limit}, the number of classes")
@@ -297,25 +369,35 @@ def label_classes(texts: Sequence[str], class_names: list[str] | None, origin: C
             i, text = next((i, text) for i, text in enumerate(texts) if not (text.isascii() and text.isdigit()))
             raise SourceError(f"{origin(i)}: class {text[:40]!r} is no whole number from 0 up, as others are")
         if len(different) > MAX_CLASSES:
-            raise SourceError(f"{origin(0)}: {len(different):,} different classes, at most {MAX_CLASSES:,} are possible")
+            raise SourceError(
+                f"{origin(0)}: {len(different):,} different classes, at most {MAX_CLASSES:,} are possible"
+            )
         class_names = sorted(different)
         places = {name: place for place, name in enumerate(class_names)}
     elif not by_name:
         i, text = next((i, text) for i, text in enumerate(texts) if text not in places)
-        raise SourceError(f"{origin(i)}: class {text[:40]!r} is not among the {len(class_names)} class names ({class_names[0]!r} first)")
+        raise SourceError(
+            f"{origin(i)}: class {text[:40]!r} is not among the {len(class_names)} class names ({class_names[0]!r}"
+            " first)"
+        )
     return np.fromiter((places[text] for text in texts), np.int64, len(texts)), class_names
 
 
 def check_ids(ids: Sequence[str], origin: Callable[[int], str]) -> None:
-    """Raise SourceError naming two samples with one id, or one whose id is no valid Unicode (it could not be stored as JSON)."""
+    """Raise SourceError naming two samples with one id, or one whose id is no valid Unicode (it could not be stored as
+    JSON)."""
     if len(set(ids)) != len(ids):
         first: dict[str, int] = {}
         for i, name in enumerate(ids):
             if (other := first.setdefault(name, i)) != i:
-                raise SourceError(f"{origin(other)} and {origin(i)}: two samples with the id {name!r}; rename or remove one")
+                raise SourceError(
+                    f"{origin(other)} and {origin(i)}: two samples with the id {name!r}; rename or remove one"
+                )
     for i, name in enumerate(ids):
         if not name.isascii():
             try:
                 name.encode("utf-8")
             except UnicodeEncodeError:
-                raise SourceError(f"{origin(i)!a}: its name is not UTF-8; rename it (convmv does that for many)") from None
+                raise SourceError(
+                    f"{origin(i)!a}: its name is not UTF-8; rename it (convmv does that for many)"
+                ) from None

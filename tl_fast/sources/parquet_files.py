@@ -1,7 +1,9 @@
-"""Parquet shards as Hugging Face's `datasets` writes them: a column of images (struct of bytes and path), a column of labels.
+"""Parquet shards as Hugging Face's `datasets` writes them: a column of images (struct of bytes and path), a column of
+labels.
 
 The only module that needs pyarrow.
 """
+
 from __future__ import annotations
 
 import bisect
@@ -33,7 +35,9 @@ from tl_fast.sources.open import (
 CACHE_BYTES = 512 << 20  # limit of decoded row groups that are kept; two are kept in any case
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp")
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")
-_HUB_IMAGENET = re.compile(r"(?:.*/)?([^/]+)_(n\d{8})(\.\w+)")  # n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n02110341.JPEG
+_HUB_IMAGENET = re.compile(
+    r"(?:.*/)?([^/]+)_(n\d{8})(\.\w+)"
+)  # n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n02110341.JPEG
 # What pyarrow raises for damage. ArrowInvalid is a ValueError; a damaged page is an OSError without errno. An OSError
 # with errno is the machine's.
 _DAMAGE = (pa.ArrowException, OSError, ValueError)
@@ -69,7 +73,9 @@ class _Images:
     unread: set[int]
 
 
-def _column(names: Sequence[str], features: dict, kind: str, usual: Sequence[str], chosen: str | None, option: str, path: str) -> str:
+def _column(
+    names: Sequence[str], features: dict, kind: str, usual: Sequence[str], chosen: str | None, option: str, path: str
+) -> str:
     """The chosen column, or the only one of the features' kind, or the first of the usual names."""
     if chosen is not None:
         if chosen not in names:
@@ -78,7 +84,9 @@ def _column(names: Sequence[str], features: dict, kind: str, usual: Sequence[str
     typed = [name for name in names if isinstance(features.get(name), dict) and features[name].get("_type") == kind]
     found = typed if len(typed) == 1 else [name for name in usual if name in (typed or names)]
     if not found:
-        raise SourceError(f"{path}: which column holds the {option}s? Choose with --{option}-column among {', '.join(names)}")
+        raise SourceError(
+            f"{path}: which column holds the {option}s? Choose with --{option}-column among {', '.join(names)}"
+        )
     return found[0]
 
 
@@ -86,8 +94,9 @@ class ParquetSource(Source):
     """Rows of the files in the order given.
 
     Ids: `image.path` where all differ; ImageNet's on the Hub ('n01440764_10026_n01440764.JPEG') as in the usual folders
-    ('n01440764/n01440764_10026.JPEG'), so that label maps of those are found; where a path is missing or not the only one of its name,
-    '<file's stem>/<row>' (and the path). Labels: whole numbers with the names that `datasets` left in the file, or texts.
+    ('n01440764/n01440764_10026.JPEG'), so that label maps of those are found; where a path is missing or not the only
+    one of its name, '<file's stem>/<row>' (and the path). Labels: whole numbers with the names that `datasets` left in
+    the file, or texts.
 
     Images are decoded a row group at a time, and a row group is kept until all its rows have been read. So threads that
     read in the order of `order` decode each row group once; in listed order only those being read are in memory. At
@@ -99,8 +108,14 @@ class ParquetSource(Source):
     kind = "parquet"
     decodes_groups = True
 
-    def __init__(self, files: Sequence[str], image_column: str | None = None, label_column: str | None = None,
-                 class_names: list[str] | None = None, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        files: Sequence[str],
+        image_column: str | None = None,
+        label_column: str | None = None,
+        class_names: list[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self.root = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
         self.ignored, self.cache_bytes = 0, cache_bytes
         self._files: list[_File] = []
@@ -130,7 +145,9 @@ class ParquetSource(Source):
         means = [group.bytes // max(group.rows, 1) for group in self._groups]
         self.sizes = np.repeat(np.array(means, np.int64), [group.rows for group in self._groups])
 
-    def _index(self, path: str, image_column: str | None, label_column: str | None) -> tuple[np.ndarray | list, list[str | None]]:
+    def _index(
+        self, path: str, image_column: str | None, label_column: str | None
+    ) -> tuple[np.ndarray | list, list[str | None]]:
         """List one file: (labels, image paths). Only those two columns are read."""
         try:
             status = os.stat(path)
@@ -151,29 +168,47 @@ class ParquetSource(Source):
             labels = self._labels(table.column(label), path)
             paths = [None] * len(table)
             if path_leaf:
-                paths = [text for chunk in table.column(image).chunks for text in pc.struct_field(chunk, "path").to_pylist()]
+                paths = [
+                    text for chunk in table.column(image).chunks for text in pc.struct_field(chunk, "path").to_pylist()
+                ]
             first, start = 0, sum(metadata_file.metadata.num_rows for metadata_file in self._files)
             for place in range(metadata.num_row_groups):
                 group = metadata.row_group(place)
-                # Of the row group, not of its image column: for damaged statistics of a column pyarrow ends the whole process.
-                self._groups.append(_RowGroup(len(self._files), place, start + first, first, group.num_rows, max(group.total_byte_size, 0)))
+                # Of the row group, not of its image column: for damaged statistics of a column pyarrow ends the whole
+                # process.
+                self._groups.append(
+                    _RowGroup(
+                        len(self._files), place, start + first, first, group.num_rows, max(group.total_byte_size, 0)
+                    )
+                )
                 if group.num_rows < 0:
-                    raise SourceError(f"{path}: row group {place} announces {group.num_rows} rows; it is damaged, fetch it again")
+                    raise SourceError(
+                        f"{path}: row group {place} announces {group.num_rows} rows; it is damaged, fetch it again"
+                    )
                 first += group.num_rows
             if not first == metadata.num_rows == len(paths) == len(labels):
-                raise SourceError(f"{path}: {metadata.num_rows} rows announced, {len(paths)} there; it is damaged, fetch it again")
+                raise SourceError(
+                    f"{path}: {metadata.num_rows} rows announced, {len(paths)} there; it is damaged, fetch it again"
+                )
         except (SourceError, MemoryError):
             raise
-        except (*_DAMAGE, AttributeError, RecursionError) as error:  # the last two: features that are no dict, or nested without end
+        except (
+            *_DAMAGE,
+            AttributeError,
+            RecursionError,
+        ) as error:  # the last two: features that are no dict, or nested without end
             if isinstance(error, OSError) and error.errno is not None:
                 raise SourceError(f"{path}: cannot be read ({error})") from error
-            raise SourceError(f"{path}: cannot be read as parquet, it is cut off or damaged ({error}); fetch it again") from error
+            raise SourceError(
+                f"{path}: cannot be read as parquet, it is cut off or damaged ({error}); fetch it again"
+            ) from error
         self._files.append(_File(path, status.st_size, status.st_mtime_ns, metadata, leaf, names))
         return labels, paths
 
     @staticmethod
     def _leaves(field: pa.Field, path: str) -> tuple[str, str | None]:
         """Leaf columns of image bytes and path."""
+
         def binary(kind: pa.DataType) -> bool:
             return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
@@ -183,8 +218,13 @@ class ParquetSource(Source):
             parts = {part.name: part.type for part in field.type}
             if binary(parts.get("bytes", pa.null())):
                 text = parts.get("path", pa.null())
-                return f"{field.name}.bytes", f"{field.name}.path" if pa.types.is_string(text) or pa.types.is_large_string(text) else None
-        raise SourceError(f"{path}: column {field.name!r} is {field.type}, not bytes or a struct with bytes; choose with --image-column")
+                return f"{field.name}.bytes", (
+                    f"{field.name}.path" if pa.types.is_string(text) or pa.types.is_large_string(text) else None
+                )
+        raise SourceError(
+            f"{path}: column {field.name!r} is {field.type}, not bytes or a struct with bytes; choose with"
+            " --image-column"
+        )
 
     @staticmethod
     def _labels(column: pa.ChunkedArray, path: str) -> np.ndarray | list[str | None]:
@@ -194,20 +234,29 @@ class ParquetSource(Source):
             labels = column.cast(pa.int64())
             if labels.null_count < len(labels) and pc.min(labels).as_py() < 0:
                 row = int(np.argmax(labels.fill_null(0).to_numpy() < 0))
-                raise SourceError(f"{path} row {row}: label {labels[row].as_py()} is below 0 (a test set has none); name files with labels")
+                raise SourceError(
+                    f"{path} row {row}: label {labels[row].as_py()} is below 0 (a test set has none); name files with"
+                    " labels"
+                )
             return labels.fill_null(-1).to_numpy()
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             return column.to_pylist()
-        raise SourceError(f"{path}: the label column is {column.type}, neither whole numbers nor texts; choose with --label-column")
+        raise SourceError(
+            f"{path}: the label column is {column.type}, neither whole numbers nor texts; choose with --label-column"
+        )
 
     def _class_names(self, wanted: list[str] | None) -> list[str] | None:
         """Names all files agree on; `wanted` replaces them."""
         first = self._files[0]
         for file in self._files:
             if file.class_names != first.class_names:
-                raise SourceError(f"{first.path} and {file.path}: have different class names; convert them apart, or make them agree")
+                raise SourceError(
+                    f"{first.path} and {file.path}: have different class names; convert them apart, or make them agree"
+                )
         if wanted is not None and first.class_names is not None and len(wanted) != len(first.class_names):
-            raise SourceError(f"{first.path}: has {len(first.class_names)} classes, --class-names {len(wanted)}; name as many")
+            raise SourceError(
+                f"{first.path}: has {len(first.class_names)} classes, --class-names {len(wanted)}; name as many"
+            )
         return wanted or first.class_names or names_beside(first.path)
 
     def _number_labels(self, labels: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, list[str]]:
@@ -296,7 +345,9 @@ class ParquetSource(Source):
         if self.labels[i] < 0:
             raise SourceError(f"{self.origin(i)}: has no label (null)")
         if not images.valid[row]:
-            raise SourceError(f"{self.origin(i)}: has no image bytes (null); embed the images when writing the parquet files")
+            raise SourceError(
+                f"{self.origin(i)}: has no image bytes (null); embed the images when writing the parquet files"
+            )
         return bytes(images.data[images.offsets[row] : images.offsets[row + 1]])
 
     def _decoded(self, place: int, row: int) -> _Images:
@@ -377,14 +428,18 @@ class ParquetSource(Source):
             chunks = [chunk.cast(pa.large_binary()) for chunk in chunks]
             column = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)  # several above 2 GiB
             if len(column) != group.rows:
-                raise SourceError(f"{file.path}: row group {group.place} holds {len(column)} of {group.rows} rows; fetch it again")
+                raise SourceError(
+                    f"{file.path}: row group {group.place} holds {len(column)} of {group.rows} rows; fetch it again"
+                )
         except (SourceError, MemoryError):  # ArrowMemoryError is an ArrowException too, but no damage
             raise
         except (*_DAMAGE, IndexError) as error:  # IndexError: no chunk at all
             if isinstance(error, OSError) and error.errno is not None:
                 raise OSError(error.errno, f"{file.path}: row group {group.place} cannot be read ({error})") from error
             self._check_unchanged(file)  # bytes of another file look like damage
-            raise SourceError(f"{file.path}: row group {group.place} is damaged ({error}); fetch the file again") from error
+            raise SourceError(
+                f"{file.path}: row group {group.place} is damaged ({error}); fetch the file again"
+            ) from error
         _, offsets, data = column.buffers()
         ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
         view = memoryview(data if data is not None else b"")

@@ -2,6 +2,7 @@
 
 Nothing is ever written to a member's name, so '..' and absolute names are harmless here.
 """
+
 from __future__ import annotations
 
 import os
@@ -23,7 +24,8 @@ _DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError, Recursion
 
 
 class Member(NamedTuple):
-    """An archive member. name: without './' in front. offset, size: of its data in the file, in bytes, checked to lie inside.
+    """An archive member. name: without './' in front. offset, size: of its data in the file, in bytes, checked to lie
+    inside.
 
     kind: 'file', 'folder', or 'link', 'sparse file', 'device' for what can't be read in place.
     """
@@ -35,7 +37,8 @@ class Member(NamedTuple):
 
 
 class _Window:
-    """The part of an open file that ends at `end`, as a file object for tarfile, which may ask for as much as a header claims."""
+    """The part of an open file that ends at `end`, as a file object for tarfile, which may ask for as much as a header
+    claims."""
 
     def __init__(self, file: int, position: int, end: int) -> None:
         self.file, self.position, self.end = file, position, end
@@ -70,7 +73,8 @@ class Tar:
     def members(self, archive: str | None = None, start: int = 0, size: int | None = None) -> Iterator[Member]:
         """Members of the tar, or of the tar `archive` that lies in it as `size` bytes at `start`.
 
-        Raises SourceError naming file and member for what is cut off, damaged, compressed or reaches beyond the archive.
+        Raises SourceError naming file and member for what is cut off, damaged, compressed or reaches beyond the
+        archive.
         """
         end = self.size if size is None else start + size
         where = self.path if archive is None else f"{self.path}:{archive}"
@@ -83,23 +87,45 @@ class Tar:
         while True:
             header = os.pread(self.file, min(_BLOCK, end - position), position)
             if len(header) < _BLOCK:
-                raise damaged(f"is cut off after {position - start + len(header)} bytes, behind {last}: a tar ends with a mark")
+                raise damaged(
+                    f"is cut off after {position - start + len(header)} bytes, behind {last}: a tar ends with a mark"
+                )
             if not any(header):
                 tail = os.pread(self.file, min(_MAX_EXTENSION, end - position), position)
                 if tail.strip(b"\0"):
-                    raise SourceError(f"{where}: more data follow the tar's end behind {last} (tars joined by cat?); split or repack it")
+                    raise SourceError(
+                        f"{where}: more data follow the tar's end behind {last} (tars joined by cat?); split or"
+                        " repack it"
+                    )
                 return
-            # The headers of nearly all tars are plain: reading those here is five times as fast as tarfile, which gets the others.
+            # The headers of nearly all tars are plain: reading those here is five times as fast as tarfile, which gets
+            # the others.
             name = b"" if slow else header[:100].rstrip(b"\0")
             digits = header[124:135]
             if (
-                name and header[156] in b"0\0" and not header[345] and b"\0" not in name and name[-1] != 0x2F
-                and not digits.strip(b"01234567") and header[135] in b" \0" and _sum_is_right(header)
+                name
+                and header[156] in b"0\0"
+                and not header[345]
+                and b"\0" not in name
+                and name[-1] != 0x2F
+                and not digits.strip(b"01234567")
+                and header[135] in b" \0"
+                and _sum_is_right(header)
             ):
-                member_name, length, kind, data = name.decode("utf-8", "surrogateescape"), int(digits, 8), "file", position + _BLOCK
+                member_name, length, kind, data = (
+                    name.decode("utf-8", "surrogateescape"),
+                    int(digits, 8),
+                    "file",
+                    position + _BLOCK,
+                )
             else:
-                if position == start and (packed := next((kind for magic, kind in _MAGIC.items() if header.startswith(magic)), None)):
-                    raise SourceError(f"{where}: is {packed}, nothing in it can be read without all before it; decompress or unpack it")
+                if position == start and (
+                    packed := next((kind for magic, kind in _MAGIC.items() if header.startswith(magic)), None)
+                ):
+                    raise SourceError(
+                        f"{where}: is {packed}, nothing in it can be read without all before it; decompress or"
+                        " unpack it"
+                    )
                 try:
                     if extended is None:
                         window = _Window(self.file, position, end)
@@ -110,7 +136,9 @@ class Tar:
                         window.position = extended.offset = position
                         info = extended.next()
                 except _DAMAGE as error:
-                    raise damaged(f"the header behind {last} (at byte {position - start}) is damaged ({error})") from error
+                    raise damaged(
+                        f"the header behind {last} (at byte {position - start}) is damaged ({error})"
+                    ) from error
                 if info is None:
                     raise damaged(f"the header behind {last} (at byte {position - start}) is damaged")
                 extended.members.clear()  # tarfile would keep them all
@@ -121,7 +149,9 @@ class Tar:
             while member_name.startswith("./"):
                 member_name = member_name[2:]
             if length < 0 or not position < data or data + length > end:
-                raise damaged(f"{member_name!a} is cut off: {length} bytes at byte {data - start}, the archive has {end - start}")
+                raise damaged(
+                    f"{member_name!a} is cut off: {length} bytes at byte {data - start}, the archive has {end - start}"
+                )
             position = data + -(-length // _BLOCK) * _BLOCK
             if position > end:
                 raise damaged(f"is cut off behind {member_name!a}: a tar ends with a mark")
@@ -160,7 +190,9 @@ def pread(file: int, size: int, offset: int) -> bytes:
 def _sum_is_right(header: bytes) -> bool:
     """The checksum is the sum of the header's bytes with its own 8 as spaces, in octal."""
     stated = header[148:156].strip(b" \0")
-    total = sum(header.translate(None, b"\0")) - sum(header[148:156]) + 256  # of three quarters zeros, quicker without them
+    total = (
+        sum(header.translate(None, b"\0")) - sum(header[148:156]) + 256
+    )  # of three quarters zeros, quicker without them
     return bool(stated) and not stated.strip(b"01234567") and total == int(stated, 8)
 
 
@@ -173,7 +205,8 @@ def _kind(info: tarfile.TarInfo) -> str:
 
 
 def refuse_unless_file(member: Member, where: str) -> None:
-    """Raise SourceError for an image (or class, or inner tar) that is a link, device or sparse file: leaving it out would lose a sample."""
+    """Raise SourceError for an image (or class, or inner tar) that is a link, device or sparse file: leaving it out
+    would lose a sample."""
     if member.kind != "file":
         remedy = "pack the files themselves (tar --dereference --hard-dereference)"
         raise SourceError(f"{where}: is a {member.kind} in the tar; {remedy}")
@@ -202,7 +235,8 @@ class TarSource(Source):
         raise NotImplementedError
 
     def opened(self, files: Sequence[str]) -> Iterator[tuple[int, Tar]]:
-        """Each file in turn, open for listing, with its place in `tars`; it stays open for reading unless they are many."""
+        """Each file in turn, open for listing, with its place in `tars`; it stays open for reading unless they are
+        many."""
         for place, path in enumerate(files):
             try:
                 tar = Tar(path)

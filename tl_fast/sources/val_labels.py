@@ -1,4 +1,6 @@
-"""The classes of ImageNet's validation images, which their tar does not hold: from the development kit, or from a list."""
+"""The classes of ImageNet's validation images, which their tar does not hold: from the development kit, or from a
+list."""
+
 from __future__ import annotations
 
 import csv
@@ -16,17 +18,21 @@ _MAX_BYTES = 256 << 20  # of a list of labels or a part of the devkit; the real 
 
 
 def read_val_labels(path: Path | str, images: Sequence[str], root: str) -> tuple[list[str], list[str] | None]:
-    """Class of every image as text, and the classes' names where `path` knows them all (the devkit's sorted WordNet ids).
+    """Class of every image as text, and the classes' names where `path` knows them all (the devkit's sorted WordNet
+    ids).
 
     images: file names in sorted order. root: where they are, for messages.
-    path: the devkit (`ILSVRC2012_devkit_t12.tar.gz` or its folder; its n-th line is the class of the n-th image), or a text file with
-    lines 'NAME CLASS' or 'NAME,CLASS' (a header is recognised by an unknown NAME in the first line), Kaggle's LOC_val_solution.csv, or one
-    CLASS per line in the order of the sorted names. CLASS is a name or a whole number.
+    path: the devkit (`ILSVRC2012_devkit_t12.tar.gz` or its folder; its n-th line is the class of the n-th image), or a
+    text file with lines 'NAME CLASS' or 'NAME,CLASS' (a header is recognised by an unknown NAME in the first line),
+    Kaggle's LOC_val_solution.csv, or one CLASS per line in the order of the sorted names. CLASS is a name or a whole
+    number.
     Raises SourceError naming the line or image at fault.
     """
     path = Path(path)
     if not path.exists():
-        raise SourceError(f"{path}: no such file; give the devkit (ILSVRC2012_devkit_t12.tar.gz), its folder, or a list of labels")
+        raise SourceError(
+            f"{path}: no such file; give the devkit (ILSVRC2012_devkit_t12.tar.gz), its folder, or a list of labels"
+        )
     if path.is_dir() or re.search(r"\.(tar|tar\.gz|tgz)$", path.name.lower()):
         return _devkit(path, images, root)
     if path.name == _TRUTH:  # numbers of the devkit's own, which are not places in the sorted classes
@@ -51,18 +57,26 @@ def _listed(path: Path, text: str, images: Sequence[str], root: str) -> list[str
             rows = [[cell.strip() for cell in row[:2]] for row in csv.reader(lines)]
         except csv.Error as error:
             raise SourceError(f"{path}: cannot be read as CSV ({error})") from error
-        if rows[0] == ["ImageId", "PredictionString"]:  # Kaggle: 'n01978287 85 1 499 272 n01978287 ...', a class and a box each
+        if rows[0] == [
+            "ImageId",
+            "PredictionString",
+        ]:  # Kaggle: 'n01978287 85 1 499 272 n01978287 ...', a class and a box each
             for number, row in enumerate(rows[1:], 2):
                 boxes = row[-1].split()[::5]
                 if len(row) != 2 or len(set(boxes)) != 1:
-                    raise SourceError(f"{path} line {number}: {', '.join(row)[:60]!r} should be an image and boxes of one class")
+                    raise SourceError(
+                        f"{path} line {number}: {', '.join(row)[:60]!r} should be an image and boxes of one class"
+                    )
                 row[1] = boxes[0]
             del rows[0]
     else:
         rows = [line.split(maxsplit=1) for line in lines]
     if all(len(row) == 1 for row in rows):
         if len(rows) != len(images):
-            raise SourceError(f"{path}: has {len(rows)} labels, {root} {len(images)} images; one label per image, in order of their names")
+            raise SourceError(
+                f"{path}: has {len(rows)} labels, {root} {len(images)} images; one label per image, in order of their"
+                " names"
+            )
         return [row[0] for row in rows]
     by_name = {Path(name).stem: name for name in images} | {name: name for name in images}
     classes: dict[str, str] = {}
@@ -73,7 +87,10 @@ def _listed(path: Path, text: str, images: Sequence[str], root: str) -> list[str
         if name is None and number == 1:
             continue  # a header, or else the count below tells
         if name is None:
-            raise SourceError(f"{path} line {number}: {row[0][:60]!r} is no image of {root}; images are missing, or the list is another's")
+            raise SourceError(
+                f"{path} line {number}: {row[0][:60]!r} is no image of {root}; images are missing, or the list is"
+                " another's"
+            )
         if classes.setdefault(name, row[1]) != row[1]:
             raise SourceError(f"{path} line {number}: {name} has class {row[1]!r} here and {classes[name]!r} above")
     if without := [name for name in images if name not in classes]:
@@ -92,7 +109,11 @@ def _devkit_files(path: Path) -> tuple[bytes, bytes]:
         else:
             with tarfile.open(path) as archive:
                 for member in archive:
-                    if (name := member.name.rsplit("/", 1)[-1]) in wanted and member.isfile() and member.size <= _MAX_BYTES:
+                    if (
+                        (name := member.name.rsplit("/", 1)[-1]) in wanted
+                        and member.isfile()
+                        and member.size <= _MAX_BYTES
+                    ):
                         wanted[name] = archive.extractfile(member).read()
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise SourceError(f"{path}: cannot be read as ImageNet's devkit ({error}); download it again") from error
@@ -106,20 +127,39 @@ def _devkit(path: Path, images: Sequence[str], root: str) -> tuple[list[str], li
         from scipy.io import loadmat  # of the `convert` extra, and needed for nothing else
         from scipy.io.matlab import MatReadError
     except ModuleNotFoundError as error:
-        raise SourceError(f"{path}: reading the devkit's {_META} needs scipy; pip install scipy, or give a list of labels") from error
+        raise SourceError(
+            f"{path}: reading the devkit's {_META} needs scipy; pip install scipy, or give a list of labels"
+        ) from error
     truth, meta = _devkit_files(path)
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         leaves = synsets[synsets["num_children"] == 0]  # the others are groups of classes
         classes = dict(zip((int(number) for number in leaves["ILSVRC2012_ID"]), map(str, leaves["WNID"]), strict=True))
         numbers = [int(line) for line in truth.split()]
-    except (MatReadError, ValueError, TypeError, LookupError, ArithmeticError, OSError, NotImplementedError, zlib.error) as error:
-        raise SourceError(f"{path}: its data/{_META} or ground truth cannot be read ({error}); download the devkit again") from error
+    except (
+        MatReadError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        OSError,
+        NotImplementedError,
+        zlib.error,
+    ) as error:
+        raise SourceError(
+            f"{path}: its data/{_META} or ground truth cannot be read ({error}); download the devkit again"
+        ) from error
     if len(numbers) != len(images):
-        raise SourceError(f"{path}: knows {len(numbers)} validation images, {root} has {len(images)}; a part is missing or they are others")
+        raise SourceError(
+            f"{path}: knows {len(numbers)} validation images, {root} has {len(images)}; a part is missing or they are"
+            " others"
+        )
     if wrong := [number for number in numbers if number not in classes]:
         raise SourceError(f"{path}: class {wrong[0]} of its ground truth is not in its {_META}")
     for place, name in enumerate(images, 1):  # the n-th line belongs to the image numbered n
         if (number := re.search(r"_val_(\d{8})\.", name)) and int(number.group(1)) != place:
-            raise SourceError(f"{root}: {name} is image {place} in order of their names; the devkit's are numbered from 1 without gaps")
+            raise SourceError(
+                f"{root}: {name} is image {place} in order of their names; the devkit's are numbered from 1 without"
+                " gaps"
+            )
     return [classes[number] for number in numbers], sorted(classes.values())

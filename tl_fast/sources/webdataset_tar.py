@@ -1,4 +1,5 @@
 """WebDataset shards: tars in which `KEY.jpg` and `KEY.cls`, next to each other, are one sample."""
+
 from __future__ import annotations
 
 from array import array
@@ -15,7 +16,8 @@ _MAX_CLASS_BYTES = 1024
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and lower-case extension of a member: split at the first dot of the base name, as webdataset does; ('', '') for neither."""
+    """Key and lower-case extension of a member: split at the first dot of the base name, as webdataset does; ('', '')
+    for neither."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem, extension.lower()) if stem and extension else ("", "")
@@ -24,8 +26,9 @@ def split_name(name: str) -> tuple[str, str]:
 class WebDatasetTars(TarSource):
     """Shards in the order given, samples in the order of the shard.
 
-    Ids are '<shard's stem>/<key>.<ext>': unique although keys often begin anew in each shard, and ending in the key, whose last part (and
-    folder, where keys have one) label maps are matched by. Classes: `cls` members, ASCII whole numbers or names.
+    Ids are '<shard's stem>/<key>.<ext>': unique although keys often begin anew in each shard, and ending in the key,
+    whose last part (and folder, where keys have one) label maps are matched by. Classes: `cls` members, ASCII whole
+    numbers or names.
     """
 
     kind = "WebDataset"
@@ -36,7 +39,9 @@ class WebDatasetTars(TarSource):
         for place, tar in self.opened(files):
             stem = Path(tar.path).stem
             if (other := stems.setdefault(stem, tar.path)) != tar.path:
-                raise SourceError(f"{other} and {tar.path}: shards of one name, their samples' ids would be the same; rename one")
+                raise SourceError(
+                    f"{other} and {tar.path}: shards of one name, their samples' ids would be the same; rename one"
+                )
             for key, image, text in self._samples(tar):
                 self.ids.append(f"{stem}/{key}.{image.name.rsplit('/', 1)[-1].partition('.')[2]}")
                 rows.extend((place, image.offset, image.size))
@@ -56,15 +61,24 @@ class WebDatasetTars(TarSource):
                 refuse_unless_file(member, f"{tar.path}:{member.name}")
                 if part in parts:
                     what = "images" if part == "image" else "classes"
-                    raise SourceError(f"{tar.path}: sample {key!a} has two {what} ({parts[part].name!a} and {member.name!a}); repack it")
+                    raise SourceError(
+                        f"{tar.path}: sample {key!a} has two {what} ({parts[part].name!a} and {member.name!a});"
+                        " repack it"
+                    )
                 parts[part] = member
             dotted = any(extension.rpartition(".")[2] in (*IMAGES, "cls") for extension, _ in members)
             if len(parts) == 2:
                 yield key, parts["image"], self._class(tar, parts["cls"])
             elif parts or dotted:  # without either: a README, say
                 missing = "cls" if "image" in parts else f"image ({', '.join(IMAGES)})"
-                hint = "; a key ends at the first dot of the name, so it may have none itself" if dotted and not parts else ""
-                raise SourceError(f"{tar.path}: sample {key!a} has no {missing} member (but {members[0][1].name!a}){hint}; repack it")
+                hint = (
+                    "; a key ends at the first dot of the name, so it may have none itself"
+                    if dotted and not parts
+                    else ""
+                )
+                raise SourceError(
+                    f"{tar.path}: sample {key!a} has no {missing} member (but {members[0][1].name!a}){hint}; repack it"
+                )
 
     def _groups(self, tar: Tar) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
         """(key, its members with their extensions), grouped as they lie. Raises SourceError for a key that returns."""
@@ -81,7 +95,8 @@ class WebDatasetTars(TarSource):
                 done.add(key)
                 if member_key in done:
                     raise SourceError(
-                        f"{tar.path}: sample {member_key!a} returns ({member.name!a}) after others; members of one key must lie together"
+                        f"{tar.path}: sample {member_key!a} returns ({member.name!a}) after others; members of one key"
+                        " must lie together"
                     )
                 key, members = member_key, []
             members.append((extension, member))
@@ -91,11 +106,15 @@ class WebDatasetTars(TarSource):
     @staticmethod
     def _class(tar: Tar, member: Member) -> str:
         if not 0 < member.size <= _MAX_CLASS_BYTES:
-            raise SourceError(f"{tar.path}:{member.name}: {member.size} bytes are no class; a number or a name is expected")
+            raise SourceError(
+                f"{tar.path}:{member.name}: {member.size} bytes are no class; a number or a name is expected"
+            )
         try:
             text = tar.read(member.offset, member.size).decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise SourceError(f"{tar.path}:{member.name}: is no text ({error}); a number or a name is expected") from error
+            raise SourceError(
+                f"{tar.path}:{member.name}: is no text ({error}); a number or a name is expected"
+            ) from error
         if not text:
             raise SourceError(f"{tar.path}:{member.name}: is empty; a number or a name is expected")
         return text

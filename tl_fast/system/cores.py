@@ -1,5 +1,6 @@
 """How many CPU cores this process may use: its affinity and the CPU quotas of its control groups. Imports neither torch
 nor numba."""
+
 from __future__ import annotations
 
 import math

@@ -10,6 +10,7 @@ Everything else that is raised is a bug of ours, and keeps its traceback. In a j
 - after that, in the steps, every rank that meets a mistake, with its number; torchrun then also repeats the traceback
   of the first.
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,6 @@
-"""The processes of one job: torchrun's environment, the device of this rank, and the process group where there is more than one."""
+"""The processes of one job: torchrun's environment, the device of this rank, and the process group where there is more
+than one."""
+
 from __future__ import annotations
 
 import contextlib
@@ -7,9 +9,9 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +20,13 @@ from torch import nn
 from tl_fast.system.cores import usable_cores
 from tl_fast.system.mistakes import EXPECTED, InputError, share
 
-
 JOINING = datetime.timedelta(minutes=10)  # how long a rank waits for the others to join, who have only to start
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world_size`, the device it computes on, and a gloo group for what has nothing to do with devices."""
+    """This process among all: `rank` of `world_size`, the device it computes on, and a gloo group for what has nothing
+    to do with devices."""
 
     rank: int
     world_size: int
@@ -43,16 +45,22 @@ class Ranks:
         return values
 
     def any(self, flag: torch.Tensor) -> torch.Tensor:
-        """1.0 on every rank where a flag (a tensor of 0 and 1, or bool) is set on one of them, else 0.0; on the device, without asking it."""
-        flag = flag.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # NCCL refuses a column of a table, gloo garbles it
+        """1.0 on every rank where a flag (a tensor of 0 and 1, or bool) is set on one of them, else 0.0; on the device,
+        without asking it."""
+        flag = flag.to(
+            torch.float32, copy=True, memory_format=torch.contiguous_format
+        )  # NCCL refuses a column of a table, gloo garbles it
         if self.world_size > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return flag
 
     def start_max(self, values: Sequence[int]) -> tuple[torch.Tensor, Any]:
-        """Start combining a few integers on the host: their maxima over ranks, valid after the second result's wait() (None: already)."""
+        """Start combining a few integers on the host: their maxima over ranks, valid after the second result's wait()
+        (None: already)."""
         box = torch.tensor(values, dtype=torch.int64)
-        return box, dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control, async_op=True) if self.world_size > 1 else None
+        return box, dist.all_reduce(
+            box, dist.ReduceOp.MAX, group=self.control, async_op=True
+        ) if self.world_size > 1 else None
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in the order of ranks, on every rank."""
@@ -117,7 +125,9 @@ class Ranks:
         buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
         if not buffers:
             return
-        flat = self.sum(torch.cat([buffer.flatten() for buffer in buffers])) / self.world_size  # one message for them all
+        flat = (
+            self.sum(torch.cat([buffer.flatten() for buffer in buffers])) / self.world_size
+        )  # one message for them all
         for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(mean.view_as(buffer))
 
@@ -130,9 +140,10 @@ def cores_of_this_rank() -> int:
 def _own_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
     """The part of torchrun's store that belongs to this start of the ranks, and to no earlier one.
 
-    torchrun gives ranks that it starts again the store of those before them: whoever is quick reads addresses of the dead and waits for them. All need
-    a new prefix, and nothing that they are told is new and the same on all nodes. So rank 0 calls with a new word, the others answer it with new words of
-    theirs, and the list of these tells everybody that the call is of now. Raises TimeoutError.
+    torchrun gives ranks that it starts again the store of those before them: whoever is quick reads addresses of the
+    dead and waits for them. All need a new prefix, and nothing that they are told is new and the same on all nodes. So
+    rank 0 calls with a new word, the others answer it with new words of theirs, and the list of these tells everybody
+    that the call is of now. Raises TimeoutError.
     """
     word, answered, deadline = uuid.uuid4().hex, "", time.monotonic() + timeout.total_seconds()
 
@@ -161,13 +172,16 @@ def _own_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.t
 
 @contextlib.contextmanager
 def join(device: str = "auto", timeout_minutes: float = 10, backend: str | None = None) -> Iterator[Ranks]:
-    """This process's place in the job that torchrun's environment describes; without torchrun a world of one, and no process group.
+    """This process's place in the job that torchrun's environment describes; without torchrun a world of one, and no
+    process group.
 
     Args:
         device: "cpu", "cuda", or "auto" (cuda when there is one). Gloo connects ranks on the CPU, NCCL on GPUs.
-        timeout_minutes: how long a collective waits for a rank that lives but does not come. (One that dies ends it at once: its connections
+        timeout_minutes: how long a collective waits for a rank that lives but does not come. (One that dies ends it at
+        once: its connections
             close.) The slowest legitimate wait is for another rank's torch.compile, or for rank 0's checkpoint.
-        backend: what connects the ranks where not NCCL or Gloo by the device: "gloo" for jobs on GPUs that exchange next to nothing.
+        backend: what connects the ranks where not NCCL or Gloo by the device: "gloo" for jobs on GPUs that exchange
+        next to nothing.
 
     Raises ValueError for "cuda" without a GPU, or with fewer GPUs than local ranks.
     """
@@ -178,8 +192,10 @@ def join(device: str = "auto", timeout_minutes: float = 10, backend: str | None 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         if local_rank >= gpus:
-            raise InputError(f"device cuda: local rank {local_rank} has no GPU, this host has {gpus}; lower "
-                             "--nproc_per_node or use --device cpu")
+            raise InputError(
+                f"device cuda: local rank {local_rank} has no GPU, this host has {gpus}; lower "
+                "--nproc_per_node or use --device cpu"
+            )
         torch.cuda.set_device(local_rank)
     place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if world_size == 1:
@@ -199,7 +215,8 @@ def join(device: str = "auto", timeout_minutes: float = 10, backend: str | None 
     try:
         yield Ranks(rank, world_size, place, control)
     except BaseException as error:
-        # torchrun takes the failure with the earliest second for the cause, of equals the lowest rank's: let the rank that closed the connection be first.
+        # torchrun takes the failure with the earliest second for the cause, of equals the lowest rank's: let the rank
+        # that closed the connection be first.
         if isinstance(error, RuntimeError) and "by peer" in str(error):
             time.sleep(2)
         # Another rank may be gone. Gloo's threads must end before the process does; NCCL's would wait for that rank.

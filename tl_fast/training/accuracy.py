@@ -1,4 +1,5 @@
 """Accuracy of a model on a beton's samples, over all ranks; and which data a model can be used with."""
+
 from __future__ import annotations
 
 import contextlib
@@ -12,21 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tl_fast.training import checkpoint
 from tl_fast.models.build import build_model
-from tl_fast.training.config import TrainConfig
-from tl_fast.system.mistakes import InputError
 from tl_fast.models.normalise import Normalise, autocast
 from tl_fast.pipeline.loader import Batch, Loader
+from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks, join
+from tl_fast.training import checkpoint
+from tl_fast.training.config import TrainConfig
 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, config: TrainConfig) -> dict[str, float]:
     """Evaluate over all ranks: `top1`, `top5` in percent, `loss` (mean cross-entropy in nats), `samples`.
 
-    `batches` are this rank's share; ranks may differ in their number. The last, partial batch counts in full. With fewer than 5 classes
-    top5 is 100 by definition. `model` is put in eval mode and back. Raises ValueError when there are no samples.
+    `batches` are this rank's share; ranks may differ in their number. The last, partial batch counts in full. With
+    fewer than 5 classes top5 is 100 by definition. `model` is put in eval mode and back. Raises ValueError when there
+    are no samples.
     """
     was_training = model.training
     model.eval()
@@ -52,16 +54,22 @@ def check_labels(loader: Loader, num_classes: int) -> None:
     files = ", ".join(map(str, loader.samples.paths))
     declared = loader.num_classes if loader.samples.class_names or loader.samples.spec is not None else None
     if declared is not None and declared != num_classes:
-        raise InputError(f"{files} has {declared} classes, the model {num_classes}: set num_classes to {declared}, or "
-                         "use the data that the model was made for")
+        raise InputError(
+            f"{files} has {declared} classes, the model {num_classes}: set num_classes to {declared}, or "
+            "use the data that the model was made for"
+        )
     lowest = int(loader.samples.labels.argmin())
     if loader.samples.labels[lowest] < 0:
-        raise InputError(f"{loader.samples.name(lowest)} has label {loader.samples.labels[lowest]}, and labels start "
-                         "at 0: convert again without such samples")
+        raise InputError(
+            f"{loader.samples.name(lowest)} has label {loader.samples.labels[lowest]}, and labels start "
+            "at 0: convert again without such samples"
+        )
     highest = int(loader.samples.labels.max())
     if highest >= num_classes:
-        raise InputError(f"{files} has label {highest}, the model classes 0..{num_classes - 1}: set num_classes to at "
-                         f"least {highest + 1}")
+        raise InputError(
+            f"{files} has label {highest}, the model classes 0..{num_classes - 1}: set num_classes to at "
+            f"least {highest + 1}"
+        )
 
 
 def evaluate(
@@ -78,7 +86,8 @@ def evaluate(
     dtype: str = "auto",
     decode: str = "auto",
 ) -> dict[str, Any]:
-    """Evaluate `weights` on the beton(s) `data`: accuracy's dict plus `images_per_second` over all ranks, `checkpoint`, `remarks`.
+    """Evaluate `weights` on the beton(s) `data`: accuracy's dict plus `images_per_second` over all ranks, `checkpoint`,
+    `remarks`.
 
     Args:
         weights: a run's folder, a checkpoint folder, or a weights file (then `model`, a timm name, is needed).
@@ -92,10 +101,21 @@ def evaluate(
     with join(device) as ranks, contextlib.ExitStack() as stack:
         changes = {"model": model, "img_size": img_size, "crop_pct": crop_pct}
         path, config, trained_classes = ranks.on_main(_open, weights, use_ema, dtype, changes)
-        loader = ranks.agree(lambda: Loader(
-            data, batch_size, image_size=config.img_size, grid=config.grid, train=False, threads=threads,
-            crop_pct=config.crop_pct, device=ranks.device, decode=decode, rank=ranks.rank, world_size=ranks.world_size,
-        ))  # fmt: skip
+        loader = ranks.agree(
+            lambda: Loader(
+                data,
+                batch_size,
+                image_size=config.img_size,
+                grid=config.grid,
+                train=False,
+                threads=threads,
+                crop_pct=config.crop_pct,
+                device=ranks.device,
+                decode=decode,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
+        )
         stack.callback(loader.close)
         ranks.agree(_check_classes, loader, config, path, trained_classes)
         network = ranks.agree(build_model, config)
@@ -104,7 +124,9 @@ def evaluate(
         start = time.perf_counter()
         result = accuracy(network.to(ranks.device), loader, ranks, config)
         if result["samples"] != len(loader.samples):
-            raise RuntimeError(f"evaluated {result['samples']} of {len(loader.samples)} samples: the loader's sharding is broken")
+            raise RuntimeError(
+                f"evaluated {result['samples']} of {len(loader.samples)} samples: the loader's sharding is broken"
+            )
         return {
             **result,
             "images_per_second": result["samples"] / (time.perf_counter() - start),
@@ -116,14 +138,17 @@ def evaluate(
 
 def in_words(result: dict[str, Any]) -> str:
     """What `evaluate` found, for people: its remarks, then a line of figures."""
-    figures = (f"{result['checkpoint']} ({result['weights']}): "
-               f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['samples']} images, "
-               f"{result['images_per_second']:.0f} images/s")
+    figures = (
+        f"{result['checkpoint']} ({result['weights']}): "
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['samples']} images, "
+        f"{result['images_per_second']:.0f} images/s"
+    )
     return "\n".join([*result["remarks"], figures])
 
 
-def _open(weights: Path, use_ema: bool, dtype: str,
-          changes: dict[str, Any]) -> tuple[Path, TrainConfig, list[str] | None]:
+def _open(
+    weights: Path, use_ema: bool, dtype: str, changes: dict[str, Any]
+) -> tuple[Path, TrainConfig, list[str] | None]:
     """What `weights` means, the config to evaluate it with, and its class names if it has any. `changes` replace what a
     checkpoint's config says."""
     path = checkpoint.find(weights)
@@ -145,5 +170,7 @@ def _check_classes(loader: Loader, config: TrainConfig, weights: Path, trained: 
     check_labels(loader, config.num_classes)
     names = loader.samples.class_names
     if trained and names and trained != names:
-        raise InputError(f"{', '.join(map(str, loader.samples.paths))} has the classes {names[:5]}..., {weights} was "
-                         f"trained on {trained[:5]}...: convert the data with the same class list")
+        raise InputError(
+            f"{', '.join(map(str, loader.samples.paths))} has the classes {names[:5]}..., {weights} was "
+            f"trained on {trained[:5]}...: convert the data with the same class list"
+        )

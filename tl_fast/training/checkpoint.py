@@ -3,10 +3,12 @@
 A checkpoint is a folder `step-<global step>/` of
     model.safetensors, ema.safetensors   weights and buffers under the published names
     optimizer.pt                         the optimiser's state dict, readable with torch.load(weights_only=True)
-    meta.json                            progress, config, metrics, versions; size and CRC-32 of each file above, and its own CRC-32
-It is written under a temporary name, flushed to disk, then renamed. No generator state is stored: every random draw of a run is a function
-of (seed, step, rank), so progress alone resumes it exactly.
+    meta.json                            progress, config, metrics, versions; size and CRC-32 of each file above, and
+                                         its own CRC-32
+It is written under a temporary name, flushed to disk, then renamed. No generator state is stored: every random draw of
+a run is a function of (seed, step, rank), so progress alone resumes it exactly.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,10 +27,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from tl_fast.models.lvvit import resize_pos_embed
 from tl_fast.system.atomic import sync
 from tl_fast.system.crc import crc32
 from tl_fast.system.mistakes import InputError
-from tl_fast.models.lvvit import resize_pos_embed
 
 FORMAT = "tl_fast checkpoint 2"
 MODEL, EMA, OPTIMIZER, META = "model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
@@ -41,11 +43,14 @@ class CheckpointError(InputError):
     """A checkpoint or weights file that cannot be used; names the file and what is wrong with it."""
 
 
-def save(folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> Path:
+def save(
+    folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]
+) -> Path:
     """Write `folder/step-<meta["global_step"]>` atomically and return its path.
 
-    `meta` is JSON: at least `global_step`, `epoch`, `step_in_epoch` (where to continue), `config`, `metrics`. An existing checkpoint of the
-    same step is replaced. A failure leaves earlier checkpoints as they were; raises OSError naming the folder when it cannot be written.
+    `meta` is JSON: at least `global_step`, `epoch`, `step_in_epoch` (where to continue), `config`, `metrics`. An
+    existing checkpoint of the same step is replaced. A failure leaves earlier checkpoints as they were; raises OSError
+    naming the folder when it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
@@ -56,8 +61,13 @@ def save(folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.opt
         safetensors.torch.save_file(_plain(model.state_dict()), temporary / MODEL)
         safetensors.torch.save_file(_plain(ema.state_dict()), temporary / EMA)
         torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
-        files = {name: {"bytes": (temporary / name).stat().st_size, "crc32": _crc32(temporary / name)} for name in (MODEL, EMA, OPTIMIZER)}
-        content = json.loads(json.dumps({"format": FORMAT, **meta, "files": files}))  # as it will be read: tuples as lists
+        files = {
+            name: {"bytes": (temporary / name).stat().st_size, "crc32": _crc32(temporary / name)}
+            for name in (MODEL, EMA, OPTIMIZER)
+        }
+        content = json.loads(
+            json.dumps({"format": FORMAT, **meta, "files": files})
+        )  # as it will be read: tuples as lists
         (temporary / META).write_text(json.dumps(content | {"crc32": _meta_crc32(content)}, indent=1))
         for path in (*temporary.iterdir(), temporary):
             sync(path)
@@ -68,9 +78,14 @@ def save(folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.opt
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not final.exists():
             os.rename(replaced, final)
-        if isinstance(error, (OSError, SafetensorError, RuntimeError)):  # safetensors and torch wrap the system's error in their own
-            raise OSError(getattr(error, "errno", None) or errno.EIO, f"cannot write checkpoint {final}: {error}. Earlier checkpoints are kept: "
-                          "when there is room to write, continue with --resume auto") from error
+        if isinstance(
+            error, (OSError, SafetensorError, RuntimeError)
+        ):  # safetensors and torch wrap the system's error in their own
+            raise OSError(
+                getattr(error, "errno", None) or errno.EIO,
+                f"cannot write checkpoint {final}: {error}. Earlier checkpoints are kept: "
+                "when there is room to write, continue with --resume auto",
+            ) from error
         raise
     shutil.rmtree(replaced, ignore_errors=True)
     sync(folder)
@@ -83,7 +98,8 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Clear up after a writer that was killed: its half-written checkpoint goes, one that it was about to replace returns to its place.
+    """Clear up after a writer that was killed: its half-written checkpoint goes, one that it was about to replace
+    returns to its place.
 
     Only for the process that writes to the folder, of which there is one a run.
     """
@@ -96,7 +112,8 @@ def recover(folder: Path) -> None:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Check that a checkpoint is ours and whole; its meta. Raises CheckpointError naming the file that is missing, torn or foreign."""
+    """Check that a checkpoint is ours and whole; its meta. Raises CheckpointError naming the file that is missing, torn
+    or foreign."""
     meta = read_meta(path)
     _check_sizes(path, meta)
     for name, expected in meta["files"].items():
@@ -115,27 +132,35 @@ def _check_sizes(path: Path, meta: dict[str, Any]) -> None:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """A checkpoint's meta.json. Raises CheckpointError for what is not a checkpoint of ours, or changed since it was written."""
+    """A checkpoint's meta.json. Raises CheckpointError for what is not a checkpoint of ours, or changed since it was
+    written."""
     try:
         meta = json.loads((path / META).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of tl_fast (no readable {META}: {error})") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise CheckpointError(f"{path / META} is of format {meta.get('format') if isinstance(meta, dict) else meta!r}, expected {FORMAT!r}")
+        raise CheckpointError(
+            f"{path / META} is of format {meta.get('format') if isinstance(meta, dict) else meta!r}, expected"
+            f" {FORMAT!r}"
+        )
     if meta.pop("crc32", None) != _meta_crc32(meta):
         raise CheckpointError(f"{path / META} does not have the CRC-32 that was written: it is damaged or was edited")
     return meta
 
 
 def checkpoints(folder: Path, last: Path | None = None) -> list[Path]:
-    """The checkpoints of a run's `checkpoints/` folder, oldest first, unverified; those of later steps than `last` left out."""
-    return [path for path in sorted(folder.glob(f"{_PREFIX}{'[0-9]' * _DIGITS}")) if last is None or path.name <= last.name]
+    """The checkpoints of a run's `checkpoints/` folder, oldest first, unverified; those of later steps than `last` left
+    out."""
+    return [
+        path for path in sorted(folder.glob(f"{_PREFIX}{'[0-9]' * _DIGITS}")) if last is None or path.name <= last.name
+    ]
 
 
 def latest(folder: Path) -> Path | None:
     """The newest intact checkpoint; None when there is none at all. Warns of newer broken ones by name.
 
-    Raises CheckpointError when there are checkpoints and all are broken: starting afresh would then silently lose a run.
+    Raises CheckpointError when there are checkpoints and all are broken: starting afresh would then silently lose a
+    run.
     """
     broken: list[CheckpointError] = []
     for path in reversed(checkpoints(folder)):
@@ -148,7 +173,9 @@ def latest(folder: Path) -> Path | None:
             warnings.warn(f"falling back to {path}: {error}", stacklevel=2)
         return path
     if broken:
-        raise CheckpointError(f"no intact checkpoint in {folder}: {'; '.join(map(str, broken))}. Remove them to start afresh")
+        raise CheckpointError(
+            f"no intact checkpoint in {folder}: {'; '.join(map(str, broken))}. Remove them to start afresh"
+        )
     return None
 
 
@@ -166,8 +193,9 @@ def find(path: Path) -> Path:
         return path
     folder = path / "checkpoints"
     if not folder.is_dir() and not any((path / name).exists() for name in _OF_A_RUN):
-        raise CheckpointError(f"{path} is neither a run's folder, nor a checkpoint's ({_PREFIX}0000000100, say), nor "
-                              "a weights file")
+        raise CheckpointError(
+            f"{path} is neither a run's folder, nor a checkpoint's ({_PREFIX}0000000100, say), nor a weights file"
+        )
     newest = latest(folder)
     if newest is None:
         raise CheckpointError(f"{path} is the folder of a run that has not saved a checkpoint yet")
@@ -181,13 +209,17 @@ def score(meta: dict[str, Any]) -> float:
 
 
 def best(folder: Path, last: Path | None = None) -> Path | None:
-    """The checkpoint up to `last` with the highest validation top-1 (the later of equals), None when none was validated.
+    """The checkpoint up to `last` with the highest validation top-1 (the later of equals), None when none was
+    validated.
 
-    Damaged ones do not count, as far as their files' sizes show it: reading gigabytes after every save would cost more than it finds.
+    Damaged ones do not count, as far as their files' sizes show it: reading gigabytes after every save would cost more
+    than it finds.
     """
     scored = []
     for path in checkpoints(folder, last):
-        with contextlib.suppress(CheckpointError):  # `latest` names it to whoever wants to use it; a run must not end for it
+        with contextlib.suppress(
+            CheckpointError
+        ):  # `latest` names it to whoever wants to use it; a run must not end for it
             meta = read_meta(path)
             _check_sizes(path, meta)
             scored.append((score(meta), path))
@@ -196,9 +228,11 @@ def best(folder: Path, last: Path | None = None) -> Path | None:
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Delete all checkpoints of a run but `newest`, which it has just saved, the `keep` - 1 before it, and the best one.
+    """Delete all checkpoints of a run but `newest`, which it has just saved, the `keep` - 1 before it, and the best
+    one.
 
-    Those of later steps go as well: they are what the run fell back from, and counted among the last they would push out intact ones.
+    Those of later steps go as well: they are what the run fell back from, and counted among the last they would push
+    out intact ones.
     """
     folder = newest.parent
     kept = {*checkpoints(folder, newest)[-keep:], best(folder, newest)}
@@ -209,7 +243,8 @@ def prune(newest: Path, keep: int) -> None:
 
 
 def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load a checkpoint into model, EMA and optimiser, strictly, after verifying it; its meta. Raises CheckpointError."""
+    """Load a checkpoint into model, EMA and optimiser, strictly, after verifying it; its meta. Raises
+    CheckpointError."""
     meta = verify(path)
     try:
         model.load_state_dict(safetensors.torch.load_file(path / MODEL))
@@ -233,8 +268,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 def read_weights(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a file or checkpoint, on the CPU, without wrappers' prefixes; and remarks on what was chosen.
 
-    Takes a checkpoint folder of ours, safetensors, a bare state dict, or a dict with `state_dict_ema`, `state_dict` or `model`, as timm and
-    the published `.pth.tar` have. Raises CheckpointError naming the file.
+    Takes a checkpoint folder of ours, safetensors, a bare state dict, or a dict with `state_dict_ema`, `state_dict` or
+    `model`, as timm and the published `.pth.tar` have. Raises CheckpointError naming the file.
     """
     remarks: list[str] = []
     if not path.exists():
@@ -260,16 +295,20 @@ def read_weights(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], l
         elif use_ema:
             remarks.append(f"{path} holds one set of weights, taken as they are")
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(f"{path} holds no state dict (expected tensors by name, perhaps under state_dict or state_dict_ema)")
+        raise CheckpointError(
+            f"{path} holds no state dict (expected tensors by name, perhaps under state_dict or state_dict_ema)"
+        )
     for prefix in ("module.", "_orig_mod."):
         found = {key.removeprefix(prefix): value for key, value in found.items()}
     return found, remarks
 
 
 def load_weights(model: nn.Module, path: Path, use_ema: bool = True) -> list[str]:
-    """Load weights of any origin (see read_weights) into an LV-ViT; remarks on what was adapted, to be shown to the user.
+    """Load weights of any origin (see read_weights) into an LV-ViT; remarks on what was adapted, to be shown to the
+    user.
 
-    Position embeddings are resized to the model's grid. Heads of another class count are left out, so the model keeps its own.
+    Position embeddings are resized to the model's grid. Heads of another class count are left out, so the model keeps
+    its own.
     Raises CheckpointError naming the file when anything else does not fit.
     """
     state, remarks = read_weights(path, use_ema)
@@ -280,11 +319,16 @@ def load_weights(model: nn.Module, path: Path, use_ema: bool = True) -> list[str
             state["pos_embed"] = resize_pos_embed(position, model.grid_size)
         except ValueError as error:
             raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
-        remarks.append(f"{path}: resized pos_embed from {position.shape[1] - 1} to {own['pos_embed'].shape[1] - 1} tokens")
+        remarks.append(
+            f"{path}: resized pos_embed from {position.shape[1] - 1} to {own['pos_embed'].shape[1] - 1} tokens"
+        )
     dropped = {key for key in state if key.startswith(_HEADS) and key in own and state[key].shape != own[key].shape}
     if dropped:
         names = ", ".join(f"{key} ({state[key].shape[0]} classes)" for key in sorted(dropped) if key.endswith("weight"))
-        remarks.append(f"{path}: left out {names}, as the model has {model.num_classes} classes: these heads keep their initial weights")
+        remarks.append(
+            f"{path}: left out {names}, as the model has {model.num_classes} classes: these heads keep their initial"
+            " weights"
+        )
     kept = sorted(key for key in state if key.startswith(_HEADS) and key.endswith("weight") and key not in dropped)
     if kept:
         remarks.append(f"{path}: kept {', '.join(kept)} ({model.num_classes} classes)")
@@ -295,7 +339,9 @@ def load_weights(model: nn.Module, path: Path, use_ema: bool = True) -> list[str
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
     missing = sorted(set(missing) - dropped)
     if missing or unexpected:
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: missing {missing[:5]}, unexpected {sorted(unexpected)[:5]}")
+        raise CheckpointError(
+            f"{path} does not fit {type(model).__name__}: missing {missing[:5]}, unexpected {sorted(unexpected)[:5]}"
+        )
     return remarks
 
 
@@ -303,7 +349,9 @@ _HEADS = ("head.", "aux_head.")
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().contiguous().cpu() for key, value in state.items()}  # safetensors holds no strides (channels-last)
+    return {
+        key: value.detach().contiguous().cpu() for key, value in state.items()
+    }  # safetensors holds no strides (channels-last)
 
 
 def _meta_crc32(meta: dict[str, Any]) -> int:
@@ -317,4 +365,3 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 24):
             crc = crc32(block, crc)
     return crc
-

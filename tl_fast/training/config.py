@@ -1,12 +1,15 @@
-"""Configuration of a training run: one frozen dataclass, filled from YAML recipes and command-line flags, validated when built."""
+"""Configuration of a training run: one frozen dataclass, filled from YAML recipes and command-line flags, validated
+when built."""
+
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Sequence
+from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -21,7 +24,8 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the strings b
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run. Defaults are the paper's LV-ViT recipe (arXiv 2104.10858 and its published code) unless said otherwise."""
+    """Settings of one run. Defaults are the paper's LV-ViT recipe (arXiv 2104.10858 and its published code) unless said
+    otherwise."""
 
     train_data: str | list[str] = ""
     """Beton(s) to train on: a path, a glob, or a list of them. Required."""
@@ -51,14 +55,16 @@ class TrainConfig:
     """Standard deviation of the normalisation on a 0..1 scale. Source: ImageNet, as published."""
 
     sync_bn: bool = False
-    """Batch norm's statistics over all ranks in every step (GPUs only); false: local, brought together when weights are validated or saved."""
+    """Batch norm's statistics over all ranks in every step (GPUs only); false: local, brought together when weights are
+    validated or saved."""
 
     token_label: bool = True
     """Train with token labels; false: cross-entropy on the image label alone, the control."""
     cls_weight: float = 1.0
     """Weight of the class token's cross-entropy."""
     dense_weight: float = 0.5
-    """Weight of the tokens' cross-entropy: beta in the paper, unused without token_label. (The published code's flag defaults to 1.)"""
+    """Weight of the tokens' cross-entropy: beta in the paper, unused without token_label. (The published code's flag
+    defaults to 1.)"""
     smoothing: float = 0.1
     """Label smoothing, 0..1 exclusive, of targets of either kind."""
     ground_truth: bool = False
@@ -74,13 +80,15 @@ class TrainConfig:
     interpolation: Literal["bilinear", "bicubic", "random"] = "random"
     """Filter of the resize; random: either, an image. Source: published code."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """RandAugment in timm's notation, its geometry applied to labels too; null: none. Paper: this one, L with rand-n3-m9-mstd0.5-inc1."""
+    """RandAugment in timm's notation, its geometry applied to labels too; null: none. Paper: this one, L with
+    rand-n3-m9-mstd0.5-inc1."""
     color_jitter: float = 0.0
     """Without auto_augment: brightness, contrast and saturation vary by this share, 0..1."""
     erase: float = 0.25
     """Probability of random erasing with noise. Source: published code."""
     geometry: Literal["correct", "published"] = "correct"
-    """Where label maps are cropped, unused without token_label; published: mirrored across the diagonal, as the published code does, to reproduce its runs."""
+    """Where label maps are cropped, unused without token_label; published: mirrored across the diagonal, as the
+    published code does, to reproduce its runs."""
 
     batch_size: int = 1024
     """Images per optimiser step over all ranks and accumulation steps."""
@@ -95,7 +103,8 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many optimiser steps without changing the schedule (short runs); null: never."""
     lr: float = 1.6e-3
-    """Peak learning rate at a batch of lr_base_batch; scaled linearly to batch_size. Paper: 1.6e-3 (L: 1e-3) at 1,024."""
+    """Peak learning rate at a batch of lr_base_batch; scaled linearly to batch_size. Paper: 1.6e-3 (L: 1e-3) at 1,024.
+    """
     lr_base_batch: int = 1024
     """Batch size lr is stated for, images."""
     min_lr: float = 1e-5
@@ -111,7 +120,8 @@ class TrainConfig:
     clip_grad: float | None = 1.0
     """Largest global gradient norm; null: no clipping. Source: ours, a guard (the published recipe does not clip)."""
     ema_decay: float = 0.99992
-    """Decay per step of the weights' moving average, reached via min(ema_decay, (1 + t) / (10 + t)) at step t. Source: published code."""
+    """Decay per step of the weights' moving average, reached via min(ema_decay, (1 + t) / (10 + t)) at step t. Source:
+    published code."""
 
     seed: int = 0
     """Seed of initialisation, sample order, crops, MixToken's boxes and drop path."""
@@ -122,17 +132,21 @@ class TrainConfig:
     compile: bool | None = None
     """torch.compile the step, from pixels to the loss; null: on cuda only."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """torch.compile's mode on cuda; reduce-overhead replays CUDA graphs, which needs accumulate 1. Not yet measured on a GPU."""
+    """torch.compile's mode on cuda; reduce-overhead replays CUDA graphs, which needs accumulate 1. Not yet measured on
+    a GPU."""
     deterministic: bool = False
-    """Only operations with the same result every time, on GPUs at a price in speed. (On the CPU runs repeat bit for bit anyway.)"""
+    """Only operations with the same result every time, on GPUs at a price in speed. (On the CPU runs repeat bit for bit
+    anyway.)"""
     bucket_mb: float = 25.0
     """Gradients that ranks exchange at a time, MiB. Source: torch's default."""
     timeout_minutes: float = 10.0
-    """How long ranks wait for one that lives but does not answer. Above what compiling and writing a checkpoint take."""
+    """How long ranks wait for one that lives but does not answer. Above what compiling and writing a checkpoint take.
+    """
     threads: int | None = None
     """Loader threads per rank; null: the loader's choice."""
     decode: Literal["auto", "cpu", "mixed"] = "auto"
-    """Where JPEGs are decoded: cpu, or mixed (nvJPEG, with device cuda alone); auto: on a GPU the faster, measured at the start, else cpu."""
+    """Where JPEGs are decoded: cpu, or mixed (nvJPEG, with device cuda alone); auto: on a GPU the faster, measured at
+    the start, else cpu."""
 
     resume: str | None = None
     """auto: continue output_dir's newest intact checkpoint, if any; a path: a run's folder (its newest checkpoint) or a
@@ -150,7 +164,8 @@ class TrainConfig:
     crop_pct: float = 0.9
     """Validation's centre crop as a share of the resized image's side. Source: published code for 224 px."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop the run, or skip the step; either way its samples are put on record."""
+    """A loss or gradient that is not finite: stop the run, or skip the step; either way its samples are put on record.
+    """
     max_skipped: int = 10
     """Steps that non_finite skip may skip in one run, resumptions included; one more stops it."""
     log_every: int = 50
@@ -158,8 +173,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if not self.train_data:
-            raise InputError("train_data is required: the path of a .beton, a glob, or a list (--train_data "
-                             "FILE.beton)")
+            raise InputError(
+                "train_data is required: the path of a .beton, a glob, or a list (--train_data FILE.beton)"
+            )
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -177,12 +193,16 @@ class TrainConfig:
         self.augment  # noqa: B018  validates scale, ratio, flip, auto_augment ...
         clash = sorted(set(self.model_kwargs) & set(_MODEL_FIELDS))
         if clash:
-            raise InputError(f"model_kwargs must not set {', '.join(clash)}: set "
-                             f"{', '.join(_MODEL_FIELDS[name] for name in clash)} itself")
+            raise InputError(
+                f"model_kwargs must not set {', '.join(clash)}: set "
+                f"{', '.join(_MODEL_FIELDS[name] for name in clash)} itself"
+            )
         if self.accumulate > 1 and self.compile_mode in ("reduce-overhead", "max-autotune"):
-            raise InputError(f"compile_mode {self.compile_mode!r} uses CUDA graphs, whose next replay overwrites the "
-                             f"gradients that accumulate {self.accumulate} still adds up: set accumulate 1, or "
-                             "compile_mode default or max-autotune-no-cudagraphs")
+            raise InputError(
+                f"compile_mode {self.compile_mode!r} uses CUDA graphs, whose next replay overwrites the "
+                f"gradients that accumulate {self.accumulate} still adds up: set accumulate 1, or "
+                "compile_mode default or max-autotune-no-cudagraphs"
+            )
         if self.compile is False and self.compile_mode != "default":
             raise InputError(f"compile_mode {self.compile_mode!r} has no effect with compile false: choose one of them")
         if self.sync_bn and self.freeze_stem_bn:
@@ -190,8 +210,9 @@ class TrainConfig:
         if self.sync_bn and self.device == "cpu":
             raise InputError("sync_bn needs GPUs (torch's SyncBatchNorm has no CPU version): device is cpu")
         if self.init_weights and self.resume not in (None, "auto"):
-            raise InputError(f"init_weights {self.init_weights} would be overwritten by resume {self.resume}: choose "
-                             "one of them")
+            raise InputError(
+                f"init_weights {self.init_weights} would be overwritten by resume {self.resume}: choose one of them"
+            )
         if self.img_size % PATCH:
             raise InputError(f"img_size must be divisible by {PATCH} (the patch), got {self.img_size}")
         if self.batch_size % self.accumulate:
@@ -200,22 +221,30 @@ class TrainConfig:
             weights = f"cls_weight {self.cls_weight}, dense_weight {self.dense_weight}, token_label {self.token_label}"
             raise InputError(f"nothing to train on: {weights}")
         if self.ground_truth and not self.token_label:
-            raise InputError("ground_truth mixes the image label into the token labels' class target: it needs "
-                             "token_label true")
+            raise InputError(
+                "ground_truth mixes the image label into the token labels' class target: it needs token_label true"
+            )
         if self.warmup_epochs > self.epochs:
             raise InputError(f"warmup_epochs is part of epochs: {self.warmup_epochs} > {self.epochs}")
         if self.peak_lr < max(self.min_lr, self.warmup_lr):
             raise InputError(
-                f"the peak lr {self.peak_lr:.3g} (= lr {self.lr} * batch_size {self.batch_size} / {self.lr_base_batch}) is below"
-                f" min_lr {self.min_lr} or warmup_lr {self.warmup_lr}: lower those"
+                f"the peak lr {self.peak_lr:.3g} (= lr {self.lr} * batch_size {self.batch_size} / {self.lr_base_batch})"
+                f" is below min_lr {self.min_lr} or warmup_lr {self.warmup_lr}: lower those"
             )
 
     @property
     def augment(self) -> Augment:
         """The ranges of the plan's random decisions. Raises ValueError naming the one that is wrong."""
-        return Augment(scale=self.scale, ratio=self.ratio, flip=self.flip, interpolation=self.interpolation,
-                       auto_augment=self.auto_augment or "", color_jitter=self.color_jitter, erase=self.erase,
-                       fill=tuple(min(255, round(255 * value)) for value in self.mean))
+        return Augment(
+            scale=self.scale,
+            ratio=self.ratio,
+            flip=self.flip,
+            interpolation=self.interpolation,
+            auto_augment=self.auto_augment or "",
+            color_jitter=self.color_jitter,
+            erase=self.erase,
+            fill=tuple(min(255, round(255 * value)) for value in self.mean),
+        )
 
     @property
     def peak_lr(self) -> float:
@@ -245,7 +274,11 @@ class TrainConfig:
         return cls(**{k: tuple(v) if k in _TUPLES and v is not None else v for k, v in values.items()})
 
 
-_MODEL_FIELDS = {"img_size": "img_size", "num_classes": "num_classes", "drop_path_rate": "drop_path"}  # the constructor's name -> ours
+_MODEL_FIELDS = {
+    "img_size": "img_size",
+    "num_classes": "num_classes",
+    "drop_path_rate": "drop_path",
+}  # the constructor's name -> ours
 _TUPLES = ("mean", "std", "scale", "ratio", "betas")
 _RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; Augment checks its own
     ("img_size", PATCH, 4096),
@@ -291,7 +324,8 @@ class _Parser(ArgumentParser):
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The config of a command line: `--config recipe.yaml` (repeatable, later ones win) then `--field value`; None reads sys.argv.
+    """The config of a command line: `--config recipe.yaml` (repeatable, later ones win) then `--field value`; None
+    reads sys.argv.
 
     Unknown keys, wrong types and values out of range end the program with a message that names them.
     """

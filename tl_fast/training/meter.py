@@ -1,4 +1,6 @@
-"""What a training step measures, kept on the device and read on the host one step late; and the guard against non-finite steps."""
+"""What a training step measures, kept on the device and read on the host one step late; and the guard against
+non-finite steps."""
+
 from __future__ import annotations
 
 import contextlib
@@ -8,22 +10,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tl_fast.training.nonfinite import NonFinite
 from tl_fast.pipeline.loader import Batch
 from tl_fast.system.ranks import Ranks
+from tl_fast.training.nonfinite import NonFinite
 from tl_fast.training.runlog import RunLog
 
-# One step's values on the device, float32 [5]: loss, gradient norm, class term, token term, and 1 where it was not finite on some rank.
+# One step's values on the device, float32 [5]: loss, gradient norm, class term, token term, and 1 where it was not
+# finite on some rank.
 _LOSS, _NORM, _CLASS, _TOKENS, _BAD = range(5)
 
 
 class Meter:
     """Collects loss and gradient norm over a window of steps without making the host wait for the device.
 
-    Order of calls: `start` once an epoch; in each step `fetch` and `add_loss` per batch, `add_step`, then `report`; `close` in the steps that
-    end a window. `report` writes the row of a window closed in an earlier step, by when its values have long arrived. Before weights are
-    saved: `close` and `report`, or, within a window, `check`. On the CPU, where looking costs nothing, `add_step` itself hands a step that is
-    not finite to `guard`, before the weights change; on GPUs `report` and `check` do. All ranks see the same steps as bad.
+    Order of calls: `start` once an epoch; in each step `fetch` and `add_loss` per batch, `add_step`, then `report`;
+    `close` in the steps that end a window. `report` writes the row of a window closed in an earlier step, by when its
+    values have long arrived. Before weights are
+    saved: `close` and `report`, or, within a window, `check`. On the CPU, where looking costs nothing, `add_step`
+    itself hands a step that is not finite to `guard`, before the weights change; on GPUs `report` and `check` do. All
+    ranks see the same steps as bad.
     """
 
     def __init__(self, ranks: Ranks, guard: NonFinite, batch_size: int, accumulate: int = 1) -> None:
@@ -66,9 +71,11 @@ class Meter:
         self._terms = self._terms + terms / self.accumulate
 
     def add_step(self, step: int, epoch: int, lr: float, norm: Tensor) -> Tensor | None:
-        """Count one step's gradient norm; called before the optimiser changes the weights. `step` counts from 0 over the run.
+        """Count one step's gradient norm; called before the optimiser changes the weights. `step` counts from 0 over
+        the run.
 
-        Where steps may be skipped: whether this one must be, a float32 scalar on the device, 0 or 1, the same on all ranks. Else None.
+        Where steps may be skipped: whether this one must be, a float32 scalar on the device, 0 or 1, the same on all
+        ranks. Else None.
         """
         bad = ~torch.isfinite(self._loss + norm)
         if self._at_once or self.guard.skips:
@@ -82,7 +89,8 @@ class Meter:
         return bad.float() if self.guard.skips else None
 
     def close(self, step: int) -> None:
-        """End the window after `step` steps of the run: start moving its values to the host. Nothing if it has no steps."""
+        """End the window after `step` steps of the run: start moving its values to the host. Nothing if it has no
+        steps."""
         if not self._window:
             return
         now = time.perf_counter()
@@ -116,21 +124,27 @@ class Meter:
         means = {"loss": loss, "class_loss": of_class, "token_loss": of_tokens, "grad_norm": norm}
         self.row = (means if bad < len(seen) else {}) | timing | ({"skipped": bad} if self.guard.skips else {})
         step, epoch, *_ = seen[-1]
-        log.row("train", step + 1, epoch, self.row,
-                f"loss {loss:.4f}, {timing['images_per_second']:.0f} images/s, data wait {timing['data_wait']:.0%}, lr {timing['lr']:.2e}")
+        log.row(
+            "train",
+            step + 1,
+            epoch,
+            self.row,
+            f"loss {loss:.4f}, {timing['images_per_second']:.0f} images/s, data wait {timing['data_wait']:.0%}, lr"
+            f" {timing['lr']:.2e}",
+        )
 
     def check(self, log: RunLog) -> None:
-        """Before weights are saved within a window: wait for the device, write what `report` would write later, which a run that continues from
-        those weights would miss, and hand steps that were not finite to the guard."""
+        """Before weights are saved within a window: wait for the device, write what `report` would write later, which a
+        run that continues from those weights would miss, and hand steps that were not finite to the guard."""
         self.report(log)
         if not self._at_once and self._window:
             self._judge_all(self._seen, self._combined().flatten().tolist())
 
     def speed(self) -> tuple[float, float]:
-        """Images/s over all ranks, and the share of the time spent waiting for data. The first window (compilation, start-up) is left out
-        when there are others; (0, 0) before any."""
+        """Images/s over all ranks, and the share of the time spent waiting for data. The first window (compilation,
+        start-up) is left out when there are others; (0, 0) before any."""
         windows = self._windows[1:] or self._windows
-        images, seconds, waited = (sum(column) for column in zip(*windows)) if windows else (0, 1, 0)
+        images, seconds, waited = (sum(column) for column in zip(*windows, strict=False)) if windows else (0, 1, 0)
         return images / seconds, waited / seconds
 
     def _combined(self) -> Tensor:

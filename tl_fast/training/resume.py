@@ -1,4 +1,6 @@
-"""Where a run starts: anew, or where a checkpoint left it; that no other run writes there; and the record of every start, `run.json`."""
+"""Where a run starts: anew, or where a checkpoint left it; that no other run writes there; and the record of every
+start, `run.json`."""
+
 from __future__ import annotations
 
 import contextlib
@@ -24,32 +26,52 @@ import torch
 from torch import nn
 
 import tl_fast
-from tl_fast.training import checkpoint
+from tl_fast.beton.samples import Samples
 from tl_fast.system.atomic import write_atomic
-from tl_fast.training.config import TrainConfig
 from tl_fast.system.mistakes import InputError, share
 from tl_fast.system.ranks import Ranks
-from tl_fast.beton.samples import Samples
+from tl_fast.training import checkpoint
+from tl_fast.training.config import TrainConfig
 
 # A run continued with other values of these would be neither the old run nor a new one.
-FIXED_ON_RESUME = ("model", "model_kwargs", "img_size", "num_classes", "token_label", "batch_size", "seed", "steps_per_epoch")
+FIXED_ON_RESUME = (
+    "model",
+    "model_kwargs",
+    "img_size",
+    "num_classes",
+    "token_label",
+    "batch_size",
+    "seed",
+    "steps_per_epoch",
+)
 FRESH = {"global_step": 0, "epoch": 0, "step_in_epoch": 0, "last_validation": {}, "validated": False, "skipped": 0}
 RECORD, LOCK = "run.json", "run.lock"
 
 
 def choose(config: TrainConfig, ranks: Ranks) -> Path | None:
-    """The checkpoint that `config.resume` asks to continue from, None to start afresh; the main rank alone looks, so that all take the same.
+    """The checkpoint that `config.resume` asks to continue from, None to start afresh; the main rank alone looks, so
+    that all take the same.
 
-    When torchrun starts its ranks again (--max-restarts, a node that joins or leaves), they continue the run that they began, whatever `resume`
-    says. Raises CheckpointError on every rank when none is intact, and when output_dir holds checkpoints that the run would not continue.
+    When torchrun starts its ranks again (--max-restarts, a node that joins or leaves), they continue the run that they
+    began, whatever `resume` says. Raises CheckpointError on every rank when none is intact, and when output_dir holds
+    checkpoints that the run would not continue.
     """
     # Ranks of a node that has just joined count no restarts, and one of them may now be the main one.
     restarts = max(ranks.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
     return ranks.on_main(_choose, config, restarts)
 
 
-def resume(found: Path | None, config: TrainConfig, ranks: Ranks, steps_per_epoch: int, data: dict[str, Any], *, model: nn.Module, ema: nn.Module,
-           optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def resume(
+    found: Path | None,
+    config: TrainConfig,
+    ranks: Ranks,
+    steps_per_epoch: int,
+    data: dict[str, Any],
+    *,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Any]:
     """Load the chosen checkpoint on every rank; where to continue, with FRESH's keys. None: FRESH.
 
     Rank 0 alone reads the files, and passes on what it has read: the others need not see output_dir. On every rank
@@ -59,8 +81,12 @@ def resume(found: Path | None, config: TrainConfig, ranks: Ranks, steps_per_epoc
     first, *others = ranks.gather(data)
     for rank, other in enumerate(others, 1):
         if not _same_data(first, other):
-            raise share(InputError(f"the ranks have different data: rank 0 {_words(first)}, rank {rank} "
-                                   f"{_words(other)}; give every node the same files"))
+            raise share(
+                InputError(
+                    f"the ranks have different data: rank 0 {_words(first)}, rank {rank} "
+                    f"{_words(other)}; give every node the same files"
+                )
+            )
     if found is None:
         return FRESH
     settings = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
@@ -72,17 +98,31 @@ def resume(found: Path | None, config: TrainConfig, ranks: Ranks, steps_per_epoc
     return progress
 
 
-def _restore(found: Path, config: TrainConfig, steps_per_epoch: int, data: dict[str, Any], model: nn.Module,
-             ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _restore(
+    found: Path,
+    config: TrainConfig,
+    steps_per_epoch: int,
+    data: dict[str, Any],
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Any]:
     """Load a checkpoint that is of this run; where to continue. Raises CheckpointError."""
     meta = checkpoint.read_meta(found)
-    then, now = meta["config"] | {"steps_per_epoch": meta["steps_per_epoch"]}, config.to_dict() | {"steps_per_epoch": steps_per_epoch}
-    different = [f"{name} {then.get(name)!r} -> {now[name]!r}" for name in FIXED_ON_RESUME if then.get(name) != now[name]]
+    then, now = (
+        meta["config"] | {"steps_per_epoch": meta["steps_per_epoch"]},
+        config.to_dict() | {"steps_per_epoch": steps_per_epoch},
+    )
+    different = [
+        f"{name} {then.get(name)!r} -> {now[name]!r}" for name in FIXED_ON_RESUME if then.get(name) != now[name]
+    ]
     if "data" in meta and not _same_data(meta["data"], data):  # checkpoints of earlier versions do not say
         different.append(f"train_data {_words(meta['data'])} -> {_words(data)}")
     if different:
-        raise checkpoint.CheckpointError(f"{found} is of another run: {', '.join(different)}. Restore these, choose another output_dir, or "
-                                         "start from its weights with --init_weights")
+        raise checkpoint.CheckpointError(
+            f"{found} is of another run: {', '.join(different)}. Restore these, choose another output_dir, or "
+            "start from its weights with --init_weights"
+        )
     checkpoint.restore(found, model=model, ema=ema, optimizer=optimizer)
     return {name: meta[name] for name in FRESH}
 
@@ -90,23 +130,29 @@ def _restore(found: Path, config: TrainConfig, steps_per_epoch: int, data: dict[
 def _pass_on_moments(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """Give every rank the state of rank 0's optimiser."""
     state = optimizer.state_dict()
-    outline = {index: {name: (value.shape, value.dtype) for name, value in values.items()}
-               for index, values in state["state"].items()}
+    outline = {
+        index: {name: (value.shape, value.dtype) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
     groups, outline = ranks.from_main((state["param_groups"], outline))
     if ranks.main:
         moments = state["state"]
     else:
-        moments = {index: {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in values.items()}
-                   for index, values in outline.items()}
+        moments = {
+            index: {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in values.items()}
+            for index, values in outline.items()
+        }
     ranks.fill_from_main(value for values in moments.values() for value in values.values())
     if not ranks.main:
         checkpoint.load_optimizer(optimizer, {"state": moments, "param_groups": groups})
 
 
 def identify(samples: Samples) -> dict[str, Any]:
-    """What tells one data set from another: number of `samples`, `digest` of their labels, sizes and CRC-32, and, for messages, the `files`.
+    """What tells one data set from another: number of `samples`, `digest` of their labels, sizes and CRC-32, and, for
+    messages, the `files`.
 
-    How the samples are called and in which files they lie does not matter, their order does. Reads the files' tables alone.
+    How the samples are called and in which files they lie does not matter, their order does. Reads the files' tables
+    alone.
     """
     digest = hashlib.sha256(repr(samples.spec).encode())
     for name in ("heights", "widths", "labels", "jpeg_sizes", "label_map_sizes", "crcs"):
@@ -125,8 +171,9 @@ def _words(data: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path, patience: float = 10.0) -> Iterator[None]:
-    """Hold the lock on a run's folder, made if need be. Raises BlockingIOError when another process still has it after `patience` seconds: a rank
-    that torchrun is about to replace may take a moment to go. The system frees the lock of a process that ends in any way."""
+    """Hold the lock on a run's folder, made if need be. Raises BlockingIOError when another process still has it after
+    `patience` seconds: a rank that torchrun is about to replace may take a moment to go. The system frees the lock of a
+    process that ends in any way."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
         deadline = time.monotonic() + patience
@@ -139,10 +186,15 @@ def sole_writer(folder: Path, patience: float = 10.0) -> Iterator[None]:
                     time.sleep(0.1)
                     continue
                 file.seek(0)
-                raise BlockingIOError(errno.EWOULDBLOCK, f"output_dir {folder} is being trained into by another process ({file.read().strip() or 'unknown'}): "
-                                      "end it, or choose another output_dir") from error
+                raise BlockingIOError(
+                    errno.EWOULDBLOCK,
+                    f"output_dir {folder} is being trained into by another process"
+                    f" ({file.read().strip() or 'unknown'}): end it, or choose another output_dir",
+                ) from error
             except OSError as error:  # some network file systems have no locks
-                warnings.warn(f"{folder} cannot be locked ({error}): make sure that no other run writes there", stacklevel=2)
+                warnings.warn(
+                    f"{folder} cannot be locked ({error}): make sure that no other run writes there", stacklevel=2
+                )
                 break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -158,16 +210,22 @@ def _choose(config: TrainConfig, restarts: int) -> Path | None:
         return checkpoint.latest(folder)
     path = checkpoint.find(Path(config.resume)) if config.resume else None
     # A run that starts before them would be pruned against them, and a later --resume auto would take one of theirs.
-    stale = [other for other in checkpoint.checkpoints(folder)
-             if path is None or path.parent.resolve() != folder.resolve() or other.name > path.name]
+    stale = [
+        other
+        for other in checkpoint.checkpoints(folder)
+        if path is None or path.parent.resolve() != folder.resolve() or other.name > path.name
+    ]
     if stale:
-        raise checkpoint.CheckpointError(f"output_dir {config.output_dir} already holds {stale[-1]}: continue it with --resume auto, "
-                                         "remove its later checkpoints, or choose another output_dir")
+        raise checkpoint.CheckpointError(
+            f"output_dir {config.output_dir} already holds {stale[-1]}: continue it with --resume auto, "
+            "remove its later checkpoints, or choose another output_dir"
+        )
     return path
 
 
 def _job() -> str:
-    """Names the torchrun job that this process belongs to; the same after a restart of its ranks, another for another job."""
+    """Names the torchrun job that this process belongs to; the same after a restart of its ranks, another for another
+    job."""
     name, parent = _run_id(), os.getppid()
     if name is not None:
         return name
@@ -186,11 +244,16 @@ def _run_id() -> str | None:
 def _ours(folder: Path, restarts: int) -> bool:
     """Whether this very job, with this very command, began the run in `folder` (and was not refused).
 
-    An id of the job says so on any host; somebody may start another command under the same id. Without an id its process on this host says so, but only
-    when torchrun has restarted its ranks. A change of members is no restart in torchrun's count.
+    An id of the job says so on any host; somebody may start another command under the same id. Without an id its
+    process on this host says so, but only when torchrun has restarted its ranks. A change of members is no restart in
+    torchrun's count.
     """
     starts = read_record(folder)
-    return bool(starts) and (starts[-1]["job"], starts[-1]["command"]) == (_job(), sys.argv) and (_run_id() is not None or restarts > 0)
+    return (
+        bool(starts)
+        and (starts[-1]["job"], starts[-1]["command"]) == (_job(), sys.argv)
+        and (_run_id() is not None or restarts > 0)
+    )
 
 
 def read_record(folder: Path) -> list[dict[str, Any]]:
@@ -201,10 +264,21 @@ def read_record(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def write_record(folder: Path, config: TrainConfig, step: int, versions: dict[str, str | None], resolved: dict[str, Any]) -> None:
-    """Add this start at `step` to the run's record: time, command, versions and commit, the recipe, and what came of its "auto" and null."""
-    start = {"time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "step": step, "job": _job(), "host": socket.gethostname(),
-             "command": sys.argv, "versions": versions, "resolved": resolved, "config": config.to_dict()}
+def write_record(
+    folder: Path, config: TrainConfig, step: int, versions: dict[str, str | None], resolved: dict[str, Any]
+) -> None:
+    """Add this start at `step` to the run's record: time, command, versions and commit, the recipe, and what came of
+    its "auto" and null."""
+    start = {
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "step": step,
+        "job": _job(),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "versions": versions,
+        "resolved": resolved,
+        "config": config.to_dict(),
+    }
     _write_starts(folder, [*(read_record(folder) if step else []), start])
 
 
@@ -220,15 +294,24 @@ def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
 
 
 def versions(ranks: Ranks) -> dict[str, str | None]:
-    """What the run runs on: packages, CUDA, NCCL, device, and the commit of the checkout. None for what is not there; the commit where the package
-    does not lie in a checkout."""
+    """What the run runs on: packages, CUDA, NCCL, device, and the commit of the checkout. None for what is not there;
+    the commit where the package does not lie in a checkout."""
     gpu = ranks.device.type == "cuda"
     name = torch.cuda.get_device_name(ranks.device) if gpu else platform.processor() or platform.machine()
     packages = {package: _version(package) for package in ("torchvision", "timm", "numba", "numba-cuda", "numpy")}
     dali = next(filter(None, (_version(f"nvidia-dali-cuda{major}0") for major in (13, 12, 11))), None)
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpu and torch.distributed.is_nccl_available() else None
-    return {"tl_fast": tl_fast.__version__, "commit": commit(), "python": platform.python_version(), "torch": torch.__version__, **packages,
-            "dali": dali, "cuda": torch.version.cuda, "nccl": nccl, "device": f"{ranks.world_size} x {name}"}
+    return {
+        "tl_fast": tl_fast.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **packages,
+        "dali": dali,
+        "cuda": torch.version.cuda,
+        "nccl": nccl,
+        "device": f"{ranks.world_size} x {name}",
+    }
 
 
 def _version(package: str) -> str | None:
@@ -239,12 +322,19 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "-dirty" where files differ from it; None without git or outside a checkout of ours."""
+    """The checkout's commit, with "-dirty" where files differ from it; None without git or outside a checkout of
+    ours."""
     root = Path(tl_fast.__file__).resolve().parent.parent
     if not (root / ".git").exists():  # an installed package must not report the commit of what it happens to lie in
         return None
     try:
-        found = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], cwd=root, capture_output=True, text=True, timeout=20)
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

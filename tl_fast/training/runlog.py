@@ -1,4 +1,6 @@
-"""The log of a run: JSON lines, TensorBoard, and a progress bar on a terminal or plain lines elsewhere; silent on ranks other than 0."""
+"""The log of a run: JSON lines, TensorBoard, and a progress bar on a terminal or plain lines elsewhere; silent on ranks
+other than 0."""
+
 from __future__ import annotations
 
 import json
@@ -18,7 +20,8 @@ class RunLog:
 
     Args:
         folder: the run's folder; must exist on the rank that writes.
-        total_steps, start_step: the progress bar's end and start. Rows of steps after `start_step`, left by a run that got further than its
+        total_steps, start_step: the progress bar's end and start. Rows of steps after `start_step`, left by a run that
+        got further than its
             last checkpoint, are dropped, so that each step has one row. 0 starts new files.
         enabled: False (all ranks but the first) makes every method do nothing.
     """
@@ -28,14 +31,23 @@ class RunLog:
         self.enabled = enabled
         if not enabled:
             return
-        kept = [row for row in read_rows(self.path) if row["step"] <= start_step] if start_step and self.path.exists() else []
+        kept = (
+            [row for row in read_rows(self.path) if row["step"] <= start_step]
+            if start_step and self.path.exists()
+            else []
+        )
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_atomic(self.path, lambda file: file.write(text.encode()))
         self._file = self.path.open("a", buffering=1)  # a row reaches the file when its line ends
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._console = Console()
-        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                   TimeRemainingColumn())
+        columns = (
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, epoch=0, note="")
 
@@ -56,7 +68,8 @@ class RunLog:
             self._progress.update(self._task, completed=step, epoch=epoch)
 
     def row(self, kind: str, step: int, epoch: int, values: dict[str, Any], note: str) -> None:
-        """One row: a line of JSON, a TensorBoard point per number (tag `kind/name`), and `note` on the bar or as a line of text."""
+        """One row: a line of JSON, a TensorBoard point per number (tag `kind/name`), and `note` on the bar or as a line
+        of text."""
         if not self.enabled:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
@@ -75,7 +88,8 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. A last line cut short by a kill is left out; another malformed line raises ValueError."""
+    """The rows of a metrics.jsonl. A last line cut short by a kill is left out; another malformed line raises
+    ValueError."""
     rows = []
     lines = path.read_text().split("\n")
     for number, line in enumerate(lines, 1):

@@ -1,4 +1,5 @@
 """Ending a run in good order: the signals that ask for it, and how all ranks agree after which step they do."""
+
 from __future__ import annotations
 
 import signal
@@ -12,14 +13,16 @@ import torch
 
 from tl_fast.system.ranks import Ranks
 
-IMPATIENCE = 2.0  # seconds: torchrun passes on a Ctrl-C that the terminal has sent to its workers already; one much later is another one
+# seconds: torchrun passes on a Ctrl-C that the terminal has sent to its workers already; one much later is another one
+IMPATIENCE = 2.0
 
 
 class StopSignals:
     """While entered, SIGTERM and SIGINT do not end the process but set `received` to their number (0: none).
 
-    A second Ctrl-C, more than IMPATIENCE later, raises KeyboardInterrupt. Outside the main thread, where Python allows no handlers, it does
-    nothing. The handlers from before come back at the exit, so that a process that is failing can be terminated at once.
+    A second Ctrl-C, more than IMPATIENCE later, raises KeyboardInterrupt. Outside the main thread, where Python allows
+    no handlers, it does nothing. The handlers from before come back at the exit, so that a process that is failing can
+    be terminated at once.
     """
 
     def __init__(self) -> None:
@@ -46,10 +49,10 @@ class StopSignals:
 class Agreement:
     """One decision for all ranks: whether to stop, and whether a checkpoint is due by the clock.
 
-    A signal reaches ranks in different steps, and clocks differ; a rank that left alone would let the others wait for it. After each step the
-    ranks combine what they know over the CPU group `ranks.control`. On GPUs the result of one step is read after the next, so that neither host nor
-    device waits for it; it also notices within a step that a rank has died. On CPUs, where a step may take longer than a scheduler's patience,
-    it is read at once.
+    A signal reaches ranks in different steps, and clocks differ; a rank that left alone would let the others wait for
+    it. After each step the ranks combine what they know over the CPU group `ranks.control`. On GPUs the result of one
+    step is read after the next, so that neither host nor device waits for it; it also notices within a step that a rank
+    has died. On CPUs, where a step may take longer than a scheduler's patience, it is read at once.
 
     Args:
         signals: this rank's.
@@ -85,13 +88,15 @@ class Agreement:
     def saved(self) -> None:
         """Set the clock of checkpoints back; every rank calls it after every checkpoint.
 
-        A vote still under way was cast before the checkpoint: what it says of stopping counts, that one is due no longer does.
+        A vote still under way was cast before the checkpoint: what it says of stopping counts, that one is due no
+        longer does.
         """
         self.finish()
         self._saved = time.monotonic()
 
     def until_stopped(self, batches: Iterable) -> Iterator:
-        """`batches` up to a signal to this rank, but at least the first: for passes whose end is a collective, after which `now` is asked."""
+        """`batches` up to a signal to this rank, but at least the first: for passes whose end is a collective, after
+        which `now` is asked."""
         for batch in batches:
             yield batch
             if self.signals.received:

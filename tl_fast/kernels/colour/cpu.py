@@ -1,8 +1,11 @@
-"""CPU loops of the colour operations, as Pillow computes them: pointwise ones as tables, the rest in passes over the pixels.
+"""CPU loops of the colour operations, as Pillow computes them: pointwise ones as tables, the rest in passes over the
+pixels.
 
-Tables of successive operations are combined, so the pixels are touched once for all of them; `Color` and `Sharpness`, which look at more than
-one value, need a pass of their own. Compiled from `tl_fast.maths.scalar`; no loop needs the GIL.
+Tables of successive operations are combined, so the pixels are touched once for all of them; `Color` and `Sharpness`,
+which look at more than one value, need a pass of their own. Compiled from `tl_fast.maths.scalar`; no loop needs the
+GIL.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -14,13 +17,19 @@ _scalar = compile_scalar(njit)
 _curve, _stretch, _blend, _luma = _scalar.curve, _scalar.stretch, _scalar.blend, _scalar.luma
 AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE = scalar.AUTO_CONTRAST, scalar.EQUALIZE, scalar.INVERT, scalar.POSTERIZE
 SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS = (
-    scalar.SOLARIZE, scalar.SOLARIZE_ADD, scalar.COLOR, scalar.CONTRAST, scalar.BRIGHTNESS, scalar.SHARPNESS
-)  # fmt: skip
+    scalar.SOLARIZE,
+    scalar.SOLARIZE_ADD,
+    scalar.COLOR,
+    scalar.CONTRAST,
+    scalar.BRIGHTNESS,
+    scalar.SHARPNESS,
+)
 
 
 @njit
 def apply(image, ops, arguments):
-    """Apply the colour operations among `ops` (codes, geometric ones are passed over) with float32 `arguments` to image uint8 [3, H, W], in place."""
+    """Apply the colour operations among `ops` (codes, geometric ones are passed over) with float32 `arguments` to image
+    uint8 [3, H, W], in place."""
     table = np.empty((3, 256), np.uint8)
     pending = False
     for n in range(ops.size):
@@ -134,7 +143,15 @@ def _sharpen(image, factor):
             target, below = image[c, y], image[c, y + 1]
             here[:] = target
             for x in range(columns - 2):
-                around = (np.int32(above[x]) + np.int32(above[x + 1]) + np.int32(above[x + 2]) + np.int32(here[x]) + np.int32(here[x + 2])
-                          + np.int32(below[x]) + np.int32(below[x + 1]) + np.int32(below[x + 2]))  # fmt: skip
+                around = (
+                    np.int32(above[x])
+                    + np.int32(above[x + 1])
+                    + np.int32(above[x + 2])
+                    + np.int32(here[x])
+                    + np.int32(here[x + 2])
+                    + np.int32(below[x])
+                    + np.int32(below[x + 1])
+                    + np.int32(below[x + 2])
+                )
                 smooth = np.int32((around + 5 * np.int32(here[x + 1])) / np.float32(13.0) + np.float32(0.5))
                 target[x + 1] = _blend(smooth, np.int32(here[x + 1]), factor)

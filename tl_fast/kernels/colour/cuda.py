@@ -1,23 +1,28 @@
 """The CUDA kernel of the colour operations and of the output's number format: one launch a batch, a block an image.
 
-As `tl_fast.kernels.colour.cpu`: pointwise operations are combined in tables of 256 values a channel, histograms and means are taken of what
-image and table make, and only `Color`, `Sharpness` and the end touch every pixel. The last pass writes the table's values as they are, or
-normalised as 16-bit floats: then it is a table too. Integers are Pillow's to the last bit.
+As `tl_fast.kernels.colour.cpu`: pointwise operations are combined in tables of 256 values a channel, histograms and
+means are taken of what image and table make, and only `Color`, `Sharpness` and the end touch every pixel. The last pass
+writes the table's values as they are, or normalised as 16-bit floats: then it is a table too. Integers are Pillow's to
+the last bit.
 """
+
 from __future__ import annotations
 
 import numpy as np
 from numba import cuda, int32, uint8, uint16
 
-from tl_fast.maths import scalar
 from tl_fast.kernels.cuda_device import device, load_word, peek, scalar32, store_word
+from tl_fast.maths import scalar
 
 _curve, _stretch, _blend, _luma = scalar32.curve, scalar32.stretch, scalar32.blend, scalar32.luma
 _rounded_mean, _smoothed = scalar32.rounded_mean, scalar32.smoothed
 AUTO_CONTRAST, EQUALIZE, ROTATE = scalar.AUTO_CONTRAST, scalar.EQUALIZE, scalar.ROTATE
 COLOR, CONTRAST, SHARPNESS = scalar.COLOR, scalar.CONTRAST, scalar.SHARPNESS
 
-BOUNDS = 512, 2  # threads of a block; blocks that a multiprocessor shall have room for: then 256 images run at once on 132 of them
+BOUNDS = (
+    512,
+    2,
+)  # threads of a block; blocks that a multiprocessor shall have room for: then 256 images run at once on 132 of them
 BYTES, PLANES, CHANNELS_LAST = 0, 1, 2  # what the last pass writes: uint8 [3, H, W], 16 bits [3, H, W] or [H, W, 3]
 COPIES = 8  # of a histogram, so that warps do not wait for each other
 VALUES = 768  # 256 of each channel
@@ -51,9 +56,10 @@ def build(copies: int):
     def finish(image, spare, plans, rows, columns, unit, layout, normal, out):
         """Block b: the colour operations of plan b on image b, then the last pass.
 
-        image: uint8 [B 3 H W], changed; spare: as much to work in, where a plan sharpens; plans: `tl_fast.plan.PLAN` [B]; unit: pixels
-        read at once, 4 where H W is a multiple of 4, else 1; layout: BYTES (the result is in `image`, `normal` and `out` are not used),
-        PLANES or CHANNELS_LAST; normal: uint16 [3 256], the bits of each channel's normalised values; out: uint16 [3 B H W], written.
+        image: uint8 [B 3 H W], changed; spare: as much to work in, where a plan sharpens; plans: `tl_fast.plan.PLAN`
+        [B]; unit: pixels read at once, 4 where H W is a multiple of 4, else 1; layout: BYTES (the result is in `image`,
+        `normal` and `out` are not used), PLANES or CHANNELS_LAST; normal: uint16 [3 256], the bits of each channel's
+        normalised values; out: uint16 [3 B H W], written.
         """
         table = cuda.shared.array(VALUES, uint8)
         final = cuda.shared.array(VALUES, uint16)
@@ -125,8 +131,13 @@ def build(copies: int):
                     red, green = _get(source, first + p, unit), _get(source, first + plane + p, unit)
                     blue = _get(source, first + 2 * plane + p, unit)
                     for n in range(unit):
-                        total += np.int32(_luma(np.int32(table[_byte(red, n)]), np.int32(table[256 + _byte(green, n)]),
-                                                np.int32(table[512 + _byte(blue, n)])))
+                        total += np.int32(
+                            _luma(
+                                np.int32(table[_byte(red, n)]),
+                                np.int32(table[256 + _byte(green, n)]),
+                                np.int32(table[512 + _byte(blue, n)]),
+                            )
+                        )
                 cuda.atomic.add(ends, 6, total)
                 cuda.syncthreads()
                 grey = np.int32(_rounded_mean(np.int64(ends[6]), np.int64(plane)))
@@ -166,7 +177,9 @@ def build(copies: int):
                                 around = np.int32(0)
                                 for line in range(-1, 2):
                                     for column in range(-1, 2):
-                                        around += np.int32(table[256 * c + np.int32(peek(source, at + line * columns + column))])
+                                        around += np.int32(
+                                            table[256 * c + np.int32(peek(source, at + line * columns + column))]
+                                        )
                                 here = _blend(np.int32(_smoothed(around - here, here)), here, argument)
                             target[at] = here
                     moved = not moved
@@ -201,7 +214,10 @@ def build(copies: int):
                     word = _get(source, at, unit)
                     if unit == 4:
                         for n in range(0, 4, 2):
-                            low, high = np.uint32(final[256 * c + _byte(word, n)]), np.uint32(final[256 * c + _byte(word, n + 1)])
+                            low, high = (
+                                np.uint32(final[256 * c + _byte(word, n)]),
+                                np.uint32(final[256 * c + _byte(word, n + 1)]),
+                            )
                             store_word(out, at + n, low | high << np.uint32(16))
                     else:
                         out[at] = final[256 * c + _byte(word, 0)]

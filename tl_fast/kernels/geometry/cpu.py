@@ -1,14 +1,16 @@
-"""CPU loops that show an image through a plan's affine: separable and antialiased along the axes, then a warp where it is rotated or sheared.
+"""CPU loops that show an image through a plan's affine: separable and antialiased along the axes, then a warp where it
+is rotated or sheared.
 
 Compiled from `tl_fast.maths.scalar`; no loop needs the GIL.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
+from tl_fast.kernels.geometry.taps import add_taps
 from tl_fast.maths import scalar
 from tl_fast.maths.compile import compile_scalar, njit
-from tl_fast.kernels.geometry.taps import add_taps
 
 _scalar = compile_scalar(njit)
 _filter_range, _filter_weight, _filter_support = _scalar.filter_range, _scalar.filter_weight, _scalar.filter_support
@@ -16,12 +18,15 @@ _cubic_weights = _scalar.cubic_weights
 BICUBIC = scalar.BICUBIC
 BORDER = 3  # pixels around the canvas: two that the cubic filter reads beyond the image, and one for rounding
 REACH = 2  # canvas pixels that `show` may read beyond what the affine shows
-ROWS = 32  # output rows that one pass makes: their values lie side by side, so that the horizontal filter works on vectors
+ROWS = (
+    32  # output rows that one pass makes: their values lie side by side, so that the horizontal filter works on vectors
+)
 
 
 @njit
 def _filter_table(box_start, box_extent, out_size, in_size, origin, interpolation):
-    """First pixel (counted from `origin`), number of taps and normalised weights of each output pixel along one axis."""
+    """First pixel (counted from `origin`), number of taps and normalised weights of each output pixel along one
+    axis."""
     taps_max = int(np.ceil(_filter_support(box_extent, out_size, interpolation))) * 2 + 1
     first = np.zeros(out_size, np.int32)
     count = np.zeros(out_size, np.int32)
@@ -70,7 +75,8 @@ def _filter_rows(pixels, first, count, weights, begin, end, line):
 
 @njit
 def _swap(a, b, mask, bits):
-    """Exchange the upper halves of a's fields with the lower halves of b's; `mask` has the lower halves, of `bits` bits."""
+    """Exchange the upper halves of a's fields with the lower halves of b's; `mask` has the lower halves, of `bits`
+    bits."""
     return (a & mask) | ((b & mask) << bits), ((a >> bits) & mask) | (b & ~mask)
 
 
@@ -86,8 +92,9 @@ def _interleave(lines, block):
 
 @njit
 def _filter_columns(block, first, count, weights, x, total, out):
-    """out uint8 [3 ROWS] = the weighted sum of `count` columns, rounded and clipped, with the weights in row `x` of their table; total: float32 of
-    that size, to work in. All indices are uint64: views cost more here than the sum, and a signed index might be negative."""
+    """out uint8 [3 ROWS] = the weighted sum of `count` columns, rounded and clipped, with the weights in row `x` of
+    their table; total: float32 of that size, to work in. All indices are uint64: views cost more here than the sum, and
+    a signed index might be negative."""
     size, one, two, three = np.uint64(3 * ROWS), np.uint64(1), np.uint64(2), np.uint64(3)
     half, low, high = np.float32(0.5), np.float32(0.0), np.float32(255.0)
     w0, w1, second = weights[x, 0], np.float32(0.0), first
@@ -100,7 +107,9 @@ def _filter_columns(block, first, count, weights, x, total, out):
     w2, third = weights[x, two], first + two
     if count == three:
         for i in range(size):
-            out[i] = np.uint8(min(max(half + w0 * block[first, i] + w1 * block[second, i] + w2 * block[third, i], low), high))
+            out[i] = np.uint8(
+                min(max(half + w0 * block[first, i] + w1 * block[second, i] + w2 * block[third, i], low), high)
+            )
         return
     for i in range(size):
         total[i] = half + w0 * block[first, i] + w1 * block[second, i] + w2 * block[third, i]
@@ -119,7 +128,8 @@ def _filter_columns(block, first, count, weights, x, total, out):
 
 @njit
 def _transpose(source, turned, target):
-    """source uint8 [8 n, 3 ROWS] -> target uint8 [3 ROWS, 8 n], by squares of 8 x 8 bytes; turned: uint64 [8, 3 ROWS / 8], to work in.
+    """source uint8 [8 n, 3 ROWS] -> target uint8 [3 ROWS, 8 n], by squares of 8 x 8 bytes; turned: uint64 [8, 3 ROWS /
+    8], to work in.
 
     Rows of a square are 64-bit words, which LLVM puts side by side in vectors: half the time of moving single bytes.
     """
@@ -148,8 +158,9 @@ def _transpose(source, turned, target):
 
 @njit
 def resample(region, origin_y, origin_x, height, width, box, flip, interpolation, fill, out):
-    """Show `box` = (top, left, height, width) of an image of `height` x `width` pixels, of which `region` uint8 [h, w, 3] holds what begins at
-    (origin_y, origin_x), in out uint8 [3, H, W], mirrored left-right when `flip`. Output pixels whose centre is outside the image get `fill`."""
+    """Show `box` = (top, left, height, width) of an image of `height` x `width` pixels, of which `region` uint8 [h, w,
+    3] holds what begins at (origin_y, origin_x), in out uint8 [3, H, W], mirrored left-right when `flip`. Output pixels
+    whose centre is outside the image get `fill`."""
     rows, columns = out.shape[1], out.shape[2]
     y_first, y_count, y_weights = _filter_table(box[0], box[2], rows, height, origin_y, interpolation)
     x_first, x_count, x_weights = _filter_table(box[1], box[3], columns, width, origin_x, interpolation)
@@ -171,7 +182,9 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
     if shown == 0:
         return
     begin, end = x_first[x_low], x_first[x_high - 1] + x_count[x_high - 1]
-    for x in range(x_low, x_high):  # cubic windows are cut at the image's edges alone, so they only grow; to be sure all the same
+    for x in range(
+        x_low, x_high
+    ):  # cubic windows are cut at the image's edges alone, so they only grow; to be sure all the same
         begin, end = min(begin, x_first[x]), max(end, x_first[x] + x_count[x])
     for y in range(rows):
         if y_count[y] and (y_first[y] < 0 or y_first[y] + y_count[y] > region.shape[0]):
@@ -195,7 +208,9 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
         for x in range(shown):
             at = x_low + x
             target = columns_done[shown - 1 - x if flip else x]
-            _filter_columns(block, np.uint64(x_first[at] - begin), np.uint64(x_count[at]), x_weights, np.uint64(at), total, target)
+            _filter_columns(
+                block, np.uint64(x_first[at] - begin), np.uint64(x_count[at]), x_weights, np.uint64(at), total, target
+            )
         _transpose(columns_done, turned, rows_done)
         for r in range(n):
             if y_count[y0 + r]:
@@ -209,9 +224,11 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
 def show(region, origin_y, origin_x, height, width, crop, affine, interpolation, fill, out):
     """Show an image of `height` x `width` pixels through `affine` (`tl_fast.plan.PLAN`) in out uint8 [3, H, W].
 
-    region: uint8 [h, w, 3], the image's pixels from (origin_y, origin_x) on, as far as `needed` says; crop: (top, left, height, width) in pixels,
-    which set the scale of a rotated or sheared sample: it is first resampled without rotation at the crop's scale, as Pillow's resize does before
-    its transform, then warped. Output pixels whose centre is outside the image get `fill` uint8 [3].
+    region: uint8 [h, w, 3], the image's pixels from (origin_y, origin_x) on, as far as `needed` says; crop: (top, left,
+    height, width) in pixels,
+    which set the scale of a rotated or sheared sample: it is first resampled without rotation at the crop's scale, as
+    Pillow's resize does before its transform, then warped. Output pixels whose centre is outside the image get `fill`
+    uint8 [3].
     """
     if affine[1] == 0.0 and affine[3] == 0.0:
         flip = affine[0] < 0.0
@@ -222,12 +239,26 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
     rows, columns = out.shape[1], out.shape[2]
     # The canvas: pixels of the crop's scale, counted from the crop's corner.
     scale_y, scale_x = crop[2] / rows, crop[3] / columns
-    x_step, x_slant, x_start = affine[0] / (columns * scale_x), affine[1] / (rows * scale_x), (affine[2] - crop[1]) / scale_x
-    y_slant, y_step, y_start = affine[3] / (columns * scale_y), affine[4] / (rows * scale_y), (affine[5] - crop[0]) / scale_y
+    x_step, x_slant, x_start = (
+        affine[0] / (columns * scale_x),
+        affine[1] / (rows * scale_x),
+        (affine[2] - crop[1]) / scale_x,
+    )
+    y_slant, y_step, y_start = (
+        affine[3] / (columns * scale_y),
+        affine[4] / (rows * scale_y),
+        (affine[5] - crop[0]) / scale_y,
+    )
     x_low, x_high = -crop[1] / scale_x, (width - crop[1]) / scale_x  # the image
     y_low, y_high = -crop[0] / scale_y, (height - crop[0]) / scale_y
-    reach_x = min(x_step * columns, 0.0) + min(x_slant * rows, 0.0), max(x_step * columns, 0.0) + max(x_slant * rows, 0.0)
-    reach_y = min(y_slant * columns, 0.0) + min(y_step * rows, 0.0), max(y_slant * columns, 0.0) + max(y_step * rows, 0.0)
+    reach_x = (
+        min(x_step * columns, 0.0) + min(x_slant * rows, 0.0),
+        max(x_step * columns, 0.0) + max(x_slant * rows, 0.0),
+    )
+    reach_y = (
+        min(y_slant * columns, 0.0) + min(y_step * rows, 0.0),
+        max(y_slant * columns, 0.0) + max(y_step * rows, 0.0),
+    )
     x0 = int(np.ceil(max(x_start + reach_x[0] - REACH, x_low) - 0.5))
     x1 = int(np.ceil(min(x_start + reach_x[1] + REACH, x_high) - 0.5))
     y0 = int(np.ceil(max(y_start + reach_y[0] - REACH, y_low) - 0.5))
@@ -247,9 +278,13 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
         x_row = x_start + (i + 0.5) * x_slant + 0.5 * x_step
         y_row = y_start + (i + 0.5) * y_step + 0.5 * y_slant
         first, last = 0, columns  # of a row, what shows the image is in one piece
-        while first < columns and not (x_low <= x_row + first * x_step < x_high and y_low <= y_row + first * y_slant < y_high):
+        while first < columns and not (
+            x_low <= x_row + first * x_step < x_high and y_low <= y_row + first * y_slant < y_high
+        ):
             first += 1
-        while last > first and not (x_low <= x_row + (last - 1) * x_step < x_high and y_low <= y_row + (last - 1) * y_slant < y_high):
+        while last > first and not (
+            x_low <= x_row + (last - 1) * x_step < x_high and y_low <= y_row + (last - 1) * y_slant < y_high
+        ):
             last -= 1
         for j in range(np.uint64(first), np.uint64(last)):
             x = x_row + np.float64(j) * x_step - x0 + (BORDER - 0.5)
@@ -260,7 +295,15 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
                 w0, w1, w2, w3 = _cubic_weights(x - column)
                 across = np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)
                 w0, w1, w2, w3 = _cubic_weights(y - row)
-                add_taps(pixels, at, stride, across, (np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)), line, j * np.uint64(4))
+                add_taps(
+                    pixels,
+                    at,
+                    stride,
+                    across,
+                    (np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)),
+                    line,
+                    j * np.uint64(4),
+                )
             else:
                 at = np.uint64(row) * stride + np.uint64(column) * np.uint64(4)
                 wx, wy, one = np.float32(x - column), np.float32(y - row), np.float32(1.0)
@@ -278,7 +321,8 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
 
 @njit
 def _spread(canvas, pixels):
-    """canvas uint8 [3, h, w] -> pixels float32 [h + 2 BORDER, w + 2 BORDER, 4], flat: RGB and a 0, the outermost pixels repeated around them."""
+    """canvas uint8 [3, h, w] -> pixels float32 [h + 2 BORDER, w + 2 BORDER, 4], flat: RGB and a 0, the outermost pixels
+    repeated around them."""
     rows, columns = canvas.shape[1], canvas.shape[2]
     stride = (columns + 2 * BORDER) * 4
     one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
@@ -298,7 +342,8 @@ def _spread(canvas, pixels):
 
 
 def needed(plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, out_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels that `show` reads of images of `heights`, `widths` [B] -> first and behind last (row, column), int64 [B, 2], never empty."""
+    """Pixels that `show` reads of images of `heights`, `widths` [B] -> first and behind last (row, column), int64 [B,
+    2], never empty."""
     affine = plans["affine"].astype(np.float64)
     rotated = (affine[:, 1] != 0) | (affine[:, 3] != 0)
     starts, stops = np.empty((len(plans), 2), np.int64), np.empty((len(plans), 2), np.int64)

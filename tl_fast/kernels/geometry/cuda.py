@@ -1,10 +1,11 @@
 """The CUDA kernel that shows images through their plans' affines: one launch a batch, a block a tile of an output.
 
-A tile's canvas, axis-aligned and at the crop's scale, is filtered as `tl_fast.kernels.geometry.cpu` does it: columns first, into float32 in
-shared memory, then rows, rounded to uint8. Where the affine is along the axes that is the output; else it stays in shared memory and is
-warped from there. Whatever does not fit is done in parts: rows and columns of a canvas, then sub-tiles of a tile. No pixel outside the
-decoded region is read, whatever the plan says.
+A tile's canvas, axis-aligned and at the crop's scale, is filtered as `tl_fast.kernels.geometry.cpu` does it: columns
+first, into float32 in shared memory, then rows, rounded to uint8. Where the affine is along the axes that is the
+output; else it stays in shared memory and is warped from there. Whatever does not fit is done in parts: rows and
+columns of a canvas, then sub-tiles of a tile. No pixel outside the decoded region is read, whatever the plan says.
 """
+
 from __future__ import annotations
 
 import math
@@ -12,25 +13,46 @@ import math
 import numpy as np
 from numba import cuda, float32, int32, uint8
 
-from tl_fast.maths import scalar
 from tl_fast.kernels.cuda_device import device, peek, poke, scalar32
+from tl_fast.maths import scalar
 
 _filter_range, _filter_weight, _filter_support = scalar32.filter_range, scalar32.filter_weight, scalar32.filter_support
 _filter_centre, _cubic_weights = scalar32.filter_centre, scalar32.cubic_weights
 BICUBIC = scalar.BICUBIC
 
-REGION = np.dtype([("offset", "<i8"), *((name, "<i4") for name in ("rows", "columns", "top", "left", "height", "width"))], align=True)
-"""One record a sample: where its decoded pixels, uint8 [rows, columns, 3], begin in the bytes of all; which pixel of the image is their
-first; the image's size."""
+REGION = np.dtype(
+    [("offset", "<i8"), *((name, "<i4") for name in ("rows", "columns", "top", "left", "height", "width"))], align=True
+)
+"""One record a sample: where its decoded pixels, uint8 [rows, columns, 3], begin in the bytes of all; which pixel of
+the image is their first; the image's size."""
 
 I = np.int32  # numba makes int64 of every sum of int32: casts let the compiler go back  # noqa: E741
 
 TILE = 32  # output pixels, square
-BOUNDS = 256, 2  # threads of a block; blocks that a multiprocessor shall have room for: 128 registers each, 80 would spill
+BOUNDS = (
+    256,
+    2,
+)  # threads of a block; blocks that a multiprocessor shall have room for: 128 registers each, 80 would spill
 # Shared memory of a block.
 BOX_TOP, BOX_LEFT, BOX_HEIGHT, BOX_WIDTH, SCALE_X, XU = range(6)
 X_STEP, X_SLANT, X_START, Y_SLANT, Y_STEP, Y_START, X_LOW, X_HIGH, Y_LOW, Y_HIGH = range(6, 16)
-(IMAGE_X0, IMAGE_X1, IMAGE_Y0, IMAGE_Y1, TOP, LEFT, ROWS, COLUMNS, HEIGHT, WIDTH, INTERPOLATION, WARPED, TAPS_Y, TAPS_X, PART) = range(15)
+(
+    IMAGE_X0,
+    IMAGE_X1,
+    IMAGE_Y0,
+    IMAGE_Y1,
+    TOP,
+    LEFT,
+    ROWS,
+    COLUMNS,
+    HEIGHT,
+    WIDTH,
+    INTERPOLATION,
+    WARPED,
+    TAPS_Y,
+    TAPS_X,
+    PART,
+) = range(15)
 FLOATS, INTEGERS = 16, 15
 LINES = 64  # rows and columns of a canvas that one pass makes, at most
 ZERO, HALF, ONE, WHITE = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(255.0)
@@ -38,8 +60,8 @@ ZERO, HALF, ONE, WHITE = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.f
 
 @device
 def _fill_line(i, start, extent, size, in_size, low, length, interpolation, weights, first, count, line, taps):
-    """The filter of canvas line `i` along one axis, as line `line` of the tables: source pixels inside low .. low + length - 1 and normalised
-    weights.
+    """The filter of canvas line `i` along one axis, as line `line` of the tables: source pixels inside low .. low +
+    length - 1 and normalised weights.
 
     Lines whose centre is outside the image get none."""
     begin, end = _filter_range(i, start, extent, size, in_size, interpolation)
@@ -67,27 +89,42 @@ def _round(value):
 
 @device
 def _place(region, plan, out_rows, out_columns, tile, canvas_size, real, whole):
-    """What all threads of a block need of a sample, to shared memory: the canvas' box in the image, the affine from output pixels to the
-    canvas, sizes."""
+    """What all threads of a block need of a sample, to shared memory: the canvas' box in the image, the affine from
+    output pixels to the canvas, sizes."""
     affine, interpolation = plan["affine"], I(plan["interpolation"])
     xu, xv, x0, yu, yv, y0 = affine[0], affine[1], affine[2], affine[3], affine[4], affine[5]
     warped = xv != ZERO or yu != ZERO
-    # The canvas shows this box (top, left, height, width) in as many pixels as the output has; where it is warped it goes on beyond them.
+    # The canvas shows this box (top, left, height, width) in as many pixels as the output has; where it is warped it
+    # goes on beyond them.
     if warped:
-        top, left, high, wide = np.float32(plan["top"]), np.float32(plan["left"]), np.float32(plan["height"]), np.float32(plan["width"])
+        top, left, high, wide = (
+            np.float32(plan["top"]),
+            np.float32(plan["left"]),
+            np.float32(plan["height"]),
+            np.float32(plan["width"]),
+        )
     else:
         top, left, high, wide = y0, x0 + min(xu, ZERO), yv, abs(xu)
     scale_y, scale_x = high / np.float32(out_rows), wide / np.float32(out_columns)
     real[BOX_TOP], real[BOX_LEFT], real[BOX_HEIGHT], real[BOX_WIDTH] = top, left, high, wide
     real[SCALE_X], real[XU] = scale_x, xu
     real[X_STEP], real[X_SLANT], real[X_START] = xu / wide, xv / (np.float32(out_rows) * scale_x), (x0 - left) / scale_x
-    real[Y_SLANT], real[Y_STEP], real[Y_START] = yu / (np.float32(out_columns) * scale_y), yv / high, (y0 - top) / scale_y
+    real[Y_SLANT], real[Y_STEP], real[Y_START] = (
+        yu / (np.float32(out_columns) * scale_y),
+        yv / high,
+        (y0 - top) / scale_y,
+    )
     height, width = I(region["height"]), I(region["width"])
     real[X_LOW], real[X_HIGH] = -left / scale_x, (np.float32(width) - left) / scale_x  # the image
     real[Y_LOW], real[Y_HIGH] = -top / scale_y, (np.float32(height) - top) / scale_y
     whole[IMAGE_X0], whole[IMAGE_X1] = math.ceil(real[X_LOW] - HALF), math.ceil(real[X_HIGH] - HALF)
     whole[IMAGE_Y0], whole[IMAGE_Y1] = math.ceil(real[Y_LOW] - HALF), math.ceil(real[Y_HIGH] - HALF)
-    whole[TOP], whole[LEFT], whole[ROWS], whole[COLUMNS] = region["top"], region["left"], region["rows"], region["columns"]
+    whole[TOP], whole[LEFT], whole[ROWS], whole[COLUMNS] = (
+        region["top"],
+        region["left"],
+        region["rows"],
+        region["columns"],
+    )
     whole[HEIGHT], whole[WIDTH], whole[INTERPOLATION], whole[WARPED] = height, width, interpolation, I(warped)
     whole[TAPS_Y] = I(np.float32(2.0) * _filter_support(high, out_rows, interpolation)) + 2
     whole[TAPS_X] = I(np.float32(2.0) * _filter_support(wide, out_columns, interpolation)) + 2
@@ -131,15 +168,15 @@ def _clamp(index, low, high):
 
 
 def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
-    """The kernel with tiles of `tile` x `tile` pixels; shared memory for `buffer` float32 between the passes, `table` weights of each
-    axis and a canvas of `canvas_size` pixels, at least 25; at most `lines` rows and columns a pass."""
+    """The kernel with tiles of `tile` x `tile` pixels; shared memory for `buffer` float32 between the passes, `table`
+    weights of each axis and a canvas of `canvas_size` pixels, at least 25; at most `lines` rows and columns a pass."""
     colours = 3 * canvas_size
 
     def show(pixels, regions, plans, red, green, blue, out_rows, out_columns, out):
         """Block (x, y, b): tile (x, y) of sample b.
 
-        pixels: uint8 [M]; regions: REGION [B]; plans: `tl_fast.plan.PLAN` [B]; red, green, blue: what lies outside the images; out: uint8
-        [B 3 H W], written.
+        pixels: uint8 [M]; regions: REGION [B]; plans: `tl_fast.plan.PLAN` [B]; red, green, blue: what lies outside the
+        images; out: uint8 [B 3 H W], written.
         """
         lines_f = cuda.shared.array(buffer, float32)
         weights_y = cuda.shared.array(table, float32)
@@ -196,16 +233,46 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
                             n_across = I(min(across_pass, right_c - j0))
                             if j0 == left_c:
                                 for n in range(thread, n_down, threads):
-                                    _fill_line(I(i0 + n), real[BOX_TOP], real[BOX_HEIGHT], out_rows, whole[HEIGHT], whole[TOP], whole[ROWS],
-                                               interpolation, weights_y, first_y, count_y, n, taps_y)
+                                    _fill_line(
+                                        I(i0 + n),
+                                        real[BOX_TOP],
+                                        real[BOX_HEIGHT],
+                                        out_rows,
+                                        whole[HEIGHT],
+                                        whole[TOP],
+                                        whole[ROWS],
+                                        interpolation,
+                                        weights_y,
+                                        first_y,
+                                        count_y,
+                                        n,
+                                        taps_y,
+                                    )
                             for n in range(I(threads - 1 - thread), n_across, threads):
-                                _fill_line(I(j0 + n), real[BOX_LEFT], real[BOX_WIDTH], out_columns, whole[WIDTH], whole[LEFT], whole[COLUMNS],
-                                           interpolation, weights_x, first_x, count_x, n, taps_x)
+                                _fill_line(
+                                    I(j0 + n),
+                                    real[BOX_LEFT],
+                                    real[BOX_WIDTH],
+                                    out_columns,
+                                    whole[WIDTH],
+                                    whole[LEFT],
+                                    whole[COLUMNS],
+                                    interpolation,
+                                    weights_x,
+                                    first_x,
+                                    count_x,
+                                    n,
+                                    taps_x,
+                                )
                             cuda.syncthreads()
                             begin = first_x[0]
                             span = I(min(first_x[n_across - 1] + count_x[n_across - 1] - begin, room))
                             for i in range(group, n_down, groups):
-                                start = offset + I(peek(first_y, i) - whole[TOP]) * np.int64(line_bytes) + I(3 * (begin - whole[LEFT]))
+                                start = (
+                                    offset
+                                    + I(peek(first_y, i) - whole[TOP]) * np.int64(line_bytes)
+                                    + I(3 * (begin - whole[LEFT]))
+                                )
                                 n = peek(count_y, i)
                                 for x in range(lane, span, lanes):
                                     at = start + I(3 * x)
@@ -250,22 +317,44 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
                         c = n // (down * across)
                         place = n - c * (down * across)
                         i, j = place // across, place % across
-                        inside = whole[IMAGE_Y0] <= top_c + i < whole[IMAGE_Y1] and whole[IMAGE_X0] <= left_c + j < whole[IMAGE_X1]
-                        value = _round(_direct(pixels, offset, I(top_c + i), I(left_c + j), real, whole, out_rows, out_columns, c))
+                        inside = (
+                            whole[IMAGE_Y0] <= top_c + i < whole[IMAGE_Y1]
+                            and whole[IMAGE_X0] <= left_c + j < whole[IMAGE_X1]
+                        )
+                        value = _round(
+                            _direct(pixels, offset, I(top_c + i), I(left_c + j), real, whole, out_rows, out_columns, c)
+                        )
                         if warped:
                             canvas[c * canvas_size + place] = value
                         else:
                             column = out_columns - 1 - (left_c + j) if real[XU] < ZERO else left_c + j
                             fill = red if c == 0 else green if c == 1 else blue
-                            out[out_at + c * plane + np.int64(top_c + i) * out_columns + column] = value if inside else fill
+                            out[out_at + c * plane + np.int64(top_c + i) * out_columns + column] = (
+                                value if inside else fill
+                            )
                     cuda.syncthreads()
                 if warped:
                     for i in range(y_part + group, y_end, groups):
                         for j in range(x_part + lane, x_end, lanes):
-                            x = real[X_START] + (np.float32(i) + HALF) * real[X_SLANT] + (np.float32(j) + HALF) * real[X_STEP]
-                            y = real[Y_START] + (np.float32(i) + HALF) * real[Y_STEP] + (np.float32(j) + HALF) * real[Y_SLANT]
+                            x = (
+                                real[X_START]
+                                + (np.float32(i) + HALF) * real[X_SLANT]
+                                + (np.float32(j) + HALF) * real[X_STEP]
+                            )
+                            y = (
+                                real[Y_START]
+                                + (np.float32(i) + HALF) * real[Y_STEP]
+                                + (np.float32(j) + HALF) * real[Y_SLANT]
+                            )
                             at = out_at + I(i * out_columns + j)
-                            if x < real[X_LOW] or x >= real[X_HIGH] or y < real[Y_LOW] or y >= real[Y_HIGH] or down <= 0 or across <= 0:
+                            if (
+                                x < real[X_LOW]
+                                or x >= real[X_HIGH]
+                                or y < real[Y_LOW]
+                                or y >= real[Y_HIGH]
+                                or down <= 0
+                                or across <= 0
+                            ):
                                 poke(out, at, red)
                                 poke(out, at + plane, green)
                                 poke(out, at + I(2 * plane), blue)
@@ -281,18 +370,28 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
                             else:
                                 wx0, wx1, wx2, wx3 = ZERO, ONE - x, x, ZERO
                                 wy0, wy1, wy2, wy3 = ZERO, ONE - y, y, ZERO
-                            at0, at1 = I(_clamp(column - 1, left_c, right_c) - left_c), I(_clamp(column, left_c, right_c) - left_c)
-                            at2, at3 = I(_clamp(column + 1, left_c, right_c) - left_c), I(_clamp(column + 2, left_c, right_c) - left_c)
+                            at0, at1 = (
+                                I(_clamp(column - 1, left_c, right_c) - left_c),
+                                I(_clamp(column, left_c, right_c) - left_c),
+                            )
+                            at2, at3 = (
+                                I(_clamp(column + 1, left_c, right_c) - left_c),
+                                I(_clamp(column + 2, left_c, right_c) - left_c),
+                            )
                             for c in range(3):
                                 total = ZERO
                                 for tap in range(4):
                                     wy = wy0 if tap == 0 else wy1 if tap == 1 else wy2 if tap == 2 else wy3
                                     if wy != ZERO:
-                                        place = I(c * canvas_size + (_clamp(line - 1 + tap, top_c, end_c) - top_c) * across)
+                                        place = I(
+                                            c * canvas_size + (_clamp(line - 1 + tap, top_c, end_c) - top_c) * across
+                                        )
                                         total += wy * (
-                                            wx0 * np.float32(peek(canvas, place + at0)) + wx1 * np.float32(peek(canvas, place + at1))
-                                            + wx2 * np.float32(peek(canvas, place + at2)) + wx3 * np.float32(peek(canvas, place + at3))
-                                        )  # fmt: skip
+                                            wx0 * np.float32(peek(canvas, place + at0))
+                                            + wx1 * np.float32(peek(canvas, place + at1))
+                                            + wx2 * np.float32(peek(canvas, place + at2))
+                                            + wx3 * np.float32(peek(canvas, place + at3))
+                                        )
                                 poke(out, at + I(c * plane), _round(total))
                     cuda.syncthreads()
 

@@ -1,8 +1,9 @@
 """The sum of weighted pixels that a warp makes for every output pixel, in vector instructions.
 
-Numba leaves LLVM's vectoriser for straight-line code off, so that a pixel's channels would be summed one by one; here the vectors are written
-down. LLVM turns them into what the machine has.
+Numba leaves LLVM's vectoriser for straight-line code off, so that a pixel's channels would be summed one by one; here
+the vectors are written down. LLVM turns them into what the machine has.
 """
+
 from __future__ import annotations
 
 from llvmlite import ir
@@ -17,8 +18,8 @@ _UNDEFINED, _FIRST_LANE = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(ir.Vec
 def add_taps(typingctx, pixels, at, stride, weights_x, weights_y, out, to):
     """out[to : to + 4] = the sum over n x n pixels of weights_y[row] * weights_x[column] * pixel, each four floats.
 
-    pixels: float32 [any], the first pixel begins at `at`, the next row's `stride` floats later, both uint64; weights_x, weights_y: tuples of n float32; out:
-    float32 [any]; to: uint64. Indices are not checked.
+    pixels: float32 [any], the first pixel begins at `at`, the next row's `stride` floats later, both uint64; weights_x,
+    weights_y: tuples of n float32; out: float32 [any]; to: uint64. Indices are not checked.
     """
 
     def generate(context, builder, signature, arguments):

@@ -1,17 +1,17 @@
 """CPU loops that make token targets from label maps, in rows of C classes of which each names few.
 
-A row is some hundred operations, and numba counts references to arrays at each call with atomic instructions, which took as long: what runs
-once a row takes addresses instead (`tl_fast.maths.memory`), all of them uint64.
+A row is some hundred operations, and numba counts references to arrays at each call with atomic instructions, which
+took as long: what runs once a row takes addresses instead (`tl_fast.maths.memory`), all of them uint64.
 """
+
 from __future__ import annotations
 
 import math
 
 import numpy as np
 
-from tl_fast.maths import scalar
+from tl_fast.maths import memory, scalar
 from tl_fast.maths.compile import compile_scalar, njit
-from tl_fast.maths import memory
 
 PAST_CACHES = 256  # classes from which on a row goes past the caches
 
@@ -57,14 +57,16 @@ def _roi_table(start, extent, bins, cells, cut):
 
 @njit
 def _add_cell(classes, scores, cell, cells, k, weight, total, listed, n):
-    """Add a cell's scores to the dense `total` [C]; classes met for the first time go to `listed`, which holds n. Returns how many it holds now.
+    """Add a cell's scores to the dense `total` [C]; classes met for the first time go to `listed`, which holds n.
+    Returns how many it holds now.
 
     classes: address of uint16 [k, cells]; scores: of float32 [k, cells]; total: of float32; listed: of uint16.
     """
     for _ in range(k):
         c = np.uint64(memory.load_uint16(classes, cell))
         before = memory.load_float32(total, c)
-        # NaN marks a class not met yet in this bin (scores are finite), so no second array is needed; no branch, which would be guessed wrongly.
+        # NaN marks a class not met yet in this bin (scores are finite), so no second array is needed; no branch, which
+        # would be guessed wrongly.
         fresh = before != before
         memory.store_uint16(listed, n, c)
         n += U(fresh)
@@ -93,7 +95,8 @@ def _copy_past_caches(source, target, count):
 def _softmax_row(total, listed, n, num_classes, smoothing, row, out):
     """Softmax over C classes of which all but the `n` listed have score 0, smoothed, to `out` [C]; `total` is cleared.
 
-    total, out: addresses of float32 [C]; listed: of uint16 [n]; row: of float32 [C] to work in, which is then copied past the caches, or 0.
+    total, out: addresses of float32 [C]; listed: of uint16 [n]; row: of float32 [C] to work in, which is then copied
+    past the caches, or 0.
     """
     highest = np.float32(-np.inf) if n == num_classes else np.float32(0.0)
     for t in range(n):
@@ -111,7 +114,9 @@ def _softmax_row(total, listed, n, num_classes, smoothing, row, out):
         memory.store_float32(values, c, off)
     for t in range(n):
         c = np.uint64(memory.load_uint16(listed, t))
-        memory.store_float32(values, c, np.float32(_smooth(memory.load_float32(total, c) / mass, smoothing, num_classes)))
+        memory.store_float32(
+            values, c, np.float32(_smooth(memory.load_float32(total, c) / mass, smoothing, num_classes))
+        )
         memory.store_float32(total, c, np.float32(np.nan))
     if row:
         _copy_past_caches(row, out, num_classes)
@@ -138,8 +143,20 @@ def _aligned_sample(source, affine, grid, cut, work, target):
                 for y in range(y_count[i]):
                     for x in range(x_count[j]):
                         cell = U((np.int64(y_first[i]) + y) * columns + np.int64(x_first[j]) + x)
-                        n = _add_cell(classes, scores, cell, U(rows * columns), k, y_weights[i, y] * x_weights[j, x], total, listed, n)
-                _softmax_row(total, listed, n, num_classes, smoothing, row, out + U(4 * (level + i * bins + place)) * num_classes)
+                        n = _add_cell(
+                            classes,
+                            scores,
+                            cell,
+                            U(rows * columns),
+                            k,
+                            y_weights[i, y] * x_weights[j, x],
+                            total,
+                            listed,
+                            n,
+                        )
+                _softmax_row(
+                    total, listed, n, num_classes, smoothing, row, out + U(4 * (level + i * bins + place)) * num_classes
+                )
 
 
 @njit
@@ -164,7 +181,10 @@ def _warped_sample(source, affine, grid, cut, work, target):
     xu, xv, x0, yu, yv, y0 = cells[0], cells[1], cells[2], cells[3], cells[4], cells[5]
     for level in range(2):
         bins = grid if level else 1
-        samples_x, samples_y = _roi_samples(extents[0], bins, scalar.ROI_SLACK), _roi_samples(extents[1], bins, scalar.ROI_SLACK)
+        samples_x, samples_y = (
+            _roi_samples(extents[0], bins, scalar.ROI_SLACK),
+            _roi_samples(extents[1], bins, scalar.ROI_SLACK),
+        )
         share = 1.0 / (samples_x * samples_y)
         for i in range(bins):
             for j in range(bins):
@@ -176,16 +196,21 @@ def _warped_sample(source, affine, grid, cut, work, target):
                         column, x_low, x_high = _tap(xu * u + xv * v + x0, columns, cut)
                         line, y_low, y_high = _tap(yu * u + yv * v + y0, rows, cut)
                         for corner in range(4):
-                            weight = np.float32((y_high if corner & 2 else y_low) * (x_high if corner & 1 else x_low) * share)
+                            weight = np.float32(
+                                (y_high if corner & 2 else y_low) * (x_high if corner & 1 else x_low) * share
+                            )
                             if weight > 0.0:
                                 cell = U((line + (corner >> 1)) * columns + column + (corner & 1))
                                 n = _add_cell(classes, scores, cell, U(rows * columns), k, weight, total, listed, n)
-                _softmax_row(total, listed, n, num_classes, smoothing, row, out + U(4 * (level + i * bins + j)) * num_classes)
+                _softmax_row(
+                    total, listed, n, num_classes, smoothing, row, out + U(4 * (level + i * bins + j)) * num_classes
+                )
 
 
 @njit
 def write(classes, scores, affines, num_classes, grid, smoothing, cut, out):
-    """Token targets of samples, as `cpu.warped_targets` describes them; its arguments, checked and contiguous. out: float32 [B, 1 + grid**2, C]."""
+    """Token targets of samples, as `cpu.warped_targets` describes them; its arguments, checked and contiguous. out:
+    float32 [B, 1 + grid**2, C]."""
     k, rows, columns = classes.shape[1], classes.shape[2], classes.shape[3]
     total = np.full(num_classes, np.float32(np.nan), np.float32)
     listed = np.empty(num_classes + 1, np.uint16)  # one beyond the last is written before it is known to be new

@@ -1,10 +1,12 @@
 """The CUDA kernel of the token targets: one launch a batch, a warp a token row, the class token's row by a whole block.
 
-A row of C scores lies in shared memory, NaN where no class of its bin is. The bin's cells are added to it one after the other, the
-classes of a cell side by side, so sums have one order and repeat bit for bit; then the few classes met get their softmax, the rest share
-one value, and the row is written in 16-byte stores. Rows of many cells (the class token's) are spread over the block: weights of cells as
-whole numbers of 2**-30, whose order does not matter, then every warp adds its share of the cells. docs/kernels.md counts the bytes.
+A row of C scores lies in shared memory, NaN where no class of its bin is. The bin's cells are added to it one after the
+other, the classes of a cell side by side, so sums have one order and repeat bit for bit; then the few classes met get
+their softmax, the rest share one value, and the row is written in 16-byte stores. Rows of many cells (the class
+token's) are spread over the block: weights of cells as whole numbers of 2**-30, whose order does not matter, then every
+warp adds its share of the cells. docs/kernels.md counts the bytes.
 """
+
 from __future__ import annotations
 
 import math
@@ -12,6 +14,20 @@ import math
 import numpy as np
 from numba import cuda, float32, int32, uint16
 
+from tl_fast.kernels.cuda_device import (
+    ALIGNMENT,
+    device,
+    gpu,
+    in_step,
+    load16,
+    pack_bfloat16,
+    peek,
+    poke,
+    scalar32,
+    store16,
+    warp_max,
+    warp_sum,
+)
 from tl_fast.kernels.targets.cuda_bins import (
     CROWDED,
     EXTENT_X,
@@ -32,10 +48,7 @@ from tl_fast.kernels.targets.cuda_bins import (
     roi_point,
     tap,
     warped_point,
-)  # fmt: skip
-from tl_fast.kernels.cuda_device import (
-    ALIGNMENT, device, gpu, in_step, load16, pack_bfloat16, peek, poke, scalar32, store16, warp_max, warp_sum,
-)  # fmt: skip
+)
 from tl_fast.kernels.targets.cuda_maps import PALETTE, READERS, open_arrays, open_bytes, read_arrays, read_bytes
 
 _smooth = scalar32.smooth
@@ -48,12 +61,14 @@ NAN, LOW = np.float32(np.nan), np.float32(-np.inf)
 SHARE, UNSHARE = np.float32(2.0**30), np.float32(2.0**-30)
 NONE = 65535  # in a list of classes: met before
 I = np.int32  # numba makes int64 of every sum of int32: casts let the compiler go back  # noqa: E741
-# Loops of a thread are written with `while`: `range` with a step divides, and the compiler unrolls it until registers are short.
+# Loops of a thread are written with `while`: `range` with a step divides, and the compiler unrolls it until registers
+# are short.
 
 
 @device
 def _write_float32(rows, base, other, num_classes, vector, out, first, lane, lanes):
-    """Row `base` of shared memory to out[first ...], `other` where it has NaN; vector: 16 bytes at a time, which the rare rows leave be."""
+    """Row `base` of shared memory to out[first ...], `other` where it has NaN; vector: 16 bytes at a time, which the
+    rare rows leave be."""
     if vector:
         n = I(4 * lane)
         while n < num_classes:
@@ -112,8 +127,35 @@ def _build(open_map, read, write):
     """The kernel for one kind of source and one type of output."""
 
     @device
-    def block_row(source, layout, first, entries, palette, k, height, width, num_classes, smoothing, cut, row, bins, crop, state, rows,
-                  integers, cell_weights, partial, scratch, lane, lanes, group, groups, pitch, out, out_at):  # fmt: skip
+    def block_row(
+        source,
+        layout,
+        first,
+        entries,
+        palette,
+        k,
+        height,
+        width,
+        num_classes,
+        smoothing,
+        cut,
+        row,
+        bins,
+        crop,
+        state,
+        rows,
+        integers,
+        cell_weights,
+        partial,
+        scratch,
+        lane,
+        lanes,
+        group,
+        groups,
+        pitch,
+        out,
+        out_at,
+    ):
         """One row by all threads of a block, whatever its bin covers."""
         thread, threads, cells = I(group * lanes + lane), I(lanes * groups), I(height * width)
         base = I(group * pitch)
@@ -134,7 +176,9 @@ def _build(open_map, read, write):
                 x = warped_point(crop, 0, i, j, sy, sx, bins, samples_x, samples_y)
                 y = warped_point(crop, 3, i, j, sy, sx, bins, samples_x, samples_y)
             else:
-                x = roi_point(bins - 1 - j if state[KIND] == FLIPPED else j, sx, crop[LEFT], crop[EXTENT_X], bins, samples_x)
+                x = roi_point(
+                    bins - 1 - j if state[KIND] == FLIPPED else j, sx, crop[LEFT], crop[EXTENT_X], bins, samples_x
+                )
                 y = roi_point(i, sy, crop[5], crop[EXTENT_Y], bins, samples_y)
             column, x_low, x_high = tap(x, width, cut)
             line, y_low, y_high = tap(y, height, cut)
@@ -206,14 +250,31 @@ def _build(open_map, read, write):
             c = I(c + threads)
         gpu.syncthreads()
 
-    def targets(source, small, large, affines, k, height, width, num_classes, grid, smoothing, cut, slots, reach, tokens, vector, out,
-                errors):  # fmt: skip
+    def targets(
+        source,
+        small,
+        large,
+        affines,
+        k,
+        height,
+        width,
+        num_classes,
+        grid,
+        smoothing,
+        cut,
+        slots,
+        reach,
+        tokens,
+        vector,
+        out,
+        errors,
+    ):
         """Block (0, b) makes the class token's row of sample b, the others `tokens` rows each.
 
-        source, small, large: as of `cuda_maps.open_*`; affines: float32 [6 B]; slots: entries of a bin that a group has room for, at
-        least k reach**2; reach: cells of a bin along one axis that there is room for; vector: rows of `out` begin at multiples of 16
-        bytes; out: [B (1 + grid**2) C], written; errors: int32 [B], 0 or the code of what is wrong with the map, all of whose targets are
-        NaN then. Dynamic shared memory: `shared_bytes`.
+        source, small, large: as of `cuda_maps.open_*`; affines: float32 [6 B]; slots: entries of a bin that a group has
+        room for, at least k reach**2; reach: cells of a bin along one axis that there is room for; vector: rows of
+        `out` begin at multiples of 16 bytes; out: [B (1 + grid**2) C], written; errors: int32 [B], 0 or the code of
+        what is wrong with the map, all of whose targets are NaN then. Dynamic shared memory: `shared_bytes`.
         """
         rows = cuda.shared.array(0, float32, ALIGNMENT)
         integers = cuda.shared.array(0, int32, ALIGNMENT)
@@ -251,28 +312,84 @@ def _build(open_map, read, write):
         for c in range(lane, stride, lanes):
             poke(rows, base + c, NAN)
         cuda.syncthreads()
-        layout, first, _ = open_map(source, b, entries, num_classes, small, large, palette, counts, state, crop, thread, threads)
+        layout, first, _ = open_map(
+            source, b, entries, num_classes, small, large, palette, counts, state, crop, thread, threads
+        )
         if begin and state[KIND] != WARPED:
             for n in range(thread, I(2 * bins), threads):
                 at = I(axes + n * (reach + 2))
                 if n < bins:
-                    fill_axis(rows, integers, at, n, crop[5], crop[EXTENT_Y], bins, state[SAMPLES_Y], height, cut, reach, state)
+                    fill_axis(
+                        rows,
+                        integers,
+                        at,
+                        n,
+                        crop[5],
+                        crop[EXTENT_Y],
+                        bins,
+                        state[SAMPLES_Y],
+                        height,
+                        cut,
+                        reach,
+                        state,
+                    )
                 else:
                     i = I(n - bins)
-                    fill_axis(rows, integers, at, i, crop[LEFT], crop[EXTENT_X], bins, state[SAMPLES_X], width, cut, reach, state)
+                    fill_axis(
+                        rows,
+                        integers,
+                        at,
+                        i,
+                        crop[LEFT],
+                        crop[EXTENT_X],
+                        bins,
+                        state[SAMPLES_X],
+                        width,
+                        cut,
+                        reach,
+                        state,
+                    )
         cuda.syncthreads()
         if state[WRONG]:
             if thread == 0:
                 errors[b] = state[WRONG]
             for row in range(I(begin + group), end, groups):
-                write(rows, base, NAN, num_classes, False, out, (np.int64(b) * all_rows + row) * num_classes, lane, lanes)
+                write(
+                    rows, base, NAN, num_classes, False, out, (np.int64(b) * all_rows + row) * num_classes, lane, lanes
+                )
             return
         warped = state[KIND] == WARPED
         if begin == 0 or state[CROWDED] or (warped and 4 * k * state[SAMPLES_X] * state[SAMPLES_Y] > slots):
             for row in range(begin, end):
-                block_row(source, layout, first, entries, palette, k, height, width, num_classes, smoothing, cut, row, bins, crop, state, rows,
-                          integers, cell_weights, partial, scratch, lane, lanes, group, groups, share, out,
-                          (np.int64(b) * all_rows + row) * num_classes)  # fmt: skip
+                block_row(
+                    source,
+                    layout,
+                    first,
+                    entries,
+                    palette,
+                    k,
+                    height,
+                    width,
+                    num_classes,
+                    smoothing,
+                    cut,
+                    row,
+                    bins,
+                    crop,
+                    state,
+                    rows,
+                    integers,
+                    cell_weights,
+                    partial,
+                    scratch,
+                    lane,
+                    lanes,
+                    group,
+                    groups,
+                    share,
+                    out,
+                    (np.int64(b) * all_rows + row) * num_classes,
+                )
             return
 
         # A row a group. Entry e of a bin is score t of its cell m, e = m k + t.
@@ -295,16 +412,26 @@ def _build(open_map, read, write):
                         samples_x, samples_y = I(state[SAMPLES_X]), I(state[SAMPLES_Y])
                         sy = I((n >> 2) // samples_x)
                         sx = I((n >> 2) - sy * samples_x)
-                        column, x_low, x_high = tap(warped_point(crop, 0, i, j, sy, sx, bins, samples_x, samples_y), width, cut)
-                        line, y_low, y_high = tap(warped_point(crop, 3, i, j, sy, sx, bins, samples_x, samples_y), height, cut)
-                        weight = (y_high if n & 2 else y_low) * (x_high if n & 1 else x_low) / np.float32(samples_x * samples_y)
+                        column, x_low, x_high = tap(
+                            warped_point(crop, 0, i, j, sy, sx, bins, samples_x, samples_y), width, cut
+                        )
+                        line, y_low, y_high = tap(
+                            warped_point(crop, 3, i, j, sy, sx, bins, samples_x, samples_y), height, cut
+                        )
+                        weight = (
+                            (y_high if n & 2 else y_low)
+                            * (x_high if n & 1 else x_low)
+                            / np.float32(samples_x * samples_y)
+                        )
                         place = I((line + (n >> 1 & 1)) * width + column + (n & 1)) if weight > ZERO else I(0)
                     else:
                         across = peek(integers, axis_x + reach + 1)
                         line = I(n // across)
                         column = I(n - line * across)
                         weight = peek(rows, axis_y + line) * peek(rows, axis_x + column)
-                        place = I((peek(integers, axis_y + reach) + line) * width + peek(integers, axis_x + reach) + column)
+                        place = I(
+                            (peek(integers, axis_y + reach) + line) * width + peek(integers, axis_x + reach) + column
+                        )
                     poke(rows, weights + lane, weight)
                     poke(integers, places + lane, place)
                 in_step()
@@ -312,7 +439,9 @@ def _build(open_map, read, write):
                 m, t, e = lane_m, lane_t, I(chunk * k + lane)
                 while m < count:
                     weight = peek(rows, weights + m)
-                    c, score = read(source, layout, first, crop, entries, palette, I(t * cells + peek(integers, places + m)))
+                    c, score = read(
+                        source, layout, first, crop, entries, palette, I(t * cells + peek(integers, places + m))
+                    )
                     poke(shorts, listed + e, c if weight > ZERO else I(NONE))
                     poke(rows, values + e, weight * score)
                     e = I(e + lanes)
@@ -370,7 +499,9 @@ def _build(open_map, read, write):
                 e = I(e + lanes)
             in_step()
             other = _smooth(rest * scale, smoothing, num_classes)
-            write(rows, base, other, num_classes, vector, out, (np.int64(b) * all_rows + row) * num_classes, lane, lanes)
+            write(
+                rows, base, other, num_classes, vector, out, (np.int64(b) * all_rows + row) * num_classes, lane, lanes
+            )
             in_step()
             e = lane
             while e < used:
@@ -385,9 +516,9 @@ def _build(open_map, read, write):
 
 
 def shared_bytes(groups: int, num_classes: int, slots: int, grid: int, reach: int, cells: int) -> int:
-    """Dynamic shared memory of the kernel: for each group float32 [C rounded up to 4] a row, float32 [slots] values of entries, float32
-    [LANES] weights and int32 [LANES] places of cells, uint16 [slots] classes; then [2 grid, reach + 2] bins along the axes and int32 [H
-    W] weights of cells. slots: a multiple of 8."""
+    """Dynamic shared memory of the kernel: for each group float32 [C rounded up to 4] a row, float32 [slots] values of
+    entries, float32 [LANES] weights and int32 [LANES] places of cells, uint16 [slots] classes; then [2 grid, reach + 2]
+    bins along the axes and int32 [H W] weights of cells. slots: a multiple of 8."""
     stride = (num_classes + 3) // 4 * 4
     return 4 * (groups * (stride + slots + 2 * LANES + slots // 2) + 2 * grid * (reach + 2) + cells)
 

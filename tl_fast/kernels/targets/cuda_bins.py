@@ -1,16 +1,18 @@
 """Where the bins of the token targets lie: a sample's crop in cells of its label map, and RoIAlign's taps, in float32.
 
-`place_crop` is for one thread of a block, what it finds is in shared memory: crop, floats, and state, int32, at the places named here.
+`place_crop` is for one thread of a block, what it finds is in shared memory: crop, floats, and state, int32, at the
+places named here.
 """
+
 from __future__ import annotations
 
 import math
 
 import numpy as np
 
-from tl_fast.maths import scalar
 from tl_fast.kernels.cuda_device import device, peek, poke, scalar32
 from tl_fast.kernels.targets.cuda_maps import RANGE
+from tl_fast.maths import scalar
 
 roi_point = scalar32.roi_point
 _roi_samples, _roi_tap, _roi_outside = scalar32.roi_samples, scalar32.roi_tap, scalar32.roi_outside
@@ -34,11 +36,19 @@ def tap(point, cells, cut):
 
 @device
 def place_crop(affines, b, height, width, bins, crop, state):
-    """The crop of sample b in cells, to shared memory, by one thread: along the axes a box, else the affine itself, a side of less than a
-    cell widened to one, about its middle."""
+    """The crop of sample b in cells, to shared memory, by one thread: along the axes a box, else the affine itself, a
+    side of less than a cell widened to one, about its middle."""
     at = 6 * b
-    xu, xv, x0 = affines[at] * np.float32(width), affines[at + 1] * np.float32(width), affines[at + 2] * np.float32(width) - HALF
-    yu, yv, y0 = affines[at + 3] * np.float32(height), affines[at + 4] * np.float32(height), affines[at + 5] * np.float32(height) - HALF
+    xu, xv, x0 = (
+        affines[at] * np.float32(width),
+        affines[at + 1] * np.float32(width),
+        affines[at + 2] * np.float32(width) - HALF,
+    )
+    yu, yv, y0 = (
+        affines[at + 3] * np.float32(height),
+        affines[at + 4] * np.float32(height),
+        affines[at + 5] * np.float32(height) - HALF,
+    )
     kind, slack = FLIPPED if xu < ZERO else ALONG, ZERO
     crop[LEFT] = (affines[at + 2] + min(affines[at], ZERO)) * np.float32(width) - HALF
     extent_x, extent_y = abs(xu), yv
@@ -62,7 +72,8 @@ def place_crop(affines, b, height, width, bins, crop, state):
 
 @device
 def fill_axis(rows, integers, at, i, start, extent, bins, samples, cells, cut, reach, state):
-    """Bin `i` of RoIAlign along one axis at rows[at ...]: float32 [reach] weights, then, as int32, its first cell and how many it has."""
+    """Bin `i` of RoIAlign along one axis at rows[at ...]: float32 [reach] weights, then, as int32, its first cell and
+    how many it has."""
     lowest, highest = I(cells), I(-1)
     for s in range(samples):
         low, w_low, w_high = tap(roi_point(i, s, start, extent, bins, samples), cells, cut)

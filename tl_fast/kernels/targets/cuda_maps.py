@@ -1,9 +1,12 @@
-"""Where the token targets' kernel gets its label maps: arrays on the device, or a beton's bytes, whose palette the block reads first.
+"""Where the token targets' kernel gets its label maps: arrays on the device, or a beton's bytes, whose palette the
+block reads first.
 
-A source is two device functions. `open_*`, for all threads of a block together, checks the map of sample b and returns (layout, first
-element, classes in the palette); what is wrong goes to flags[0] (`tl_fast.labelmaps.loops`' codes), the scores' minimum and step to
-floats[RANGE ...]. `read_*` then gives class and score of an entry. Nothing is read or written out of bounds, whatever the map holds.
+A source is two device functions. `open_*`, for all threads of a block together, checks the map of sample b and returns
+(layout, first element, classes in the palette); what is wrong goes to flags[0] (`tl_fast.labelmaps.loops`' codes), the
+scores' minimum and step to floats[RANGE ...]. `read_*` then gives class and score of an entry. Nothing is read or
+written out of bounds, whatever the map holds.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -39,7 +42,8 @@ def read_arrays(source, layout, first, floats, entries, palette, e):
 
 @device
 def open_bytes(source, b, entries, num_classes, small, large, palette, counts, flags, floats, thread, threads):
-    """source: maps uint8 [M], starts int64 [B+1], ranges float32 [2 B]; small, large: bytes of the layouts with a palette."""
+    """source: maps uint8 [M], starts int64 [B+1], ranges float32 [2 B]; small, large: bytes of the layouts with a
+    palette."""
     maps = source[0]
     first = I(peek(source[1], b))
     size = I(peek(source[1], b + 1) - first)
