@@ -24,15 +24,18 @@ from rows import ROOT
 
 TIMED_OUT = 124
 GROUPS = {
-    "tests-kernels": ["test_cuda.py"],
-    "tests-loader": ["test_gpu_loader.py"],
+    "tests-kernels": ["kernels/test_cuda.py"],
+    "tests-loader": ["pipeline/test_gpu_loader.py"],
 }  # tests-training: all others that are marked gpu
 NEEDED = {"tests-training": ("jsonargparse", "timm")}  # by the files' imports; tests skip themselves for the rest
 
 
 def files(stage: str) -> list[str]:
     """The test files of a stage, from the repository's root."""
-    marked = [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    tests = ROOT / "tests"
+    marked = [
+        str(path.relative_to(tests)) for path in sorted(tests.rglob("test_*.py")) if "mark.gpu" in path.read_text()
+    ]
     named = [name for names in GROUPS.values() for name in names]
     return [f"tests/{name}" for name in GROUPS.get(stage) or [name for name in marked if name not in named]]
 

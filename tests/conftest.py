@@ -12,6 +12,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from needs import need_stock_ffcv, needs
+from tiny_runs import SCATTERED, tiny_config, write_photos
+
+from tl_fast.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,21 +49,6 @@ def to_beton() -> ModuleType:
     sys.modules["to_beton"] = module
     spec.loader.exec_module(module)
     return module
-
-
-def needs(missing: str) -> None:
-    """Skip the test for the reason `missing`; with TLFAST_REQUIRE_INTEROP set, as on CI, fail it."""
-    if os.environ.get("TLFAST_REQUIRE_INTEROP"):
-        pytest.fail(f"{missing} (an error, since TLFAST_REQUIRE_INTEROP is set)", pytrace=False)
-    pytest.skip(missing)
-
-
-def need_stock_ffcv() -> None:
-    """Return if stock FFCV (extra `interop`) is installed."""
-    missing = [name for name in ("ffcv", "cv2", "tqdm") if importlib.util.find_spec(name) is None]
-    if missing:
-        remedy = "`bash .ci/setup --interop` adds it or says what it lacks"
-        needs(f"stock FFCV is not set up (no {', '.join(missing)}): {remedy}")
 
 
 @pytest.fixture(scope="session")
@@ -102,3 +91,33 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def betons(tmp_path_factory, photos) -> Path:
+    """Folder of train.beton (with label maps), plain.beton (the same without) and val.beton."""
+    folder = tmp_path_factory.mktemp("betons")
+    write_photos(folder / "train.beton", photos / "train", maps=True)
+    write_photos(folder / "plain.beton", photos / "train", maps=False)
+    write_photos(folder / "val.beton", photos / "val", maps=False)
+    return folder
+
+
+@pytest.fixture
+def tiny(betons, tmp_path):
+    """Makes configs of a tiny model on the photos, running in a folder of this test."""
+
+    def make(name: str = "run", **changes) -> TrainConfig:
+        return tiny_config(betons, tmp_path / name, **changes)
+
+    return make
+
+
+@pytest.fixture
+def scattered(tmp_path) -> Path:
+    """The script; and folders node0 and node1 beside it."""
+    for rank in range(2):
+        (tmp_path / f"node{rank}").mkdir()
+    script = tmp_path / "scattered.py"
+    script.write_text(SCATTERED.format(root=str(ROOT), folder=str(tmp_path)))
+    return script

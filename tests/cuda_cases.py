@@ -1,4 +1,5 @@
-"""The CUDA kernels against their njit twins, Pillow's arithmetic and the golden targets. tests/test_cuda.py runs this
+"""The CUDA kernels against their njit twins, Pillow's arithmetic and the golden targets. tests/kernels/test_cuda.py
+runs this
 file: in numba's simulator on small odd shapes, in a process of its own (what is marked gpu there runs these functions
 on real sizes)."""
 
@@ -516,7 +517,9 @@ def test_augment_refuses_what_does_not_fit(change, message):
 
 def test_float32_copies_of_scalar_hold_no_double():
     if not SIMULATED:
-        pytest.skip("compiled functions have no Python results to look at; tests/test_ptx.py looks at their code")
+        pytest.skip(
+            "compiled functions have no Python results to look at; tests/kernels/test_ptx.py looks at their code"
+        )
     one = np.float32(1.3)
     results = [
         scalar32.filter_support(one, 5, 1),

@@ -1,5 +1,5 @@
-"""Run by tests/test_gpu_loader.py with NUMBA_ENABLE_CUDASIM=1: `simulated_loader.py BETON OUT.npz`, an epoch of every
-setting on the simulated device.
+"""Run by tests/pipeline/test_gpu_loader.py with NUMBA_ENABLE_CUDASIM=1: `simulated_loader.py BETON OUT.npz`, an epoch
+of every setting on the simulated device.
 
 Arrays of setting s, batch b are stored as "s/b/field"; the words of errors that were asked for as "error/...".
 """

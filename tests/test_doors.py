@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import ROOT, betons, flags, scattered, tiny, torchrun  # noqa: F401  three of them are fixtures
+from tiny_runs import ROOT, flags, torchrun
 
 from tl_fast import evaluate, show, train
 from tl_fast.system import mistakes

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import need_stock_ffcv
+from needs import need_stock_ffcv
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -166,7 +166,7 @@ def imported_packages(file: Path) -> set[str]:
         "converters",
         "benchmarks",
         "tests",
-        *(file.stem for folder in ("benchmarks", "tests") for file in (ROOT / folder).glob("*.py")),
+        *(file.stem for folder in ("benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")),
     }
     return {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) - own
 

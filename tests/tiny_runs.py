@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import safetensors.torch
 import torch
 import yaml
@@ -46,36 +45,6 @@ def write_photos(path: Path, folder: Path, maps: bool) -> None:
             record = (lambda c=classes, s=scores: pack(c, s, spec)) if maps else None
             samples.append(Sample(f"{name}/{photo.name}", label, photo.read_bytes, record))
     write_beton(path, samples, class_names=CLASSES, spec=spec, max_resolution=96)
-
-
-@pytest.fixture(scope="session")
-def betons(tmp_path_factory, photos) -> Path:
-    """Folder of train.beton (with label maps), plain.beton (the same without) and val.beton."""
-    folder = tmp_path_factory.mktemp("betons")
-    write_photos(folder / "train.beton", photos / "train", maps=True)
-    write_photos(folder / "plain.beton", photos / "train", maps=False)
-    write_photos(folder / "val.beton", photos / "val", maps=False)
-    return folder
-
-
-@pytest.fixture
-def tiny(betons, tmp_path):
-    """Makes configs of a tiny model on the photos, running in a folder of this test."""
-
-    def make(name: str = "run", **changes) -> TrainConfig:
-        return tiny_config(betons, tmp_path / name, **changes)
-
-    return make
-
-
-@pytest.fixture
-def scattered(tmp_path) -> Path:
-    """The script; and folders node0 and node1 beside it."""
-    for rank in range(2):
-        (tmp_path / f"node{rank}").mkdir()
-    script = tmp_path / "scattered.py"
-    script.write_text(SCATTERED.format(root=str(ROOT), folder=str(tmp_path)))
-    return script
 
 
 def tiny_config(betons: Path, output_dir: Path, **changes) -> TrainConfig:

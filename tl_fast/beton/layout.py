@@ -2,7 +2,7 @@
 (docs/file_format.md).
 
 ffcv itself is not imported: that takes 9 s where numpy takes 0.2 s, pulls in OpenCV, and training hosts need not have
-it. tests/test_beton.py holds these types against ffcv's own.
+it. tests/beton/test_beton.py holds these types against ffcv's own.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 one.
 
 Without link-time optimisation, which numba-cuda turns on wherever nvJitLink is installed and which allots registers
-anew: what runs shall be what tests/test_ptx.py has looked at. Named types also spare each launch numba's look at every
-argument.
+anew: what runs shall be what tests/kernels/test_ptx.py has looked at. Named types also spare each launch numba's
+look at every argument.
 """
 
 from __future__ import annotations

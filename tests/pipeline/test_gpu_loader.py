@@ -1,0 +1,671 @@
+"""The loader's GPU side: all of it in numba's simulator, DALI's graph, the choice of a decoder, and, where there is a
+GPU, the real thing."""
+
+import contextlib
+import gc
+import io
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests import simulated_loader
+from tl_fast.beton.layout import BetonError
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.samples import Samples
+from tl_fast.convert.write import Sample, write_beton
+from tl_fast.kernels import cuda_launch
+from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.pipeline import decode, gpu_batches
+from tl_fast.pipeline.decode import DecodeError, choose, decode_graph, rate
+from tl_fast.pipeline.loader import Loader
+from tl_fast.plan import records as plan
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25)
+
+
+def write(path: Path, files: list[Path], num_classes: int, cells: int = 3, k: int = 2) -> Path:
+    """A beton of these JPEGs with random label maps."""
+    pytest.importorskip("simplejpeg", reason="simplejpeg, which writing a beton needs, is not installed")
+    rng, spec = np.random.default_rng(0), MapSpec(k=k, height=cells, width=cells, num_classes=num_classes)
+    samples = []
+    for i, file in enumerate(files):
+        classes = np.argsort(rng.random((num_classes, cells, cells)), axis=0)[:k].astype(np.uint16)
+        record = pack(classes, rng.uniform(0, 9, classes.shape).astype(np.float32), spec)
+        samples.append(Sample(f"image-{i}.jpg", i % num_classes, file.read_bytes, lambda record=record: record))
+    write_beton(path, samples, class_names=[f"class {c}" for c in range(num_classes)], spec=spec)
+    return path
+
+
+def with_damaged_map(source: Path, target: Path, sample: int) -> Path:
+    """A copy whose label map of one sample lists classes that do not exist."""
+    data = bytearray(source.read_bytes())
+    with BetonReader(source) as reader:
+        start, size = int(reader._map_ptr[sample]), int(reader._map_size[sample])
+    data[start : start + size] = b"\xff" * size
+    target.write_bytes(data)
+    return target
+
+
+# --- in the simulator
+
+
+@pytest.fixture(scope="module")
+def small_beton(photos, tmp_path_factory):
+    """Eight photos made small, label maps of 5 classes, 3 x 3 cells."""
+    folder = tmp_path_factory.mktemp("small")
+    files = []
+    for i, photo in enumerate(sorted(photos.glob("train/*/*.jpg"))[:8]):
+        with Image.open(photo) as image:
+            files.append(folder / f"{i}.jpg")
+            image.convert("RGB").resize((40 + 3 * i, 52 - 2 * i)).save(files[-1], quality=95)
+    return write(folder / "small.beton", files, 5)
+
+
+@pytest.mark.slow
+def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_beton, tmp_path):
+    damaged = with_damaged_map(small_beton, tmp_path / "damaged.beton", 1)
+    out = tmp_path / "found.npz"
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.simulated_loader", str(small_beton), str(damaged), str(out)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = dict(np.load(out))
+    for name in ("epoch", "batch"):
+        words = str(found.pop(f"error/{name}"))
+        assert "damaged.beton: label_map: sample 1 (image-1.jpg)" in words and "outside 0..4" in words, words
+    expected = simulated_loader.run(str(small_beton), "cpu")
+    assert found.keys() == expected.keys() and len({name.split("/")[0] for name in found}) == len(
+        simulated_loader.SETTINGS
+    )
+    for name, values in expected.items():
+        field = name.split("/")[-1]
+        assert found[name].dtype == values.dtype and found[name].shape == values.shape, name
+        if field == "images":
+            off = np.abs(found[name].astype(int) - values)
+            # Within a level; operations like Equalize and Posterize multiply a level that differs.
+            assert (off > 1).mean() < (0.02 if name.startswith("recipe") else 1e-9), (name, off.max())
+        elif field == "targets":
+            np.testing.assert_allclose(found[name], values, atol=1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found[name], values, err_msg=name)
+    assert "recipe/0/erase" in found and "validation/0/targets" not in found
+
+
+# --- streams and events, recorded in place of a GPU
+
+
+class Streams:
+    """A stand-in for `torch` in gpu_batches: streams and events that do nothing but write down who was asked for what,
+    in `log`."""
+
+    def __init__(self):
+        self.log: list[tuple] = []
+        self.happened: set = set()  # events
+        world = self
+
+        class Stream:
+            cuda_stream = 0
+
+            def wait_event(self, event):
+                world.log.append(("wait", self, event))
+
+            def record_event(self):
+                return Event().record(self)
+
+            def synchronize(self):
+                world.log.append(("synchronize", self))
+
+        class Event:
+            def __init__(self, blocking=False):
+                self.blocking = blocking
+
+            def record(self, stream):
+                world.log.append(("record", stream, self))
+                return self
+
+            def query(self):
+                return self in world.happened
+
+            def synchronize(self):
+                world.log.append(("synchronize", self))
+                world.happened.add(self)
+
+        self.Stream, self.Event, self.consumer = Stream, Event, Stream()
+        self.cuda = SimpleNamespace(
+            Stream=Stream,
+            Event=Event,
+            current_stream=lambda device: self.consumer,
+            stream=lambda stream: contextlib.nullcontext(),
+        )
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *shape, pin_memory=False, **options):
+        return torch.empty(*shape, **options)
+
+    def calls(self, *names) -> list[tuple]:
+        return [entry for entry in self.log if entry[0] in names]
+
+
+class Regions(list):
+    """Pixels that can be watched."""
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    world = Streams()
+    monkeypatch.setattr(gpu_batches, "torch", world)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: world.log.append(("use", stream, tensor.data_ptr()))
+    )
+    pixels = SimpleNamespace(
+        as_cuda_array=lambda span, sync: np.zeros(span.__cuda_array_interface__["shape"], np.uint8)
+    )
+    monkeypatch.setattr(gpu_batches, "numba_cuda", pixels)
+    monkeypatch.setattr(cuda_launch, "launch", lambda name, *_: world.log.append(("launch", name)))
+    monkeypatch.setattr(cuda_launch, "shared_limit", lambda name: 200 << 10)
+    return world
+
+
+@pytest.fixture
+def made_on(streams, small_beton):
+    """A function: (GpuBatches on stubs, a function that makes a batch of two samples with erasing), with so many
+    batches ahead."""
+
+    def build(ahead):
+        samples = Samples(small_beton)
+        batches = gpu_batches.GpuBatches(
+            samples, torch.device("cpu"), image_size=8, grid=2, smoothing=0.1, fill=(1, 2, 3), ahead=ahead
+        )
+        batches.stream, batches.decoding = streams.Stream(), streams.Stream()
+        ids = np.array([3, 5])
+
+        def make(regions=None, decoded=None):
+            plans = plan.draw(0, 0, ids, samples.heights[ids], samples.widths[ids], RECIPE)
+            shapes = np.full((2, 2), 4)
+            regions = [torch.zeros(4, 4, 3, dtype=torch.uint8) for _ in ids] if regions is None else regions
+            extras = {"erase": plan.erase_boxes(plans, 8), "noise": plans["noise"].view(np.int64).copy()}
+            return batches.make(
+                ids, plans, np.zeros((2, 2), np.int64), shapes, regions, decoded, np.zeros((2, 6), np.float32), extras
+            )
+
+        return batches, make
+
+    return build
+
+
+def test_kernels_wait_for_the_decode_and_are_three_launches(streams, made_on):
+    batches, make = made_on(3)
+    decoded = batches.decoded()
+    assert streams.log == [("record", batches.decoding, decoded)]
+    made = make(decoded=decoded)
+    assert streams.log[1:] == [
+        ("wait", batches.stream, decoded),
+        ("launch", "images: geometry"),
+        ("launch", "images: colours"),
+        ("launch", "targets: bytes, float32"),
+        ("record", batches.stream, made.event),
+    ]
+
+
+def test_taking_a_batch_makes_the_stream_wait_and_never_the_host(streams, made_on):
+    batches, make = made_on(3)
+    made = make()
+    streams.log.clear()
+    batch = batches.hand_over(made)
+    assert streams.calls("synchronize") == [] and streams.calls("wait") == [("wait", streams.consumer, made.event)]
+    used = {address for _, stream, address in streams.calls("use") if stream is streams.consumer}
+    fields = [batch.images, batch.labels, batch.targets, batch.sample_ids, batch.erase, batch.noise]
+    assert {
+        field.untyped_storage().data_ptr() for field in fields
+    } == used  # none may be given out again before the consumer is through
+    batches.check(wait=False)
+    assert streams.calls("synchronize") == []
+    batches.check(wait=True)
+    assert streams.calls("synchronize") == [("synchronize", made.event)]
+
+
+def test_pixels_are_kept_until_their_kernels_are_through(streams, made_on):
+    batches, make = made_on(3)
+    regions = Regions(torch.zeros(4, 4, 3, dtype=torch.uint8) for _ in range(2))
+    alive = weakref.ref(regions)
+    first = make(regions)
+    del regions
+    second = make()
+    gc.collect()
+    assert alive() is not None
+    streams.happened.add(first.event)
+    make()
+    gc.collect()
+    assert alive() is None and streams.calls("synchronize") == [
+        ("synchronize", first.event)
+    ]  # which has happened: no wait
+    make()
+    assert streams.calls("synchronize")[1:] == []
+    make()
+    assert streams.calls("synchronize")[1:] == [("synchronize", second.event)]  # the one three batches back
+
+
+def test_a_consumer_that_runs_ahead_is_waited_for_by_the_worker(streams, made_on):
+    batches, make = made_on(2)
+
+    def take():
+        made = make()
+        streams.happened.add(made.event)
+        del streams.log[:]
+        batches.hand_over(made)
+        (consumed,) = [event for _, stream, event in streams.calls("record") if stream is streams.consumer]
+        assert streams.calls("synchronize") == [] and consumed.blocking
+        assert [entry[0] for entry in streams.log][:2] == [
+            "record",
+            "wait",
+        ]  # it is the batch before whose end is recorded
+        return consumed
+
+    first, second = take(), take()
+    waited = [event for _, event in streams.calls("synchronize")]
+    assert waited == []
+    make()
+    waited = [event for _, event in streams.calls("synchronize")]
+    assert first in waited and second not in waited
+
+
+# --- DALI's graph
+
+
+def parsed(data: bytes) -> list:
+    """A serialised protobuf message without its schema: [(field number, number, bytes or nested message), ...].
+    ValueError where it is none."""
+    found, at = [], 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            if at >= len(data):
+                raise ValueError("cut off")
+            byte, at = data[at], at + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        key = varint()
+        size = {0: 0, 1: 8, 5: 4}.get(key & 7)
+        if key < 8 or (size is None and key & 7 != 2):
+            raise ValueError(f"no field {key >> 3} of type {key & 7}")
+        if size == 0:
+            found.append((key >> 3, varint()))
+            continue
+        size = varint() if size is None else size
+        part, at = data[at : at + size], at + size
+        if len(part) < size:
+            raise ValueError("cut off")
+        if (
+            key & 7 == 2 and part and not part.decode("latin1").isprintable()
+        ):  # not a string; some could be read as messages too
+            try:
+                part = parsed(part)
+            except ValueError:
+                pass
+        found.append((key >> 3, part))
+    return found
+
+
+def differences(a, b, path=()) -> list:
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        found = []
+        for i, ((field_a, value_a), (field_b, value_b)) in enumerate(zip(a, b, strict=True)):
+            found += differences(value_a, value_b, (*path, i)) if field_a == field_b else [(path, field_a, field_b)]
+        return found
+    return [] if a == b else [(path, a, b)]
+
+
+def test_the_graph_for_nvjpeg_is_the_cpus_but_for_one_argument():
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    options = dict(batch_size=4, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    graphs = {way: parsed(decode_graph(way, True, **options).serialize()) for way in ("cpu", "mixed")}
+    flat = repr(graphs["mixed"])
+    for word in ("hw_decoder_load", "adjust_orientation", "axis_names", "ImageSlice", "no_copy"):
+        assert word in flat, word
+    found = differences(graphs["cpu"], graphs["mixed"])
+    values = {(a, b) for _, a, b in found}
+    # The operator's `device`, and what it makes of the place of its own output and, for the CPU, of the upload behind
+    # it.
+    assert (b"cpu", b"mixed") in values and values <= {(b"cpu", b"mixed"), (b"cpu", b"gpu")}, found
+    assert sum(pair == (b"cpu", b"mixed") for pair in ((a, b) for _, a, b in found)) == 1, found
+    assert differences(
+        graphs["cpu"], parsed(decode_graph("cpu", True, 0.9, **options).serialize())
+    )  # the comparison notices an argument
+
+
+def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
+    """What `Decoder` does for nvJPEG, by the CPU's half of DALI: the pixels are Pillow's, and what they are made from
+    lives as long as they do."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+    def on_the_cpu(device, device_id, **options):
+        assert device == "mixed" and device_id == 3
+        return decode_graph("cpu", device_id=None, **options)
+
+    monkeypatch.setattr(decode, "decode_graph", on_the_cpu)
+    decoder = decode.Decoder(samples := Samples(small_beton), 8, 2, "mixed", SimpleNamespace(index=3))
+    ids, starts, shapes = (
+        np.array([2, 0, 7]),
+        np.array([[1, 2], [0, 0], [9, 5]]),
+        np.array([[10, 12], [30, 31], [1, 1]]),
+    )
+    pixels = decoder(ids, starts, shapes)
+    assert len(pixels) == 3
+    for region, i, start, shape in zip(pixels, ids, starts, shapes, strict=True):
+        with Image.open(io.BytesIO(samples.jpeg(i))) as image:
+            whole = np.asarray(image.convert("RGB"))
+        np.testing.assert_array_equal(
+            np.array(region), whole[start[0] : start[0] + shape[0], start[1] : start[1] + shape[1]]
+        )
+    assert all(np.may_share_memory(jpeg, samples.jpeg(i)) for jpeg, i in zip(pixels.source[1], ids, strict=True))
+    graph = decode_graph("cpu", batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    fed = samples.jpeg(0).copy()
+    graph.feed_input("jpegs", [fed])
+    graph.feed_input("starts", np.zeros((1, 2), np.int32))
+    graph.feed_input("shapes", np.full((1, 2), 8, np.int32))
+    fed[:] = 0  # which a copy would not show
+    with pytest.raises(RuntimeError):
+        graph.run()
+    decoder.close()
+
+
+# --- which decoder
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock in place of the machine's that only `Timed` moves."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+class Timed:
+    """A decoder that takes so many seconds an image, and ten times as many for each of its first two batches."""
+
+    def __init__(self, clock: SimpleNamespace, seconds: float):
+        self.clock, self.seconds, self.batches, self.closed = clock, seconds, 0, False
+
+    def __call__(self, ids, starts, shapes):
+        self.batches += 1
+        self.clock.now += self.seconds * len(ids) * (10 if self.batches <= 2 else 1)
+
+    def close(self):
+        self.closed = True
+
+
+def work():
+    while True:
+        yield np.arange(4), np.zeros((4, 2), np.int64), np.ones((4, 2), np.int64)
+
+
+@pytest.mark.parametrize("mixed, way", [(0.0004, "mixed"), (0.00089, "mixed"), (0.00095, "cpu"), (0.003, "cpu")])
+def test_the_faster_decoder_is_taken_and_both_rates_are_said(clock, mixed, way):
+    opened = {"cpu": Timed(clock, 0.001), "mixed": Timed(clock, mixed)}
+    chosen, words = choose(opened.get, work)
+    assert (
+        chosen == way
+        and f"decode {way!r}" in words
+        and "cpu 1,000 images/s" in words
+        and f"(nvJPEG) {1 / mixed:,.0f}" in words
+    )
+    assert all(decoder.closed for decoder in opened.values()) and 1 <= clock.now <= 1.5
+
+
+def test_without_nvjpeg_the_cpu_decodes_and_the_reason_is_said(clock):
+    class Broken(Timed):
+        def __call__(self, *_):
+            raise RuntimeError("nvjpeg: not supported\nmore")
+
+    opened = {"cpu": Timed(clock, 0.001), "mixed": Broken(clock, 0)}
+    chosen, words = choose(opened.get, work)
+    assert chosen == "cpu" and "nvjpeg: not supported" in words and "more" not in words and opened["mixed"].closed
+
+    class Damaged(Timed):
+        def __call__(self, *_):
+            raise DecodeError("sample 3")
+
+    with pytest.raises(DecodeError, match="sample 3"):
+        choose(lambda way: Damaged(clock, 0), work)
+
+
+def test_a_rate_counts_what_follows_the_warm_up(clock):
+    decoder = Timed(clock, 0.025)
+    assert rate(decoder, work(), seconds=1) == pytest.approx(40) and decoder.batches == 2 + 10
+    with pytest.raises(ValueError, match="more than 2 batches"):
+        rate(decoder, [next(work())])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_the_device_is_refused_by_name(small_beton):
+    with pytest.raises(ValueError, match="0 CUDA devices.*device='cpu'"):
+        Loader(small_beton, 2, device="cuda")
+
+
+def test_mixed_without_dali_is_refused_at_once(small_beton, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    decode.graph_definition.cache_clear()
+    with pytest.raises(ImportError, match="pip install nvidia-dali"):
+        Loader(small_beton, 2, device="cuda", decode="mixed")
+
+
+@pytest.mark.parametrize("load", [-0.1, 1.5, float("nan")])
+def test_the_jpeg_engines_share_must_be_one(small_beton, load):
+    with pytest.raises(ValueError, match="hw_decoder_load must be in 0..1"):
+        Loader(small_beton, 2, hw_decoder_load=load)
+
+
+# --- on a GPU
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+try:
+    import nvidia.dali  # noqa: F401
+
+    HAS_DALI = True
+except ImportError:
+    HAS_DALI = False
+WAYS = [
+    pytest.param("cpu", marks=gpu),
+    pytest.param("mixed", marks=[*gpu, pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")]),
+]
+
+
+@pytest.fixture(scope="module")
+def photo_beton(photos, tmp_path_factory):
+    """48 photos with label maps of 100 classes, 9 x 9 cells, k = 5."""
+    return write(
+        tmp_path_factory.mktemp("photos") / "photos.beton", sorted(photos.glob("train/*/*.jpg"))[:48], 100, cells=9, k=5
+    )
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """A way to decode, as `Loader` takes it."""
+    return request.param
+
+
+SETTINGS = {
+    "crop+flip": {},
+    "recipe": {"augment": RECIPE},
+    "validation": {"train": False},
+    "published": {"geometry": "published"},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_batches_are_those_of_the_cpu_loader(photo_beton, way, setting):
+    """CPU decode: the same pixels go in, so a level at most, but for operations that multiply a level's difference.
+    nvJPEG upsamples chroma
+    otherwise and its inverse DCT rounds otherwise: 2 levels on average and 99 % within 16."""
+    options = dict(image_size=112, grid=7, seed=3, **setting)
+    with (
+        Loader(photo_beton, 12, **options) as ours,
+        Loader(photo_beton, 12, device="cuda", decode=way, **options) as theirs,
+    ):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert b.images.is_cuda and b.images.dtype == torch.uint8 and b.labels.is_cuda
+            for field in ("labels", "sample_ids", "erase", "noise"):
+                mine, other = getattr(a, field), getattr(b, field)
+                assert (mine is None) == (other is None) and (mine is None or torch.equal(mine, other.cpu())), field
+            off = (a.images.int() - b.images.cpu().int()).abs()
+            if way == "mixed":
+                mean, share = (6, 0.1) if "augment" in setting else (2, 0.01)
+                assert off.float().mean() < mean and (off > 16).float().mean() < share
+            else:
+                assert (off > 1).float().mean() < (0.02 if "augment" in setting else 1e-3), off.max()
+            assert (a.targets is None) == (b.targets is None)
+            if a.targets is not None:
+                torch.testing.assert_close(b.targets.cpu(), a.targets, atol=1e-4, rtol=1e-3)
+
+
+def test_a_thousand_batches_keep_memory_flat(photo_beton, way):
+    with Loader(photo_beton, 12, image_size=64, grid=4, augment=RECIPE, device="cuda", decode=way) as loader:
+        used, steps, epoch = [], 0, 0
+        total = torch.zeros((), device="cuda")
+        while steps < 1000:
+            loader.set_epoch(epoch := epoch + 1)
+            for batch in loader:
+                total += batch.targets.sum() + batch.images.float().mean()
+                steps += 1
+                if steps % 100 == 0:
+                    torch.cuda.synchronize()
+                    free, whole = torch.cuda.mem_get_info()
+                    used.append((whole - free) / 2**20)
+        assert torch.isfinite(total)
+    assert max(used[3:]) - used[2] <= 64, used  # MiB; allocators settle in the first hundreds
+
+
+def test_batches_belong_to_their_consumer(photo_beton, way):
+    """What was handed out is never written again, and the stream that takes a batch finds it whole without waiting on
+    the host."""
+    with Loader(photo_beton, 12, image_size=64, grid=4, device="cuda", decode=way) as loader:
+        held = [(batch, batch.images.clone(), batch.targets.clone()) for batch in loader]
+        loader.set_epoch(1)
+        for _ in loader:
+            pass
+        torch.cuda.synchronize()
+        assert all(
+            torch.equal(batch.images, images) and torch.equal(batch.targets, targets) for batch, images, targets in held
+        )
+        loader.set_epoch(0)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            again = [batch.images.clone() for batch in loader]
+        side.synchronize()
+        assert all(torch.equal(images, copy) for (_, images, _), copy in zip(held, again, strict=True))
+
+
+def test_an_epoch_synchronises_nothing(photo_beton, way):
+    with Loader(photo_beton, 12, image_size=64, grid=4, augment=RECIPE, device="cuda", decode=way) as loader:
+        total = torch.zeros((), device="cuda")
+        for batch in loader:  # compiles
+            total += batch.targets.sum()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for epoch in (1, 2):
+                loader.set_epoch(epoch)
+                for batch in loader:
+                    total += batch.targets.sum()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.isfinite(total)
+
+
+def test_a_captured_graph_consumes_batches(photo_beton, way):
+    """Captured while the loader's threads work, as `torch.compile(mode="reduce-overhead")` does; a replay reads each
+    batch from a place of its own."""
+    with Loader(photo_beton, 12, image_size=64, grid=4, device="cuda", decode=way) as loader:
+        eager = [(batch.images.float().mean((2, 3)), batch.targets.sum(1)) for batch in loader]
+        found, graph, inputs, outputs = [], torch.cuda.CUDAGraph(), None, None
+        for batch in loader:
+            if inputs is None:
+                inputs = batch.images.clone(), batch.targets.clone()
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    outputs = inputs[0].float().mean((2, 3)), inputs[1].sum(1)
+            for place, values in zip(inputs, (batch.images, batch.targets), strict=True):
+                place.copy_(values)
+            graph.replay()
+            found.append([output.clone() for output in outputs])
+        for mine, theirs in zip(found, eager, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_memory_is_bounded_however_far_the_host_runs_ahead(photo_beton, way):
+    """Every batch occupies its consumer for some 20 ms of GPU time, which the host does not wait for."""
+    with Loader(photo_beton, 12, image_size=224, grid=14, device="cuda", decode=way) as loader:
+        for batch in loader:
+            pass
+        one = batch.images.nbytes + batch.targets.nbytes
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for epoch in range(1, 21):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                torch.cuda._sleep(40_000_000)
+                batch.images.float().mean()
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize()
+        assert peak < 40 * one, (peak, one)  # for 80 batches; those under way take scratch memory and pixels besides
+
+
+def test_leaving_early_and_damaged_maps(photo_beton, way, tmp_path):
+    damaged = with_damaged_map(photo_beton, tmp_path / "damaged.beton", 7)
+    with Loader(damaged, 12, image_size=32, grid=2, device="cuda", decode=way) as loader:
+        for _ in range(2):
+            with pytest.raises(BetonError, match=r"damaged.beton.*image-7.jpg"):
+                list(loader)
+        assert loader.batch(np.array([0, 1])).targets.isfinite().all()
+    with Loader(photo_beton, 12, image_size=32, grid=2, device="cuda", decode=way) as loader:
+        whole = [batch.sample_ids.tolist() for batch in loader]
+        for _ in range(20):
+            for _batch in loader:
+                break
+        assert [batch.sample_ids.tolist() for batch in loader] == whole
+    gc.collect()
+
+
+@pytest.mark.parametrize("decode_way", WAYS)
+def test_a_damaged_jpeg_is_named(photo_beton, decode_way, tmp_path):
+    data = bytearray(photo_beton.read_bytes())
+    with BetonReader(photo_beton) as reader:
+        picture = bytes(reader.jpeg(11))
+    at = bytes(data).index(picture)
+    data[at : at + 64] = bytes(64)
+    (tmp_path / "damaged.beton").write_bytes(data)
+    with Loader(tmp_path / "damaged.beton", 12, image_size=32, grid=2, device="cuda", decode=decode_way) as loader:
+        for _ in range(2):
+            with pytest.raises(DecodeError, match=r"sample 11 \(image-11.jpg\)"):
+                list(loader)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_auto_says_what_it_took(photo_beton, capfd):
+    with Loader(photo_beton, 12, image_size=32, grid=2, device="cuda") as loader:
+        next(iter(loader))
+        assert (
+            loader.decode in (("cpu", "mixed") if HAS_DALI else ("cpu",))
+            and f"decode {loader.decode!r}" in capfd.readouterr().err
+        )

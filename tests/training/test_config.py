@@ -1,0 +1,119 @@
+"""The configuration: recipes, flags, and the refusal of what makes no sense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tl_fast.training.config import TrainConfig, parse_config, save_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_flags_override_files_and_later_files_earlier_ones(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text(
+        "train_data: [x.beton, y.beton]\nlr: 1e-3\nbatch_size: 64\nscale: [0.2, 0.9]\nmodel_kwargs: {depth: 2}\n"
+    )
+    second.write_text("lr: 2e-3\n")
+    flags = ["--batch_size", "32", "--token_label", "false", "--resume", "auto"]
+    config = parse_config(["--config", str(first), "--config", str(second), *flags])
+    assert config.train_data == ["x.beton", "y.beton"]
+    assert (
+        config.lr == 2e-3
+        and config.batch_size == 32
+        and config.scale == (0.2, 0.9)
+        and config.model_kwargs == {"depth": 2}
+    )
+    assert config.token_label is False and config.resume == "auto"
+    assert config.peak_lr == pytest.approx(2e-3 * 32 / 1024)
+
+
+def test_unknown_keys_are_refused(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train_data: x.beton\nlearning_rate: 1e-3\n")
+    for arguments in (["--config", str(recipe)], ["--train_data", "x.beton", "--learning_rate", "1e-3"]):
+        with pytest.raises(SystemExit):
+            parse_config(arguments)
+        assert "learning_rate" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="learning_rate"):
+        TrainConfig.from_dict({"train_data": "x.beton", "learning_rate": 1e-3})
+
+
+@pytest.mark.parametrize(
+    "bad, named",
+    [
+        ({"img_size": 100}, "img_size.*16.*100"),
+        ({"batch_size": 0}, r"batch_size.*\[1, .*0"),
+        ({"batch_size": 6, "accumulate": 4}, "batch_size 6.*accumulate 4"),
+        ({"smoothing": 1.0}, "smoothing.*1.0"),
+        ({"drop_path": -0.1}, "drop_path.*-0.1"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"lr": float("nan")}, "lr.*nan"),
+        ({"lr": 1e-5, "batch_size": 64}, "peak lr"),
+        ({"warmup_epochs": 400}, "warmup_epochs"),
+        ({"std": (0.2, 0.0, 0.2)}, "std"),
+        ({"num_classes": 70_000}, "num_classes.*65535"),
+        ({"crop_pct": 1.5}, "crop_pct"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"train_data": ""}, "train_data"),
+        ({"token_label": False, "ground_truth": True}, "ground_truth"),
+        ({"token_label": False, "cls_weight": 0.0}, "nothing to train on"),
+        ({"model_kwargs": {"depth": 2, "img_size": 96}}, "model_kwargs must not set img_size"),
+        ({"model_kwargs": {"drop_path_rate": 0.1}}, "model_kwargs must not set drop_path_rate: set drop_path itself"),
+        ({"compile": False, "compile_mode": "reduce-overhead"}, "compile_mode 'reduce-overhead'.*compile false"),
+        ({"accumulate": 2, "compile_mode": "reduce-overhead"}, "CUDA graphs.*accumulate 2"),
+        ({"sync_bn": True, "freeze_stem_bn": True}, "sync_bn.*freeze_stem_bn"),
+        ({"sync_bn": True, "device": "cpu"}, "sync_bn needs GPUs"),
+        ({"resume": "runs/x", "init_weights": "w.pth"}, "w.pth would be overwritten by resume runs/x"),
+        ({"auto_augment": "rand-m9", "color_jitter": 0.3}, "color_jitter.*auto_augment"),
+        ({"checkpoint_steps": 0}, r"checkpoint_steps.*\[1, "),
+        ({"checkpoint_minutes": -1.0}, "checkpoint_minutes"),
+        ({"max_skipped": -1}, "max_skipped"),
+        ({"bucket_mb": 0.0}, "bucket_mb"),
+        ({"timeout_minutes": 0.0}, "timeout_minutes"),
+    ],
+)
+def test_values_out_of_range_are_named(bad, named):
+    with pytest.raises(ValueError, match=named):
+        TrainConfig(**{"train_data": "x.beton", **bad})
+
+
+def test_a_bad_value_on_the_command_line_ends_with_its_name(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--train_data", "x.beton", "--img_size", "100"])
+    assert "img_size must be divisible by 16" in capsys.readouterr().err
+
+
+def test_saved_config_reads_back(tmp_path):
+    config = TrainConfig(
+        train_data=["a.beton"], model_kwargs={"depth": 3}, num_classes=4, lr=3.3e-4, min_lr=0.0, ratio=(0.5, 2.0)
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse(recipe):
+    parse_config(["--config", str(recipe)])
+
+
+# arXiv 2104.10858: (drop path, lr at 1,024)
+PUBLISHED = {"lvvit_t": (0.1, 1.6e-3), "lvvit_s": (0.1, 1.6e-3), "lvvit_m": (0.2, 1.6e-3), "lvvit_l": (0.3, 1e-3)}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_recipes_hold_the_published_settings(model):
+    config = parse_config(["--config", str(RECIPES[0].parent / f"{model}_224.yaml")])
+    drop_path, lr = PUBLISHED[model]
+    assert (config.model, config.img_size, config.drop_path, config.lr, config.lr_base_batch) == (
+        model,
+        224,
+        drop_path,
+        lr,
+        1024,
+    )
+    assert (config.epochs, config.cooldown_epochs, config.warmup_epochs, config.smoothing) == (300, 10, 5, 0.1)
+    assert (config.weight_decay, config.ema_decay, config.token_label, config.mix_token) == (0.05, 0.99992, True, True)
