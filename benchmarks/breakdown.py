@@ -22,12 +22,14 @@ import numpy as np
 from loaders import BATCH, CLASSES, FULL, GRID, SIZE, build, find_images
 from rows import ROOT, write_rows
 
-from tl_fast.convert.write import reuse_memory
 from tl_fast.kernels import cpu
 from tl_fast.kernels.colour import cpu as colour
 from tl_fast.kernels.geometry import cpu as warp
-from tl_fast.pipeline.loader import Loader, map_affines
-from tl_fast.plan.records import Augment, epoch_order
+from tl_fast.pipeline.loader import Loader
+from tl_fast.plan.augment import Augment
+from tl_fast.plan.boxes import map_affines
+from tl_fast.plan.records import epoch_order
+from tl_fast.system.memory import reuse_memory
 
 RECIPES = {"crop + flip": Augment(), "full recipe": Augment(erase=0.25, **FULL)}
 

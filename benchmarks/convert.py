@@ -29,11 +29,14 @@ from rows import ROOT, measure, stock_ffcv_is_here, write_rows
 
 from tl_fast.beton.reader import BetonReader
 from tl_fast.convert.selection import Conversion
-from tl_fast.convert.write import reuse_memory, write_beton
-from tl_fast.labelmaps.format import LabelMapStore, MapSpec, pack, write_store
+from tl_fast.convert.write import write_beton
+from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.labelmaps.format import encode as encode_map
 from tl_fast.labelmaps.published import open_label_maps
-from tl_fast.sources.open import Source, open_source
+from tl_fast.labelmaps.store import LabelMapStore, write_store
+from tl_fast.sources.open import open_source
+from tl_fast.sources.source import Source
+from tl_fast.system.memory import reuse_memory
 
 CLASSES, SHAPE = 1000, (5, 18, 18)
 

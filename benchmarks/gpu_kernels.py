@@ -29,8 +29,8 @@ from tl_fast.kernels import cpu, cuda
 from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.labelmaps.format import encode, pack, unpack
 from tl_fast.maths import scalar
-from tl_fast.pipeline.loader import map_affines
 from tl_fast.plan import records as plan
+from tl_fast.plan.boxes import map_affines
 
 GRID, SIZE, SMOOTHING, SETS = 14, 224, 0.1, 4
 HEIGHT, WIDTH = 375, 500

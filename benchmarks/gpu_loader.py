@@ -18,8 +18,9 @@ from collections.abc import Iterator
 import torch
 from gpu_rows import add_data, beton_of, need_gpu, parser, without_nvjpeg, write_row
 
-from tl_fast.pipeline.loader import Batch, Loader
-from tl_fast.plan.records import Augment
+from tl_fast.pipeline.batch import Batch
+from tl_fast.pipeline.loader import Loader
+from tl_fast.plan.augment import Augment
 
 RECIPES = {
     "crop + flip": Augment(),

@@ -72,7 +72,8 @@ def beton_of(arguments: argparse.Namespace) -> Iterator[Path | None]:
     try:
         import simplejpeg  # noqa: F401  which checks every JPEG
 
-        from tl_fast.convert.write import Sample, write_beton
+        from tl_fast.convert.encode import Sample
+        from tl_fast.convert.write import write_beton
     except ImportError as error:
         print(
             f"skipped: writing a beton needs what is not installed ({error}); name one that was made elsewhere with"

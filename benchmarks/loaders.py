@@ -36,10 +36,12 @@ from rows import ROOT, measure, newest_runs, stock_ffcv_is_here, write_rows
 from timm.data import create_transform
 
 from tl_fast.beton.reader import BetonReader
-from tl_fast.convert.write import Sample, reuse_memory, write_beton
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.pipeline.loader import Loader
-from tl_fast.plan.records import Augment
+from tl_fast.plan.augment import Augment
+from tl_fast.system.memory import reuse_memory
 
 SIZE, GRID, BATCH, CLASSES = 224, 14, 64, 1000
 SPEC = MapSpec(k=5, height=18, width=18, num_classes=CLASSES)

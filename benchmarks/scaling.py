@@ -27,7 +27,7 @@ from PIL import Image
 from rows import ROOT, measure, write_rows
 
 from tl_fast.pipeline.loader import Loader
-from tl_fast.plan.records import Augment
+from tl_fast.plan.augment import Augment
 
 SOURCES, OUTPUTS, FILES = (224, 500, 1000, 1600, 2400), (128, 224, 384), (1, 4, 16)
 RECIPES = {"crop + flip": Augment(), "full recipe": Augment(erase=0.25, **FULL)}

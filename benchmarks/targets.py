@@ -33,9 +33,9 @@ import published_style
 import torchvision
 from rows import ROOT, measure, write_rows
 
-from tl_fast.convert.write import reuse_memory
 from tl_fast.kernels import cpu
 from tl_fast.plan import records as plan
+from tl_fast.system.memory import reuse_memory
 
 GRID, K, CELLS, SMOOTHING = 14, 5, 18, 0.1
 BATCHES = {10: 128, 1000: 64, 21841: 8}  # classes -> images a batch, some 100 MB of targets

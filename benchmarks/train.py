@@ -47,12 +47,13 @@ from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
 import tl_fast.models.lvvit  # noqa: F401  registers lvvit_*
-from tl_fast.convert.write import reuse_memory
 from tl_fast.models.loss import TokenLabelLoss
 from tl_fast.models.normalise import Normalise, autocast
 from tl_fast.models.step import TrainStep, compiled
 from tl_fast.pipeline.loader import Loader
-from tl_fast.plan.records import Augment, mix_box
+from tl_fast.plan.augment import Augment
+from tl_fast.plan.records import mix_box
+from tl_fast.system.memory import reuse_memory
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.loop import seed_step
 from tl_fast.training.optimiser import build_optimizer

@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tl_fast.beton.layout import HEADER, VERSION
-from tl_fast.beton.reader import BetonError, BetonReader, WriteSummary, verify, write_beton
+from tl_fast.beton.layout import HEADER, VERSION, BetonError
+from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.source import open_images, settled_exif
+from tl_fast.beton.verify import verify
 from tl_fast.convert.partial_file import partial_paths
 from tl_fast.convert.selection import (
     Conversion,
@@ -41,12 +42,14 @@ from tl_fast.convert.selection import (
     free_space,
     open_maps,
 )
-from tl_fast.convert.write import PAGE_SIZE, reuse_memory
+from tl_fast.convert.write import PAGE_SIZE, WriteSummary, write_beton
 from tl_fast.labelmaps.format import EXTENTS
 from tl_fast.sources.image import EXIF, ignored_orientations
-from tl_fast.sources.open import Source, add_source_options
+from tl_fast.sources.open import add_source_options
 from tl_fast.sources.rejects import add_reject_options, list_beside
+from tl_fast.sources.source import Source
 from tl_fast.system.cores import usable_cores
+from tl_fast.system.memory import reuse_memory
 from tl_fast.system.mistakes import EXPECTED
 from tl_fast.system.progress import ProgressDisplay
 

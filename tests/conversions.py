@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from tl_fast.sources.open import Source
+from tl_fast.sources.source import Source
 
 SHAPE = (5, 6, 6)
 

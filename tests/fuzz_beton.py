@@ -55,9 +55,13 @@ from tl_fast.beton.layout import (
     LABEL_MAP,
     SPEC_ARGUMENTS,
     STOCK_TYPES,
+    BetonError,
     metadata_dtype,
 )
-from tl_fast.beton.reader import BetonError, BetonReader, Sample, verify, write_beton
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.verify import verify
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
 
 BATCH, SECONDS, ADDRESS_SPACE = (

@@ -20,8 +20,9 @@ COMMON = {"batch_size": 3, "image_size": 16, "grid": 2, "threads": 1}
 
 
 def run(beton: str, device: str) -> dict[str, np.ndarray]:
-    from tl_fast.pipeline.loader import Batch, Loader
-    from tl_fast.plan.records import Augment
+    from tl_fast.pipeline.batch import Batch
+    from tl_fast.pipeline.loader import Loader
+    from tl_fast.plan.augment import Augment
 
     found = {}
     for name, setting in SETTINGS.items():

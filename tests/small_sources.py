@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tl_fast.sources.open import (
-    Source,
-)
+from tl_fast.sources.source import Source
 
 WNIDS = ["n01440764", "n01443537", "n02110341", "n03000684"]
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from tl_fast import demo
-from tl_fast.beton.reader import BetonReader, verify
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.verify import verify
 from tl_fast.pictures import bundled_photos
 
 ROOT = Path(__file__).resolve().parent.parent

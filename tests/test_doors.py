@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import subprocess
@@ -53,14 +52,6 @@ def test_help_imports_nothing_heavy(command):
     *text, imported = done.stdout.splitlines() or [""]
     assert done.returncode == 0 and "usage:" in text[0] and "--help" in done.stdout, done.stdout + done.stderr
     assert imported.strip() == "imported:"
-
-
-def test_no_module_hides_a_package_from_a_script():
-    """`torchrun tl_fast/train.py` puts tl_fast/ first on sys.path."""
-    names = {path.stem for path in (ROOT / "tl_fast").iterdir() if path.suffix == ".py" or path.is_dir()}
-    names -= {"__init__", "__pycache__"}
-    assert "loop" in names and not names & set(sys.stdlib_module_names)
-    assert not [name for name in names if importlib.util.find_spec(name) is not None]
 
 
 def mistaken(main, capsys) -> tuple[int, str]:

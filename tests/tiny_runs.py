@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 import yaml
 
-from tl_fast.beton.reader import Sample, write_beton
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig

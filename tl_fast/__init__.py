@@ -11,10 +11,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "beton.reader": ["BetonReader"],
-        "convert.write": ["Sample", "write_beton"],
+        "convert.encode": ["Sample"],
+        "convert.write": ["write_beton"],
         "models.loss": ["TokenLabelLoss"],
         "models.lvvit": ["LVViT"],
-        "pipeline.loader": ["Batch", "Loader"],
+        "pipeline.batch": ["Batch"],
+        "pipeline.loader": ["Loader"],
         "plan.augment": ["Augment"],
     },
 )

@@ -21,7 +21,7 @@ def main() -> None:
     # Imported when the command line is in order: they take seconds.
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from tl_fast.convert.write import reuse_memory
+    from tl_fast.system.memory import reuse_memory
     from tl_fast.training.loop import train
 
     reuse_memory()  # the loader's threads take and give back hundreds of KB for every image

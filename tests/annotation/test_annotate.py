@@ -22,10 +22,12 @@ import timm
 
 from tl_fast.annotate import main
 from tl_fast.annotation import linear_probe
-from tl_fast.annotation.annotator import AnnotateError, Annotator, Preprocessing, build_annotator
+from tl_fast.annotation.annotator import AnnotateError, Annotator, Preprocessing
 from tl_fast.annotation.run import AnnotateConfig, annotate
-from tl_fast.labelmaps import format as labelmap
-from tl_fast.labelmaps.format import LabelMapStore, unpack
+from tl_fast.annotation.weights import build_annotator
+from tl_fast.labelmaps import store as map_store
+from tl_fast.labelmaps.format import MapSpec, unpack
+from tl_fast.labelmaps.store import LabelMapStore
 from tl_fast.sources.image_folder import ImageFolderError, list_images
 from tl_fast.training import checkpoint
 
@@ -237,7 +239,7 @@ def test_fit_head_on_the_photos(tmp_path, photos):
     assert manifest["class_names"] == ["animal", "fish", "monument", "tool"]
     assert sum(manifest["class_counts"]) == manifest["num_samples"] == 87
     store = LabelMapStore(tmp_path / "maps")
-    assert store.complete and store.spec == labelmap.MapSpec(4, 3, 3, 4)
+    assert store.complete and store.spec == MapSpec(4, 3, 3, 4)
     centre_hits = []
     for sample_id in store.ids:
         classes, scores = unpack(store.record(sample_id), store.spec)
@@ -292,7 +294,7 @@ def test_cells_lie_where_the_things_are(tmp_path, photos, lite0):
         assert lead[:, :3].mean() > 1 and lead[:, -3:].mean() < -1
 
 
-PARTS_OF_8 = "import tl_fast.labelmaps.format as m; m.PART_SIZE = 8; import tl_fast.annotate as a; a.main()"
+PARTS_OF_8 = "import tl_fast.labelmaps.store as m; m.PART_SIZE = 8; import tl_fast.annotate as a; a.main()"
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -302,7 +304,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_resume_and_two_ranks_give_the_same_store(tmp_path, photos, monkeypatch):
-    monkeypatch.setattr(labelmap, "PART_SIZE", 8)
+    monkeypatch.setattr(map_store, "PART_SIZE", 8)
     arguments = [str(photos / "val"), "OUT", "--eval-images", str(photos / "val")]
     arguments += "--model efficientnet-lite0 --img-size 64 --fit-head --batch-size 3 --workers 1 --device cpu".split()
     one, two = tmp_path / "one", tmp_path / "two"

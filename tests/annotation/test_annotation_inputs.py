@@ -22,9 +22,11 @@ from small_sources import WNIDS, pack_train, pack_val, pack_webdataset, parquet_
 from tl_fast import annotate
 from tl_fast.annotation import run as annotation
 from tl_fast.annotation.annotator import AnnotateError
-from tl_fast.beton.reader import BetonReader, verify
-from tl_fast.labelmaps import format as labelmap
-from tl_fast.labelmaps.format import LabelMapError, LabelMapStore
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.verify import verify
+from tl_fast.labelmaps import store as map_store
+from tl_fast.labelmaps.format import LabelMapError
+from tl_fast.labelmaps.store import LabelMapStore
 from tl_fast.sources.image_folder import ImageFolder
 from tl_fast.system import progress
 
@@ -157,7 +159,7 @@ def damaged(folder: ImageFolder) -> tuple[ImageFolder, dict[str, str]]:
 def test_what_cannot_be_read_is_left_out_and_conversion_says_why(
     damaged, to_beton, tmp_path: Path, capsys, monkeypatch, fit_head
 ) -> None:
-    monkeypatch.setattr(labelmap, "PART_SIZE", 4)
+    monkeypatch.setattr(map_store, "PART_SIZE", 4)
     folder, bad = damaged
     options = ["--fit-head", "--eval-images", folder.root] if fit_head else ["--classes"]
     maps, out = tmp_path / "maps", tmp_path / "out.beton"
@@ -245,7 +247,7 @@ def test_errors_of_the_machine_are_no_images_fault(folder: ImageFolder, tmp_path
 def test_a_replaced_image_is_not_given_its_old_label_map(
     folder: ImageFolder, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(labelmap, "PART_SIZE", 4)
+    monkeypatch.setattr(map_store, "PART_SIZE", 4)
     maps = tmp_path / "maps"
     make_maps(folder.root, maps)
     before = records(maps)
@@ -267,7 +269,7 @@ def test_a_replaced_image_is_not_given_its_old_label_map(
 def test_an_image_replaced_before_its_part_is_made_does_no_harm(
     folder: ImageFolder, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(labelmap, "PART_SIZE", 4)
+    monkeypatch.setattr(map_store, "PART_SIZE", 4)
     maps = tmp_path / "maps"
     make_maps(folder.root, maps)
     (maps / "maps-00002.npy").unlink()
@@ -376,7 +378,8 @@ def test_long_annotations_say_how_far_they_are_without_a_terminal(
 RESTARTED = """
 import os, sys
 import torch.distributed as dist
-from tl_fast import annotate, annotation
+from tl_fast import annotate
+from tl_fast.annotation import run as annotation
 write_maps = annotation._write_maps
 
 def dies_once(*arguments):

@@ -21,8 +21,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tl_fast.beton import layout
-from tl_fast.beton.reader import BetonError, BetonReader, Sample, verify, write_beton
+from tl_fast.beton.layout import BetonError
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.verify import verify
 from tl_fast.convert import write as beton_write
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, encode, pack, unpack
 
 SPEC = MapSpec(k=3, height=5, width=7, num_classes=300)

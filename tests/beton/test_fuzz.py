@@ -16,6 +16,7 @@ import pytest
 from fuzz_beton import Base, run, run_case
 
 from tl_fast.beton import reader as beton
+from tl_fast.beton import verify as checks
 from tl_fast.beton.layout import (
     ALLOCATION,
     FIELD,
@@ -24,11 +25,13 @@ from tl_fast.beton.layout import (
     INDEX,
     INDEX_MAGIC,
     LABEL_MAP,
+    BetonError,
     metadata_dtype,
     spec_to_arguments,
 )
-from tl_fast.beton.reader import BetonError, BetonReader, verify
+from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.tables import MAX_INFO, BetonTables
+from tl_fast.beton.verify import verify
 from tl_fast.labelmaps.format import MapSpec
 
 WORKERS = len(os.sched_getaffinity(0))
@@ -101,7 +104,7 @@ def no_bounds(self: BetonTables, start: int, size: int, field: str) -> np.ndarra
         (BetonTables, "_error", lambda self, field, problem: BetonError(problem), "does not begin with file and field"),
         (BetonTables, "_error", lambda self, field, problem: KeyError(problem), "KeyError"),
         (fuzz_beton, "verify", lambda path, decode: [], "verify calls a file sound"),
-        (beton, "_layout_problems", lambda reader: [], "two samples with one id"),
+        (checks, "_layout_problems", lambda reader: [], "two samples with one id"),
         (BetonReader, "has_crc", property(lambda self: False), "verify calls a file sound"),
     ],
 )
@@ -319,7 +322,7 @@ def test_verify_survives_a_file_that_is_shortened(bases, tmp_path: Path) -> None
     path.write_bytes(bases["many"].data)
     with BetonReader(path) as reader:
         places = np.stack(reader._places(0, len(reader)))
-    right = beton._read_block
+    right = checks._read_block
 
     for first_gone, cut in ((100, int(places[0, 0, 100])), (0, 0)):
 
@@ -329,7 +332,7 @@ def test_verify_survives_a_file_that_is_shortened(bases, tmp_path: Path) -> None
 
         path.write_bytes(bases["many"].data)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(beton, "_read_block", read_cut)
+            patch.setattr(checks, "_read_block", read_cut)
             problems = verify(path)
         assert [int(problem.split("sample ")[1].split()[0]) for problem in problems] == list(range(first_gone, 120))
         assert all(f"{path}: image: sample" in problem and "shortened" in problem for problem in problems)
@@ -444,7 +447,7 @@ def test_memory_stays_below_the_files_size_where_tables_are_most_of_it(tmp_path:
     tracemalloc.start()
     with BetonReader(path) as reader:
         assert len(reader.source_ids) == n
-        beton._layout_problems(reader)
+        checks._layout_problems(reader)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < (1 if stride == 100 else 1.5) * len(data) + (1 << 20)

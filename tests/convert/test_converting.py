@@ -24,13 +24,16 @@ from PIL import Image
 from rich.console import Console
 from small_sources import WNIDS, pack_train, pack_val, pack_webdataset, parquet_table, write_parquet
 
-from tl_fast.beton.reader import BetonError, BetonReader, verify
+from tl_fast.beton.layout import BetonError
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.verify import verify
 from tl_fast.convert import write as beton_write
 from tl_fast.convert.partial_file import partial_paths
 from tl_fast.convert.processes import Forked
 from tl_fast.convert.selection import Shard
-from tl_fast.labelmaps.format import MapSpec, dequantise, pack, quantise, write_manifest, write_store
+from tl_fast.labelmaps.format import MapSpec, dequantise, pack, quantise
 from tl_fast.labelmaps.published import PublishedMaps
+from tl_fast.labelmaps.store import write_manifest, write_store
 from tl_fast.pipeline.loader import Loader
 from tl_fast.sources.image_folder import ImageFolder
 from tl_fast.system import progress

@@ -13,9 +13,10 @@ from dataclasses import replace
 import pytest
 from test_interrupted import NAMES, PAGE, SPEC, make_samples
 
-from tl_fast.beton.reader import BetonError, write_beton
+from tl_fast.beton.layout import BetonError
 from tl_fast.convert import processes as forked
 from tl_fast.convert.processes import Forked, ProcessDied
+from tl_fast.convert.write import write_beton
 
 
 def sized(number: int):

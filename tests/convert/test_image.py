@@ -20,8 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from tl_fast.beton.samples import Samples
 from tl_fast.convert import image as jpeg
+from tl_fast.convert.encode import Sample
 from tl_fast.convert.lossless import lossless_baseline
-from tl_fast.convert.write import Sample, write_beton
+from tl_fast.convert.write import write_beton
 from tl_fast.jpeg import markers as marks
 from tl_fast.jpeg.region import RegionDecoder
 from tl_fast.jpeg.restarts import splice

@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_fast.beton.reader import BetonError, BetonReader, Sample, verify, write_beton
+from tl_fast.beton.layout import BetonError
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.verify import verify
 from tl_fast.convert import partial_file
 from tl_fast.convert import write as beton_write
-from tl_fast.convert.write import TooManyRejects
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import TooManyRejects, write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
 
 SPEC = MapSpec(k=2, height=3, width=4, num_classes=50)

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_fast.beton.reader import BetonReader, verify
-from tl_fast.labelmaps.format import MapSpec, pack, unpack, write_store
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.verify import verify
+from tl_fast.labelmaps.format import MapSpec, pack, unpack
+from tl_fast.labelmaps.store import write_store
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "converters" / "to_beton.py"

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tl_fast.beton.reader import BetonReader, Sample, verify, write_beton
+from tl_fast.beton.reader import BetonReader
+from tl_fast.beton.verify import verify
 from tl_fast.convert import image as jpeg
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.jpeg import markers as marks
 from tl_fast.jpeg.restarts import restart_interval, splice
 from tl_fast.pipeline.decode import DecodeError, decode_graph

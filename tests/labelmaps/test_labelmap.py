@@ -19,15 +19,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from tl_fast.annotation.annotator import build_annotator, squash
+from tl_fast.annotation.annotator import squash
+from tl_fast.annotation.weights import build_annotator
 from tl_fast.beton import layout
-from tl_fast.beton.reader import BetonError, BetonReader, Sample, write_beton
+from tl_fast.beton.layout import BetonError
+from tl_fast.beton.reader import BetonReader
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.kernels.cpu import token_targets
 from tl_fast.labelmaps import format as labelmap
 from tl_fast.labelmaps import loops as kernels
+from tl_fast.labelmaps import store as map_store
 from tl_fast.labelmaps.format import (
     LabelMapError,
-    LabelMapStore,
     MapSpec,
     dequantise,
     encode,
@@ -36,9 +40,10 @@ from tl_fast.labelmaps.format import (
     quantise,
     top_k_relative,
     unpack,
-    write_store,
 )
-from tl_fast.plan.records import Augment, draw
+from tl_fast.labelmaps.store import LabelMapStore, write_store
+from tl_fast.plan.augment import Augment
+from tl_fast.plan.records import draw
 
 scores_strategy = hnp.arrays(
     np.float32,
@@ -437,7 +442,7 @@ def test_scores_relative_to_the_tail_keep_the_mass(num_classes, k):
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """A store of 10 samples in parts of 4; yields (folder, ids, records)."""
-    monkeypatch.setattr(labelmap, "PART_SIZE", 4)
+    monkeypatch.setattr(map_store, "PART_SIZE", 4)
     rng = np.random.default_rng(0)
     spec = MapSpec(2, 2, 3, 10)
     ids = [f"class {i % 2}/bildé-{i}.jpg" for i in range(10)]
@@ -467,7 +472,7 @@ def test_store_round_trip(store):
 
 def test_a_store_is_read_by_place_from_many_threads(store, monkeypatch):
     folder, ids, records = store
-    monkeypatch.setattr(labelmap, "MAX_OPEN", 1)  # threads then take the parts from each other all the time
+    monkeypatch.setattr(map_store, "MAX_OPEN", 1)  # threads then take the parts from each other all the time
     opened = LabelMapStore(folder)
     order = np.random.default_rng(0).integers(0, 10, 2000).tolist()
     with ThreadPoolExecutor(4) as pool:
@@ -482,7 +487,7 @@ def test_stamps_change_with_the_parts(store):
     folder, ids, records = store
     before = LabelMapStore(folder).stamps
     assert before.shape == (10, 2) and (before[:4] == before[0]).all() and before[9, 0] < before[0, 0]
-    labelmap.write_part(folder, 1, np.array(records[4:8]))
+    map_store.write_part(folder, 1, np.array(records[4:8]))
     changed = (LabelMapStore(folder).stamps != before).any(1)
     assert changed.tolist() == [False] * 4 + [True] * 4 + [False] * 2
     (folder / "maps-00001.npy").unlink()
@@ -546,17 +551,17 @@ def test_store_refuses_contradictions(store, tmp_path):
     folder, ids, _ = store
     with pytest.raises(LabelMapError, match="is missing"):
         LabelMapStore(tmp_path / "nowhere")
-    labelmap.write_ids(folder, ids[:-1])
+    map_store.write_ids(folder, ids[:-1])
     with pytest.raises(LabelMapError, match="9 lines"):
         LabelMapStore(folder)
-    labelmap.write_ids(folder, [*ids[:-1], ids[0]])
+    map_store.write_ids(folder, [*ids[:-1], ids[0]])
     with pytest.raises(LabelMapError, match="9 of them different"):
         LabelMapStore(folder)
     for damage in (b'"a", "b"\n', b"7\n", b"{\n", b"]\n", b'"a"]["b"\n', b'"\xe9"\n'):
         (folder / "ids.jsonl").write_bytes(damage + b'"x"\n' * 9)
         with pytest.raises(LabelMapError, match="damaged|10 lines"):
             LabelMapStore(folder)
-    labelmap.write_ids(folder, ids)
+    map_store.write_ids(folder, ids)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
     with pytest.raises(LabelMapError, match="version 2"):

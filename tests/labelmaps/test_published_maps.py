@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from tl_fast.labelmaps import pt_file as pt_map
-from tl_fast.labelmaps.format import LabelMapError, LabelMapStore, MapSpec, pack, unpack, write_store
+from tl_fast.labelmaps.format import LabelMapError, MapSpec, pack, unpack
 from tl_fast.labelmaps.matching import match_maps, split_name
 from tl_fast.labelmaps.pt_file import PtReader
 from tl_fast.labelmaps.published import PublishedMaps, open_label_maps
+from tl_fast.labelmaps.store import LabelMapStore, write_store
 
 SHAPE = (3, 4, 6)
 CLASSES = [f"n{i:08d}" for i in range(3)]

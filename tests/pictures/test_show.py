@@ -16,7 +16,8 @@ from PIL import Image, ImageCms
 
 from tests import reference
 from tl_fast.beton.reader import BetonReader
-from tl_fast.convert.write import Sample, write_beton
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.pictures import bundled_photos
 from tl_fast.pictures.crop_sheet import find_data, find_recipe, inside_image, operations, show_recipe

@@ -20,7 +20,8 @@ from tests import simulated_loader
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.samples import Samples
-from tl_fast.convert.write import Sample, write_beton
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.kernels import cuda_launch
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.pipeline import decode, gpu_batches

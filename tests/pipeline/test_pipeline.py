@@ -17,15 +17,17 @@ from PIL import Image
 from tests import reference
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
-from tl_fast.convert.write import Sample, write_beton
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.kernels import cpu
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.maths import scalar
 from tl_fast.pipeline import loader as pipeline
 from tl_fast.pipeline.decode import DecodeError
-from tl_fast.pipeline.loader import Loader, center_boxes, crop_fractions
+from tl_fast.pipeline.loader import Loader
 from tl_fast.plan import rand_augment
 from tl_fast.plan import records as plan
+from tl_fast.plan.boxes import center_boxes, crop_fractions
 
 
 def jpeg(pixels: np.ndarray, quality: int = 100) -> bytes:

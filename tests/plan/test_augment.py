@@ -16,7 +16,8 @@ from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import ColorJitter
 
-from tl_fast.convert.write import Sample, write_beton
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.maths import scalar
 from tl_fast.pipeline.loader import Loader

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 from small_sources import parquet_table, write_parquet
 
-from tl_fast.beton.reader import BetonError, BetonReader, write_beton
+from tl_fast.beton.layout import BetonError
+from tl_fast.beton.reader import BetonReader
 from tl_fast.convert.selection import Conversion, estimate
+from tl_fast.convert.write import write_beton
 from tl_fast.sources.image_folder import ImageFolder
-from tl_fast.sources.open import SourceChanged, SourceError, open_source
+from tl_fast.sources.open import open_source
+from tl_fast.sources.source import SourceChanged, SourceError
 
 pytest.importorskip("pyarrow.parquet")
 from tl_fast.sources.parquet_files import ParquetSource  # noqa: E402

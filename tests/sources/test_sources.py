@@ -30,19 +30,13 @@ from small_sources import (
     write_parquet,
 )
 
-from tl_fast.beton.reader import BetonError, write_beton
+from tl_fast.beton.layout import BetonError
 from tl_fast.convert.selection import Conversion
+from tl_fast.convert.write import write_beton
 from tl_fast.sources import tar_source as tar_files
 from tl_fast.sources.image_folder import ImageFolder, ImageFolderError, list_images
-from tl_fast.sources.open import (
-    Source,
-    SourceChanged,
-    SourceError,
-    expand_paths,
-    label_classes,
-    open_source,
-    read_class_names,
-)
+from tl_fast.sources.open import expand_paths, open_source
+from tl_fast.sources.source import Source, SourceChanged, SourceError, label_classes, read_class_names
 
 
 def assert_equal(source: Source, folder: Source, *, names: bool = True, ids: bool = True) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tl_fast.models.lvvit import LVViT
+from tl_fast.models.weights import WeightsError
 from tl_fast.training import checkpoint
 from tl_fast.training.checkpoint import CheckpointError
 
@@ -375,7 +376,7 @@ def test_unusable_weights_are_refused_by_name(tmp_path):
         "folder.pth",
         "missing.pth",
     ):
-        with pytest.raises(CheckpointError, match=name):
+        with pytest.raises(WeightsError, match=name):
             checkpoint.load_weights(LVViT(**TINY), tmp_path / name)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tl_fast.training import checkpoint, resume
+from tl_fast.training import checkpoint, lock, record
 from tl_fast.training import loop as training
 
 
@@ -41,8 +41,8 @@ def test_another_data_set_is_not_continued_with(tiny, betons, tmp_path):
 
 def test_what_two_runs_write_at_once_is_refused(tiny, monkeypatch):
     config = tiny(max_steps=2)
-    monkeypatch.setattr(resume.sole_writer.__wrapped__, "__defaults__", (0.1,))
-    with resume.sole_writer(Path(config.output_dir)):
+    monkeypatch.setattr(lock.sole_writer.__wrapped__, "__defaults__", (0.1,))
+    with lock.sole_writer(Path(config.output_dir)):
         with pytest.raises(
             BlockingIOError,
             match=f"{config.output_dir} is being trained into by another process .process {os.getpid()} on",
@@ -120,7 +120,7 @@ def _denied(path: object) -> None:
 def test_the_record_says_what_auto_came_to(tiny):
     config = tiny(max_steps=1, deterministic=True)
     training.train(config)
-    (start,) = resume.read_record(Path(config.output_dir))
+    (start,) = record.read_record(Path(config.output_dir))
     assert start["resolved"] == {
         "device": "cpu",
         "world_size": 1,

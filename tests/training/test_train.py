@@ -22,13 +22,16 @@ from tiny_runs import CLASSES, ROOT, TINY, flags, torchrun, weights
 from torch._dynamo.utils import counters
 
 from tl_fast import evaluate
-from tl_fast.beton.reader import BetonReader, Sample, write_beton
+from tl_fast.beton.reader import BetonReader
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.models import step as training_step
 from tl_fast.models.erase import erase
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.ranks import Ranks
 from tl_fast.training import accuracy, checkpoint
 from tl_fast.training import loop as training
+from tl_fast.training.network import build_network
 from tl_fast.training.nonfinite import NonFiniteError
 from tl_fast.training.runlog import read_rows
 
@@ -137,7 +140,7 @@ def test_accumulation_follows_one_big_batch(tiny):
 
 def test_a_non_finite_step_stops_the_run_and_names_it(tiny, tmp_path):
     config = tiny(max_steps=5)
-    state = training.build_model(dataclasses.replace(config, num_classes=4)).state_dict()
+    state = build_network(dataclasses.replace(config, num_classes=4)).state_dict()
     state["norm.bias"][0] = math.inf
     torch.save(state, tmp_path / "poisoned.pth")
     with pytest.raises(
@@ -152,7 +155,7 @@ def test_without_token_labels_only_the_class_token_learns(tiny, betons):
         train_data=str(betons / "plain.beton"), token_label=False, val_data=str(betons / "val.beton"), max_steps=4
     )
     summary = training.train(config)
-    model = training.build_model(dataclasses.replace(config, num_classes=4))
+    model = build_network(dataclasses.replace(config, num_classes=4))
     checkpoint.load_weights(model, Path(summary["checkpoint"]), use_ema=False)
     images = torch.randn(3, 3, 64, 64)
     assert not model.aux_head.weight.any()
@@ -299,7 +302,7 @@ def test_schedule_is_warm_up_cosine_cooldown(tiny):
 
 
 def test_decay_spares_norms_biases_and_tokens(tiny):
-    model = training.build_model(dataclasses.replace(tiny(), num_classes=4))
+    model = build_network(dataclasses.replace(tiny(), num_classes=4))
     groups = training.build_optimizer(model, tiny()).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
@@ -323,7 +326,7 @@ def test_ema_follows_its_warm_up(tiny, monkeypatch):
     config = tiny(max_steps=6, ema_decay=0.3)
     summary = training.train(config)
     torch.manual_seed(config.seed)
-    average = training.build_model(dataclasses.replace(config, num_classes=4)).head.weight.detach()
+    average = build_network(dataclasses.replace(config, num_classes=4)).head.weight.detach()
     for t, weight in enumerate(seen):
         average = average + (1 - min(0.3, (1 + t) / (10 + t))) * (weight - average)
     found = safetensors.torch.load_file(Path(summary["checkpoint"]) / checkpoint.EMA)["head.weight"]
@@ -335,7 +338,7 @@ def test_evaluation_counts_every_sample_once(tiny, betons, tmp_path, capsys):
     """Top-1 and top-5 equal a count image by image, with a partial last batch. (Two ranks: see
     test_two_ranks_follow_one.)"""
     summary = training.train(tiny(max_steps=6))
-    model = training.build_model(dataclasses.replace(tiny(), num_classes=4))
+    model = build_network(dataclasses.replace(tiny(), num_classes=4))
     model.load_state_dict(safetensors.torch.load_file(Path(summary["checkpoint"]) / checkpoint.EMA))
     model.eval()
     hits, number = 0, 0

@@ -5,7 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "annotator": ["AnnotateError", "Annotator", "build_annotator"],
+        "annotator": ["AnnotateError", "Annotator"],
+        "weights": ["build_annotator"],
         "run": ["AnnotateConfig", "annotate"],
     },
 )

@@ -12,7 +12,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from tl_fast.annotation.annotator import AnnotateError, Annotator
-from tl_fast.sources.open import Source
+from tl_fast.sources.source import Source
 
 
 def class_indices(classes: str, names: list[str], annotator: Annotator) -> list[int]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tl_fast.annotation.annotator import AnnotateError, Preprocessing, squash
-from tl_fast.convert.write import FATAL, ordered_map
-from tl_fast.sources.open import Source, SourceChanged
-from tl_fast.sources.rejects import reason_of
+from tl_fast.sources.rejects import FATAL, reason_of
+from tl_fast.sources.source import Source, SourceChanged
+from tl_fast.system.threads import ordered_map
 
 
 @dataclasses.dataclass

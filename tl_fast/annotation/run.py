@@ -32,15 +32,16 @@ import timm
 
 import tl_fast
 from tl_fast.annotation import linear_probe, store
-from tl_fast.annotation.annotator import DTYPES, AnnotateError, Annotator, build_annotator
+from tl_fast.annotation.annotator import DTYPES, AnnotateError, Annotator
 from tl_fast.annotation.classes import class_indices, name_classes
 from tl_fast.annotation.image_reader import ImageReader
+from tl_fast.annotation.weights import build_annotator
 from tl_fast.beton.source import open_images, settled_exif
-from tl_fast.labelmaps import format as labelmap
-from tl_fast.labelmaps.format import LabelMapError, MapSpec, top_k_relative
+from tl_fast.labelmaps import store as map_store
+from tl_fast.labelmaps.format import LabelMapError, MapSpec, pack, top_k_relative
 from tl_fast.sources.image import EXIF, ignored_orientations
-from tl_fast.sources.open import Source
 from tl_fast.sources.rejects import list_beside, write_rejects
+from tl_fast.sources.source import Source
 from tl_fast.system.atomic import write_atomic
 from tl_fast.system.mistakes import share
 from tl_fast.system.progress import ProgressDisplay
@@ -175,7 +176,7 @@ class _Work:
 
     @property
     def parts(self) -> range:
-        return range(-(-len(self.images) // labelmap.PART_SIZE))
+        return range(-(-len(self.images) // map_store.PART_SIZE))
 
     def barrier(self) -> None:
         if self.ranks.world_size > 1:
@@ -271,7 +272,7 @@ def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source, held_out: So
             "give --classes or --fit-head"
         )
     if ranks.main:
-        labelmap.write_manifest(config.out, spec, len(images), class_names, complete=True, **record)
+        map_store.write_manifest(config.out, spec, len(images), class_names, complete=True, **record)
     work.barrier()
     return json.loads((config.out / "manifest.json").read_text("utf-8"))
 
@@ -311,26 +312,26 @@ def _write_maps(work: _Work, spec: MapSpec) -> None:
     def compute(batch: Tensor) -> list[np.ndarray]:
         dense, pooled = work.annotator(batch)
         classes, scores = top_k_relative(dense, spec.k)
-        packed = [labelmap.pack(c, s, spec) for c, s in zip(classes.cpu().numpy(), scores.cpu().numpy(), strict=True)]
+        packed = [pack(c, s, spec) for c, s in zip(classes.cpu().numpy(), scores.cpu().numpy(), strict=True)]
         return [np.array(packed, spec.dtype), pooled.argmax(1).cpu().numpy().astype("<u2")]
 
     def blank(count: int) -> list[np.ndarray]:
-        return [labelmap.blank(spec, count), np.full(count, NO_CLASS, "<u2")]
+        return [map_store.blank(spec, count), np.full(count, NO_CLASS, "<u2")]
 
     def save(part: int, columns: list[np.ndarray], bad: dict[int, str]) -> None:
         nonlocal rejected
         rejects = [{"id": images.ids[i], "origin": images.origin(i), "reason": reason} for i, reason in bad.items()]
-        write_rejects(labelmap.rejects_path(out, part), rejects)
+        write_rejects(map_store.rejects_path(out, part), rejects)
         records, pooled = columns
         write_atomic(store.pooled_path(out, part), lambda file: np.save(file, pooled))
-        labelmap.write_part(out, part, records)  # last: a part that is there is whole
+        map_store.write_part(out, part, records)  # last: a part that is there is whole
         rejected += len(rejects)
         store.refuse_too_many(out, rejected, config.max_rejects, f"{out}/rejects-*.jsonl")
 
     _write_parts(
         work,
         "annotating",
-        lambda part: [labelmap.part_path(out, part), store.pooled_path(out, part)],
+        lambda part: [map_store.part_path(out, part), store.pooled_path(out, part)],
         compute,
         blank,
         save,
@@ -350,7 +351,7 @@ def _write_parts(
     compute: uint8 images `[B, 3, S, S]` -> columns of B rows. blank: the columns' rows for images that cannot be read.
     save: gets a part, its columns, and which images could not be read and why.
     """
-    images, ranks, size = work.images, work.ranks, labelmap.PART_SIZE
+    images, ranks, size = work.images, work.ranks, map_store.PART_SIZE
     missing = [part for part in work.parts if not all(path.exists() for path in files(part))]
     work.barrier()  # before any rank writes: all see the same list
     mine = missing[ranks.rank :: ranks.world_size]

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from tl_fast.annotation.annotator import AnnotateError
-from tl_fast.labelmaps import format as labelmap
-from tl_fast.labelmaps.format import MapSpec, part_path
-from tl_fast.sources.open import Source
+from tl_fast.labelmaps import store as map_store
+from tl_fast.labelmaps.format import MapSpec
+from tl_fast.labelmaps.store import part_path
 from tl_fast.sources.rejects import Reject, list_beside, read_rejects, write_rejects
+from tl_fast.sources.source import Source
 from tl_fast.system.atomic import write_atomic
 
 # What two runs must share for their parts to belong in one store. The images themselves are compared by their stamps.
@@ -56,7 +57,7 @@ def _stamps_path(out: Path, part: int) -> Path:
 
 
 def _of_part(stamps: np.ndarray, part: int) -> np.ndarray:
-    return stamps[part * labelmap.PART_SIZE : (part + 1) * labelmap.PART_SIZE]
+    return stamps[part * map_store.PART_SIZE : (part + 1) * map_store.PART_SIZE]
 
 
 def write_stamps(out: Path, part: int, stamps: np.ndarray) -> None:
@@ -106,8 +107,8 @@ def prepare(
         _check_images(out, images)
         _check_rejects(out, on_error)
         record = {**record, "created": old["created"], "versions": old["versions"]}
-    labelmap.write_manifest(out, spec, len(images), class_names, complete=False, **record)
-    labelmap.write_ids(out, images.ids)
+    map_store.write_manifest(out, spec, len(images), class_names, complete=False, **record)
+    map_store.write_ids(out, images.ids)
     return record
 
 
@@ -130,7 +131,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         raise AnnotateError(
             f"{path} cannot be read as the manifest of a label-map store ({error}); {remedy}"
         ) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != labelmap.FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != map_store.FORMAT:
         raise AnnotateError(f"{path} is no manifest of a label-map store; {remedy}")
     return manifest
 
@@ -145,7 +146,7 @@ def _empty(out: Path) -> None:
 def _check_images(out: Path, images: Source) -> None:
     """Raise AnnotateError naming the first image that is not what it was when its part was made."""
     stamps = images.stamps
-    for part in range(-(-len(images) // labelmap.PART_SIZE)):
+    for part in range(-(-len(images) // map_store.PART_SIZE)):
         made = [path for path in (part_path(out, part), features_path(out, part)) if path.exists()]
         if not made:
             continue
@@ -160,7 +161,7 @@ def _check_images(out: Path, images: Source) -> None:
         then, now = np.load(path), _of_part(stamps, part)
         changed = np.flatnonzero((then != now).any(1)) if then.shape == now.shape else np.array([0])
         if len(changed):
-            i = part * labelmap.PART_SIZE + int(changed[0])
+            i = part * map_store.PART_SIZE + int(changed[0])
             raise AnnotateError(
                 f"{images.origin(i)}: has changed since its label map was made (its file's size or time), and so have "
                 f"{len(changed) - 1} others of part {part}; {remedy}"
@@ -191,8 +192,8 @@ def list_rejects(out: Path, images: int, max_rejects: int | None) -> list[Reject
     """The rejects of a store of so many images, written to `OUT.rejects.jsonl`. Raises AnnotateError when they are more
     than `max_rejects`, or all images.
     """
-    parts = range(-(-images // labelmap.PART_SIZE))
-    rejects = [reject for part in parts for reject in read_rejects(labelmap.rejects_path(out, part))]
+    parts = range(-(-images // map_store.PART_SIZE))
+    rejects = [reject for part in parts for reject in read_rejects(map_store.rejects_path(out, part))]
     write_rejects(list_beside(out), rejects)
     refuse_too_many(out, len(rejects), max_rejects, list_beside(out))
     if len(rejects) == images:

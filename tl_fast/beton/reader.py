@@ -7,22 +7,15 @@ annotator's manifest.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.tables import DAMAGED, BetonTables
-from tl_fast.convert.write import Sample, WriteSummary, ordered_map, write_beton
 from tl_fast.labelmaps.format import LEVELS, encoded_sizes
 from tl_fast.system.crc import crc32
 
-__all__ = ["BetonError", "BetonReader", "Sample", "WriteSummary", "verify", "write_beton"]
-
-VERIFY_CHUNK = 64  # samples per task: a task costs some 20 µs of its own
 PIXELS_PER_BYTE = (
     512  # more no JPEG holds: an 8×8 block takes a bit at least. A header that says more is not worth the memory.
 )
@@ -256,99 +249,3 @@ class BetonReader(BetonTables):
 
     def __reduce__(self) -> tuple:
         return BetonReader, (self.path,)
-
-
-def _layout_problems(reader: BetonReader) -> list[str]:
-    """What our reader does not mind, but ffcv or the next reader may, and what no writer of ours does."""
-    problems = []
-    starts, sizes = reader._places(0, len(reader))
-    ends = starts + sizes
-    if len(
-        crossing := np.flatnonzero(starts.min(axis=0) // reader.page_size != (ends.max(axis=0) - 1) // reader.page_size)
-    ):
-        problems.append(
-            f"page_size: the data of {len(crossing)} samples, {reader._name(crossing[0])} first, lie in several pages"
-            f" of {reader.page_size} bytes: stock ffcv would read them wrong; convert again"
-        )
-    if (
-        reader._allocations > starts.size
-    ):  # every sample's parts have an entry of their own, or the file had not been opened
-        ptr, size, _ = reader._read_allocations()
-        if len(unused := np.flatnonzero(~np.isin(ptr, reader._pointers()))):
-            problems.append(
-                f"allocation table: {len(unused)} entries with {size[unused].sum()} bytes, at {ptr[unused[0]]} first,"
-                " are no sample's data; convert again"
-            )
-    del starts, sizes, ends
-    if len(names := set(reader.source_ids)) < len(reader):
-        seen: set[str] = set()
-        again = next(i for i, name in enumerate(reader.source_ids) if name in seen or seen.add(name))
-        problems.append(
-            f"ids: {len(reader) - len(names)} samples have the id of another, {reader._name(again)} first; remove"
-            " duplicates from the source and convert again"
-        )
-    return [f"{reader.path}: {problem}" for problem in problems]
-
-
-def _read_block(reader: BetonReader, handle: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes of samples first to last − 1, read with as few calls as they allow: uint8, and where in them each JPEG
-    and each label map begins, int64 `[parts, samples]`. Raises OSError, also where the file is shorter than it was."""
-
-    starts, sizes = reader._places(first, last)
-    low, high, total = int(starts.min()), int((starts + sizes).max()), int(sizes.sum())
-    if high - low <= total + total // 4:  # one after the other, as our writer puts them
-        pieces, places = [(low, high - low)], starts - low
-    else:
-        pieces = list(zip(starts.ravel().tolist(), sizes.ravel().tolist(), strict=True))
-        places = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
-    block, at = np.empty(sum(size for _, size in pieces), np.uint8), 0
-    for start, size in pieces:
-        done = 0
-        while done < size:  # one call reads 2 GiB at most
-            count = os.preadv(handle, [block[at + done : at + size]], start + done)
-            if count == 0:
-                raise OSError(f"it ends {size - done} bytes early: it has been shortened")
-            done += count
-        at += size
-    return block, places
-
-
-def verify(
-    path: Path | str, decode: bool = False, workers: int = 1, progress: Callable[[int], None] | None = None
-) -> list[str]:
-    """Check a whole file: every table, every sample's place, CRC-32 (files of ours) and size in its JPEG's header,
-    every label map; with `decode` every JPEG's coded data too. Returns the problems found, each beginning with file and
-    field.
-
-    progress: called with the number of samples done. Raises BetonError where the tables are damaged: there are no
-    samples to look at then.
-    """
-
-    def problems_of(first: int) -> list[str]:
-        last = min(first + VERIFY_CHUNK, len(reader))
-        try:
-            block, starts = _read_block(reader, file.fileno(), first, last)
-            return reader._problems(first, block, starts, decode)
-        except OSError:  # find out which samples cannot be read
-            found = []
-            for i in range(first, last):
-                try:
-                    block, starts = _read_block(reader, file.fileno(), i, i + 1)
-                    found += reader._problems(i, block, starts, decode)
-                except OSError as error:
-                    found.append(
-                        f"{reader.path}: image: {reader._name(i)} cannot be read ({error}); check the disk, copy the"
-                        " file anew"
-                    )
-            return found
-
-    with BetonReader(path) as reader, open(path, "rb") as file:
-        problems = _layout_problems(reader)
-        reader._metadata = reader._metadata.copy()  # from here on nothing is read through the mapping
-        if reader.spec is not None:  # compile before threads do (see `tl_fast.convert.image.compile_kernels`)
-            reader._expand(np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64))
-        for chunk, found in enumerate(ordered_map(workers, problems_of, range(0, len(reader), VERIFY_CHUNK)), 1):
-            problems += found
-            if progress is not None:
-                progress(min(chunk * VERIFY_CHUNK, len(reader)))
-    return problems

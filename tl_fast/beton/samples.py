@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tl_fast.beton.reader import BetonError, BetonReader
+from tl_fast.beton.layout import BetonError
+from tl_fast.beton.reader import BetonReader
 from tl_fast.system.mistakes import InputError
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.samples import Samples
-from tl_fast.sources.open import Source, SourceError, check_ids, expand_paths, open_source, read_class_names
+from tl_fast.sources.open import expand_paths, open_source
+from tl_fast.sources.source import Source, SourceError, check_ids, read_class_names
 
 
 class BetonSource(Source):

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "selection": ["Conversion"],
-        "write": ["Sample", "TooManyRejects", "WriteSummary", "write_beton"],
+        "encode": ["Sample"],
+        "write": ["TooManyRejects", "WriteSummary", "write_beton"],
     },
 )

@@ -19,11 +19,12 @@ import numpy as np
 
 from tl_fast.beton.layout import ALLOCATION, IMAGE, LABEL_MAP, BetonError
 from tl_fast.beton.reader import BetonReader
-from tl_fast.convert.write import Encoded, Sample, encode
-from tl_fast.labelmaps.format import LabelMapStore
+from tl_fast.convert.encode import Sample, encode
+from tl_fast.convert.write import Encoded
 from tl_fast.labelmaps.published import PublishedMaps, open_label_maps
-from tl_fast.sources.open import Source
+from tl_fast.labelmaps.store import LabelMapStore
 from tl_fast.sources.rejects import reason_of
+from tl_fast.sources.source import Source
 
 MARGIN = 1.02  # of the space that is asked for: holes at page ends, and the estimate itself
 

@@ -9,10 +9,7 @@ bytes are the same for any number of workers.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import errno
-import gc
 import hashlib
 import importlib.metadata
 import itertools
@@ -20,9 +17,8 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,65 +26,17 @@ import tl_fast
 from tl_fast.beton.layout import MAX_INFO, MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
 from tl_fast.convert.block_writer import BlockWriter
 from tl_fast.convert.data_file import BetonFile, Encoded
+from tl_fast.convert.encode import Sample, SampleSource, compile_kernels, encode
 from tl_fast.convert.partial_file import PartialFile
 from tl_fast.convert.processes import Forked, ProcessDied
 from tl_fast.labelmaps.format import MapSpec
-from tl_fast.labelmaps.format import encode as encode_map
-from tl_fast.sources.open import SourceChanged
 from tl_fast.sources.rejects import list_beside, reason_of, reject_lines, write_rejects
 from tl_fast.system.cores import usable_cores
-from tl_fast.system.crc import crc32
+from tl_fast.system.threads import ordered_map
 
 PAGE_SIZE = 8 << 20  # ffcv's default, bytes
 CHUNK = 16  # samples per task: handing one to a thread and back costs some 50 µs
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 COMMIT_SECONDS = 2.0  # how much work a kill may cost
-# Errors of the machine, not of a sample: quarantining would throw good samples away.
-FATAL = {
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.EHOSTDOWN,
-    errno.ENOSPC,
-    errno.EDQUOT,
-}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sample:
-    """One input of `write_beton`. `image()` returns the image file's bytes, `label_map()` its packed record; worker
-    threads call both.
-
-    source_id: unique in the data set, kept in the file. label: -1 for an unlabelled one, which is a bad sample. origin:
-    what error messages call it (a path, an archive member), by default the id. stamp: changes when the input does (file
-    size and time), so that a resumed run can tell.
-    """
-
-    source_id: str
-    label: int
-    image: Callable[[], bytes]
-    label_map: Callable[[], np.void] | None = None
-    origin: str = ""
-    stamp: str = ""
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return self.origin or self.source_id
-
-
-class SampleSource(Protocol):
-    """What `write_beton` reads from: a list of Samples, or anything with a length that is iterated once.
-
-    A true attribute `decodes_groups` says that reading one image decodes others too (`tl_fast.sources.Source`); such
-    samples are read by threads.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Sample]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,84 +69,6 @@ class TooManyRejects(BetonError):
     """More samples were rejected than `max_rejects` allows; what was done is kept for a run with `resume`."""
 
 
-def reuse_memory() -> None:
-    """Let malloc keep what is freed (glibc; elsewhere nothing happens), and the garbage collector pass over what is
-    there by now.
-
-    By default every buffer of more than 128 KB is mapped anew, and a page fault for each of its pages takes longer than
-    reading it: 117 µs for a 128-KB file, 31 with this. It holds for the whole process, so programs call it, not
-    `write_beton`.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-    gc.freeze()  # it took 25 µs a sample to look at all modules again and again
-
-
-def ordered_map(workers: int, function: Callable, items: Iterable, ahead: int = 4) -> Iterator:
-    """`map(function, items)` on threads, in order, with at most `ahead * workers` items begun and not yet consumed.
-
-    Threads suffice: file reads, libjpeg, Pillow and zlib all release the GIL. The first exception, in the order of the
-    items, is raised and the rest cancelled.
-    """
-    pool = ThreadPoolExecutor(workers)
-    pending: deque = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= ahead * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def encode(
-    sample: Sample,
-    spec: MapSpec | None,
-    max_resolution: int | None,
-    quality: int,
-    decode_check: bool,
-    row_index: bool = False,
-    exif: str = "ignore",
-) -> Encoded | Exception:
-    """Read, check and encode one sample; the exception, not raised, when the sample is bad. Raises what is no fault of
-    the sample.
-    """
-    from tl_fast.convert.image import prepare  # here, since reading a beton needs no image library
-    from tl_fast.convert.lossless import TurboJpegMissing
-
-    try:
-        sample.source_id.encode("utf-8")  # file names may be any bytes
-        image = prepare(sample.image(), max_resolution, quality, decode_check, row_index, exif)
-        crc, data, score_min, score_step = image.crc, b"", 0.0, 0.0
-        if sample.label < 0:
-            raise ValueError("has no label")
-        if spec is not None:
-            if sample.label_map is None:
-                raise ValueError("has no label map")
-            record = sample.label_map()
-            data, score_min, score_step = (
-                encode_map(record, spec),
-                float(record["score_min"]),
-                float(record["score_step"]),
-            )
-            crc = crc32(data, crc)
-    except UnicodeEncodeError:
-        return ValueError("its name is not UTF-8; rename it")
-    except TurboJpegMissing as error:
-        raise BetonError(f"{sample.name}: {error}") from error
-    except (MemoryError, ImportError):
-        raise
-    except Exception as error:
-        if isinstance(error, SourceChanged) or isinstance(error, OSError) and error.errno in FATAL:
-            raise BetonError(f"{sample.name}: {error}; the sample is not to blame") from error
-        return error
-    return Encoded(image, data, score_min, score_step, crc)
-
-
 COUNTS = (
     "copied",
     "transcoded",
@@ -210,15 +80,6 @@ COUNTS = (
     "image_bytes",
     "label_map_bytes",
 )
-
-
-def compile_kernels(spec: MapSpec | None) -> None:
-    """`tl_fast.convert.image.compile_kernels`, and those for label maps."""
-    from tl_fast.convert.image import compile_kernels
-
-    compile_kernels()
-    if spec is not None:
-        encode_map(np.zeros((), spec.dtype)[()], spec)
 
 
 class Writer:

@@ -5,7 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "format": ["LabelMapError", "LabelMapStore", "MapSpec", "write_store"],
+        "format": ["LabelMapError", "MapSpec"],
+        "store": ["LabelMapStore", "write_store"],
         "published": ["PublishedMaps", "open_label_maps"],
     },
 )

@@ -19,10 +19,11 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from tl_fast.labelmaps.format import EXTENTS, LabelMapError, LabelMapStore, MapSpec, pack
+from tl_fast.labelmaps.format import EXTENTS, LabelMapError, MapSpec, pack
 from tl_fast.labelmaps.matching import match_maps
-from tl_fast.sources.open import SourceError, read_listed
-from tl_fast.sources.tar_source import Tar, pread
+from tl_fast.labelmaps.store import LabelMapStore
+from tl_fast.sources.source import SourceError, read_listed
+from tl_fast.sources.tar import Tar, pread
 
 SAMPLED = 32  # maps that are read to find the shape
 MAX_BYTES = 64 << 20  # of one .pt file; the published ones have 7 KB

@@ -24,7 +24,8 @@ from tl_fast.models.erase import erase
 from tl_fast.models.normalise import Normalise
 from tl_fast.pictures import bundled_photos, sheet
 from tl_fast.pictures.sheet import GAP, LINE, MARGIN, PANEL, PAPER, SWATCH, Cells
-from tl_fast.pipeline.loader import Batch, Loader
+from tl_fast.pipeline.batch import Batch
+from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.augment import INTERPOLATIONS
 from tl_fast.plan.rand_augment import OPS
 from tl_fast.system.mistakes import InputError

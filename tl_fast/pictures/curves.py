@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tl_fast.system.atomic import write_atomic
 from tl_fast.system.mistakes import InputError
-from tl_fast.training.resume import read_record
+from tl_fast.training.record import read_record
 from tl_fast.training.runlog import read_rows
 
 SCALE = 2  # pixels of the picture for one of the layout

@@ -21,7 +21,7 @@ from numba import cuda as numba_cuda
 from tl_fast.beton.samples import Samples
 from tl_fast.kernels import cuda
 from tl_fast.kernels.cuda_device import SIMULATED
-from tl_fast.pipeline.loader import Batch
+from tl_fast.pipeline.batch import Batch
 from tl_fast.system.mistakes import InputError
 
 ALIGNMENT = 16  # bytes, of the parts of an upload: what the kernels' vector loads want

@@ -9,10 +9,8 @@ from __future__ import annotations
 import collections
 import itertools
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,101 +19,16 @@ import torch
 from tl_fast.beton.samples import Samples
 from tl_fast.kernels import cpu
 from tl_fast.kernels.geometry import cpu as warp
-from tl_fast.labelmaps.format import EXTENTS
 from tl_fast.maths import scalar
+from tl_fast.pipeline.batch import Batch, _Buffers
 from tl_fast.pipeline.decode import HW_DECODER_LOAD, Decoder, choose, graph_definition
 from tl_fast.plan import records as plan
+from tl_fast.plan.boxes import GEOMETRIES, center_boxes, map_affines
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import cores_of_this_rank
 
-GEOMETRIES = ("correct", "published")
 DECODES = ("auto", "cpu", "mixed")
 EVAL_INTERPOLATION = scalar.BICUBIC  # the published evaluation's
-
-
-@dataclass
-class Batch:
-    """One step's samples, owned by the receiver, on the loader's device.
-
-    images: uint8 [B, 3, H, W], RGB, not normalised; labels: int64 [B]; targets: float32 [B, 1+N, C], class-token target
-    first, tokens row by row, or None (no label maps, or evaluation); sample_ids: int64 [B], position in the
-    concatenation of the betons. With random erasing, which is left to the training device (`tl_fast.models.erase`):
-    erase: int32 [B, 4] = (top, left, height, width) in pixels, height 0 for none; noise: int64 [B], seeds of what to
-    fill the boxes with. None without.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    targets: torch.Tensor | None
-    sample_ids: torch.Tensor
-    erase: torch.Tensor | None = None
-    noise: torch.Tensor | None = None
-
-
-def center_boxes(heights: np.ndarray, widths: np.ndarray, image_size: int, crop_pct: float) -> np.ndarray:
-    """Evaluation boxes float64 [B, 4] = (top, left, height, width) in source pixels: what "resize the short side to
-    floor(image_size / crop_pct), then crop the centre image_size square" keeps."""
-    side = np.minimum(heights, widths) * image_size / np.floor(image_size / crop_pct)
-    side = np.minimum(side, np.minimum(heights, widths))
-    return np.stack([(heights - side) / 2, (widths - side) / 2, side, side], axis=1)
-
-
-def crop_fractions(boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray, extent: str) -> np.ndarray:
-    """Boxes [B, 4] in source pixels -> float32 [B, 4], the same boxes as fractions of what the label map covers.
-
-    extent: "full", the whole image; "center_square", the largest centred square (fractions may then leave 0..1).
-    """
-    size = np.stack([heights, widths], axis=1).astype(np.float64)
-    if extent == "center_square":
-        covered = np.repeat(size.min(axis=1, keepdims=True), 2, axis=1)
-    elif extent == "full":
-        covered = size
-    else:
-        raise InputError(f"label map extent must be one of {EXTENTS}, got {extent!r}")
-    start = (size - covered) / 2
-    return np.concatenate([(boxes[:, :2] - start) / covered, boxes[:, 2:] / covered], axis=1).astype(np.float32)
-
-
-def map_affines(plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, extent: str, geometry: str) -> np.ndarray:
-    """The plans' affines, from output coordinates to fractions of the label map's extent -> float32 [B, 6] as
-    `cpu.warped_targets` takes them.
-
-    geometry "published" hands the crop's (top, left, height, width) to RoIAlign as (x1, y1, ...), so its labels are
-    mirrored across the diagonal.
-    """
-    boxes = np.stack([plans[name] for name in ("top", "left", "height", "width")], axis=1).astype(np.float64)
-    crops = crop_fractions(boxes, heights, widths, extent).astype(np.float64)
-    if geometry == "published":
-        crops = crops[:, [1, 0, 3, 2]]
-    affines = plans["affine"].astype(np.float64)
-    affines[:, [2, 5]] -= boxes[:, [1, 0]]
-    affines /= boxes[:, [3, 3, 3, 2, 2, 2]]  # to coordinates of the crop
-    affines *= crops[:, [3, 3, 3, 2, 2, 2]]
-    affines[:, [2, 5]] += crops[:, [1, 0]]
-    return affines.astype(np.float32)
-
-
-class _Buffers:
-    """Memory of batches that nobody holds any more, to be written again: new memory costs a page fault every 4 KB, for
-    token targets of 1,000 classes several times what computing them takes."""
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[tuple[int, ...], type], list[np.ndarray]] = {}
-        self.allocated = 0  # arrays made so far
-
-    def take(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """An array with any content; it is in use as long as it, or a view or tensor made from it, is referred to."""
-        free = self._free.setdefault((shape, dtype), [])
-        try:
-            memory = free.pop()
-        except IndexError:
-            memory = np.empty(shape, dtype)
-            self.allocated += 1
-        # Over a memoryview numpy cannot see `memory`: views of the new array refer to it, and it lives as long as they
-        # do.
-        array = np.asarray(memoryview(memory))
-        weakref.finalize(array, free.append, memory).atexit = False
-        return array
 
 
 class Loader:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tl_fast.sources.open import Source, SourceError, check_ids, read_listed, reorder_classes
+from tl_fast.sources.source import Source, SourceError, check_ids, read_listed, reorder_classes
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, and .gif
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from tl_fast.sources.image_folder import is_image
-from tl_fast.sources.open import Source, SourceError, label_classes, reorder_classes
-from tl_fast.sources.tar_source import Member, Tar, TarSource, refuse_unless_file
+from tl_fast.sources.source import Source, SourceError, label_classes, reorder_classes
+from tl_fast.sources.tar import Member, Tar
+from tl_fast.sources.tar_source import TarSource, refuse_unless_file
 from tl_fast.sources.val_labels import read_val_labels
 from tl_fast.sources.webdataset_tar import WebDatasetTars
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tl_fast.sources.open import (
+from tl_fast.sources.source import (
     MAX_CLASSES,
     Source,
     SourceChanged,

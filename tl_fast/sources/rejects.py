@@ -5,6 +5,7 @@ reason.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,3 +66,16 @@ def read_rejects(path: Path) -> list[Reject]:
 def list_beside(path: Path) -> Path:
     """Where the rejects of `path`, a beton or a store of label maps, are listed: `PATH.rejects.jsonl`."""
     return path.with_name(f"{path.name}.rejects.jsonl")
+
+
+# Errors of the machine, not of a sample: quarantining would throw good samples away.
+FATAL = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}

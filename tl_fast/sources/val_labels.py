@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from tl_fast.sources.open import SourceError
+from tl_fast.sources.source import SourceError
 
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 _MAX_BYTES = 256 << 20  # of a list of labels or a part of the devkit; the real ones have 0.2 to 3 MB

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tl_fast.sources.open import SourceError, label_classes, names_beside
-from tl_fast.sources.tar_source import Member, Tar, TarSource, refuse_unless_file
+from tl_fast.sources.source import SourceError, label_classes, names_beside
+from tl_fast.sources.tar import Member, Tar
+from tl_fast.sources.tar_source import TarSource, refuse_unless_file
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _MAX_CLASS_BYTES = 1024

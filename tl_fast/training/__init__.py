@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "accuracy": ["evaluate"],
         "config": ["TrainConfig", "parse_config"],
         "loop": ["train"],
-        "resume": ["read_record"],
+        "record": ["read_record"],
         "runlog": ["read_rows"],
     },
 )

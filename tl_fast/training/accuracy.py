@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tl_fast.models.build import build_model
 from tl_fast.models.normalise import Normalise, autocast
-from tl_fast.pipeline.loader import Batch, Loader
+from tl_fast.pipeline.batch import Batch
+from tl_fast.pipeline.loader import Loader
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks, join
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
+from tl_fast.training.network import build_network
 
 
 @torch.inference_mode()
@@ -118,7 +119,7 @@ def evaluate(
         )
         stack.callback(loader.close)
         ranks.agree(_check_classes, loader, config, path, trained_classes)
-        network = ranks.agree(build_model, config)
+        network = ranks.agree(build_network, config)
         remarks = ranks.on_main(checkpoint.load_weights, network, path, use_ema)
         ranks.fill_from_main(network.state_dict().values())
         start = time.perf_counter()

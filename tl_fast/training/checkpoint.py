@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, verified before use; and weights from files of other origin.
+"""Checkpoints: written whole or not at all, verified before use.
 
 A checkpoint is a folder `step-<global step>/` of
     model.safetensors, ema.safetensors   weights and buffers under the published names
@@ -11,12 +11,10 @@ a run is a function of (seed, step, rank), so progress alone resumes it exactly.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import json
 import os
-import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -27,10 +25,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tl_fast.models.lvvit import resize_pos_embed
+from tl_fast.models import weights
+from tl_fast.models.weights import WeightsError
 from tl_fast.system.atomic import sync
 from tl_fast.system.crc import crc32
-from tl_fast.system.mistakes import InputError
 
 FORMAT = "tl_fast checkpoint 2"
 MODEL, EMA, OPTIMIZER, META = "model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
@@ -39,8 +37,8 @@ _OF_A_RUN = ("config.yaml", "run.json", "run.lock")  # what lies in a run's fold
 _DIGITS = 10  # of the step in a name, so that names sort as steps do
 
 
-class CheckpointError(InputError):
-    """A checkpoint or weights file that cannot be used; names the file and what is wrong with it."""
+class CheckpointError(WeightsError):
+    """A checkpoint that cannot be used; names the file and what is wrong with it."""
 
 
 def save(
@@ -266,92 +264,26 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def read_weights(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in a file or checkpoint, on the CPU, without wrappers' prefixes; and remarks on what was chosen.
-
-    Takes a checkpoint folder of ours, safetensors, a bare state dict, or a dict with `state_dict_ema`, `state_dict` or
-    `model`, as timm and the published `.pth.tar` have. Raises CheckpointError naming the file.
+    """The state dict in a checkpoint's folder or a weights file (`models.weights.read_file`); remarks on what was
+    chosen. Raises WeightsError, of which CheckpointError is one, naming the file.
     """
-    remarks: list[str] = []
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    if path.is_dir():
-        verify(path)
-        return safetensors.torch.load_file(path / (EMA if use_ema else MODEL)), remarks
-    try:
-        if path.suffix == ".safetensors":
-            found = safetensors.torch.load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm stores its arguments beside the weights
-                found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as weights (torn, or not a weights file): {error}") from error
-    if isinstance(found, dict):
-        keys = [key for key in ("state_dict_ema", "state_dict", "model") if isinstance(found.get(key), dict)]
-        if not use_ema and keys[:1] == ["state_dict_ema"] and len(keys) > 1:
-            keys = keys[1:]
-        if keys:
-            found = found[keys[0]]
-            remarks.append(f"{path}: took its {keys[0]}")
-        elif use_ema:
-            remarks.append(f"{path} holds one set of weights, taken as they are")
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(
-            f"{path} holds no state dict (expected tensors by name, perhaps under state_dict or state_dict_ema)"
-        )
-    for prefix in ("module.", "_orig_mod."):
-        found = {key.removeprefix(prefix): value for key, value in found.items()}
-    return found, remarks
+    if not path.is_dir():
+        return weights.read_file(path, use_ema)
+    verify(path)
+    return safetensors.torch.load_file(path / (EMA if use_ema else MODEL)), []
 
 
 def load_weights(model: nn.Module, path: Path, use_ema: bool = True) -> list[str]:
-    """Load weights of any origin (see read_weights) into an LV-ViT; remarks on what was adapted, to be shown to the
-    user.
-
-    Position embeddings are resized to the model's grid. Heads of another class count are left out, so the model keeps
-    its own.
-    Raises CheckpointError naming the file when anything else does not fit.
-    """
+    """Load weights of any origin (`read_weights`) into an LV-ViT (`models.weights.fit`); remarks for the user."""
     state, remarks = read_weights(path, use_ema)
-    own = model.state_dict()
-    position = state.get("pos_embed")
-    if position is not None and position.ndim == 3 and position.shape != own["pos_embed"].shape:
-        try:
-            state["pos_embed"] = resize_pos_embed(position, model.grid_size)
-        except ValueError as error:
-            raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
-        remarks.append(
-            f"{path}: resized pos_embed from {position.shape[1] - 1} to {own['pos_embed'].shape[1] - 1} tokens"
-        )
-    dropped = {key for key in state if key.startswith(_HEADS) and key in own and state[key].shape != own[key].shape}
-    if dropped:
-        names = ", ".join(f"{key} ({state[key].shape[0]} classes)" for key in sorted(dropped) if key.endswith("weight"))
-        remarks.append(
-            f"{path}: left out {names}, as the model has {model.num_classes} classes: these heads keep their initial"
-            " weights"
-        )
-    kept = sorted(key for key in state if key.startswith(_HEADS) and key.endswith("weight") and key not in dropped)
-    if kept:
-        remarks.append(f"{path}: kept {', '.join(kept)} ({model.num_classes} classes)")
-    state = {key: value for key, value in state.items() if key not in dropped}
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # shapes that differ
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
-    missing = sorted(set(missing) - dropped)
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: missing {missing[:5]}, unexpected {sorted(unexpected)[:5]}"
-        )
-    return remarks
-
-
-_HEADS = ("head.", "aux_head.")
+    return remarks + weights.fit(model, state, path)
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        key: value.detach().contiguous().cpu() for key, value in state.items()
-    }  # safetensors holds no strides (channels-last)
+    # safetensors holds no strides (channels-last)
+    return {key: value.detach().contiguous().cpu() for key, value in state.items()}
 
 
 def _meta_crc32(meta: dict[str, Any]) -> int:

@@ -28,7 +28,6 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 # isort: split
 from timm.utils import ModelEmaV3
 
-from tl_fast.models.build import build_model
 from tl_fast.models.loss import TokenLabelLoss
 from tl_fast.models.normalise import Normalise, resolved_dtype
 from tl_fast.models.step import TrainStep, compiled
@@ -39,10 +38,13 @@ from tl_fast.system.ranks import Ranks, join
 from tl_fast.training import checkpoint
 from tl_fast.training.accuracy import accuracy, check_labels
 from tl_fast.training.config import TrainConfig, save_config
+from tl_fast.training.lock import sole_writer
 from tl_fast.training.meter import Meter
+from tl_fast.training.network import build_network
 from tl_fast.training.nonfinite import NonFinite
 from tl_fast.training.optimiser import build_optimizer, build_schedule
-from tl_fast.training.resume import choose, complete_record, identify, resume, sole_writer, versions, write_record
+from tl_fast.training.record import complete_record, versions, write_record
+from tl_fast.training.resume import choose, identify, resume
 from tl_fast.training.runlog import RunLog
 from tl_fast.training.stopping import Agreement, StopSignals
 
@@ -91,7 +93,7 @@ def _run(
 
     found = choose(config, ranks)
     torch.manual_seed(config.seed)
-    model = ranks.agree(build_model, config)
+    model = ranks.agree(build_network, config)
     remarks = _load_initial(model, config, ranks) if config.init_weights and found is None else []
     if not config.token_label:
         silence_token_head(model)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tl_fast.pipeline.loader import Batch
+from tl_fast.pipeline.batch import Batch
 from tl_fast.system.ranks import Ranks
 from tl_fast.training.nonfinite import NonFinite
 from tl_fast.training.runlog import RunLog

@@ -3,21 +3,8 @@ start, `run.json`."""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import errno
-import fcntl
 import hashlib
-import importlib.metadata
-import json
 import os
-import platform
-import socket
-import subprocess
-import sys
-import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-import tl_fast
 from tl_fast.beton.samples import Samples
-from tl_fast.system.atomic import write_atomic
 from tl_fast.system.mistakes import InputError, share
 from tl_fast.system.ranks import Ranks
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
+from tl_fast.training.record import _ours
 
 # A run continued with other values of these would be neither the old run nor a new one.
 FIXED_ON_RESUME = (
@@ -45,7 +31,6 @@ FIXED_ON_RESUME = (
     "steps_per_epoch",
 )
 FRESH = {"global_step": 0, "epoch": 0, "step_in_epoch": 0, "last_validation": {}, "validated": False, "skipped": 0}
-RECORD, LOCK = "run.json", "run.lock"
 
 
 def choose(config: TrainConfig, ranks: Ranks) -> Path | None:
@@ -169,39 +154,6 @@ def _words(data: dict[str, Any]) -> str:
     return f"{data['samples']} samples with digest {data['digest']} ({', '.join(data['files'])})"
 
 
-@contextlib.contextmanager
-def sole_writer(folder: Path, patience: float = 10.0) -> Iterator[None]:
-    """Hold the lock on a run's folder, made if need be. Raises BlockingIOError when another process still has it after
-    `patience` seconds: a rank that torchrun is about to replace may take a moment to go. The system frees the lock of a
-    process that ends in any way."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() < deadline:
-                    time.sleep(0.1)
-                    continue
-                file.seek(0)
-                raise BlockingIOError(
-                    errno.EWOULDBLOCK,
-                    f"output_dir {folder} is being trained into by another process"
-                    f" ({file.read().strip() or 'unknown'}): end it, or choose another output_dir",
-                ) from error
-            except OSError as error:  # some network file systems have no locks
-                warnings.warn(
-                    f"{folder} cannot be locked ({error}): make sure that no other run writes there", stacklevel=2
-                )
-                break
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
 def _choose(config: TrainConfig, restarts: int) -> Path | None:
     folder = Path(config.output_dir) / "checkpoints"
     if folder.is_dir():
@@ -221,120 +173,3 @@ def _choose(config: TrainConfig, restarts: int) -> Path | None:
             "remove its later checkpoints, or choose another output_dir"
         )
     return path
-
-
-def _job() -> str:
-    """Names the torchrun job that this process belongs to; the same after a restart of its ranks, another for another
-    job."""
-    name, parent = _run_id(), os.getppid()
-    if name is not None:
-        return name
-    started = ""
-    with contextlib.suppress(OSError):  # in a container every torchrun may be process 1
-        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    return f"{socket.gethostname()}:{parent}:{started}"
-
-
-def _run_id() -> str | None:
-    """torchrun's --rdzv-id, also that which --standalone draws; None where nobody has set one."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return None if name == "none" else name
-
-
-def _ours(folder: Path, restarts: int) -> bool:
-    """Whether this very job, with this very command, began the run in `folder` (and was not refused).
-
-    An id of the job says so on any host; somebody may start another command under the same id. Without an id its
-    process on this host says so, but only when torchrun has restarted its ranks. A change of members is no restart in
-    torchrun's count.
-    """
-    starts = read_record(folder)
-    return (
-        bool(starts)
-        and (starts[-1]["job"], starts[-1]["command"]) == (_job(), sys.argv)
-        and (_run_id() is not None or restarts > 0)
-    )
-
-
-def read_record(folder: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first; none where there is no readable record."""
-    try:
-        return json.loads((folder / RECORD).read_text())["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def write_record(
-    folder: Path, config: TrainConfig, step: int, versions: dict[str, str | None], resolved: dict[str, Any]
-) -> None:
-    """Add this start at `step` to the run's record: time, command, versions and commit, the recipe, and what came of
-    its "auto" and null."""
-    start = {
-        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "step": step,
-        "job": _job(),
-        "host": socket.gethostname(),
-        "command": sys.argv,
-        "versions": versions,
-        "resolved": resolved,
-        "config": config.to_dict(),
-    }
-    _write_starts(folder, [*(read_record(folder) if step else []), start])
-
-
-def complete_record(folder: Path, resolved: dict[str, Any]) -> None:
-    """Replace what the last start has `resolved`: the loader decides about `decode` when it makes its first batch."""
-    *earlier, last = read_record(folder)
-    _write_starts(folder, [*earlier, last | {"resolved": resolved}])
-
-
-def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
-    text = json.dumps({"starts": starts}, indent=1)
-    write_atomic(folder / RECORD, lambda file: file.write(text.encode()))
-
-
-def versions(ranks: Ranks) -> dict[str, str | None]:
-    """What the run runs on: packages, CUDA, NCCL, device, and the commit of the checkout. None for what is not there;
-    the commit where the package does not lie in a checkout."""
-    gpu = ranks.device.type == "cuda"
-    name = torch.cuda.get_device_name(ranks.device) if gpu else platform.processor() or platform.machine()
-    packages = {package: _version(package) for package in ("torchvision", "timm", "numba", "numba-cuda", "numpy")}
-    dali = next(filter(None, (_version(f"nvidia-dali-cuda{major}0") for major in (13, 12, 11))), None)
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpu and torch.distributed.is_nccl_available() else None
-    return {
-        "tl_fast": tl_fast.__version__,
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **packages,
-        "dali": dali,
-        "cuda": torch.version.cuda,
-        "nccl": nccl,
-        "device": f"{ranks.world_size} x {name}",
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The checkout's commit, with "-dirty" where files differ from it; None without git or outside a checkout of
-    ours."""
-    root = Path(tl_fast.__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # an installed package must not report the commit of what it happens to lie in
-        return None
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
