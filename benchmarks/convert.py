@@ -2,11 +2,13 @@
 `cp` of the folder?
 
     python benchmarks/convert.py [--images FOLDER] [--samples 6144] [--rounds 5] [--workers 2]
+    python benchmarks/convert.py --table
 
 All read the same files, which lie in the page cache; ours also packs label maps (top 5 of 1,000 classes in 18x18
 cells), and has its file on the disk when it ends, as `cp -r; sync` has and the others have not. Rounds are interleaved,
 after one that is not counted. Then the published label maps, one .pt an image: torch.load alone beside the whole
-import. Prints median and spread and appends one row a contender to benchmarks/results/convert.jsonl.
+import. Prints median and spread and appends one row a contender to benchmarks/results/convert.jsonl. --table prints the
+newest rows as docs/benchmarks.md has them, and measures nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -161,6 +164,19 @@ def importers(folder: Path, count: int) -> dict[str, Callable[[int], int]]:
     return {"torch.load alone": load, "tl_fast: load, check, quantise, encode": whole}
 
 
+def table(results: Path) -> str:
+    """The newest row of every contender and data set as a Markdown table: median and range of images/s."""
+    rows = [row for row in map(json.loads, results.read_text().splitlines()) if row["benchmark"] == "convert"]
+    newest = {(row["contender"], row["images"]): row for row in rows}
+    data_sets = {row["images"]: f"{row['images']}: {row['mean_bytes'] / 1000:.0f} KB a file" for row in rows}
+    lines = ["| images/s | " + " | ".join(data_sets.values()) + " |", "|---" * (1 + len(data_sets)) + "|"]
+    for contender in dict.fromkeys(contender for contender, _ in newest):
+        measured = [newest.get((contender, images)) for images in data_sets]
+        cells = [f"{row['median']:,.0f} ({row['min']:,.0f}–{row['max']:,.0f})" if row else "" for row in measured]
+        lines.append(f"| {contender} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -172,7 +188,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted conversions by each contender")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "convert.jsonl")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of docs/benchmarks.md from the stored rows"
+    )
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.results))
+        return
     reuse_memory()  # as converters/to_beton.py does
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

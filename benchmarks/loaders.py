@@ -9,8 +9,8 @@ its boxes. "row index": from a beton converted with --row-index. All deliver uin
 threads or worker processes, from one set of bytes in the page cache; label maps are of 1,000 classes. Rounds are
 interleaved, after one that is not counted; a round of a loader with worker processes is half the samples. malloc keeps
 what is freed, for all of them, as in training. Appends one row a contender to benchmarks/results/loaders.jsonl and
-draws the newest rows of each data set as loaders.png beside it. --table prints those rows as README has them, and
-measures nothing.
+draws the newest rows of each data set as loaders.png beside it. --table prints those rows as docs/benchmarks.md
+has them, and measures nothing.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", help="run the contenders whose name holds these words, and store nothing")
     parser.add_argument(
-        "--table", action="store_true", help="print README's table from the stored rows, measure nothing"
+        "--table", action="store_true", help="print the table of docs/benchmarks.md from the stored rows"
     )
     arguments = parser.parse_args()
     picture = arguments.results.with_suffix(".png")

@@ -401,7 +401,7 @@ def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
 
 
 def table(results: Path) -> str:
-    """The newest rows of every model and device as the Markdown that README shows."""
+    """The newest rows of every model and device as the Markdown that docs/benchmarks.md shows."""
     newest: dict[tuple, list[dict]] = {}
     for row in map(json.loads, results.read_text().splitlines()):
         key = row["device"], row["model"], row["size"]
@@ -439,7 +439,7 @@ def main() -> None:
     parser.add_argument("--loader-threads", type=int)
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print README's table of the newest rows, measure nothing")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/benchmarks.md, measure nothing")
     for flag, kind in (("--worker", str), ("--model", str), ("--size", int)):  # of the processes that this one starts
         parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
