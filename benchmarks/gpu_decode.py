@@ -29,7 +29,7 @@ from gpu_rows import add_data, beton_of, need_gpu, parser, without_nvjpeg, write
 
 from tl_fast.beton.samples import Samples
 from tl_fast.kernels.geometry import cpu as warp
-from tl_fast.pipeline.decode import Decoder, decode_graph
+from tl_fast.pipeline.decode import Decoder, decoded_regions
 from tl_fast.plan import records as plan
 
 LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
@@ -40,10 +40,15 @@ class DaliCpu:
     """DALI's CPU half, and its upload, called as a `Decoder`."""
 
     def __init__(self, samples: Samples, batch: int, threads: int, device: torch.device):
-        options = dict(
+        from nvidia.dali import pipeline_def
+
+        @pipeline_def(
             batch_size=batch, num_threads=threads, device_id=device.index, prefetch_queue_depth=1, exec_dynamic=True
         )
-        self.samples, self.graph = samples, decode_graph("cpu", True, **options)
+        def graph() -> Any:
+            return decoded_regions("cpu").gpu()
+
+        self.samples, self.graph = samples, graph()
         self.graph.build()
 
     def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Any:

@@ -336,19 +336,17 @@ def differences(a, b, path=()) -> list:
 def test_the_graph_for_nvjpeg_is_the_cpus_but_for_one_argument():
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     options = dict(batch_size=4, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
-    graphs = {way: parsed(decode_graph(way, True, **options).serialize()) for way in ("cpu", "mixed")}
+    graphs = {way: parsed(decode_graph(way, **options).serialize()) for way in ("cpu", "mixed")}
     flat = repr(graphs["mixed"])
     for word in ("hw_decoder_load", "adjust_orientation", "axis_names", "ImageSlice", "no_copy"):
         assert word in flat, word
     found = differences(graphs["cpu"], graphs["mixed"])
     values = {(a, b) for _, a, b in found}
-    # The operator's `device`, and what it makes of the place of its own output and, for the CPU, of the upload behind
-    # it.
+    # The operator's `device`, and what it makes of the place of its own output.
     assert (b"cpu", b"mixed") in values and values <= {(b"cpu", b"mixed"), (b"cpu", b"gpu")}, found
     assert sum(pair == (b"cpu", b"mixed") for pair in ((a, b) for _, a, b in found)) == 1, found
-    assert differences(
-        graphs["cpu"], parsed(decode_graph("cpu", True, 0.9, **options).serialize())
-    )  # the comparison notices an argument
+    # The comparison notices an argument.
+    assert differences(graphs["cpu"], parsed(decode_graph("cpu", 0.9, **options).serialize()))
 
 
 def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):

@@ -28,14 +28,19 @@ HW_DECODER_LOAD = 0.65  # share of the images for the GPU's JPEG engine, the oth
 MEASURE_SECONDS = 0.5  # for each way to decode
 GAIN = 1.1  # what nvJPEG must gain to be chosen: its CUDA half takes time from the training step
 
+Work = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  # (ids, starts, shapes) of batch after batch
+
 
 class DecodeError(Mistake, RuntimeError):
     """An image could not be decoded; the message names the sample and its file."""
 
 
 class _Pixels(list):
-    """Tensors of regions. source: what they are made from and lie in, which the GPU may still be reading: kept as long
-    as they are."""
+    """Tensors of regions.
+
+    source: what the pixels are made from and lie in. The GPU may still be reading it, so it is kept as long as they
+        are.
+    """
 
     source: Any
 
@@ -52,51 +57,58 @@ class Jpegs(Protocol):
 def graph_definition() -> Callable:
     """What `decode_graph` builds. ImportError without DALI."""
     try:
-        from nvidia.dali import fn, pipeline_def, types
+        from nvidia.dali import pipeline_def
     except ImportError as error:
         raise ImportError(f"decoding needs DALI ({error}): pip install nvidia-dali-cuda130") from error
-
-    @pipeline_def
-    def graph(device: str, on_gpu: bool, hw_decoder_load: float):
-        jpegs = fn.external_source(
-            name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True
-        )  # read where they lie, in the beton's pages
-        starts = fn.external_source(name="starts", dtype=types.INT32, ndim=1)
-        shapes = fn.external_source(name="shapes", dtype=types.INT32, ndim=1)
-        regions = fn.decoders.image_slice(
-            jpegs,
-            starts,
-            shapes,
-            axis_names="HW",
-            device=device,
-            hw_decoder_load=hw_decoder_load,
-            adjust_orientation=False,
-            output_type=types.RGB,
-        )
-        return regions.gpu() if on_gpu else regions
-
-    return graph
+    return pipeline_def(decoded_regions)
 
 
-def decode_graph(device: str, on_gpu: bool = False, hw_decoder_load: float = HW_DECODER_LOAD, **options: Any) -> Any:
+def decoded_regions(device: str, hw_decoder_load: float = HW_DECODER_LOAD) -> Any:
+    """The nodes of `decode_graph`, to be called where DALI defines a graph."""
+    from nvidia.dali import fn, types
+
+    # The JPEGs are read where they lie, in the beton's pages.
+    jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)
+    starts = fn.external_source(name="starts", dtype=types.INT32, ndim=1)
+    shapes = fn.external_source(name="shapes", dtype=types.INT32, ndim=1)
+    return fn.decoders.image_slice(
+        jpegs,
+        starts,
+        shapes,
+        axis_names="HW",
+        device=device,
+        hw_decoder_load=hw_decoder_load,
+        adjust_orientation=False,
+        output_type=types.RGB,
+    )
+
+
+def decode_graph(device: str, hw_decoder_load: float = HW_DECODER_LOAD, **options: Any) -> Any:
     """The DALI graph: JPEG bytes, region start and region shape (rows, columns) -> RGB pixels of the region, uint8 [h,
     w, 3].
 
-    `device` 'cpu' or 'mixed' (nvJPEG) is the only difference between the two; `on_gpu` uploads what the CPU decoded and
-    means nothing to nvJPEG's output, which is there already. EXIF orientation is ignored: conversion has dealt with it.
-    The JPEGs' arrays
-    are not copied: they must stay as they are until the pixels are there. options: of DALI's pipeline. ImportError
-    without DALI.
+    device: 'cpu', whose pixels stay on the host, or 'mixed' (nvJPEG), whose pixels are on the GPU. The two graphs
+        differ in nothing else.
+    hw_decoder_load: share of the images that nvJPEG gives to the GPU's JPEG engine, 0..1.
+    options: of DALI's pipeline.
+
+    EXIF orientation is ignored: conversion has dealt with it. The JPEGs' arrays are not copied: they must stay as they
+    are until the pixels are there. Raises ImportError without DALI.
     """
-    return graph_definition()(device, on_gpu, hw_decoder_load, **options)
+    return graph_definition()(device, hw_decoder_load, **options)
 
 
 class Decoder:
     """Regions of a data set's images, one at a time or a batch.
 
-    samples: where the JPEGs are; batch_size: at most; threads: that decode a batch, or cut its JPEGs to their regions
-    for nvJPEG; way: 'cpu' or 'mixed' (nvJPEG); device: the CUDA device that gets a batch's pixels, or None: they stay
-    on the host. One thread at a time may ask for batches, any number for single regions.
+    samples: where the JPEGs are.
+    batch_size: regions a batch, at most.
+    threads: that decode a batch or, for nvJPEG, cut its JPEGs to their regions.
+    way: 'cpu' or 'mixed' (nvJPEG).
+    device: the CUDA device that gets a batch's pixels; None: they stay on the host.
+    hw_decoder_load: share of the images that nvJPEG gives to the GPU's JPEG engine, 0..1.
+
+    One thread at a time may ask for batches, any number for single regions.
     """
 
     def __init__(
@@ -111,7 +123,7 @@ class Decoder:
         self.samples, self.batch_size, self.threads, self.way, self.device = samples, batch_size, threads, way, device
         self.hw_decoder_load = hw_decoder_load
         self._graph = None
-        self._own = RegionDecoder()
+        self._region_decoder = RegionDecoder()
         self._threads = ThreadPoolExecutor(threads, "tl_fast-region")
         self._compiled = False
 
@@ -120,9 +132,11 @@ class Decoder:
     ) -> Sequence:
         """The regions' pixels, uint8 [h, w, 3] each: tensors of torch, or DALI's for nvJPEG, whose memory is their own.
 
-        ids: int64 [B]; starts, shapes: int64 [B, 2], row and column; stream: where the pixels will be used, which is
-        made to wait for them;
-        None: they are there on return. Raises DecodeError naming the sample, ImportError for 'mixed' without DALI.
+        ids: int64 [B], samples.
+        starts, shapes: int64 [B, 2], first pixel and size of each region, (row, column).
+        stream: where the pixels will be used, which is made to wait for them; None: they are there on return.
+
+        Raises DecodeError naming the sample, ImportError for 'mixed' without DALI.
         """
         if self.way == "mixed":
             return self._with_nvjpeg(ids, starts, shapes, stream)
@@ -142,17 +156,19 @@ class Decoder:
         if self.device is not None:
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                 host = host.to(self.device, non_blocking=stream is not None)
-        places = zip(ends.tolist(), sizes.tolist(), shapes.tolist(), strict=True)
-        return [host[end - size : end].view(*shape, 3) for end, size, shape in places]
+        regions = zip(ends.tolist(), sizes.tolist(), shapes.tolist(), strict=True)
+        return [host[end - size : end].view(*shape, 3) for end, size, shape in regions]
 
     def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """One region's pixels on the host, uint8 [h, w, 3]. out: as `RegionDecoder.decode` has it; not written where
-        Pillow had to decode.
+        """One region's pixels on the host, uint8 [h, w, 3].
+
+        start, shape: int64 [2], first pixel and size of the region, (row, column).
+        out: uint8 [h * w * 3], as `RegionDecoder.decode` takes it; not written where Pillow had to decode.
 
         Raises DecodeError naming the sample.
         """
         jpeg = self.samples.jpeg(sample_id)
-        region = self._own.decode(jpeg, start, start + shape, out)
+        region = self._region_decoder.decode(jpeg, start, start + shape, out)
         if region is None:
             (top, left), (bottom, right) = start, start + shape
             try:
@@ -172,8 +188,7 @@ class Decoder:
     ) -> Sequence:
         """DALI's tensors of the regions."""
         if self._graph is None:
-            # Outputs of DALI's dynamic executor own their memory, so a depth of one is enough: the loader does the
-            # prefetching.
+            # A depth of one is enough: outputs of DALI's dynamic executor own their memory, and the loader prefetches.
             self._graph = decode_graph(
                 "mixed",
                 hw_decoder_load=self.hw_decoder_load,
@@ -205,13 +220,14 @@ class Decoder:
     def _in_parts(self, work: Callable[[np.ndarray], Any], count: int) -> list:
         """`work` of the numbers below `count`, shared among the threads -> its results in order; raises what failed."""
         parts = np.array_split(np.arange(count), min(self.threads, count))
-        results = list((self._threads.map if self._compiled else map)(work, parts))  # numba bears one compiling thread
+        # The first time in this thread: numba does not bear two threads that compile one function.
+        results = list((self._threads.map if self._compiled else map)(work, parts))
         self._compiled = True
         return results
 
     def _splice(self, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """JPEGs that show the regions, smaller ones where the beton has a row index, and which pixel is their first,
-        int64 [B, 2]."""
+        """JPEGs that show the regions, and the pixel of the stored image that each begins with, int64 [B, 2]. Where the
+        beton has a row index the JPEGs are smaller than those stored."""
 
         def spliced(part: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
             return [splice(self.samples.jpeg(ids[b]), starts[b], stops[b]) for b in part]
@@ -220,7 +236,8 @@ class Decoder:
         return list(jpegs), np.array(origins, np.int64)
 
     def _damaged(self, ids: np.ndarray, message: str) -> int | None:
-        """The sample that made DALI fail: from its message where that says it, else by trying each."""
+        """The sample that made DALI fail, from DALI's message or, where that names none, by trying one after the other;
+        None when all can be decoded."""
         numbered = re.search(r"sample #(\d+)", message)
         if numbered is not None:
             return int(ids[int(numbered.group(1))])
@@ -237,15 +254,14 @@ class Decoder:
         self._graph = None
 
 
-Work = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
-
-
 def rate(decoder: Callable, work: Work, seconds: float = MEASURE_SECONDS, warm_up: int = 2) -> float:
-    """Images/s of `decoder` over the batches (ids, starts, shapes) of `work`, for about so many seconds after `warm_up`
-    batches.
+    """Images/s of `decoder`, until their pixels are on the device.
 
-    Pixels on the device are included. Ends early where `work` does. Raises ValueError when `work` has no batch beyond
-    the warm-up.
+    work: batches to decode; where they end the measurement does.
+    seconds: length of the measurement, about.
+    warm_up: batches decoded before it.
+
+    Raises ValueError when `work` has no batch beyond the warm-up.
     """
     images, begin = 0, 0.0
     for number, batch in enumerate(work):
@@ -264,8 +280,10 @@ def rate(decoder: Callable, work: Work, seconds: float = MEASURE_SECONDS, warm_u
 def choose(open_decoder: Callable[[str], Decoder], work: Callable[[], Work]) -> tuple[str, str]:
     """Which way decodes faster here: ('cpu' or 'mixed', the measurement in words).
 
-    open_decoder: makes the decoder of a way; work: endless batches to decode. 'mixed' must gain 10 %. Where nvJPEG
-    cannot be used at all, the words say why.
+    open_decoder: makes the decoder of a way.
+    work: endless batches to decode.
+
+    'mixed' must gain 10 %. Where nvJPEG cannot be used at all, the words say why.
     """
     rates = {}
     for way in ("cpu", "mixed"):
@@ -277,20 +295,10 @@ def choose(open_decoder: Callable[[str], Decoder], work: Callable[[], Work]) -> 
         except (RuntimeError, ImportError) as error:  # from building the graph: a driver or GPU without nvJPEG, no DALI
             if way == "cpu":
                 raise
-            return (
-                "cpu",
-                (
-                    f"decode 'cpu', {rates['cpu']:,.0f} images/s; 'mixed' (nvJPEG) does not work here:"
-                    f" {str(error).splitlines()[0]}"
-                ),
-            )
+            reason = str(error).splitlines()[0]
+            return "cpu", f"decode 'cpu', {rates['cpu']:,.0f} images/s; 'mixed' (nvJPEG) does not work here: {reason}"
         finally:
             decoder.close()
     way = "mixed" if rates["mixed"] > GAIN * rates["cpu"] else "cpu"
-    return (
-        way,
-        (
-            f"decode {way!r}: cpu {rates['cpu']:,.0f} images/s, mixed (nvJPEG) {rates['mixed']:,.0f}; mixed is taken"
-            f" from {GAIN:.0%} on"
-        ),
-    )
+    measured = f"cpu {rates['cpu']:,.0f} images/s, mixed (nvJPEG) {rates['mixed']:,.0f}"
+    return way, f"decode {way!r}: {measured}; mixed is taken from {GAIN:.0%} on"
