@@ -10,8 +10,11 @@ GEOMETRIES = ("correct", "published")
 
 
 def center_boxes(heights: np.ndarray, widths: np.ndarray, image_size: int, crop_pct: float) -> np.ndarray:
-    """Evaluation boxes float64 [B, 4] = (top, left, height, width) in source pixels: what "resize the short side to
-    floor(image_size / crop_pct), then crop the centre image_size square" keeps."""
+    """Boxes of evaluation, float64 [B, 4] = (top, left, height, width) in source pixels: what is left of an image whose
+    short side is resized to floor(image_size / crop_pct) and of which the centre square of image_size pixels is cut.
+
+    heights, widths: int64 [B], pixels of the source images.
+    """
     side = np.minimum(heights, widths) * image_size / np.floor(image_size / crop_pct)
     side = np.minimum(side, np.minimum(heights, widths))
     return np.stack([(heights - side) / 2, (widths - side) / 2, side, side], axis=1)
@@ -20,7 +23,12 @@ def center_boxes(heights: np.ndarray, widths: np.ndarray, image_size: int, crop_
 def crop_fractions(boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray, extent: str) -> np.ndarray:
     """Boxes [B, 4] in source pixels -> float32 [B, 4], the same boxes as fractions of what the label map covers.
 
-    extent: "full", the whole image; "center_square", the largest centred square (fractions may then leave 0..1).
+    boxes: (top, left, height, width).
+    heights, widths: [B], pixels of the source images.
+    extent: "full", the whole image, or "center_square", the largest centred square. Fractions of a square may lie
+        outside 0..1.
+
+    Raises ValueError for another extent.
     """
     size = np.stack([heights, widths], axis=1).astype(np.float64)
     if extent == "center_square":
@@ -34,11 +42,14 @@ def crop_fractions(boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray, e
 
 
 def map_affines(plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, extent: str, geometry: str) -> np.ndarray:
-    """The plans' affines, from output coordinates to fractions of the label map's extent -> float32 [B, 6] as
+    """The plans' affines, but from output coordinates to fractions of the label map's extent: float32 [B, 6] as
     `cpu.warped_targets` takes them.
 
-    geometry "published" hands the crop's (top, left, height, width) to RoIAlign as (x1, y1, ...), so its labels are
-    mirrored across the diagonal.
+    plans: PLAN records [B].
+    heights, widths: [B], pixels of the source images.
+    extent: as for `crop_fractions`.
+    geometry: "correct", or "published": the published code hands the crop's (top, left, height, width) to RoIAlign as
+        (x1, y1, ...), so its labels are mirrored across the diagonal.
     """
     boxes = np.stack([plans[name] for name in ("top", "left", "height", "width")], axis=1).astype(np.float64)
     crops = crop_fractions(boxes, heights, widths, extent).astype(np.float64)
