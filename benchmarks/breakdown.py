@@ -49,11 +49,11 @@ def epoch(loader: Loader, number: int, images: np.ndarray, targets: np.ndarray) 
             times[part] += now - last
             last = now
 
-        plans, starts, stops = loader._plan(ids, number)
+        plans, starts, stops = loader._planner.regions(ids, number)
         heights, widths = loader.samples.heights[ids], loader.samples.widths[ids]
         lap("plan")
         for b, plan in enumerate(plans):
-            region = cpu._own_type(loader._decoder.region(ids[b], starts[b], stops[b] - starts[b]))
+            region = cpu._own_type(loader._maker.decoder.region(ids[b], starts[b], stops[b] - starts[b]))
             lap("decode of the crop")
             crop = tuple(float(plan[name]) for name in ("top", "left", "height", "width"))
             place = int(starts[b, 0]), int(starts[b, 1]), int(heights[b]), int(widths[b])
@@ -92,7 +92,7 @@ def main() -> None:
             with Loader(
                 Path(folder) / "bench.beton", BATCH, image_size=SIZE, grid=GRID, threads=1, augment=augment
             ) as loader:
-                loader.batch(np.arange(BATCH))  # compiles, and opens the decoder
+                loader.batch(np.arange(BATCH))  # compiles
                 epoch(loader, 0, images, targets)
                 for part, seconds in epoch(loader, 1, images, targets).items():
                     microseconds[f"{recipe}: {part}"] = [1e6 * value for value in seconds]

@@ -22,7 +22,7 @@ from tl_fast.convert.write import write_beton
 from tl_fast.kernels import cpu
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.maths import scalar
-from tl_fast.pipeline import loader as pipeline
+from tl_fast.pipeline import planner
 from tl_fast.pipeline.decode import DecodeError
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan import rand_augment
@@ -81,10 +81,8 @@ def collect(loader):
 
 
 ROWS, COLUMNS = 6, 8  # label-map cells
-HEIGHT, WIDTH = (
-    480,
-    640,
-)  # pixels; a cell is 80 x 80, larger than any token, so that a token's largest class is the nearest cell
+# Pixels. A cell is 80 x 80, larger than any token, so that a token's largest class is the nearest cell.
+HEIGHT, WIDTH = 480, 640
 SIZE, GRID = 112, 14
 
 
@@ -144,11 +142,11 @@ def test_the_alignment_test_notices_wrong_geometry(tmp_path, monkeypatch):
     """Boxes fed as (left, top, ...), as the published code does, or flips left out: most tokens name the wrong cell."""
     spec = MapSpec(k=1, height=ROWS, width=COLUMNS, num_classes=ROWS * COLUMNS)
     path = write(tmp_path / "coordinates.beton", [jpeg(coordinate_image())] * 8, [cell_record(spec)] * 8, spec)
-    right = pipeline.map_affines
+    right = planner.map_affines
     swapped = lambda *arguments: right(*arguments[:-1], "published")  # noqa: E731
     unflipped = lambda plans, *rest: right(mirrored(plans), *rest)  # noqa: E731
     for wrong in (swapped, unflipped):
-        monkeypatch.setattr(pipeline, "map_affines", wrong)
+        monkeypatch.setattr(planner, "map_affines", wrong)
         with Loader(path, 8, image_size=SIZE, grid=GRID, augment=BOTH, smoothing=0.0) as loader:
             off = misplacement(next(iter(loader)), lambda y: y * ROWS, lambda x: x * COLUMNS)
         assert (off > 0.12).mean() > 0.5
@@ -190,7 +188,7 @@ def test_geometric_operations_move_labels_with_the_pixels(tmp_path, monkeypatch,
             record["affine"] = affine
         return plans
 
-    monkeypatch.setattr(pipeline.plan, "draw", draw)
+    monkeypatch.setattr(plan, "draw", draw)
     seen = filled = 0
     augment = plan.Augment(interpolation=interpolation, fill=(0, 0, 255))
     with Loader(path, 16, image_size=SIZE, grid=GRID, augment=augment, seed=1, smoothing=0.0) as loader:
@@ -228,10 +226,8 @@ def test_center_square_maps_are_aligned_too(tmp_path):
             off = misplacement(batch, lambda y: y * ROWS, lambda x: (x - 0.25) * 2 * COLUMNS)
             x = token_means(batch.images[:, 1:2]).flatten(1).numpy()
             peak = batch.targets[:, 1:].max(2).values.numpy()
-            within, beyond = (
-                np.abs(x - 0.5) < 0.25,
-                np.abs(x - 0.5) > 0.25 + 1.2 / 16,
-            )  # RoIAlign holds the border for one cell
+            # RoIAlign holds the border for one cell.
+            within, beyond = np.abs(x - 0.5) < 0.25, np.abs(x - 0.5) > 0.25 + 1.2 / 16
             assert off[within].max() <= 0.15 and (peak[within] > 0.1).all()
             np.testing.assert_allclose(peak[beyond], 1 / (ROWS * COLUMNS), rtol=1e-5)
             inside, outside = inside + within.sum(), outside + beyond.sum()
@@ -466,8 +462,8 @@ def damaged(source, target, sample, share):
     data = bytearray(source.read_bytes())
     with BetonReader(source) as reader:
         picture = bytes(reader.jpeg(sample))
-    at = bytes(data).index(picture) + int(len(picture) * share)
-    data[at : at + 64] = bytes(64)
+    offset = bytes(data).index(picture) + int(len(picture) * share)
+    data[offset : offset + 64] = bytes(64)
     target.write_bytes(data)
     return target
 
@@ -541,6 +537,19 @@ def test_leaving_the_loop_early_leaks_nothing(photo_beton, tmp_path, monkeypatch
     assert str(path) not in [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
 
 
+def test_a_loader_that_is_dropped_ends_its_threads(photo_beton):
+    before = set(threading.enumerate())
+    loader = Loader(photo_beton, 4, image_size=32, grid=2, threads=2)
+    next(iter(loader))
+    threads = set(threading.enumerate()) - before
+    assert threads
+    del loader
+    gc.collect()
+    for thread in threads:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -582,9 +591,9 @@ def test_batches_stay_whole_as_long_as_they_are_held(photo_beton):
                 held.append((view, tuple(part.clone() for part in view)))
                 del batch
         assert all(torch.equal(part, copy) for view, copies in held for part, copy in zip(view, copies, strict=True))
-        arrays = loader._buffers.allocated
+        arrays = loader._maker.buffers.allocated
         held.clear()
         del view
         for batch in loader:
             pass
-        assert loader._buffers.allocated == arrays  # those of the first epochs were enough
+        assert loader._maker.buffers.allocated == arrays  # those of the first epochs were enough

@@ -1,9 +1,10 @@
-"""What a batch is, and the memory of batches that nobody holds any more."""
+"""What a batch is, what it is made from, and what a maker of batches does."""
 
 from __future__ import annotations
 
-import weakref
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,11 +14,14 @@ import torch
 class Batch:
     """One step's samples, owned by the receiver, on the loader's device.
 
-    images: uint8 [B, 3, H, W], RGB, not normalised; labels: int64 [B]; targets: float32 [B, 1+N, C], class-token target
-    first, tokens row by row, or None (no label maps, or evaluation); sample_ids: int64 [B], position in the
-    concatenation of the betons. With random erasing, which is left to the training device (`tl_fast.models.erase`):
-    erase: int32 [B, 4] = (top, left, height, width) in pixels, height 0 for none; noise: int64 [B], seeds of what to
-    fill the boxes with. None without.
+    images: uint8 [B, 3, H, W], RGB, not normalised.
+    labels: int64 [B].
+    targets: float32 [B, 1+N, C], the class token's first, then the tokens' row by row; None in evaluation and without
+        label maps.
+    sample_ids: int64 [B], position in the concatenation of the betons.
+    erase: int32 [B, 4] = (top, left, height, width) in pixels, the boxes of random erasing, height 0 for none. Erasing
+        is left to the training device (`tl_fast.models.erase`). None without random erasing.
+    noise: int64 [B], seeds of what the boxes are filled with; None without random erasing.
     """
 
     images: torch.Tensor
@@ -28,24 +32,69 @@ class Batch:
     noise: torch.Tensor | None = None
 
 
-class _Buffers:
-    """Memory of batches that nobody holds any more, to be written again: new memory costs a page fault every 4 KB, for
-    token targets of 1,000 classes several times what computing them takes."""
+@dataclass(frozen=True)
+class BatchPlan:
+    """All that is decided about a batch before its JPEGs are decoded.
 
-    def __init__(self) -> None:
-        self._free: dict[tuple[tuple[int, ...], type], list[np.ndarray]] = {}
-        self.allocated = 0  # arrays made so far
+    ids: int64 [B], the samples.
+    heights, widths: int64 [B], sizes of the stored images in pixels.
+    plans: PLAN records [B] (`tl_fast.plan.records`).
+    starts, shapes: int64 [B, 2], first pixel (row, column) and size of the regions to decode.
+    affines: float32 [B, 6], as `cpu.warped_targets` takes them; None for no targets.
+    extras: further arrays for the batch, by field of `Batch`.
+    """
 
-    def take(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """An array with any content; it is in use as long as it, or a view or tensor made from it, is referred to."""
-        free = self._free.setdefault((shape, dtype), [])
-        try:
-            memory = free.pop()
-        except IndexError:
-            memory = np.empty(shape, dtype)
-            self.allocated += 1
-        # Over a memoryview numpy cannot see `memory`: views of the new array refer to it, and it lives as long as they
-        # do.
-        array = np.asarray(memoryview(memory))
-        weakref.finalize(array, free.append, memory).atexit = False
-        return array
+    ids: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    plans: np.ndarray
+    starts: np.ndarray
+    shapes: np.ndarray
+    affines: np.ndarray | None
+    extras: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A batch that is being made.
+
+    futures: of the threads at work on it.
+    batch: the one that they fill; None where the first future's result says what it is.
+    """
+
+    futures: list[Future]
+    batch: Batch | None = None
+
+
+class Decodes(Protocol):
+    """What a loader tells about a maker's decoder: the way, 'cpu', 'mixed' or, as long as that is open, 'auto'."""
+
+    way: str
+
+
+class BatchMaker(Protocol):
+    """Makes batches of a device's memory: `cpu_batches.CpuBatches` and `gpu_batches.GpuBatches`.
+
+    A batch goes through `start` in the loader's thread and `finish` in the consumer's. What goes wrong on the way is
+    raised there, or, where only the device notices, by `check`.
+    """
+
+    decoder: Decodes
+
+    def enter_thread(self) -> None:
+        """To be called once by the thread that calls `start`."""
+
+    def start(self, plan: BatchPlan) -> UnderWay:
+        """Begin to make a batch. May wait for the decode of its JPEGs, never for its kernels."""
+
+    def finish(self, under_way: UnderWay) -> Batch:
+        """The batch, ready for the caller; on a GPU for the stream that is current, and the host does not wait."""
+
+    def check(self) -> None:
+        """Wait until all batches that were finished are there, and raise what the device found wrong with them."""
+
+    def forget(self) -> None:
+        """What is wrong with batches finished so far is of no more interest."""
+
+    def close(self) -> None:
+        """Wait for what is under way, stop the threads and let go of the memory."""

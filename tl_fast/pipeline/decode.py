@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -252,6 +253,38 @@ class Decoder:
         """Stop the threads and let go of DALI's memory."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._graph = None
+
+
+class AutoDecoder:
+    """Decodes batches in the faster of the two ways, which is measured when the first batch is asked for.
+
+    open_decoder: makes the decoder of a way.
+    trial: endless batches to measure with.
+    announce: whether to say on stderr which way was taken and why.
+
+    way: 'auto' until that is known, then 'cpu' or 'mixed'.
+    """
+
+    def __init__(self, open_decoder: Callable[[str], Decoder], trial: Callable[[], Work], announce: bool):
+        self._open_decoder, self._trial, self._announce = open_decoder, trial, announce
+        self.way = "auto"
+        self._decoder: Decoder | None = None
+
+    def __call__(
+        self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None
+    ) -> Sequence:
+        """As `Decoder`."""
+        if self._decoder is None:
+            self.way, words = choose(self._open_decoder, self._trial)
+            if self._announce:
+                print(f"tl_fast: {words}", file=sys.stderr, flush=True)
+            self._decoder = self._open_decoder(self.way)
+        return self._decoder(ids, starts, shapes, stream)
+
+    def close(self) -> None:
+        """Close the decoder that was taken."""
+        if self._decoder is not None:
+            self._decoder.close()
 
 
 def rate(decoder: Callable, work: Work, seconds: float = MEASURE_SECONDS, warm_up: int = 2) -> float:

@@ -1,5 +1,5 @@
-"""Batches made on the GPU: what the host knows goes up in one copy, two kernels make images and token targets on a
-stream of their own.
+"""Batches made on the GPU: what the host knows is uploaded in one copy, and two kernels on a stream of their own make
+images and token targets.
 
 Under numba's simulator (NUMBA_ENABLE_CUDASIM=1) the device's memory is the host's and there are no streams, so tests
 run all of this without a GPU.
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +20,12 @@ import numpy as np
 import torch
 from numba import cuda as numba_cuda
 
-from tl_fast.beton.samples import Samples
 from tl_fast.kernels import cuda
 from tl_fast.kernels.cuda_device import SIMULATED
-from tl_fast.pipeline.batch import Batch
+from tl_fast.pipeline.batch import Batch, BatchPlan, UnderWay
+from tl_fast.pipeline.decode import AutoDecoder, Decoder
+from tl_fast.pipeline.planner import Planner
+from tl_fast.pipeline.settings import Decoding
 from tl_fast.system.mistakes import InputError
 
 ALIGNMENT = 16  # bytes, of the parts of an upload: what the kernels' vector loads want
@@ -44,8 +48,11 @@ def find_device(name: str | torch.device) -> torch.device:
 
 @dataclass
 class Maps:
-    """What became of a batch's label maps. flags: int32 [B], what was wrong with each, valid when `event` has happened;
-    ids: int64 [B]."""
+    """What became of a batch's label maps.
+
+    ids: int64 [B], the samples.
+    flags: int32 [B], what was wrong with each map; valid when `event` has happened.
+    """
 
     ids: np.ndarray
     flags: torch.Tensor
@@ -54,7 +61,11 @@ class Maps:
 
 @dataclass
 class Made:
-    """A batch whose kernels are under way until `event`. memory: all that it lies in; maps: None without targets."""
+    """A batch whose kernels are under way until `event`.
+
+    memory: all that the batch lies in.
+    maps: None without targets.
+    """
 
     batch: Batch
     memory: list[torch.Tensor]
@@ -76,110 +87,84 @@ class _Span:
 
 
 class GpuBatches:
-    """The device's half of a loader.
+    """A `BatchMaker` of a GPU's memory.
 
-    samples: for names and label-map layout; device: of `find_device`; image_size: output pixels, square; grid: tokens a
-    side; smoothing: of the targets; fill: RGB outside the image; ahead: batches whose kernels may be under way at once,
-    and batches handed over that the consumer's stream may not be through with, however far its thread runs ahead.
-    `make`, which waits for both, is called by one thread, `hand_over` and `check` by another, the consumer's.
+    planner: whose plans are carried out.
+    device: of `find_device`.
+    decoding: way, threads, and whether samples are checked.
+    ahead: batches whose kernels may be under way at once, and batches handed over that the consumer's stream may not be
+        through with, however far the consumer's thread runs ahead.
+
+    `start` decodes in the loader's thread, `make` launches kernels in a worker thread, where it waits for batches that
+    are `ahead` back, and `finish` and `check` belong to the consumer's thread.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        device: torch.device,
-        *,
-        image_size: int,
-        grid: int,
-        smoothing: float,
-        fill: tuple[int, int, int],
-        ahead: int,
-    ):
-        self.samples, self.device, self.image_size, self.grid, self.smoothing, self.ahead = (
-            samples,
-            device,
-            image_size,
-            grid,
-            smoothing,
-            ahead,
+    def __init__(self, planner: Planner, device: torch.device, decoding: Decoding, ahead: int):
+        self.samples, self.crops, self.targets = planner.samples, planner.crops, planner.targets
+        self.device, self.decoding, self.ahead = device, decoding, ahead
+        on_gpu = device.type == "cuda"
+        open_decoder = functools.partial(
+            Decoder,
+            self.samples,
+            planner.share.batch_size,
+            decoding.threads,
+            device=device if on_gpu else None,  # the simulator's pixels stay on the host
+            hw_decoder_load=decoding.hw_decoder_load,
         )
-        self.decode_device = device if device.type == "cuda" else None  # the simulator's pixels stay on the host
-        self.fill = fill
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        way = decoding.way if on_gpu else "cpu"
+        self.decoder: Decoder | AutoDecoder = (
+            AutoDecoder(open_decoder, planner.trial, planner.share.rank == 0) if way == "auto" else open_decoder(way)
+        )
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
         # A stream apart, so that kernels never wait for the decode of a later batch.
-        self.decoding = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Whose kernels may still run, with the pixels they read: that memory would be given to the next batch.
+        self.decode_stream = torch.cuda.Stream(device) if on_gpu else None
+        # Not `self.enter_thread`: a thread that holds this object would keep a loader alive that nobody closed.
+        self._worker = ThreadPoolExecutor(1, "tl_fast-kernel", _enter_thread, (device,))
+        # Kernels that may still run, with the pixels they read: without that the next batch would get their memory.
         self._running: collections.deque[tuple[torch.cuda.Event, Any]] = collections.deque()
         # For each batch handed over but the last: that the consumer's stream is through with it.
         self._consumed: collections.deque[tuple[torch.cuda.Event, None]] = collections.deque()
         self._unchecked: collections.deque[Maps] = collections.deque()
 
     def enter_thread(self) -> None:
-        """Make the device current in this thread, for torch and numba; to be called once by every thread that uses
-        it."""
-        if self.stream is not None:
-            torch.cuda.set_device(self.device)
-            numba_cuda.select_device(self.device.index)
+        """Make the device current in this thread, for torch and numba."""
+        _enter_thread(self.device)
+
+    def start(self, plan: BatchPlan) -> UnderWay:
+        """Decode the batch's JPEGs, while the worker thread launches the kernels of the batch before."""
+        if self.decoding.check:
+            for i in plan.ids:
+                self.samples.check(i)
+        regions = self.decoder(plan.ids, plan.starts, plan.shapes, self.decode_stream)
+        return UnderWay([self._worker.submit(self.make, plan, regions, self.decoded())])
 
     def decoded(self) -> torch.cuda.Event | None:
-        """What `make` is to wait for: that the pixels ordered on `decoding` until now are there."""
-        return None if self.decoding is None else self.decoding.record_event()
+        """What `make` is to wait for: that the pixels ordered on `decode_stream` until now are there."""
+        return None if self.decode_stream is None else self.decode_stream.record_event()
 
-    def make(
-        self,
-        ids: np.ndarray,
-        plans: np.ndarray,
-        starts: np.ndarray,
-        shapes: np.ndarray,
-        regions: Sequence,
-        decoded: torch.cuda.Event | None,
-        affines: np.ndarray | None,
-        extras: dict[str, np.ndarray],
-    ) -> Made:
-        """Upload what a batch needs and launch its kernels, without waiting for them (but for what is `ahead` batches
-        back).
+    def make(self, plan: BatchPlan, regions: Sequence, decoded: torch.cuda.Event | None) -> Made:
+        """Upload what a batch needs and launch its kernels, without waiting for them. Waits for batches `ahead` back.
 
-        ids: int64 [B]; plans: PLAN [B]; starts, shapes: int64 [B, 2], first pixel and size of the decoded regions;
-        regions: the pixels, uint8 [h, w, 3] each, on the device when `decoded` has happened; affines: float32 [B, 6] as
-        `cpu.warped_targets` takes them, None for no targets;
-        extras: further arrays for the batch, by field of `Batch`. Everything returned is new memory, written by
-        `stream`.
+        regions: the pixels, uint8 [h, w, 3] each, on the device when `decoded` has happened. Everything returned is new
+        memory, written by `stream`.
         """
         self._wait_for_old()
-        batch = len(ids)
-        pixels, offsets = self._pixels(regions, shapes)
-        records = np.zeros(batch, cuda.REGION)
-        records["offset"] = offsets
-        for axis, names in enumerate((("rows", "top", "height"), ("columns", "left", "width"))):
-            size = self.samples.widths if axis else self.samples.heights
-            for name, values in zip(names, (shapes[:, axis], starts[:, axis], size[ids]), strict=True):
-                records[name] = values
-        parts = {"regions": records, "plans": plans, "ids": ids, "labels": self.samples.labels[ids], **extras}
-        if affines is not None:
-            maps, parts["ranges"] = self.samples.raw_label_maps(ids)
-            parts |= {
-                "starts": np.cumsum([0] + [len(each) for each in maps]),
-                "maps": np.concatenate(maps),
-                "affines": affines,
-                "errors": np.zeros(batch, np.int32),
-            }
+        pixels, offsets = self._pixels(regions, plan.shapes)
+        parts = self._upload_parts(plan, offsets)
+        size, side = len(plan.ids), self.crops.image_size
         with _launching, torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
             if decoded is not None:
                 self.stream.wait_event(decoded)
             uploaded, up = self._upload(parts)
-            images = torch.empty((batch, 3, self.image_size, self.image_size), dtype=torch.uint8, device=self.device)
+            images = torch.empty((size, 3, side, side), dtype=torch.uint8, device=self.device)
             handle = 0 if self.stream is None else self.stream.cuda_stream
-            scratch = torch.empty(
-                cuda.scratch_bytes(batch, self.image_size, self.image_size, False),
-                dtype=torch.uint8,
-                device=self.device,
-            )
-            cuda.augment(pixels, up["regions"], up["plans"], self.fill, images, scratch=scratch, stream=handle)
+            scratch = torch.empty(cuda.scratch_bytes(size, side, side, False), dtype=torch.uint8, device=self.device)
+            fill = self.crops.augment.fill
+            cuda.augment(pixels, up["regions"], up["plans"], fill, images, scratch=scratch, stream=handle)
             targets = flags = event = None
-            if affines is not None:
-                targets = torch.empty(
-                    (batch, 1 + self.grid**2, self.samples.num_classes), dtype=torch.float32, device=self.device
-                )
+            if plan.affines is not None:
+                shape = (size, 1 + self.targets.grid**2, self.samples.num_classes)
+                targets = torch.empty(shape, dtype=torch.float32, device=self.device)
                 errors = up["errors"].view(torch.int32)
                 spec = self.samples.spec
                 cuda.packed_targets(
@@ -188,29 +173,53 @@ class GpuBatches:
                     up["ranges"].view(torch.float32).view(-1, 2),
                     up["affines"].view(torch.float32).view(-1, 6),
                     spec,
-                    self.grid,
-                    self.smoothing,
+                    self.targets.grid,
+                    self.targets.smoothing,
                     spec.extent == "full",  # as on the CPU: what is beyond a square map is image
                     targets,
                     errors,
                     stream=handle,
                 )
-                flags = torch.empty(batch, dtype=torch.int32, pin_memory=self.stream is not None).copy_(
-                    errors, non_blocking=True
-                )
+                flags = torch.empty(size, dtype=torch.int32, pin_memory=self.stream is not None)
+                flags.copy_(errors, non_blocking=True)
             if self.stream is not None:
                 event = _event_on(self.stream)
                 self._running.append((event, regions))
-        ready = Batch(images, up["labels"].view(torch.int64), targets, up["ids"].view(torch.int64))
-        for name, values in extras.items():
+        batch = Batch(images, up["labels"].view(torch.int64), targets, up["ids"].view(torch.int64))
+        for name, values in plan.extras.items():
             dtype = torch.from_numpy(values[:0]).dtype
-            setattr(ready, name, up[name].view(dtype).view(values.shape))
+            setattr(batch, name, up[name].view(dtype).view(values.shape))
         memory = [tensor for tensor in (uploaded, images, targets) if tensor is not None]
-        return Made(ready, memory, event, None if flags is None else Maps(ids, flags, event))
+        return Made(batch, memory, event, None if flags is None else Maps(plan.ids, flags, event))
+
+    def _upload_parts(self, plan: BatchPlan, offsets: np.ndarray) -> dict[str, np.ndarray]:
+        """What the kernels read besides the pixels, and what the batch holds that the host knows.
+
+        offsets: int64 [B], where each region begins among the pixels.
+        """
+        regions = np.zeros(len(plan.ids), cuda.REGION)
+        regions["offset"] = offsets
+        regions["rows"], regions["columns"] = plan.shapes.T
+        regions["top"], regions["left"] = plan.starts.T
+        regions["height"], regions["width"] = plan.heights, plan.widths
+        parts = {
+            "regions": regions,
+            "plans": plan.plans,
+            "ids": plan.ids,
+            "labels": self.samples.labels[plan.ids],
+            **plan.extras,
+        }
+        if plan.affines is not None:
+            maps, parts["ranges"] = self.samples.raw_label_maps(plan.ids)
+            parts["starts"] = np.cumsum([0] + [len(record) for record in maps])
+            parts["maps"] = np.concatenate(maps)
+            parts["affines"] = plan.affines
+            parts["errors"] = np.zeros(len(plan.ids), np.int32)
+        return parts
 
     def _wait_for_old(self) -> None:
-        """Forget the batches that are made or consumed; wait, in this thread alone, until fewer than `ahead` of each
-        are not."""
+        """Forget the batches that are made or consumed. Wait, in this thread alone, until fewer than `ahead` batches
+        are not made, and fewer than `ahead` not consumed."""
         for queue in (self._running, self._consumed):
             while queue and (len(queue) >= self.ahead or queue[0][0].query()):
                 event, regions = queue.popleft()
@@ -222,34 +231,34 @@ class GpuBatches:
         the array spans whatever lies between them."""
         sizes = 3 * shapes.prod(axis=1)
         if self.stream is None:
-            return (
-                np.concatenate([np.asarray(regions[b]).reshape(-1) for b in range(len(shapes))]),
-                np.cumsum(sizes) - sizes,
-            )
+            pixels = np.concatenate([np.asarray(regions[b]).reshape(-1) for b in range(len(shapes))])
+            return pixels, np.cumsum(sizes) - sizes
         addresses = np.array([regions[b].data_ptr() for b in range(len(shapes))], np.int64)
         base = int(addresses.min())
-        return (
-            numba_cuda.as_cuda_array(_Span(base, int((addresses + sizes).max()) - base), sync=False),
-            addresses - base,
-        )
+        span = _Span(base, int((addresses + sizes).max()) - base)
+        return numba_cuda.as_cuda_array(span, sync=False), addresses - base
 
     def _upload(self, parts: dict[str, np.ndarray]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Arrays -> one uint8 tensor on the device, sent by one copy that nobody waits for, and the bytes of each as
-        views of it.
+        """Arrays -> one uint8 tensor on the device, sent by one copy that nobody waits for, and the bytes of each array
+        as a view of it.
 
         The page-locked tensor may go at once: torch's allocator gives such memory out again only when the copies from
         it are done.
         """
-        at, size = {}, 0
+        slices, size = {}, 0
         for name, array in parts.items():
-            at[name] = slice(size, size + array.nbytes)
-            size = -(-at[name].stop // ALIGNMENT) * ALIGNMENT
+            slices[name] = slice(size, size + array.nbytes)
+            size = -(-slices[name].stop // ALIGNMENT) * ALIGNMENT
         host = torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
-        view = host.numpy()
+        host_bytes = host.numpy()
         for name, array in parts.items():
-            view[at[name]] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            host_bytes[slices[name]] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         uploaded = host.to(self.device, non_blocking=True)
-        return uploaded, {name: uploaded[place] for name, place in at.items()}
+        return uploaded, {name: uploaded[part] for name, part in slices.items()}
+
+    def finish(self, under_way: UnderWay) -> Batch:
+        """Wait for the launch of the batch's kernels, and hand the batch over; raises what failed there."""
+        return self.hand_over(under_way.futures[0].result())
 
     def hand_over(self, made: Made) -> Batch:
         """The batch, for the caller's current stream, which waits for the kernels; the host does not. Raises BetonError
@@ -257,21 +266,20 @@ class GpuBatches:
         self.check(wait=False)
         if made.event is not None:
             stream = torch.cuda.current_stream(self.device)
-            self._consumed.append(
-                (_event_on(stream), None)
-            )  # what the caller did with the batches before is on the stream by now
+            # What the caller did with the batches before is on the stream by now.
+            self._consumed.append((_event_on(stream), None))
             stream.wait_event(made.event)
-            for tensor in (
-                made.memory
-            ):  # allocated on our stream: not to be given out again before the caller's work on it is done
+            # The memory was allocated on our stream, and may be given out again only when the caller's work on it is
+            # done.
+            for tensor in made.memory:
                 tensor.record_stream(stream)
         if made.maps is not None:
             self._unchecked.append(made.maps)
         return made.batch
 
-    def check(self, wait: bool) -> None:
-        """Raise BetonError when a label map of a batch handed over was damaged; look only at those that are finished
-        unless `wait`."""
+    def check(self, wait: bool = True) -> None:
+        """Raise BetonError when a label map of a batch handed over was damaged. Without `wait` only batches whose
+        kernels are through are looked at."""
         while self._unchecked:
             maps = self._unchecked[0]
             if maps.event is not None and not maps.event.query():
@@ -289,12 +297,21 @@ class GpuBatches:
         self._unchecked.clear()
 
     def close(self) -> None:
-        """Wait for the kernels under way and let go of their memory."""
+        """Stop the worker thread, wait for the kernels under way and let go of their memory."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
         self.forget()
         if self.stream is not None:
             self.stream.synchronize()
         self._running.clear()
         self._consumed.clear()
+        self.decoder.close()
+
+
+def _enter_thread(device: torch.device) -> None:
+    """Make the device current in this thread; every thread that uses the device has to call this once."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        numba_cuda.select_device(device.index)
 
 
 def _event_on(stream: torch.cuda.Stream) -> torch.cuda.Event:

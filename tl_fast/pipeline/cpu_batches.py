@@ -1,0 +1,138 @@
+"""Batches made on the CPU: threads decode and augment a few samples each, then make a few samples' token targets."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import numpy as np
+import torch
+
+from tl_fast.kernels import cpu
+from tl_fast.pipeline.batch import Batch, BatchPlan, UnderWay
+from tl_fast.pipeline.decode import Decoder
+from tl_fast.pipeline.planner import Planner
+from tl_fast.pipeline.settings import Decoding
+
+
+class CpuBatches:
+    """A `BatchMaker` of the host's memory.
+
+    planner: whose plans are carried out.
+    decoding: threads, and whether samples are checked.
+    """
+
+    def __init__(self, planner: Planner, decoding: Decoding):
+        self.samples, self.crops, self.targets = planner.samples, planner.crops, planner.targets
+        self.decoding = decoding
+        self.decoder = Decoder(self.samples, planner.share.batch_size, decoding.threads)
+        self.buffers = Buffers()
+        self._fill = np.array(self.crops.augment.fill, np.uint8)
+        self._workers = ThreadPoolExecutor(decoding.threads, "tl_fast-kernel")
+        self._compiled = False
+
+    def enter_thread(self) -> None:
+        """Nothing: the host's memory is every thread's."""
+
+    def start(self, plan: BatchPlan) -> UnderWay:
+        """Start the decoding and the kernels of one batch."""
+        size, threads = len(plan.ids), self.decoding.threads
+        images = self.buffers.take((size, 3, self.crops.image_size, self.crops.image_size), np.uint8)
+        parts = [range(first, size, threads) for first in range(min(threads, size))]
+        futures = self._share(functools.partial(self._augment, plan, images), parts)
+        targets = None
+        if plan.affines is not None:
+            shape = (size, 1 + self.targets.grid**2, self.samples.num_classes)
+            targets = self.buffers.take(shape, np.float32)
+            maps = self.samples.label_maps(plan.ids)
+            bounds = np.linspace(0, size, len(parts) + 1).astype(int)
+            slices = [slice(first, stop) for first, stop in itertools.pairwise(bounds)]
+            futures += self._share(functools.partial(self._token_targets, plan, *maps, targets), slices)
+        self._compiled = True
+        batch = Batch(
+            images=torch.from_numpy(images),
+            labels=torch.from_numpy(self.samples.labels[plan.ids]),
+            targets=None if targets is None else torch.from_numpy(targets),
+            sample_ids=torch.from_numpy(np.ascontiguousarray(plan.ids)),
+            **{name: torch.from_numpy(values) for name, values in plan.extras.items()},
+        )
+        return UnderWay(futures, batch)
+
+    def _augment(self, plan: BatchPlan, images: np.ndarray, part: range) -> None:
+        """Decode these samples and write their images."""
+        for b in part:
+            if self.decoding.check:
+                self.samples.check(plan.ids[b])
+            # The augmentation finds the region in the core's cache.
+            region = self.decoder.region(plan.ids[b], plan.starts[b], plan.shapes[b])
+            cpu.augment(region, *plan.starts[b], plan.heights[b], plan.widths[b], plan.plans[b], self._fill, images[b])
+
+    def _token_targets(
+        self, plan: BatchPlan, classes: np.ndarray, scores: np.ndarray, targets: np.ndarray, part: slice
+    ) -> None:
+        """Write these samples' token targets."""
+        cpu.warped_targets(
+            classes[part],
+            scores[part],
+            plan.affines[part],
+            self.samples.num_classes,
+            self.targets.grid,
+            self.targets.smoothing,
+            targets[part],
+            # What is beyond a square map is image, of which the map's edge says most.
+            cut=self.samples.spec.extent == "full",
+        )
+
+    def _share(self, kernel: Callable, parts: Sequence) -> list[Future]:
+        """`kernel(part)` on the worker threads. The first time one part runs alone, because numba does not bear two
+        threads that compile one function."""
+        futures = [self._workers.submit(kernel, parts[0])]
+        if not self._compiled:
+            wait(futures)
+        return futures + [self._workers.submit(kernel, part) for part in parts[1:]]
+
+    def finish(self, under_way: UnderWay) -> Batch:
+        """Wait for the threads that fill the batch; raises what failed there."""
+        for future in under_way.futures:
+            future.result()
+        return under_way.batch
+
+    def check(self) -> None:
+        """Nothing: `finish` has raised all errors."""
+
+    def forget(self) -> None:
+        """Nothing: `finish` leaves nothing to check."""
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._workers.shutdown(wait=True, cancel_futures=True)
+        self.decoder.close()
+
+
+class Buffers:
+    """Memory of batches that nobody holds any more, to be written again.
+
+    New memory costs a page fault every 4 KB: for token targets of 1,000 classes several times what computing them
+    takes.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[tuple[int, ...], type], list[np.ndarray]] = {}
+        self.allocated = 0  # arrays made so far
+
+    def take(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """An array with any content; it is in use as long as it, or a view or tensor made from it, is referred to."""
+        free = self._free.setdefault((shape, dtype), [])
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty(shape, dtype)
+            self.allocated += 1
+        # numpy does not look behind a memoryview: views of the new array refer to that array, not to `memory`, and keep
+        # it alive.
+        array = np.asarray(memoryview(memory))
+        weakref.finalize(array, free.append, memory).atexit = False
+        return array

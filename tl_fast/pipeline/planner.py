@@ -1,0 +1,109 @@
+"""Which samples a batch holds, and everything that is decided about them before a JPEG is touched."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tl_fast.beton.samples import Samples
+from tl_fast.kernels.geometry import cpu as geometry
+from tl_fast.maths import scalar
+from tl_fast.pipeline.batch import BatchPlan
+from tl_fast.pipeline.settings import Crops, Share, Targets
+from tl_fast.plan import records
+from tl_fast.plan.boxes import center_boxes, map_affines
+from tl_fast.system.mistakes import InputError
+
+EVAL_INTERPOLATION = scalar.BICUBIC  # the published evaluation's
+
+
+@dataclass(frozen=True)
+class Planner:
+    """The plans of one rank's batches: a batch depends on (seed, epoch, step) and on nothing else.
+
+    samples: the data set.
+    share: the samples of every step that are this rank's.
+    crops: what the images show.
+    targets: how the token targets are made; None for none.
+    seed: of all randomness.
+    train: random crops in a new order every epoch, whole global batches only; False: centre crops of every sample in
+        file order.
+
+    Raises InputError when training's samples do not fill one global batch.
+    """
+
+    samples: Samples
+    share: Share
+    crops: Crops
+    targets: Targets | None
+    seed: int
+    train: bool
+
+    def __post_init__(self) -> None:
+        if self.train and len(self.samples) < self.share.global_batch:
+            raise InputError(
+                f"{len(self.samples)} samples do not fill one global batch of {self.share.batch_size} x "
+                f"{self.share.world_size} ranks; lower the batch size"
+            )
+
+    def __len__(self) -> int:
+        """Steps of one whole epoch; the same on every rank when training."""
+        if self.train:
+            return len(self.samples) // self.share.global_batch
+        samples_of_rank = len(range(self.share.rank, len(self.samples), self.share.world_size))
+        return -(-samples_of_rank // self.share.batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of all ranks' samples in an epoch, int64 [number of samples]."""
+        if self.train:
+            return records.epoch_order(self.seed, epoch, len(self.samples))
+        return np.arange(len(self.samples))
+
+    def ids(self, order: np.ndarray, step: int) -> np.ndarray:
+        """This rank's samples of a step, int64 [B]."""
+        size = self.share.batch_size
+        if self.train:
+            start = step * self.share.global_batch + self.share.rank * size
+            return order[start : start + size]
+        return order[self.share.rank :: self.share.world_size][step * size : (step + 1) * size]
+
+    def draw(self, ids: np.ndarray, epoch: int) -> np.ndarray:
+        """Training's plans of these samples, PLAN records [B]."""
+        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
+        return records.draw(self.seed, epoch, ids, heights, widths, self.crops.augment)
+
+    def regions(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The samples' plans, PLAN records [B], and the pixels that they need: the first and the one behind the last,
+        (row, column), int64 [B, 2] each."""
+        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
+        if self.train:
+            plans = self.draw(ids, epoch)
+        else:
+            boxes = center_boxes(heights, widths, self.crops.image_size, self.crops.crop_pct)
+            plans = records.of_boxes(boxes, EVAL_INTERPOLATION)
+        return plans, *geometry.needed(plans, heights, widths, self.crops.image_size)
+
+    def plan(self, ids: np.ndarray, epoch: int) -> BatchPlan:
+        """All that is decided about a batch of these samples, int64 [B]."""
+        plans, starts, stops = self.regions(ids, epoch)
+        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
+        affines = None
+        if self.targets is not None:
+            affines = map_affines(plans, heights, widths, self.samples.spec.extent, self.targets.geometry)
+        extras = {}
+        if self.train and self.crops.augment.erase > 0:
+            extras["erase"] = records.erase_boxes(plans, self.crops.image_size)
+            extras["noise"] = plans["noise"].view(np.int64).copy()
+        return BatchPlan(ids, heights, widths, plans, starts, stops - starts, affines, extras)
+
+    def trial(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Batches to try decoders on, without end, as (ids, starts, shapes): this rank's of epoch 0, its crops
+        included."""
+        order = self.order(0)
+        for step in itertools.cycle(range(len(self))):
+            ids = self.ids(order, step)
+            _, starts, stops = self.regions(ids, 0)
+            yield ids, starts, stops - starts

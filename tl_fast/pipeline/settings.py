@@ -1,0 +1,115 @@
+"""A loader's settings, grouped by who needs them, and checked when they are put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tl_fast.pipeline.decode import HW_DECODER_LOAD, graph_definition
+from tl_fast.plan.augment import Augment
+from tl_fast.plan.boxes import GEOMETRIES
+from tl_fast.system.mistakes import InputError
+
+DECODES = ("auto", "cpu", "mixed")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of every global batch that one rank makes.
+
+    batch_size: samples a rank and step, at least 1.
+    rank: number of this rank, 0..world_size - 1.
+    world_size: number of ranks, at least 1.
+    """
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.world_size) < 1 or not 0 <= self.rank < self.world_size:
+            raise InputError(
+                f"batch_size, world_size >= 1 and 0 <= rank < world_size needed, got batch_size={self.batch_size},"
+                f" rank={self.rank}, world_size={self.world_size}"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Samples a step of all ranks together."""
+        return self.batch_size * self.world_size
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Which part of an image is shown, and how.
+
+    image_size: height and width of the output in pixels, at least 1.
+    augment: ranges of training's random decisions; its `fill` is the colour outside the image.
+    crop_pct: share of the resized image's short side that evaluation keeps, (0, 1].
+    """
+
+    image_size: int = 224
+    augment: Augment = Augment()
+    crop_pct: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise InputError(f"image_size must be at least 1 pixel, got image_size={self.image_size}")
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What token targets are like.
+
+    grid: tokens a side, at least 1.
+    smoothing: label smoothing, [0, 1).
+    geometry: "correct", or "published" to crop label maps where the published code does.
+    """
+
+    grid: int = 14
+    smoothing: float = 0.1
+    geometry: str = "correct"
+
+    def __post_init__(self) -> None:
+        if self.grid < 1:
+            raise InputError(f"grid must be at least 1 token, got grid={self.grid}")
+        if not 0 <= self.smoothing < 1:
+            raise InputError(f"smoothing must be in [0, 1), got {self.smoothing}")
+        if self.geometry not in GEOMETRIES:
+            raise InputError(f"geometry must be one of {GEOMETRIES}, got {self.geometry!r}")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Where batches are made, and how their JPEGs are decoded.
+
+    device: 'cpu' or a CUDA device.
+    way: 'cpu', 'mixed' (nvJPEG, on CUDA devices alone) or 'auto', the faster of the two.
+    hw_decoder_load: share of the images that nvJPEG gives to the GPU's JPEG engine, 0..1.
+    threads: that decode and, on the CPU, run the kernels.
+    check: whether every sample's CRC-32 is compared as it is read.
+
+    Raises ImportError for 'mixed' without DALI.
+    """
+
+    device: torch.device
+    way: str = "auto"
+    hw_decoder_load: float = HW_DECODER_LOAD
+    threads: int = 1
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device.type not in ("cpu", "cuda"):
+            raise InputError(f"device must be 'cpu' or a CUDA device, got {str(self.device)!r}")
+        if self.way not in DECODES or (self.way == "mixed" and self.device.type == "cpu"):
+            raise InputError(
+                f"decode must be one of {DECODES}, 'mixed' (nvJPEG) with device='cuda' alone; got "
+                f"{self.way!r}, device={str(self.device)!r}"
+            )
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise InputError(f"hw_decoder_load must be in 0..1, got {self.hw_decoder_load}")
+        if self.way == "mixed":
+            graph_definition()  # without DALI an error now, not in a thread when the first batch is made
