@@ -24,6 +24,7 @@ from tl_fast.convert.encode import Sample
 from tl_fast.convert.lossless import lossless_baseline
 from tl_fast.convert.write import write_beton
 from tl_fast.jpeg import markers as marks
+from tl_fast.jpeg.exif import exif_orientation
 from tl_fast.jpeg.region import RegionDecoder
 from tl_fast.jpeg.restarts import splice
 from tl_fast.pictures import sample_sheet
@@ -590,6 +591,6 @@ def test_metadata_alone_makes_no_jpeg_unreadable(metadata: bytes) -> None:
 @settings(max_examples=500, deadline=None)
 @given(exif_payloads())
 def test_both_readers_find_the_same_orientation_in_a_segment(payload: bytes) -> None:
-    compiled = marks.exif_orientation(np.frombuffer(payload, np.uint8), 0, len(payload))
+    compiled = exif_orientation(np.frombuffer(payload, np.uint8), 0, len(payload))
     plain = tiff_orientation(payload[6:]) if payload.startswith(b"Exif\0\0") else 0
     assert compiled == plain

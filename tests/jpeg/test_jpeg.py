@@ -21,8 +21,9 @@ from PIL import Image
 
 from tl_fast.convert import image as jpeg
 from tl_fast.convert import lossless as turbojpeg_transform
-from tl_fast.jpeg import huffman as scans
+from tl_fast.jpeg import huffman
 from tl_fast.jpeg import markers as marks
+from tl_fast.jpeg.exif import exif_orientation
 
 # `rotated` of orientation 6, as cameras write it: big-endian, one entry.
 EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
@@ -130,7 +131,7 @@ def test_metadata_and_what_follows_the_end_are_left_out(scene: Image.Image) -> N
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_orientation_tags() -> None:
     def orientation(payload: bytes) -> int:
-        return marks.exif_orientation(np.frombuffer(payload, np.uint8), 0, len(payload))
+        return exif_orientation(np.frombuffer(payload, np.uint8), 0, len(payload))
 
     def exif(value: int, little: bool, offset: int = 8, count: int = 2) -> bytes:
         order = "little" if little else "big"
@@ -620,7 +621,7 @@ def test_the_gil_is_free_while_decoding() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (2500, 2500, 3), dtype=np.uint8)
     data, ticks = encode(Image.fromarray(noise), quality=97), 0
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(scans.check_scan, *_scan_arguments(data))  # some 50 ms in one call
+        call = pool.submit(huffman.check_scan, *_scan_arguments(data))  # some 50 ms in one call
         while not call.done():
             time.sleep(0.001)
             ticks += 1
@@ -630,17 +631,8 @@ def test_the_gil_is_free_while_decoding() -> None:
 def _scan_arguments(data: bytes) -> tuple:
     work = jpeg._Workspace()
     assert work.inspect(data, True)[marks.STATUS] == marks.OK  # also compiles what is to be called
-    arguments = (
-        np.frombuffer(data, np.uint8),
-        work.record,
-        work.stream,
-        work.keys,
-        work.lookup,
-        work.layout,
-        None,
-        None,
-    )
-    scans.check_scan(*arguments)
+    arguments = (np.frombuffer(data, np.uint8), work.scan, None, None)
+    huffman.check_scan(*arguments)
     return arguments
 
 

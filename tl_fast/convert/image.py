@@ -20,9 +20,10 @@ import simplejpeg
 from PIL import Image
 
 from tl_fast.convert.lossless import is_lossless, lossless_baseline
-from tl_fast.jpeg import huffman as scans
+from tl_fast.jpeg import huffman, restarts
 from tl_fast.jpeg import markers as marks
-from tl_fast.jpeg import restarts
+from tl_fast.jpeg.bits import PADDING
+from tl_fast.jpeg.memory import ScanMemory, at_least
 from tl_fast.sources.image import EXIF, REMEDY, check_size, open_rgb
 from tl_fast.system.crc import crc32
 
@@ -95,36 +96,24 @@ class _Workspace(threading.local):
     """What the compiled functions write to, one of each a thread, which keeps its last file's Huffman tables."""
 
     def __init__(self) -> None:
-        self.record = np.zeros(marks.MARKERS, np.int64)
-        self.head = np.zeros(marks.HEAD_BYTES, np.uint8)
-        self.keys = np.zeros(2 * scans.SLOTS * scans.KEY, np.uint8)
-        self.lookup = np.zeros(scans.LOOKUP, np.int16)
-        self.layout = np.zeros(scans.BLOCKS, np.uint64)
-        self.accuracy = np.zeros((4, 64), np.int8)
-        self.stream = np.zeros(1 << 18, np.uint8)
-        self.places = np.zeros(0, np.uint64)
-        self.out = np.zeros(0, np.uint8)
+        self.scan = ScanMemory.create()
+        self.accuracy = np.zeros((marks.MAX_COMPONENTS, 64), np.int8)
+        self.block_ends, self.out = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
 
     def inspect(self, data: bytes, decode: bool) -> list[int]:
         """`tl_fast.jpeg.huffman.inspect` -> its record."""
-        if self.stream.size < len(data) + scans.PADDING:
-            self.stream = np.zeros(2 * len(data) + scans.PADDING, np.uint8)
-        array = np.frombuffer(data, np.uint8)
-        scans.inspect(
-            array, decode, self.record, self.head, self.stream, self.keys, self.lookup, self.layout, self.accuracy
-        )
-        return self.record.tolist()
+        self.scan = self.scan.with_stream(len(data) + PADDING)
+        huffman.inspect(np.frombuffer(data, np.uint8), decode, self.scan, self.accuracy)
+        return self.scan.record.tolist()
 
     def check_grey(self, data: bytes, splice: bool) -> tuple[int, bytes]:
         """Decode the inspected greyscale file's scan -> (status, the scan with chroma blocks when `splice`)."""
-        array, mcus = np.frombuffer(data, np.uint8), scans.mcu_count(self.record)
-        if mcus > 4 * len(data):  # each block takes two bits at least
+        array, mcus = np.frombuffer(data, np.uint8), marks.mcu_count(self.scan.record)
+        if mcus > marks.BLOCKS_A_BYTE * len(data):
             return marks.ENDS_IN_SCAN, b""
-        places = np.empty(mcus, np.uint64) if splice else None
+        block_ends = np.empty(mcus, np.uint64) if splice else None
         out = np.empty(2 * len(data) + mcus + 64, np.uint8) if splice else None
-        status, used = scans.check_scan(
-            array, self.record, self.stream, self.keys, self.lookup, self.layout, places, out
-        )
+        status, used = huffman.check_scan(array, self.scan, block_ends, out)
         return status, out[:used].tobytes() if splice and status == marks.OK else b""
 
     def insert_restarts(self, data: bytes) -> tuple[int, int, bytes]:
@@ -134,27 +123,21 @@ class _Workspace(threading.local):
         Status `restarts.MISSING`: a DC table lacks a code. 0: nothing to insert; the interval is then the file's own
         where that is fit.
         """
-        array, record = np.frombuffer(data, np.uint8), self.record
-        if restarts.read_markers(array, record, self.head) != marks.OK:
+        array, record = np.frombuffer(data, np.uint8), self.scan.record
+        if marks.read_markers(array, record, self.scan.head) != marks.OK:
             return 0, 0, b""
         if record[marks.RESTART]:
             return 0, int(record[marks.RESTART]) if restarts.segments(record)[0] else 0, b""
-        across, down = record[marks.COMPONENT + 1].item(), record[marks.COMPONENT + 2].item()
-        mcus, row = restarts.mcu_count(record), -(-record[marks.WIDTH].item() // (8 * across))
+        across, down = record[marks.COMPONENT + marks.ACROSS].item(), record[marks.COMPONENT + marks.DOWN].item()
+        mcus, row = marks.mcu_count(record), -(-record[marks.WIDTH].item() // (8 * across))
         interval, blocks = restarts.restart_interval(row, 8 * across), mcus * (across * down + 2)
         record[marks.RESTART] = interval
-        if not restarts.segments(record)[0] or blocks > 4 * len(data):  # each block takes two bits at least
+        if not restarts.segments(record)[0] or blocks > marks.BLOCKS_A_BYTE * len(data):
             return 0, 0, b""
-        size = 2 * len(data) + mcus // interval * restarts.GROWTH
-        if self.stream.size < len(data) + scans.PADDING:
-            self.stream = np.zeros(2 * len(data) + scans.PADDING, np.uint8)
-        if self.places.size < blocks:
-            self.places = np.zeros(2 * blocks, np.uint64)
-        if self.out.size < size:
-            self.out = np.zeros(2 * size, np.uint8)
-        used = restarts.insert_restarts(
-            array, record, interval, self.stream, self.keys, self.lookup, self.layout, self.places, self.out
-        )
+        self.scan = self.scan.with_stream(len(data) + PADDING)
+        self.block_ends = at_least(self.block_ends, blocks)
+        self.out = at_least(self.out, 2 * len(data) + mcus // interval * restarts.GROWTH)
+        used = restarts.insert_restarts(array, interval, self.scan, self.block_ends, self.out)
         return used, interval, self.out[: max(used, 0)].tobytes()
 
 
@@ -205,11 +188,11 @@ def _with_restarts(prepared: Prepared) -> Prepared:
     data = prepared.data
     status, interval, scan = _workspace.insert_restarts(data)
     if status == restarts.MISSING:
-        data = _with_all_categories(data, _workspace.record.tolist())
+        data = _with_all_categories(data, _workspace.scan.record.tolist())
         status, interval, scan = _workspace.insert_restarts(data)
     if status <= 0:
         return dataclasses.replace(prepared, row_index=interval > 0 and status == 0)
-    start = int(_workspace.record[marks.SCAN])
+    start = int(_workspace.scan.record[marks.SCAN])
     head = (
         data[: start - SOS_BYTES] + _segment(marks.DRI, interval.to_bytes(2, "big")) + data[start - SOS_BYTES : start]
     )
@@ -274,7 +257,7 @@ def _copy(data: bytes, record: list[int]) -> Prepared:
         parts: tuple[bytes | memoryview, ...] = (data,)
     else:
         parts = (
-            _workspace.head[: record[marks.HEAD]].tobytes(),
+            _workspace.scan.head[: record[marks.HEAD]].tobytes(),
             memoryview(data)[record[marks.SCAN] : record[marks.END]],
         )
     left_out = len(data) - sum(len(part) for part in parts)

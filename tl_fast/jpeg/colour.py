@@ -1,5 +1,7 @@
-"""Rows of JPEG samples -> RGB, to libjpeg's bits: chroma upsampled (jdsample.c), YCbCr converted (jdcolor.c); vectors,
-by addresses."""
+"""Rows of JPEG samples -> RGB, bit for bit as libjpeg: chroma upsampled (jdsample.c), YCbCr converted (jdcolor.c).
+
+Everything works on vectors and takes addresses (`tl_fast.maths.memory`).
+"""
 
 from __future__ import annotations
 
@@ -7,24 +9,24 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tl_fast.jpeg.huffman import U0, U1, U2, U3, U8, U16, U
+from tl_fast.jpeg.bits import U0, U1, U2, U3, U4, U7, U8, U16, U
 from tl_fast.jpeg.idct import BYTE, BYTES, INT, INTS, SHORT, SHORTS, same, to_bytes
 from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import load_int16, load_uint8, store_int16, store_uint8
 
-U4, U7 = U(4), U(7)
-
 
 @intrinsic
 def weigh_rows(typingctx, near, other, out):
-    """Sixteen int16 at `out`: three times the bytes at `near` and those at `other`. All addresses (uint64). Nothing is
-    checked."""
+    """Sixteen int16 at `out`: three times the bytes at `near` plus those at `other`.
+
+    All addresses (uint64). Nothing is checked.
+    """
 
     def generate(context, builder, signature, arguments):
         bytes16, shorts16 = ir.VectorType(BYTE, 16), ir.VectorType(SHORT, 16)
         first, second = (
-            builder.zext(builder.load(builder.inttoptr(place, bytes16.as_pointer()), align=1), shorts16)
-            for place in arguments[:2]
+            builder.zext(builder.load(builder.inttoptr(start, bytes16.as_pointer()), align=1), shorts16)
+            for start in arguments[:2]
         )
         total = builder.add(builder.mul(first, ir.Constant(shorts16, [3] * 16)), second)
         builder.store(total, builder.inttoptr(arguments[2], shorts16.as_pointer()), align=2)
@@ -50,16 +52,16 @@ def widen(typingctx, sums, early, late, out):
             for n in (-1, 0, 1)
         )
 
-        def every(value: ir.Value) -> ir.Value:
+        def everywhere(value: ir.Value) -> ir.Value:
             lane = builder.insert_element(ir.Constant(SHORTS, ir.Undefined), builder.trunc(value, SHORT), INT(0))
             return builder.shuffle_vector(lane, lane, ir.Constant(INTS, [0] * 8))
 
         centre = builder.mul(centre, ir.Constant(SHORTS, [3] * 8))
         left, right = (
-            builder.lshr(builder.add(builder.add(centre, beside), every(rounding)), ir.Constant(SHORTS, [4] * 8))
+            builder.lshr(builder.add(builder.add(centre, beside), everywhere(rounding)), ir.Constant(SHORTS, [4] * 8))
             for beside, rounding in ((before, arguments[1]), (behind, arguments[2]))
         )
-        order = ir.Constant(ir.VectorType(INT, 16), [place for n in range(8) for place in (n, 8 + n)])
+        order = ir.Constant(ir.VectorType(INT, 16), [lane for n in range(8) for lane in (n, 8 + n)])
         target = builder.inttoptr(arguments[3], ir.VectorType(SHORT, 16).as_pointer())
         builder.store(builder.shuffle_vector(left, right, order), target, align=2)
         return context.get_dummy_value()
@@ -79,9 +81,9 @@ def to_rgb(typingctx, luma, blue, red, out):
         y = builder.zext(builder.load(builder.inttoptr(arguments[0], BYTES.as_pointer()), align=1), INTS)
         cb, cr = (
             builder.sub(
-                builder.sext(builder.load(builder.inttoptr(place, SHORTS.as_pointer()), align=2), INTS), same(128)
+                builder.sext(builder.load(builder.inttoptr(start, SHORTS.as_pointer()), align=2), INTS), same(128)
             )
-            for place in arguments[1:3]
+            for start in arguments[1:3]
         )
         half = same(1 << 15)
 
@@ -96,7 +98,7 @@ def to_rgb(typingctx, luma, blue, red, out):
         blue = add(builder.mul(cb, same(116130)))
         pair = builder.shuffle_vector(red, green, ir.Constant(ir.VectorType(INT, 16), list(range(16))))
         rest = builder.shuffle_vector(blue, blue, ir.Constant(ir.VectorType(INT, 16), list(range(16))))
-        order = [place for n in range(8) for place in (n, 8 + n, 16 + n)]
+        order = [lane for n in range(8) for lane in (n, 8 + n, 16 + n)]
         pixels = builder.shuffle_vector(pair, rest, ir.Constant(ir.VectorType(INT, 24), order))
         builder.store(pixels, builder.inttoptr(arguments[3], ir.VectorType(BYTE, 24).as_pointer()), align=1)
         return context.get_dummy_value()
@@ -106,16 +108,16 @@ def to_rgb(typingctx, luma, blue, red, out):
 
 @njit
 def repeat(near, other, first, stop, across, rounding, out):
-    """Chroma of pixels `first` to `stop` (exclusive) where libjpeg smooths down the columns alone (across = 1) or not
-    at all.
+    """Chroma of pixels `first` to `stop` (exclusive) where libjpeg does not smooth along rows.
 
-    All uint64 but across; near, other: as `upsample`; rounding: of the smoothed; out: address of int16.
+    across: pixels a sample; with 1, libjpeg smooths down the columns, where `rounding` is added; with 4, not at all.
+    All uint64 but across; near, other: as `upsample`; out: address of int16.
     """
     if across == 4:
         for x in range(first, stop):
             store_int16(out, x - first, U(load_uint8(near, x >> U2)))
     else:
-        for x in range(first, stop):  # four times the sample where the rows are one
+        for x in range(first, stop):  # four times the sample where near and other are one row
             value = U3 * U(load_uint8(near, x)) + U(load_uint8(other, x)) + rounding
             store_int16(out, x - first, value >> U2)
 
@@ -133,9 +135,9 @@ def upsample(near, other, first, stop, width, down, sums, out):
     """Chroma of columns `first` to `stop` (exclusive) at twice the resolution, as jdsample.c's "fancy" routines make
     it.
 
-    All uint64. near, other: addresses of column 0 of the row of samples (uint8) that lies nearest and of the next one
-    (the same where the rows are the image's, down = 1); width: the columns that there are, beyond which the outermost
-    is repeated; sums, out: addresses of int16, with room for 16 more than the columns need.
+    All uint64. near, other: addresses of column 0 of the nearest row of samples (uint8) and of the second nearest one,
+    the same where chroma has a row for each row of pixels (down = 1); width: columns of the whole image's chroma, the
+    outermost of which are repeated beyond; sums, out: addresses of int16, with room for 16 more than the columns need.
     """
     low = first - U1 if first else U0
     count = stop - first

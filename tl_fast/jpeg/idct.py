@@ -17,22 +17,10 @@ SHORTS, INTS, BYTES = (ir.VectorType(kind, 8) for kind in (SHORT, INT, BYTE))
 CONST_BITS, PASS1_BITS = 13, 2
 
 # FIX(x) of jidctint.c: x * 2^13, rounded
-F_0_298631336, F_0_390180644, F_0_541196100, F_0_765366865, F_0_899976223, F_1_175875602 = (
-    2446,
-    3196,
-    4433,
-    6270,
-    7373,
-    9633,
-)
-F_1_501321110, F_1_847759065, F_1_961570560, F_2_053119869, F_2_562915447, F_3_072711026 = (
-    12299,
-    15137,
-    16069,
-    16819,
-    20995,
-    25172,
-)
+F_0_298631336, F_0_390180644, F_0_541196100 = 2446, 3196, 4433
+F_0_765366865, F_0_899976223, F_1_175875602 = 6270, 7373, 9633
+F_1_501321110, F_1_847759065, F_1_961570560 = 12299, 15137, 16069
+F_2_053119869, F_2_562915447, F_3_072711026 = 16819, 20995, 25172
 
 
 def same(value: int) -> ir.Constant:
@@ -83,10 +71,8 @@ def _transpose(builder: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value
     def mix(a: ir.Value, b: ir.Value, order: Sequence[int]) -> ir.Value:
         return builder.shuffle_vector(a, b, ir.Constant(lanes, list(order)))
 
-    low, high = (
-        (0, 8, 1, 9, 4, 12, 5, 13),
-        (2, 10, 3, 11, 6, 14, 7, 15),
-    )  # within the halves of a vector, as the machine does
+    # Within the halves of a vector, as the machine's instructions do.
+    low, high = (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)
     ones = [mix(rows[i], rows[i + 1], order) for i in (0, 2, 4, 6) for order in (low, high)]
     left, right = (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)
     twos = [mix(ones[i + n], ones[i + n + 2], order) for i in (0, 4) for n in (0, 1) for order in (left, right)]
@@ -96,11 +82,10 @@ def _transpose(builder: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value
 
 @intrinsic
 def idct(typingctx, coefficients, factors, plane, stride):
-    """Eight rows of eight pixels, `stride` apart from `plane` on, from the 64 coefficients of a block, which are set to
-    zero.
+    """The 64 pixels of a block from its coefficients, which are then set to zero.
 
-    All addresses (uint64): coefficients and the factors to multiply them by are int16, row by row; pixels uint8.
-    Nothing is checked.
+    All addresses (uint64): 64 coefficients and the 64 factors to multiply them by, int16, row by row; plane: uint8,
+    the first pixel, with the next row `stride` bytes behind. Nothing is checked.
     """
 
     def generate(context, builder, signature, arguments):
@@ -108,11 +93,11 @@ def idct(typingctx, coefficients, factors, plane, stride):
         start, step = arguments[2:]
         rows = []
         for n in range(8):
-            place, factor = (
+            row, factor = (
                 builder.bitcast(builder.gep(base, [INT(8 * n)]), SHORTS.as_pointer()) for base in (source, multipliers)
             )
-            rows.append(builder.sext(builder.mul(builder.load(place, align=2), builder.load(factor, align=2)), INTS))
-            builder.store(ir.Constant(SHORTS, [0] * 8), place, align=2)
+            rows.append(builder.sext(builder.mul(builder.load(row, align=2), builder.load(factor, align=2)), INTS))
+            builder.store(ir.Constant(SHORTS, [0] * 8), row, align=2)
         rows = _transpose(builder, _transform(builder, rows, CONST_BITS - PASS1_BITS))
         rows = _transpose(builder, _transform(builder, rows, CONST_BITS + PASS1_BITS + 3))
         for row in rows:

@@ -6,28 +6,17 @@ import threading
 
 import numpy as np
 
-from tl_fast.jpeg import blocks
-from tl_fast.jpeg import huffman as scans
-from tl_fast.jpeg import markers as marks
-from tl_fast.jpeg import region_loops as kernels
+from tl_fast.jpeg.markers import OK
+from tl_fast.jpeg.memory import PixelMemory, ScanMemory, at_least
+from tl_fast.jpeg.region_loops import PLANE_ROOM, ROW_ROOM, STREAM_ROOM, decode_region
 
 
 class RegionDecoder(threading.local):
-    """Each thread that uses it gets working memory of its own, and keeps the Huffman tables of its last file."""
+    """Decodes regions of JPEGs. Each thread that uses it gets working memory of its own, and keeps the Huffman tables
+    of its last file."""
 
     def __init__(self) -> None:
-        self._record, self._head = np.zeros(marks.MARKERS, np.int64), np.zeros(marks.HEAD_BYTES, np.uint8)
-        keys = 2 * scans.SLOTS * scans.KEY
-        self._keys, self._value_keys = np.zeros(keys, np.uint8), np.zeros(keys, np.uint8)
-        self._lookup, self._layout = np.zeros(scans.LOOKUP, np.int16), np.zeros(scans.BLOCKS, np.uint64)
-        self._values = np.zeros((2 * scans.SLOTS + 1) * blocks.VALUES, np.uint64)
-        self._factors, self._coefficients = np.zeros(4 * 64, np.int16), np.zeros(scans.BLOCKS * blocks.BLOCK, np.int16)
-        self._stream, self._planes, self._room = (
-            np.zeros(1 << 18, np.uint8),
-            np.zeros(1 << 20, np.uint8),
-            np.zeros(1 << 13, np.uint8),
-        )
-        self._pixels = np.zeros(1 << 20, np.uint8)
+        self._scan, self._pixels, self._out = ScanMemory.create(), PixelMemory.create(), np.zeros(1 << 20, np.uint8)
 
     def decode(
         self, jpeg: np.ndarray, start: np.ndarray, stop: np.ndarray, out: np.ndarray | None = None
@@ -41,32 +30,11 @@ class RegionDecoder(threading.local):
         """
         top, left, bottom, right = int(start[0]), int(start[1]), int(stop[0]), int(stop[1])
         rows, columns = bottom - top, right - left
+        size = rows * columns * 3
         if out is None:
-            self._pixels = out = _at_least(self._pixels, rows * columns * 3)
-        self._stream = _at_least(self._stream, jpeg.size + kernels.STREAM_ROOM)
-        self._planes = _at_least(self._planes, 3 * (rows + kernels.PLANE_ROOM) * (columns + kernels.PLANE_ROOM))
-        self._room = _at_least(self._room, 3 * (2 * columns + kernels.ROOM))
-        status = kernels.decode_region(
-            jpeg,
-            (top, left, bottom, right),
-            self._record,
-            self._head,
-            self._stream,
-            self._keys,
-            self._lookup,
-            self._layout,
-            self._value_keys,
-            self._values,
-            self._factors,
-            blocks.ZIGZAG,
-            self._coefficients,
-            self._planes,
-            self._room,
-            out,
-        )
-        return out[: rows * columns * 3].reshape(rows, columns, 3) if status == marks.OK else None
-
-
-def _at_least(array: np.ndarray, size: int) -> np.ndarray:
-    """The array, or a larger one where it has fewer elements."""
-    return array if array.size >= size else np.zeros(size + size // 4, array.dtype)
+            self._out = out = at_least(self._out, size)
+        self._scan = self._scan.with_stream(jpeg.size + STREAM_ROOM)
+        planes = 3 * (rows + PLANE_ROOM) * (columns + PLANE_ROOM)
+        self._pixels = self._pixels.with_room(planes, 3 * (2 * columns + ROW_ROOM))
+        status = decode_region(jpeg, (top, left, bottom, right), self._scan, self._pixels, out)
+        return out[:size].reshape(rows, columns, 3) if status == OK else None
