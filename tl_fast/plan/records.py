@@ -7,6 +7,7 @@ the image kernel and the target kernel read the same record, so image and label 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,8 @@ erase: the box to fill with noise (`tl_fast.maths.scalar.erase_box`), height 0 f
 
 ERASE_AREA = 0.02, 1 / 3  # of the output; timm's
 ERASE_RATIO = 0.3, 1 / 0.3  # height / width; timm's
+_ERASE_LOG_RATIO = math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])
+_RANDOM = INTERPOLATIONS.index("random")  # one of the others, which stand before it, for each image
 JITTERED = np.array([scalar.BRIGHTNESS, scalar.CONTRAST, scalar.COLOR], np.int8)
 
 
@@ -65,37 +68,15 @@ def draw(
     if ids.size and (ids.min() < 0 or heights.min() < 1 or widths.min() < 1):
         raise ValueError("sample ids must be >= 0 and image sizes >= 1 pixel")
     plans = np.zeros(ids.shape, PLAN)
-    policy = augment.rand_augment or RandAugment(probability=0.0)
-    ranges = (*augment.scale, math.log(augment.ratio[0]), math.log(augment.ratio[1]))
-    layers = (
-        policy.layers if augment.auto_augment else 0,
-        policy.probability,
-        float(policy.magnitude),
-        float(policy.std),
-        float(policy.ceiling),
-        policy.increasing,
-    )
-    erasing = (augment.erase, *ERASE_AREA, math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1]))
-    _draw(
-        _seed(seed),
-        _epoch(epoch),
-        ids,
-        heights,
-        widths,
-        ranges,
-        augment.flip,
-        INTERPOLATIONS.index(augment.interpolation),
-        layers,
-        augment.color_jitter,
-        erasing,
-        plans,
-    )
+    _draw(_seed(seed), _epoch(epoch), ids, heights, widths, _settings(augment), plans)
     return plans
 
 
 def of_boxes(boxes: np.ndarray, interpolation: int = scalar.BILINEAR) -> np.ndarray:
-    """Plans that show `boxes` float [B, 4] = (top, left, height, width) in source pixels and do nothing else -> PLAN
-    records [B]."""
+    """PLAN records [B] that show `boxes` and do nothing else.
+
+    boxes: float [B, 4] = (top, left, height, width) in source pixels.
+    """
     boxes = np.asarray(boxes, np.float64)
     plans = np.zeros(len(boxes), PLAN)
     plans["ops"] = scalar.NO_OP
@@ -110,8 +91,10 @@ def of_boxes(boxes: np.ndarray, interpolation: int = scalar.BILINEAR) -> np.ndar
 
 
 def erase_boxes(plans: np.ndarray, size: int) -> np.ndarray:
-    """Where to erase in outputs of `size` x `size` pixels -> int32 [B, 4] = (top, left, height, width), height 0 for
-    nowhere."""
+    """Where to erase in outputs of `size` x `size` pixels: int32 [B, 4] = (top, left, height, width).
+
+    Height 0: nowhere.
+    """
     boxes = np.empty((len(plans), 4), np.int32)
     _erase_boxes(plans["erase"], size, boxes)
     return boxes
@@ -152,46 +135,110 @@ def _epoch(epoch: int) -> np.uint64:
     return np.uint64(epoch)
 
 
+class _Settings(NamedTuple):
+    """What compiled code needs of an `Augment` and its `RandAugment`."""
+
+    smallest: float  # share of the image's area
+    largest: float
+    log_narrowest: float  # of width / height
+    log_widest: float
+    flip: float
+    interpolation: int  # an index of INTERPOLATIONS
+    layers: int
+    probability: float  # of each layer
+    magnitude: float
+    std: float
+    ceiling: float
+    increasing: bool
+    jitter: float
+    erase: float
+
+
+def _settings(augment: Augment) -> _Settings:
+    policy = augment.rand_augment or RandAugment(probability=0.0)
+    return _Settings(
+        smallest=float(augment.scale[0]),
+        largest=float(augment.scale[1]),
+        log_narrowest=math.log(augment.ratio[0]),
+        log_widest=math.log(augment.ratio[1]),
+        flip=float(augment.flip),
+        interpolation=INTERPOLATIONS.index(augment.interpolation),
+        layers=policy.layers if augment.auto_augment else 0,
+        probability=float(policy.probability),
+        magnitude=float(policy.magnitude),
+        std=float(policy.std),
+        ceiling=float(policy.ceiling),
+        increasing=policy.increasing,
+        jitter=float(augment.color_jitter),
+        erase=float(augment.erase),
+    )
+
+
 @njit
-def _draw(seed, epoch, ids, heights, widths, ranges, flip, interpolation, layers, jitter, erasing, plans):
-    count, probability, magnitude, std, ceiling, increasing = layers
+def _draw(seed, epoch, ids, heights, widths, settings, plans):
     for b in range(ids.size):
         sample, record = np.uint64(ids[b]), plans[b]
-        top, left, height, width = _random_resized_crop(
-            seed, epoch, sample, heights[b], widths[b], ranges[0], ranges[1], ranges[2], ranges[3]
+        _draw_crop(seed, epoch, sample, heights[b], widths[b], settings, record)
+        _draw_operations(seed, epoch, sample, settings, record)
+        if settings.jitter > 0.0:
+            _draw_jitter(seed, epoch, sample, settings.jitter, record)
+        box = _erase_fractions(
+            seed, epoch, sample, settings.erase, ERASE_AREA[0], ERASE_AREA[1], _ERASE_LOG_RATIO[0], _ERASE_LOG_RATIO[1]
         )
-        record.top = top
-        record.left = left
-        record.height = height
-        record.width = width
-        flipped = _unit(_draw4(seed, epoch, sample, _DRAW_FLIP)[0]) < flip
-        record.flip = flipped
-        if interpolation == 2:
-            record.interpolation = np.uint8(_below(_draw4(seed, epoch, sample, _DRAW_INTERPOLATION)[0], 2))
-        else:
-            record.interpolation = np.uint8(interpolation)
-        for n in range(record.ops.size):
-            record.ops[n] = _NO_OP
-        # The affine of crop and flip, in unit coordinates of the crop first.
-        a, b_, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
-        if flipped:
-            a, c = -1.0, 1.0
-        for n in range(count):
-            op, argument = _rand_augment_layer(seed, epoch, sample, n, probability, magnitude, std, ceiling, increasing)
-            record.ops[n] = op
-            record.arguments[n] = argument
-            a, b_, c, d, e, f = _compose(a, b_, c, d, e, f, op, argument)
-        if jitter > 0.0:
-            _draw_jitter(seed, epoch, sample, jitter, record)
-        x, y = float(left), float(top)
-        w, h = float(width), float(height)
-        record.affine[0], record.affine[1], record.affine[2] = a * w, b_ * w, c * w + x
-        record.affine[3], record.affine[4], record.affine[5] = d * h, e * h, f * h + y
-        box = _erase_fractions(seed, epoch, sample, erasing[0], erasing[1], erasing[2], erasing[3], erasing[4])
         for n in range(4):
             record.erase[n] = box[n]
         words = _draw4(seed, epoch, sample, _DRAW_NOISE)
         record.noise = words[0] << np.uint64(32) | words[1]
+
+
+@njit
+def _draw_crop(seed, epoch, sample, height, width, settings, record):
+    """The crop, whether it is mirrored, and its interpolation."""
+    record.top, record.left, record.height, record.width = _random_resized_crop(
+        seed,
+        epoch,
+        sample,
+        height,
+        width,
+        settings.smallest,
+        settings.largest,
+        settings.log_narrowest,
+        settings.log_widest,
+    )
+    record.flip = _unit(_draw4(seed, epoch, sample, _DRAW_FLIP)[0]) < settings.flip
+    interpolation = settings.interpolation
+    if interpolation == _RANDOM:
+        interpolation = _below(_draw4(seed, epoch, sample, _DRAW_INTERPOLATION)[0], 2)
+    record.interpolation = np.uint8(interpolation)
+
+
+@njit
+def _draw_operations(seed, epoch, sample, settings, record):
+    """RandAugment's operations, and the affine of crop, flip and those that move pixels."""
+    for n in range(record.ops.size):
+        record.ops[n] = _NO_OP
+    # In unit coordinates of the crop first.
+    xu, xv, x0, yu, yv, y0 = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+    if record.flip:
+        xu, x0 = -1.0, 1.0
+    for n in range(settings.layers):
+        op, argument = _rand_augment_layer(
+            seed,
+            epoch,
+            sample,
+            n,
+            settings.probability,
+            settings.magnitude,
+            settings.std,
+            settings.ceiling,
+            settings.increasing,
+        )
+        record.ops[n] = op
+        record.arguments[n] = argument
+        xu, xv, x0, yu, yv, y0 = _compose(xu, xv, x0, yu, yv, y0, op, argument)
+    left, top, width, height = float(record.left), float(record.top), float(record.width), float(record.height)
+    record.affine[0], record.affine[1], record.affine[2] = xu * width, xv * width, x0 * width + left
+    record.affine[3], record.affine[4], record.affine[5] = yu * height, yv * height, y0 * height + top
 
 
 @njit
@@ -203,9 +250,9 @@ def _draw_jitter(seed, epoch, sample, jitter, record):
     first, second = order // 2, 1 + order % 2
     second = (first + second) % 3
     third = 3 - first - second
-    for n, which in enumerate((first, second, third)):
-        record.ops[n] = _JITTERED[which]
-        record.arguments[n] = 1.0 - jitter + 2.0 * jitter * factors[which]
+    for n, operation in enumerate((first, second, third)):
+        record.ops[n] = _JITTERED[operation]
+        record.arguments[n] = 1.0 - jitter + 2.0 * jitter * factors[operation]
 
 
 @njit
