@@ -1,9 +1,9 @@
 """Any image file → the JPEG bytes a beton stores: baseline, three components, YCbCr, 8 bit, which every decoder reads
 alike.
 
-Files that are so already are copied less their metadata, after a full check of their entropy-coded data; other JPEGs
-become so without loss where coefficients allow it; everything else is decoded by Pillow and encoded anew. An EXIF
-orientation is applied or ignored, as by `tl_fast.sources.image.open_rgb`, and never stored: every decoder shows a
+A file that is such a JPEG is copied without its metadata, after a full check of its entropy-coded data. Another JPEG
+becomes one without loss where its coefficients allow that. Everything else is decoded by Pillow and encoded anew. An
+EXIF orientation is applied or ignored, as by `tl_fast.sources.image.open_rgb`, and never stored: every decoder shows a
 stored image as its label map has it.
 """
 
@@ -29,8 +29,7 @@ from tl_fast.system.crc import crc32
 
 TRANSFORMABLE = {marks.SOF0, marks.SOF1, marks.SOF2, marks.SOF9, marks.SOF10}
 
-# What to say of a file on which libjpeg has nothing to say, being laxer (`tl_fast.jpeg.huffman.check_scan`), or need
-# not be asked.
+# What to say of a file where libjpeg is silent, since it is laxer (`tl_fast.jpeg.huffman.check_scan`), or is not asked.
 TRUNCATED = {
     marks.ENDS_IN_HEADER: "it ends before the image data",
     marks.NO_END: "no end-of-image marker follows the image data",
@@ -74,17 +73,8 @@ class Prepared:
     def __reduce_ex__(self, protocol: int):
         """Its bytes out of band where the protocol can (`tl_fast.convert.processes`)."""
         wrap = pickle.PickleBuffer if protocol >= 5 else bytes
-        parts = tuple(wrap(part) for part in self.parts)
-        return Prepared, (
-            parts,
-            self.height,
-            self.width,
-            self.action,
-            self.stripped,
-            self.rotated,
-            self.crc,
-            self.row_index,
-        )
+        others = [getattr(self, field.name) for field in dataclasses.fields(self)[1:]]
+        return Prepared, (tuple(wrap(part) for part in self.parts), *others)
 
     @property
     def data(self) -> bytes:
@@ -180,88 +170,49 @@ def prepare(
     """
     if exif not in EXIF:
         raise ValueError(f"exif {exif!r} is not one of {', '.join(EXIF)}")
-    prepared = _prepare(data, max_resolution, quality, decode_check, exif)
-    return _with_restarts(prepared) if row_index else prepared
+    prepared = _prepare(data, max_resolution or marks.MAX_SIDE, quality, decode_check, exif)
+    return _with_row_index(prepared) if row_index else prepared
 
 
-def _with_restarts(prepared: Prepared) -> Prepared:
-    data = prepared.data
-    status, interval, scan = _workspace.insert_restarts(data)
-    if status == restarts.MISSING:
-        data = _with_all_categories(data, _workspace.scan.record.tolist())
-        status, interval, scan = _workspace.insert_restarts(data)
-    if status <= 0:
-        return dataclasses.replace(prepared, row_index=interval > 0 and status == 0)
-    start = int(_workspace.scan.record[marks.SCAN])
-    head = (
-        data[: start - SOS_BYTES] + _segment(marks.DRI, interval.to_bytes(2, "big")) + data[start - SOS_BYTES : start]
-    )
-    return dataclasses.replace(prepared, parts=(head, scan), crc=crc32(scan, crc32(head)), row_index=True)
-
-
-def _with_all_categories(data: bytes, record: list[int]) -> bytes:
-    """`data`, what `_prepare` makes, with codes for the DC categories that its optimised tables lack; all others stay
-    as they are.
-
-    Longer codes follow the longest one: none may be of ones only (T.81 B.2.4.2), so one of each greater length is free.
-    """
-    tables = {record[marks.HUFFMAN + (record[marks.COMPONENT + 5 * i + 4] >> 4)] for i in range(3)}
-    at, parts = 2, [data[:2]]
-    while at < record[marks.SCAN]:
-        stop = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        body, place = b"", at + 4
-        while data[at + 1] == marks.DHT and place < stop:
-            counts = bytearray(data[place + 1 : place + 17])
-            symbols = data[place + 17 : place + 17 + sum(counts)]
-            end = place + 17 + len(symbols)
-            if place + 1 in tables:
-                longest = max(length for length in range(1, 17) if counts[length - 1])
-                for length, symbol in enumerate((n for n in range(12) if n not in data[place + 17 : end]), longest + 1):
-                    if length <= 16:
-                        counts[length - 1], symbols = 1, symbols + bytes([symbol])
-            body, place = body + data[place : place + 1] + counts + symbols, end
-        parts.append(_segment(marks.DHT, body) if body else data[at:stop])
-        at = stop
-    return b"".join(parts) + data[at:]
-
-
-def _prepare(data: bytes, max_resolution: int | None, quality: int, decode_check: bool, exif: str) -> Prepared:
-    limit = max_resolution or marks.MAX_SIDE
+def _prepare(data: bytes, limit: int, quality: int, decode_check: bool, exif: str) -> Prepared:
+    """The gentlest way that fits the file: copied, made baseline without loss, or encoded anew."""
     if data[:3] != b"\xff\xd8\xff":
         return _encode(data, limit, quality, exif)
     data = bytes(data)  # no copy of bytes
     record = _workspace.inspect(data, decode_check)
-    height, width, status = record[marks.HEIGHT], record[marks.WIDTH], record[marks.STATUS]
-    fits = max(height, width) <= limit
-    turn = exif == "apply" and record[marks.ORIENTATION] > 1
-    as_it_is = fits and not turn
-    if status == marks.OK and record[marks.SINGLE]:
-        if as_it_is and record[marks.COLOUR] == marks.YCBCR and record[marks.SURE] and record[marks.KNOWN_SAMPLING]:
+    status, single, colour = record[marks.STATUS], record[marks.SINGLE], record[marks.COLOUR]
+    fits = max(record[marks.HEIGHT], record[marks.WIDTH]) <= limit
+    turn = exif == "apply" and _rotated(record)
+    unchanged = fits and not turn
+    if status == marks.OK and single:
+        if unchanged and colour == marks.YCBCR and record[marks.SURE] and record[marks.KNOWN_SAMPLING]:
             return _copy(data, record)
-        if record[marks.COLOUR] == marks.GREY and (fits or decode_check):
-            status, scan = _workspace.check_grey(data, splice=as_it_is)
-            if as_it_is and status == marks.OK:
-                return _grey(data, record, scan, _left_out(data, record), record[marks.ORIENTATION] > 1)
-    transform = fits and _transformable(record) and (not turn or _turns_without_loss(record))
-    if status != marks.OK or not record[marks.SINGLE]:
-        _refuse_damaged(data, record, status, decode=status != marks.OK or (decode_check and not transform))
-    if transform:  # which decodes, with the same verdict
+        if colour == marks.GREY and (fits or decode_check):
+            status, scan = _workspace.check_grey(data, splice=unchanged)
+            if unchanged and status == marks.OK:
+                return _grey(data, record, scan, _left_out(data, record), _rotated(record))
+    lossless = fits and _transformable(record) and (not turn or _turns_without_loss(record))
+    if status != marks.OK or not single:
+        # The lossless transform decodes too, with the same verdict.
+        _refuse_damaged(data, record, status, decode=status != marks.OK or (decode_check and not lossless))
+    if lossless:
         prepared = _transcode(data, record, record[marks.ORIENTATION] if turn else 1)
         if prepared is not None:
             return prepared
     return _encode(data, limit, quality, exif, record)
 
 
+# --- the ways
+
+
 def _copy(data: bytes, record: list[int]) -> Prepared:
-    if record[marks.EXACT]:
-        parts: tuple[bytes | memoryview, ...] = (data,)
-    else:
-        parts = (
-            _workspace.scan.head[: record[marks.HEAD]].tobytes(),
-            memoryview(data)[record[marks.SCAN] : record[marks.END]],
-        )
-    left_out = len(data) - sum(len(part) for part in parts)
-    return _prepared(parts, record, "copied", left_out, record[marks.ORIENTATION] > 1)
+    """The inspected file itself, or its scan behind the header that `inspect` wrote."""
+    parts: tuple[bytes | memoryview, ...] = (data,)
+    if not record[marks.EXACT]:
+        head = _workspace.scan.head[: record[marks.HEAD]].tobytes()
+        parts = (head, memoryview(data)[record[marks.SCAN] : record[marks.END]])
+    stripped = len(data) - sum(len(part) for part in parts)
+    return _prepared(parts, record, "copied", stripped, _rotated(record))
 
 
 def _prepared(
@@ -273,7 +224,13 @@ def _prepared(
     return Prepared(parts, record[marks.HEIGHT], record[marks.WIDTH], action, stripped, rotated, crc)
 
 
+def _rotated(record: list[int]) -> bool:
+    """Whether the file states an EXIF orientation other than upright."""
+    return record[marks.ORIENTATION] > 1
+
+
 def _left_out(data: bytes, record: list[int]) -> int:
+    """Bytes of metadata and behind the end."""
     return record[marks.METADATA] + (len(data) - record[marks.END] if record[marks.END] else 0)
 
 
@@ -289,14 +246,14 @@ def _transformable(record: list[int]) -> bool:
 
 
 def _turns_without_loss(record: list[int]) -> bool:
-    grey = record[marks.COMPONENTS] == 1  # whose sampling factors mean nothing
-    across, down = (1, 1) if grey else record[marks.COMPONENT + 1 : marks.COMPONENT + 3]
+    across, down = record[marks.COMPONENT + marks.ACROSS], record[marks.COMPONENT + marks.DOWN]
+    if record[marks.COMPONENTS] == 1:  # its sampling factors mean nothing
+        across, down = 1, 1
     return is_lossless(record[marks.ORIENTATION], record[marks.HEIGHT], record[marks.WIDTH], across, down)
 
 
 def _refuse_damaged(data: bytes, record: list[int], status: int, decode: bool) -> None:
-    """Raise ValueError for damage that the markers show and, when `decode`, unless libjpeg decodes all without a
-    warning."""
+    """Raise ValueError for damage that the markers show and, when `decode`, for any warning of libjpeg's."""
     where = f"at byte {record[marks.WHERE]} of {len(data)}"
     if status in TRUNCATED:
         raise ValueError(f"truncated JPEG: {TRUNCATED[status]} ({where}); {REMEDY}")
@@ -312,8 +269,10 @@ def _refuse_damaged(data: bytes, record: list[int], status: int, decode: bool) -
 
 
 def check_entropy(data: bytes, components: int) -> None:
-    """Have libjpeg decode all of a JPEG, at 1/8 size to save time. Raises ValueError in its words on any error or
-    warning."""
+    """Have libjpeg decode all of a JPEG, at 1/8 size to save time.
+
+    Raises ValueError in its words on any error or warning.
+    """
     colorspace = {1: "GRAY", 4: "CMYK"}.get(components, "RGB")
     try:
         simplejpeg.decode_jpeg(
@@ -328,7 +287,7 @@ def _transcode(data: bytes, record: list[int], orientation: int) -> Prepared | N
 
     None where they need quantisation steps that baseline does not have.
     """
-    stripped, rotated = _left_out(data, record), record[marks.ORIENTATION] > 1
+    stripped, rotated = _left_out(data, record), _rotated(record)
     baseline = lossless_baseline(data, orientation)
     record = _workspace.inspect(baseline, True)
     if record[marks.STATUS] != marks.OK or not record[marks.SINGLE] or not record[marks.SURE]:
@@ -342,16 +301,16 @@ def _transcode(data: bytes, record: list[int], orientation: int) -> Prepared | N
 def _grey(data: bytes, record: list[int], scan: bytes, stripped: int, rotated: bool) -> Prepared:
     """A greyscale file as three components without subsampling, of which Cb and Cr are 128 everywhere, so that R = G =
     B = Y exactly."""
-    _, _, _, quantisation, huffman = record[marks.COMPONENT : marks.COMPONENT + 5]
-    steps = record[marks.QUANTISATION + quantisation]
+    quantiser, tables = record[marks.COMPONENT + marks.QUANTISER], record[marks.COMPONENT + marks.TABLES]
+    steps = record[marks.QUANTISATION + quantiser]
     head = [b"\xff\xd8", JFIF, _segment(marks.DQT, b"\0" + data[steps : steps + 64])]
     size = record[marks.HEIGHT].to_bytes(2, "big") + record[marks.WIDTH].to_bytes(2, "big")
     head.append(_segment(marks.SOF0, b"\x08" + size + b"\3\1\x11\0\2\x11\0\3\x11\0"))
-    tables = b""
-    for kind, table in enumerate((huffman >> 4, huffman & 15)):
-        start = record[marks.HUFFMAN + 4 * kind + table]
-        tables += bytes([16 * kind]) + data[start : start + 16 + sum(data[start : start + 16])]
-    head.append(_segment(marks.DHT, tables + ZERO_TABLES))
+    luma_tables = b""
+    for kind, number in enumerate((tables >> 4, tables & 15)):
+        start = record[marks.HUFFMAN + 4 * kind + number]
+        luma_tables += bytes([16 * kind]) + data[start : start + 16 + sum(data[start : start + 16])]
+    head.append(_segment(marks.DHT, luma_tables + ZERO_TABLES))
     if record[marks.RESTART]:
         head.append(_segment(marks.DRI, record[marks.RESTART].to_bytes(2, "big")))
     head.append(_segment(marks.SOS, b"\3\1\0\2\x11\3\x11\0\x3f\0"))
@@ -367,10 +326,64 @@ def _encode(data: bytes, limit: int, quality: int, exif: str, record: list[int] 
     image, orientation = open_rgb(data, exif)
     longest, action = max(image.size), "re-encoded"
     if longest > limit:
-        image = image.resize(
-            [max(1, (side * limit + longest // 2) // longest) for side in image.size], Image.Resampling.LANCZOS
-        )
-        action = "resized"
+        size = [max(1, (side * limit + longest // 2) // longest) for side in image.size]
+        image, action = image.resize(size, Image.Resampling.LANCZOS), "resized"
     encoded = simplejpeg.encode_jpeg(np.asarray(image), quality=quality, colorspace="RGB", colorsubsampling="420")
     stripped = _left_out(data, record) if record is not None else 0
     return Prepared((encoded,), image.height, image.width, action, stripped, orientation > 1, crc32(encoded))
+
+
+# --- a row index
+
+
+def _with_row_index(prepared: Prepared) -> Prepared:
+    """The same JPEG with restart markers, where that is possible."""
+    data = prepared.data
+    status, interval, scan = _workspace.insert_restarts(data)
+    if status == restarts.MISSING:
+        data = _with_all_dc_codes(data, _workspace.scan.record.tolist())
+        status, interval, scan = _workspace.insert_restarts(data)
+    if status <= 0:
+        return dataclasses.replace(prepared, row_index=interval > 0 and status == 0)
+    start = int(_workspace.scan.record[marks.SCAN])
+    before_scan, scan_header = data[: start - SOS_BYTES], data[start - SOS_BYTES : start]
+    head = before_scan + _segment(marks.DRI, interval.to_bytes(2, "big")) + scan_header
+    return dataclasses.replace(prepared, parts=(head, scan), crc=crc32(scan, crc32(head)), row_index=True)
+
+
+def _with_all_dc_codes(data: bytes, record: list[int]) -> bytes:
+    """`data`, which `_prepare` made, with codes for all DC sizes in its DC tables."""
+    numbers = {record[marks.COMPONENT + marks.COMPONENT_FIELDS * i + marks.TABLES] >> 4 for i in range(3)}
+    dc_tables = {record[marks.HUFFMAN + number] for number in numbers}
+    start, parts = 2, [data[:2]]
+    while start < record[marks.SCAN]:
+        stop = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        if data[start + 1] != marks.DHT:
+            parts.append(data[start:stop])
+        else:
+            tables, counts = b"", start + 5
+            while counts < stop:
+                symbols = counts + 16
+                end = symbols + sum(data[counts:symbols])
+                table = data[counts:end]
+                if counts in dc_tables:
+                    table = _with_all_sizes(data[counts:symbols], data[symbols:end])
+                tables += data[counts - 1 : counts] + table
+                counts = end + 1
+            parts.append(_segment(marks.DHT, tables))
+        start = stop
+    return b"".join(parts) + data[start:]
+
+
+def _with_all_sizes(counts: bytes, symbols: bytes) -> bytes:
+    """A DC table's 16 counts and its symbols, with codes for the sizes that it lacks; the other codes stay as they are.
+
+    Longer codes follow the longest one: none may be of ones only (T.81 B.2.4.2), so one of each greater length is free.
+    """
+    new_counts = bytearray(counts)
+    longest = max(length for length in range(1, 17) if counts[length - 1])
+    missing = [size for size in range(huffman.MAX_DC_SIZE + 1) if size not in symbols]
+    for length, size in zip(range(longest + 1, 17), missing, strict=False):
+        new_counts[length - 1] = 1
+        symbols += bytes([size])
+    return bytes(new_counts) + symbols
