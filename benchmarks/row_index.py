@@ -1,13 +1,12 @@
-"""How fast are random crops decoded, by our decoder and by DALI, and how much faster when JPEGs have a row index
-(`to_beton.py --row-index`)?
+"""How fast our decoder and DALI decode random crops, and how much a row index (`to_beton.py --row-index`) gains.
 
     python benchmarks/row_index.py [--images tests/photos] [--rounds 7]
 
-On 1 and 2 threads, of the same crops (random resized crops, another draw each round): our decoder and DALI's
-image_slice of the files as they are and of those with a row index, which DALI is given whole, and spliced, the splicing
-included, in one thread. Before anything is measured the crops' pixels are compared. Conversion is
-`tl_fast.convert.image.prepare` in one thread, with a row index and without. Appends one row a contender to
-benchmarks/results/row_index.jsonl.
+Every contender decodes the same random resized crops, another draw each round, on 1 and on 2 threads: our decoder and
+DALI's image_slice, from the files as they are and from the files with a row index. DALI gets the latter whole, or
+spliced; splicing takes place in one thread and its time is included. Before anything is measured the crops' pixels are
+compared. Conversion is `tl_fast.convert.image.prepare` in one thread, with a row index and without. Appends one row a
+contender to benchmarks/results/row_index.jsonl.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ from pathlib import Path
 import numpy as np
 from rows import ROOT, measure, write_rows
 
-from tl_fast.convert import image as jpeg
+from tl_fast.convert.image import compile_kernels, prepare
 from tl_fast.jpeg.restarts import splice
-from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.kernels.geometry.cpu import needed
 from tl_fast.pipeline.decode import Decoder, decode_graph
-from tl_fast.plan import records as plan
+from tl_fast.plan import Augment
+from tl_fast.plan.records import draw as draw_plans
 
 IMAGE_SIZE = 224
 
@@ -38,8 +38,8 @@ class Crops:
     def regions(self, draw: int) -> tuple[np.ndarray, np.ndarray]:
         """First pixels and those behind the last, int64 [n, 2]."""
         heights, widths = self.sizes.T
-        plans = plan.draw(0, draw, np.arange(len(self.sizes)), heights, widths, plan.Augment())
-        return warp.needed(plans, heights, widths, IMAGE_SIZE)
+        plans = draw_plans(0, draw, np.arange(len(self.sizes)), heights, widths, Augment())
+        return needed(plans, heights, widths, IMAGE_SIZE)
 
     def run(self, draw: int) -> int:
         self.decode(draw)
@@ -98,7 +98,7 @@ class DaliCrops(Crops):
 def converter(sources: list[bytes], row_index: bool) -> Callable[[int], int]:
     def convert(draw: int) -> int:
         for data in sources:
-            jpeg.prepare(data, row_index=row_index)
+            prepare(data, row_index=row_index)
         return len(sources)
 
     return convert
@@ -112,11 +112,11 @@ def main() -> None:
     files = sorted(path for path in arguments.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
         parser.error(f"no JPEGs in {arguments.images}")
-    jpeg.compile_kernels()
+    compile_kernels()
     sources = [path.read_bytes() for path in files]
-    plain, cut = ([jpeg.prepare(data, row_index=row_index) for data in sources] for row_index in (False, True))
-    sizes = np.array([(one.height, one.width) for one in plain])
-    arrays = [[np.frombuffer(one.data, np.uint8) for one in prepared] for prepared in (plain, cut)]
+    plain, cut = ([prepare(data, row_index=row_index) for data in sources] for row_index in (False, True))
+    sizes = np.array([(jpeg.height, jpeg.width) for jpeg in plain])
+    arrays = [[np.frombuffer(jpeg.data, np.uint8) for jpeg in jpegs] for jpegs in (plain, cut)]
     contenders: dict[str, Callable[[int], int]] = {}
     for threads in (1, 2):
         crops = {
@@ -140,7 +140,7 @@ def main() -> None:
         "count": len(files),
         "mean_kb": round(before / len(files) / 1e3, 1),
         "growth_percent": round(100 * (after / before - 1), 2),
-        "with_row_index": sum(one.row_index for one in cut),
+        "with_row_index": sum(jpeg.row_index for jpeg in cut),
     }
     results = ROOT / "benchmarks" / "results" / "row_index.jsonl"
     write_rows(results, "row_index", rates, "images/s", ("nvidia-dali-cuda130", "numba", "Pillow"), **facts)

@@ -538,8 +538,8 @@ def exif_payloads(draw: st.DrawFn) -> bytes:
     order = draw(ORDERS)
     payload = bytearray(exif_segment(draw(st.integers(0, 10)), order))
     if draw(st.booleans()):
-        place, size = draw(st.sampled_from([(10, 4), (14, 2), (28, 2), (30, 2), (32, 4), (36, 4), (6, 4), (0, 6)]))
-        payload[place : place + size] = draw(st.integers(0, 300)).to_bytes(size, draw(ORDERS))
+        start, size = draw(st.sampled_from([(10, 4), (14, 2), (28, 2), (30, 2), (32, 4), (36, 4), (6, 4), (0, 6)]))
+        payload[start : start + size] = draw(st.integers(0, 300)).to_bytes(size, draw(ORDERS))
     for _ in range(draw(st.sampled_from([0, 0, 1, 3]))):
         payload[draw(st.integers(0, len(payload) - 1))] = draw(st.integers(0, 255))
     return bytes(payload[: draw(st.sampled_from([len(payload), draw(st.integers(0, len(payload)))]))])

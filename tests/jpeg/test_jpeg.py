@@ -64,12 +64,11 @@ def segment(marker: int, payload: bytes) -> bytes:
 
 def insert(data: bytes, segments: bytes) -> bytes:
     """Behind the first segment."""
-    at = 4 + int.from_bytes(data[4:6], "big")
-    return data[:at] + segments + data[at:]
+    end = 4 + int.from_bytes(data[4:6], "big")
+    return data[:end] + segments + data[end:]
 
 
 # --- copies
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decode_check", [True, False])
@@ -185,7 +184,6 @@ def test_a_stricter_reader_than_libjpeg_is_satisfied(scene: Image.Image) -> None
 
 
 # --- without loss
-# ----------------------------------------------------------------------------------------------------------
 
 
 def non_interleaved(image: Image.Image) -> bytes:
@@ -308,7 +306,6 @@ def test_libturbojpeg_is_found_where_a_user_without_root_can_put_it(
 
 
 # --- everything else
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -384,7 +381,6 @@ def test_unreadable_jpegs_say_why(scene: Image.Image) -> None:
 
 
 # --- verdicts
-# --------------------------------------------------------------------------------------------------------------
 
 
 def tiny(codes: dict[int, str], bits: str) -> bytes:
@@ -452,29 +448,29 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
         low, high = rng.choice(
             ((0, len(mutant)), (2, min(scan, len(mutant))), (min(scan, len(mutant) - 1), len(mutant)))
         )
-        at, other, size = rng.randrange(low, high), rng.randrange(low, high), rng.choice((1, 2, 5, 50))
+        start, other, size = rng.randrange(low, high), rng.randrange(low, high), rng.choice((1, 2, 5, 50))
         kind = rng.randrange(10)
         if kind < 3:
-            mutant[at] ^= 1 << rng.randrange(8)
+            mutant[start] ^= 1 << rng.randrange(8)
         elif kind == 3:
-            mutant[at] = rng.choice((0, 0xFF, 0xD9, 0xD0, 0xDA, 0xFE, rng.randrange(256)))
+            mutant[start] = rng.choice((0, 0xFF, 0xD9, 0xD0, 0xDA, 0xFE, rng.randrange(256)))
         elif kind == 4:
-            del mutant[at : at + size]
+            del mutant[start : start + size]
         elif kind == 5:
-            mutant[at:at] = mutant[other : other + size]
+            mutant[start:start] = mutant[other : other + size]
         elif kind == 6:
-            mutant[at:at] = rng.choice(
+            mutant[start:start] = rng.choice(
                 (b"\xff", b"\0", b"\xff\0", b"\xff\xff", b"\xff\xd0", b"\xff\xd9", b"\xff\xfe\0\4ab", b"\xff\x01")
             )
         elif kind == 7:
-            mutant = mutant[:at] + rng.choice((b"", b"\xff\xd9"))
+            mutant = mutant[:start] + rng.choice((b"", b"\xff\xd9"))
         elif kind == 8 and mutant[-2:] == b"\xff\xd9":
             extra = rng.randbytes(rng.randrange(1, 9))
             mutant[-2:-2] = rng.choice(
                 (b"\0", b"\xff\xff", extra, b"\xff\xd0", b"\xff\xfe\0\4ab", b"\xff\xdc\0\4\0\x10")
             )
         else:
-            mutant[at], mutant[other] = mutant[other], mutant[at]
+            mutant[start], mutant[other] = mutant[other], mutant[start]
         if len(mutant) < 8:
             break
     return bytes(mutant)
@@ -602,7 +598,6 @@ def test_hostile_files_of_every_kind(scene: Image.Image, seed: int, capfd: pytes
 
 
 # --- how it runs
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("turbojpeg")
@@ -638,8 +633,8 @@ def _scan_arguments(data: bytes) -> tuple:
 
 def test_tables_left_by_a_refused_file_are_not_taken_for_the_next(scene: Image.Image) -> None:
     good = encode(scene.resize((64, 48)))
-    at = good.index(b"\xff\xc4") + 5
-    bad = good[:at] + bytes([3]) + good[at + 1 :]  # more codes of one bit than there are
+    counts = good.index(b"\xff\xc4") + 5
+    bad = good[:counts] + bytes([3]) + good[counts + 1 :]  # more codes of one bit than there are
     for _ in range(2):
         with pytest.raises(ValueError, match="damaged"):
             jpeg.prepare(bad)

@@ -38,9 +38,9 @@ def region_of(data: bytes, start: tuple[int, int], stop: tuple[int, int]) -> np.
     """The region; checks that nothing is written behind it."""
     size = 3 * (stop[0] - start[0]) * (stop[1] - start[1])
     out = np.full(size + 64, CANARY, np.uint8)
-    found = decoder.decode(as_array(data), np.array(start), np.array(stop), out[:size])
+    region = decoder.decode(as_array(data), np.array(start), np.array(stop), out[:size])
     assert (out[size:] == CANARY).all()
-    return found
+    return region
 
 
 def random_regions(
@@ -56,9 +56,9 @@ def random_regions(
 def check(data: bytes, rng: random.Random, count: int = 6) -> None:
     whole = with_pillow(data)
     for start, stop in random_regions(rng, *whole.shape[:2], count):
-        found = region_of(data, start, stop)
-        assert found is not None, (start, stop)
-        np.testing.assert_array_equal(found, whole[start[0] : stop[0], start[1] : stop[1]], str((start, stop)))
+        region = region_of(data, start, stop)
+        assert region is not None, (start, stop)
+        np.testing.assert_array_equal(region, whole[start[0] : stop[0], start[1] : stop[1]], str((start, stop)))
 
 
 def picture(rng: np.random.Generator, height: int, width: int, kind: str) -> np.ndarray:
@@ -130,16 +130,16 @@ def test_a_row_index_is_read_without_being_cut(row_index):
 
 
 def jpegs_of_other_kinds() -> dict[str, bytes]:
-    image, found = Image.open(PHOTOS[0]).resize((61, 47)), {}
+    image, jpegs = Image.open(PHOTOS[0]).resize((61, 47)), {}
     for name, mode, options in (
         ("progressive", "RGB", {"progressive": True}),
         ("RGB", "RGB", {"keep_rgb": True}),
         ("CMYK", "CMYK", {}),
     ):
         image.convert(mode).save(out := io.BytesIO(), "JPEG", **options)
-        found[name] = out.getvalue()
+        jpegs[name] = out.getvalue()
     image.save(out := io.BytesIO(), "PNG")
-    return found | {"PNG": out.getvalue(), "nothing": b""}
+    return jpegs | {"PNG": out.getvalue(), "nothing": b""}
 
 
 @pytest.mark.parametrize("kind", ["progressive", "RGB", "CMYK", "PNG", "nothing"])
@@ -169,8 +169,8 @@ def test_damaged_files_give_libjpegs_pixels_or_none():
                 data[rng.randrange(2, len(data))] = rng.randrange(256)
         else:
             del data[rng.randrange(2, len(data)) :]
-        found = region_of(bytes(data), (3, 5), (60, 71))
-        if found is None:
+        region = region_of(bytes(data), (3, 5), (60, 71))
+        if region is None:
             none += 1
             continue
         try:
@@ -178,7 +178,7 @@ def test_damaged_files_give_libjpegs_pixels_or_none():
                 expected = np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError):  # truncated behind the region, to which Pillow does not give pixels
             continue
-        equal = np.array_equal(found, expected[3:60, 5:71])
+        equal = np.array_equal(region, expected[3:60, 5:71])
         same, other = same + equal, other + (not equal)
     assert none > 300 and same > 300 and other <= 0.02 * same, (none, same, other)
 
@@ -228,9 +228,9 @@ def test_a_decoder_gives_dalis_pixels_and_pillow_decodes_the_rest():
     )
     for threads in (1, 2):
         batches = Decoder(Files(files), 16, threads)
-        found = batches(np.arange(len(files)), starts, shapes)
+        regions = batches(np.arange(len(files)), starts, shapes)
         for b in range(len(files)):
-            np.testing.assert_array_equal(np.asarray(found[b]), np.asarray(expected[b]))
+            np.testing.assert_array_equal(np.asarray(regions[b]), np.asarray(expected[b]))
             np.testing.assert_array_equal(batches.region(b, starts[b], shapes[b]), np.asarray(expected[b]))
         batches.close()
 

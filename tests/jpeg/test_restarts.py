@@ -76,8 +76,8 @@ def check_regions(files: list[bytes], rng: np.random.Generator) -> tuple[int, in
     ]
     origins = np.array([origin for _, origin in spliced])
     expected = dali_regions([as_array(jpeg.prepare(data).data) for data in files], starts, stops)
-    found = dali_regions([data for data, _ in spliced], starts - origins, stops - origins)
-    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+    regions = dali_regions([data for data, _ in spliced], starts - origins, stops - origins)
+    for i, (ours, theirs) in enumerate(zip(regions, expected, strict=True)):
         np.testing.assert_array_equal(ours, theirs, f"file {i}, {starts[i]} to {stops[i]} of {sizes[i]}")
     return sum(len(data) for data, _ in spliced), sum(map(len, files))
 
@@ -184,8 +184,8 @@ def test_what_is_not_spliced(files: list[bytes]) -> None:
         (as_array(b""), (0, 0), (1, 1)),
         (as_array(b"\xff\xd8\xff"), (0, 0), (1, 1)),
     ):
-        found, origin = splice(data, start, stop)
-        assert found is data and origin == (0, 0)
+        spliced, origin = splice(data, start, stop)
+        assert spliced is data and origin == (0, 0)
     assert splice(cut, (50, 50), (60, 60))[0].size < cut.size / 2
 
 
@@ -204,9 +204,9 @@ def test_damaged_ones_do_no_harm(files: list[bytes]) -> None:
             )
         data = bytes(data[: rng.randint(len(data) // 2, len(data))]) if rng.random() < 0.3 else bytes(data)
         top, left = rng.randrange(height - 1), rng.randrange(width - 1)
-        found, _ = splice(as_array(data), (top, left), (rng.randint(top + 1, height), rng.randint(left + 1, width)))
-        assert len(found) <= len(data) and found[:2].tobytes() == data[:2]
-        shorter += len(found) < len(data)
+        spliced, _ = splice(as_array(data), (top, left), (rng.randint(top + 1, height), rng.randint(left + 1, width)))
+        assert len(spliced) <= len(data) and spliced[:2].tobytes() == data[:2]
+        shorter += len(spliced) < len(data)
         try:
             jpeg.prepare(data, decode_check=False, row_index=True)
         except ValueError:
@@ -215,7 +215,6 @@ def test_damaged_ones_do_no_harm(files: list[bytes]) -> None:
 
 
 # --- the converter and the loader
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -267,12 +266,12 @@ def test_resumed_runs_need_the_same_setting(files: list[bytes], tmp_path: Path) 
 
 def test_loader_makes_the_same_batches(betons: tuple[Path, Path]) -> None:
     for train in (True, False):
-        found = []
+        images = []
         for path, threads in ((betons[0], 2), (betons[1], 1), (betons[1], 2)):
             with Loader(path, 8, image_size=64, train=train, threads=threads, seed=3) as loader:
-                found.append(np.concatenate([batch.images.numpy().copy() for batch in loader]))
-        np.testing.assert_array_equal(found[1], found[0])
-        np.testing.assert_array_equal(found[2], found[0])
+                images.append(np.concatenate([batch.images.numpy().copy() for batch in loader]))
+        np.testing.assert_array_equal(images[1], images[0])
+        np.testing.assert_array_equal(images[2], images[0])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
@@ -285,8 +284,8 @@ def test_loader_names_damaged_ones(betons: tuple[Path, Path], tmp_path: Path, sh
         data = reader.jpeg(5).tobytes()
         name = reader.source_ids[5]
     content = bytearray(path.read_bytes())
-    at, cut = content.index(data), int(share * len(data))
-    content[at + cut : at + len(data)] = bytes(len(data) - cut)
+    start, cut = content.index(data), int(share * len(data))
+    content[start + cut : start + len(data)] = bytes(len(data) - cut)
     path.write_bytes(content)
     assert any(json.dumps(name)[1:-1] in problem for problem in verify(path, decode=True))
     with Loader(path, 8, image_size=32, threads=2) as loader:

@@ -156,10 +156,10 @@ def timm_draws(text: str, n: int) -> list[list[tuple[str, float]]]:
 
 
 def by_op(images) -> dict[str, np.ndarray]:
-    found = {name: [] for name in OPS}
+    arguments = {name: [] for name in OPS}
     for name, argument in itertools.chain.from_iterable(images):
-        found[name].append(argument)
-    return {name: np.array(values) for name, values in found.items()}
+        arguments[name].append(argument)
+    return {name: np.array(values) for name, values in arguments.items()}
 
 
 def our_draws(text: str, n: int):
@@ -187,7 +187,7 @@ def test_operations_and_arguments_are_distributed_as_timms(text):
     lengths = np.array(lengths)[:, np.sum(lengths, axis=0) > 0]
     assert lengths.shape[1] == 1 or stats.chi2_contingency(lengths).pvalue > 1e-3
     theirs, ours = by_op(theirs), by_op(ours)
-    counts = np.array([[len(found[name]) for name in OPS] for found in (theirs, ours)])
+    counts = np.array([[len(arguments[name]) for name in OPS] for arguments in (theirs, ours)])
     assert stats.chi2_contingency(counts).pvalue > 1e-3 and counts.min() > 500
     assert stats.chisquare(counts[1]).pvalue > 1e-3
     for name in OPS:
@@ -233,11 +233,11 @@ def test_colour_jitter_is_torchvisions():
     ).all()
     ours_order = [tuple(codes.index(op) for op in row) for row in plans["ops"][:, :3]]
     orders = list(itertools.permutations(range(3)))
-    counts = [[found.count(order) for order in orders] for found in (theirs_order, ours_order)]
+    counts = [[drawn_orders.count(order) for order in orders] for drawn_orders in (theirs_order, ours_order)]
     assert stats.chi2_contingency(counts).pvalue > 1e-3 and np.min(counts) > N / 8
-    for which, code in enumerate(codes):
+    for number, code in enumerate(codes):
         ours = plans["arguments"][:, :3][plans["ops"][:, :3] == code]
-        assert stats.ks_2samp([d[1 + which] for d in drawn], ours).pvalue > 1e-3
+        assert stats.ks_2samp([d[1 + number] for d in drawn], ours).pvalue > 1e-3
         assert ours.min() >= 0.6 - 1e-6 and ours.max() <= 1.4 + 1e-6
 
 

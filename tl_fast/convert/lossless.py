@@ -1,8 +1,7 @@
 """libturbojpeg's lossless transform by ctypes: any JPEG that libjpeg reads → baseline with the same coefficients.
 
-The pixels stay where they are or are turned upright.
-
-The library is looked for when the first file needs it. The functions used are those of libjpeg-turbo 1.5 to 3.x.
+The image stays as it is or is turned upright. The library is loaded when the first file needs it; libjpeg-turbo 1.5 to
+3.x have the functions used.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ def is_lossless(orientation: int, height: int, width: int, across: int, down: in
     """Whether coefficients can be turned upright from an EXIF orientation, pixel for pixel.
 
     height, width: of the stored image; across, down: sampling factors of its first component; 1, 1 for grey. The right
-    or lower edge can become the left or upper one only if no MCU (8 * across x 8 * down pixels) is cut off there. 4:1:1
-    on its side is a layout that other decoders do not know.
+    or lower edge can become the left or upper one only if no MCU (8 * across x 8 * down pixels) is cut off there. An
+    image of 4:1:1 must not be laid on its side: other decoders do not know the layout that comes of it.
     """
     if orientation in TURNED_ASIDE and across == 4:
         return False
@@ -55,7 +54,8 @@ class _Transform(ctypes.Structure):
 
 
 def _find_library() -> str:
-    """Path or name of libturbojpeg: beside Python (conda's, or Debian's package unpacked there), else the system's."""
+    """Path or name of libturbojpeg: the one in Python's prefix (conda's, or Debian's package unpacked there), else the
+    system's."""
     for pattern in ("lib/libturbojpeg.so*", "usr/lib/*/libturbojpeg.so*"):
         if beside_python := sorted(Path(sys.prefix).glob(pattern)):
             return str(beside_python[0])
@@ -96,13 +96,13 @@ def lossless_baseline(data: bytes, orientation: int = 1) -> bytes:
     """`data`, a JPEG of 8 bits and known sampling, as baseline JPEG with standard Huffman tables and no metadata.
 
     Its coefficients stay the same, and so do its pixels, to the bit. orientation: EXIF's; for 2..8 the image is turned
-    upright, which must be possible (`is_lossless`), and decoders round a few pixels to another level.
+    upright, which must be possible (`is_lossless`); decoders then round a few pixels to another level.
 
     Safe in threads. Raises ValueError in libjpeg's words on any error or warning, TurboJpegMissing where there is no
     libturbojpeg. (Quantisation steps above 255 do not fit in baseline; such a file comes back as extended sequential.)
     """
     library = _library()
-    handle = library.tjInitTransform()  # one a call: a few microseconds of the milliseconds to come
+    handle = library.tjInitTransform()  # takes a few microseconds, the transform milliseconds
     if not handle:
         raise MemoryError("libturbojpeg cannot start a transform")
     output, size = ctypes.c_void_p(), ctypes.c_ulong()

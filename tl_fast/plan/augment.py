@@ -19,10 +19,10 @@ class Augment:
     scale: (low, high) share of the image's area that a crop takes, 0 < low <= high <= 1.
     ratio: (low, high) aspect ratio width / height of a crop, 0 < low <= high.
     flip: probability of a horizontal mirror, 0..1.
-    interpolation: "bilinear", "bicubic", or "random": either, an image.
+    interpolation: "bilinear", "bicubic", or "random": one of them drawn for each image.
     auto_augment: RandAugment as timm writes it ("rand-m9-mstd0.5-inc1"), or "" for none.
-    color_jitter: brightness, contrast and saturation get factors from 1 - this to 1 + this, in random order, 0..1; only
-    without auto_augment, as timm's.
+    color_jitter: j in 0..1: brightness, contrast and saturation get factors of 1 - j to 1 + j, in random order; as in
+    timm, not together with auto_augment.
     erase: probability of random erasing, 0..1.
     fill: RGB where the output shows what is outside the image, 0..255; ImageNet's mean by default, as timm's.
     """

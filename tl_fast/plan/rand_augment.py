@@ -1,5 +1,4 @@
-"""RandAugment in timm's notation (`rand-m9-n2-mstd0.5-inc1`): which operations there are and how a string chooses among
-them."""
+"""RandAugment in timm's notation (`rand-m9-n2-mstd0.5-inc1`): its operations, and what the string says of them."""
 
 from __future__ import annotations
 
@@ -10,25 +9,13 @@ from dataclasses import dataclass
 from tl_fast.maths import scalar
 from tl_fast.system.mistakes import InputError
 
+# fmt: off
 OPS = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "Posterize",
-    "Solarize",
-    "SolarizeAdd",
-    "Color",
-    "Contrast",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
+    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
+    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
 )
-"""The 15 operations in timm's order; an operation's code is its place here (`tl_fast.maths.scalar.AUTO_CONTRAST` ...).
-"""
+# fmt: on
+"""The 15 operations in timm's order; an operation's code is its index (`tl_fast.maths.scalar.AUTO_CONTRAST` ...)."""
 
 MAX_LAYERS = 8  # that a plan record has room for
 
@@ -41,8 +28,7 @@ class RandAugment:
 
     magnitude: mean level, 0 to `ceiling`; layers: operations an image, each drawn from all 15 and applied with
     `probability`; std: of the normal noise on the level, or inf for a uniform level from 0 to `magnitude`; increasing:
-    all operations get stronger with the level (timm's `inc1`);
-    ceiling: largest level after noise.
+    all operations get stronger with the level (timm's `inc1`); ceiling: largest level after noise.
     """
 
     magnitude: int = 10
@@ -64,8 +50,10 @@ class RandAugment:
 
     @classmethod
     def parse(cls, text: str) -> RandAugment:
-        """`rand-m9-n2-p0.5-mstd0.5-mmax10-inc1`, any part but the first left out for timm's default. Raises ValueError
-        naming the part."""
+        """Read `rand-m9-n2-p0.5-mstd0.5-mmax10-inc1`; parts but the first may be left out for timm's defaults.
+
+        Raises ValueError naming the part that is wrong.
+        """
         name, *parts = text.split("-")
         if name != "rand":
             raise InputError(f"auto_augment {text!r}: only RandAugment is known, as in rand-m9-mstd0.5-inc1")
@@ -78,19 +66,19 @@ class RandAugment:
         }
         values: dict[str, float | bool] = {}
         for part in parts:
-            found = _PART.fullmatch(part)
-            if found is not None and found[1] in "tw":
+            match = _PART.fullmatch(part)
+            if match is not None and match[1] in "tw":
                 raise InputError(
                     f"auto_augment {text!r}: the set of operations cannot be chosen ({part}), all {len(OPS)} are used"
                 )
             try:
-                if found is None:
+                if match is None:
                     raise ValueError("unknown part")
-                if found[1] == "inc":
-                    values["increasing"] = bool(int(found[2]))
+                if match[1] == "inc":
+                    values["increasing"] = bool(int(match[2]))
                 else:
-                    key, kind = kinds[found[1]]
-                    values[key] = kind(found[2])
+                    field, number = kinds[match[1]]
+                    values[field] = number(match[2])
             except ValueError as error:
                 raise InputError(
                     f"auto_augment {text!r}: {part!r} is none of m9, n2, p0.5, mstd0.5, mmax10, inc1"
