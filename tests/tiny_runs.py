@@ -11,9 +11,8 @@ import numpy as np
 import safetensors.torch
 import torch
 import yaml
+from small_betons import write
 
-from tl_fast.convert.encode import Sample
-from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
@@ -37,15 +36,24 @@ def write_photos(path: Path, folder: Path, maps: bool) -> None:
     """A beton of the photos under `folder`, with label maps whose strongest class is the photo's own, more so in the
     middle."""
     spec = MapSpec(k=2, height=6, width=6, num_classes=len(CLASSES)) if maps else None
-    samples = []
-    for label, name in enumerate(CLASSES):
-        for photo in sorted((folder / name).glob("*.jpg")):
-            classes = np.stack([np.full((6, 6), label), np.full((6, 6), (label + 1) % 4)]).astype(np.uint16)
-            bump = 4 * np.outer(np.hanning(8)[1:-1], np.hanning(8)[1:-1])
-            scores = np.stack([2 + bump, 1 - bump / 8]).astype(np.float32)
-            record = (lambda c=classes, s=scores: pack(c, s, spec)) if maps else None
-            samples.append(Sample(f"{name}/{photo.name}", label, photo.read_bytes, record))
-    write_beton(path, samples, class_names=CLASSES, spec=spec, max_resolution=96)
+    photos = [photo for name in CLASSES for photo in sorted((folder / name).glob("*.jpg"))]
+    labels = [CLASSES.index(photo.parent.name) for photo in photos]
+    bump = 4 * np.outer(np.hanning(8)[1:-1], np.hanning(8)[1:-1])
+    scores = np.stack([2 + bump, 1 - bump / 8]).astype(np.float32)
+    records = []
+    for label in labels if maps else ():
+        classes = np.stack([np.full((6, 6), label), np.full((6, 6), (label + 1) % 4)]).astype(np.uint16)
+        records.append(pack(classes, scores, spec))
+    write(
+        path,
+        [photo.read_bytes() for photo in photos],
+        records or None,
+        spec,
+        class_names=CLASSES,
+        ids=[f"{photo.parent.name}/{photo.name}" for photo in photos],
+        labels=labels,
+        max_resolution=96,
+    )
 
 
 def tiny_config(betons: Path, output_dir: Path, **changes) -> TrainConfig:

@@ -19,6 +19,7 @@ import simplejpeg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_betons import random_maps
 
 from tl_fast.beton import layout
 from tl_fast.beton.layout import BetonError
@@ -27,7 +28,7 @@ from tl_fast.beton.verify import verify
 from tl_fast.convert import write as beton_write
 from tl_fast.convert.encode import Sample
 from tl_fast.convert.write import write_beton
-from tl_fast.labelmaps.format import MapSpec, encode, pack, unpack
+from tl_fast.labelmaps.format import MapSpec, encode, unpack
 
 SPEC = MapSpec(k=3, height=5, width=7, num_classes=300)
 CLASSES = [f"class {i}" for i in range(300)]
@@ -38,12 +39,6 @@ def jpeg_of(image: Image.Image, **options) -> bytes:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", **{"quality": 90, **options})
     return buffer.getvalue()
-
-
-def random_map(rng: np.random.Generator) -> np.void:
-    cells = SPEC.height * SPEC.width
-    classes = np.stack([rng.permutation(SPEC.num_classes)[: SPEC.k] for _ in range(cells)], axis=1).reshape(SPEC.shape)
-    return pack(classes, rng.normal(3, 4, SPEC.shape).astype(np.float32), SPEC)
 
 
 def make_samples(jpegs: list[bytes], maps: list[np.void] | None = None) -> list[Sample]:
@@ -61,8 +56,7 @@ def jpegs(photos: Path) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def maps(jpegs: list[bytes]) -> list[np.void]:
-    rng = np.random.default_rng(0)
-    return [random_map(rng) for _ in jpegs]
+    return random_maps(len(jpegs), SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +218,7 @@ print((np.concatenate([batch[2].numpy()[:, 1].copy() for batch in loader]) == ex
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stock_ffcv")
 def test_stock_ffcv_loader_beside_the_reader(written: Path, tmp_path: Path) -> None:
     """In one process, with nothing compiled before: numba once inferred types for ever where both used one compiled
@@ -634,15 +629,3 @@ def test_killed_and_concurrent_writers(jpegs: list[bytes], tmp_path: Path) -> No
         BetonReader(tmp_path / ".out.beton.partial")
     write_beton(path, make_samples(jpegs[:3]), class_names=CLASSES)
     assert folder_content(tmp_path) == ["image.jpg", "out.beton"] and verify(path) == []
-
-
-def test_reader_needs_neither_ffcv_nor_opencv_nor_an_image_library(written: Path, jpegs: list[bytes]) -> None:
-    code = (
-        "import sys\nfor name in ('ffcv', 'cv2', 'PIL', 'simplejpeg'): sys.modules[name] = None\n"
-        f"from tl_fast.beton import BetonReader\nr = BetonReader({str(written)!r}); r.check(3); r.label_maps([0, 3])\n"
-        "print(len(r), len(r.jpeg(3)))"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    ).stdout
-    assert out.split() == [str(3 * len(jpegs)), str(len(jpegs[3]))]

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_betons import random_maps
 
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
@@ -26,7 +27,7 @@ from tl_fast.convert import partial_file
 from tl_fast.convert import write as beton_write
 from tl_fast.convert.encode import Sample
 from tl_fast.convert.write import TooManyRejects, write_beton
-from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.labelmaps.format import MapSpec
 
 SPEC = MapSpec(k=2, height=3, width=4, num_classes=50)
 NAMES = [f"class {i}" for i in range(50)]
@@ -36,15 +37,7 @@ PARTS = [".out.beton.journal", ".out.beton.partial"]
 
 def make_samples(jpegs: list[bytes], count: int, bad: dict[int, bytes] | None = None) -> list[Sample]:
     """`count` samples with label maps; those in `bad` have these bytes for an image."""
-    rng = np.random.default_rng(0)
-    maps = [
-        pack(
-            rng.permuted(np.tile(np.arange(50), (12, 1)), axis=1)[:, :2].T.reshape(2, 3, 4),
-            rng.normal(size=(2, 3, 4)).astype(np.float32),
-            SPEC,
-        )
-        for _ in range(8)
-    ]
+    maps = random_maps(8, SPEC)
     images = {i: jpegs[i % len(jpegs)] for i in range(count)} | (bad or {})
     return [
         Sample(
@@ -144,6 +137,7 @@ def test_killed_before_every_write(jpegs: list[bytes], tmp_path: Path) -> None:
     assert deaths > 40
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_killed_at_random_moments(jpegs: list[bytes], tmp_path: Path) -> None:
     """50 kills at random times, runs resumed until they finish: the files are those of uninterrupted runs, and work was

@@ -13,11 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
+from small_betons import write
 
 from tests import reference
 from tl_fast.beton.reader import BetonReader
-from tl_fast.convert.encode import Sample
-from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.pictures import bundled_photos
 from tl_fast.pictures.crop_sheet import find_data, find_recipe, inside_image, operations, show_recipe
@@ -46,45 +45,48 @@ def blobs(rng: np.random.Generator, spec: MapSpec) -> np.void:
     return pack(classes, np.maximum(np.take_along_axis(logits, classes, axis=0), 0.1).astype(np.float32), spec)
 
 
-def write(
+def write_blobs(
     path: Path, photos: Path, spec: MapSpec | None, every: int = 9, names: list[str] = NAMES, suffix: str = ""
 ) -> Path:
+    """A beton of every `every`-th photo, with label maps that are `blobs`."""
     rng = np.random.default_rng(5)
     files = sorted((photos / "train").glob("*/*.jpg"))[::every]
     sizes = [Image.open(file).size for file in files]
     assert {w > h for w, h in sizes} == {True, False}, "landscape and portrait photos are needed"
-    samples = []
-    for i, file in enumerate(files):
-        label_map = None if spec is None else (lambda record=blobs(rng, spec): record)
-        samples.append(
-            Sample(f"{file.parent.name}/{file.stem}{suffix}.jpg", i % len(names), file.read_bytes, label_map)
-        )
-    write_beton(
-        path, samples, class_names=names, spec=spec, annotator=None if spec is None else {"model": "blobs"}, workers=1
+    return write(
+        path,
+        [file.read_bytes() for file in files],
+        None if spec is None else [blobs(rng, spec) for _ in files],
+        spec,
+        class_names=names,
+        ids=[f"{file.parent.name}/{file.stem}{suffix}.jpg" for file in files],
+        annotator=None if spec is None else {"model": "blobs"},
+        workers=1,
     )
-    return path
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory, photos) -> Path:
-    return write(tmp_path_factory.mktemp("show") / "full.beton", photos, MapSpec(4, 5, 6, CLASSES))
+    return write_blobs(tmp_path_factory.mktemp("show") / "full.beton", photos, MapSpec(4, 5, 6, CLASSES))
 
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory, photos) -> Path:
-    return write(tmp_path_factory.mktemp("show") / "square.beton", photos, MapSpec(4, 6, 6, CLASSES, "center_square"))
+    return write_blobs(
+        tmp_path_factory.mktemp("show") / "square.beton", photos, MapSpec(4, 6, 6, CLASSES, "center_square")
+    )
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory, photos) -> Path:
-    return write(tmp_path_factory.mktemp("show") / "bare.beton", photos, None)
+    return write_blobs(tmp_path_factory.mktemp("show") / "bare.beton", photos, None)
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory, photos) -> Path:
     """More samples than a sheet of crops, and a hue for every class."""
     classes = len(PALETTE)
-    return write(
+    return write_blobs(
         tmp_path_factory.mktemp("show") / "many.beton",
         photos,
         MapSpec(4, 5, 6, classes),
@@ -529,7 +531,7 @@ def test_operations_in_words():
 def test_captions_stay_below_their_tiles(photos, tmp_path):
     """With the most operations, long names of images and of classes."""
     names = [f"{name}, which is a class of a name that nobody would want to read in full" for name in NAMES]
-    beton = write(
+    beton = write_blobs(
         tmp_path / "long.beton", photos, MapSpec(4, 5, 6, CLASSES), names=names, suffix="-of-a-name-that-is-long" * 6
     )
     recipe = tmp_path / "strong.yaml"

@@ -17,15 +17,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_betons import write
 
 from tests import simulated_loader
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.samples import Samples
-from tl_fast.convert.encode import Sample
-from tl_fast.convert.write import write_beton
 from tl_fast.kernels import cuda_launch
-from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.labelmaps.format import MapSpec
 from tl_fast.pipeline import decode, gpu_batches
 from tl_fast.pipeline.decode import AutoDecoder, DecodeError, choose, decode_graph, rate
 from tl_fast.pipeline.loader import Loader
@@ -35,19 +34,6 @@ from tl_fast.plan import records as plan
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25)
-
-
-def write(path: Path, files: list[Path], num_classes: int, cells: int = 3, k: int = 2) -> Path:
-    """A beton of these JPEGs with random label maps."""
-    pytest.importorskip("simplejpeg", reason="simplejpeg, which writing a beton needs, is not installed")
-    rng, spec = np.random.default_rng(0), MapSpec(k=k, height=cells, width=cells, num_classes=num_classes)
-    samples = []
-    for i, file in enumerate(files):
-        classes = np.argsort(rng.random((num_classes, cells, cells)), axis=0)[:k].astype(np.uint16)
-        record = pack(classes, rng.uniform(0, 9, classes.shape).astype(np.float32), spec)
-        samples.append(Sample(f"image-{i}.jpg", i % num_classes, file.read_bytes, lambda record=record: record))
-    write_beton(path, samples, class_names=[f"class {c}" for c in range(num_classes)], spec=spec)
-    return path
 
 
 def with_damaged_map(source: Path, target: Path, sample: int) -> Path:
@@ -66,13 +52,12 @@ def with_damaged_map(source: Path, target: Path, sample: int) -> Path:
 @pytest.fixture(scope="module")
 def small_beton(photos, tmp_path_factory):
     """Eight photos made small, label maps of 5 classes, 3 x 3 cells."""
-    folder = tmp_path_factory.mktemp("small")
-    files = []
+    images = []
     for i, photo in enumerate(sorted(photos.glob("train/*/*.jpg"))[:8]):
         with Image.open(photo) as image:
-            files.append(folder / f"{i}.jpg")
-            image.convert("RGB").resize((40 + 3 * i, 52 - 2 * i)).save(files[-1], quality=95)
-    return write(folder / "small.beton", files, 5)
+            image.convert("RGB").resize((40 + 3 * i, 52 - 2 * i)).save(file := io.BytesIO(), "JPEG", quality=95)
+        images.append(file.getvalue())
+    return write(tmp_path_factory.mktemp("small") / "small.beton", images, spec=MapSpec(2, 3, 3, 5))
 
 
 @pytest.mark.slow
@@ -501,9 +486,8 @@ WAYS = [
 @pytest.fixture(scope="module")
 def photo_beton(photos, tmp_path_factory):
     """48 photos with label maps of 100 classes, 9 x 9 cells, k = 5."""
-    return write(
-        tmp_path_factory.mktemp("photos") / "photos.beton", sorted(photos.glob("train/*/*.jpg"))[:48], 100, cells=9, k=5
-    )
+    images = [file.read_bytes() for file in sorted(photos.glob("train/*/*.jpg"))[:48]]
+    return write(tmp_path_factory.mktemp("photos") / "photos.beton", images, spec=MapSpec(5, 9, 9, 100))
 
 
 @pytest.fixture(params=WAYS)

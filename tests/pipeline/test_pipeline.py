@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_betons import write
 
 from tests import reference
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
-from tl_fast.convert.encode import Sample
-from tl_fast.convert.write import write_beton
 from tl_fast.kernels import cpu
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.maths import scalar
@@ -36,19 +35,6 @@ def jpeg(pixels: np.ndarray, quality: int = 100) -> bytes:
     return buffer.getvalue()
 
 
-def write(path, images, records=None, spec=None, classes=4):
-    samples = [
-        Sample(
-            f"image-{i}.jpg", i % classes, lambda data=data: data, None if records is None else (lambda r=records[i]: r)
-        )
-        for i, data in enumerate(images)
-    ]
-    write_beton(
-        path, samples, class_names=[f"class {c}" for c in range(spec.num_classes if spec else classes)], spec=spec
-    )
-    return path
-
-
 @pytest.fixture(scope="module")
 def photo_files(photos):
     return sorted(photos.glob("train/*/*.jpg"))[:24]
@@ -57,14 +43,9 @@ def photo_files(photos):
 @pytest.fixture(scope="module")
 def photo_beton(photo_files, tmp_path_factory):
     """24 bundled photos with random label maps of 10 classes, k = 3, 9 x 7 cells."""
-    rng = np.random.default_rng(0)
-    spec = MapSpec(k=3, height=9, width=7, num_classes=10)
-    records = []
-    for _ in photo_files:
-        classes = np.argsort(rng.random((10, 9, 7)), axis=0)[:3].astype(np.uint16)
-        records.append(pack(classes, rng.uniform(0, 9, classes.shape).astype(np.float32), spec))
     path = tmp_path_factory.mktemp("photos") / "photos.beton"
-    return write(path, [file.read_bytes() for file in photo_files], records, spec)
+    images = [file.read_bytes() for file in photo_files]
+    return write(path, images, spec=MapSpec(k=3, height=9, width=7, num_classes=10))
 
 
 def collect(loader):

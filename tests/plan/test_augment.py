@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from small_betons import write
 
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 
@@ -16,9 +17,7 @@ from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import ColorJitter
 
-from tl_fast.convert.encode import Sample
-from tl_fast.convert.write import write_beton
-from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.labelmaps.format import MapSpec
 from tl_fast.maths import scalar
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan import records as plan
@@ -383,16 +382,9 @@ def test_draws_of_different_purposes_epochs_samples_and_seeds_are_independent():
 @pytest.fixture(scope="module")
 def beton(photos, tmp_path_factory):
     """24 bundled photos with random label maps of 10 classes, k = 3, 9 x 7 cells."""
-    rng = np.random.default_rng(0)
+    images = [file.read_bytes() for file in sorted(photos.glob("train/*/*.jpg"))[:24]]
     spec = MapSpec(k=3, height=9, width=7, num_classes=10)
-    samples = []
-    for file in sorted(photos.glob("train/*/*.jpg"))[:24]:
-        classes = np.argsort(rng.random((10, 9, 7)), axis=0)[:3].astype(np.uint16)
-        record = pack(classes, rng.uniform(0, 9, classes.shape).astype(np.float32), spec)
-        samples.append(Sample(file.name, len(samples) % 10, file.read_bytes, lambda record=record: record))
-    path = tmp_path_factory.mktemp("augment") / "photos.beton"
-    write_beton(path, samples, class_names=[f"class {c}" for c in range(10)], spec=spec)
-    return path
+    return write(tmp_path_factory.mktemp("augment") / "photos.beton", images, spec=spec)
 
 
 def epoch_of(beton, batch_size, epoch=2, start_step=0, **options):

@@ -1,0 +1,54 @@
+"""Small betons for tests: images in memory, label maps drawn or given, names by number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
+from tl_fast.labelmaps.format import MapSpec, pack
+
+
+def random_maps(count: int, spec: MapSpec, seed: int = 0) -> list[np.void]:
+    """`count` packed label maps: in every cell k different classes, drawn evenly, with scores from 0 to 9."""
+    rng, records = np.random.default_rng(seed), []
+    for _ in range(count):
+        classes = np.argsort(rng.random((spec.num_classes, spec.height, spec.width)), axis=0)[: spec.k]
+        records.append(pack(classes.astype(np.uint16), rng.uniform(0, 9, classes.shape).astype(np.float32), spec))
+    return records
+
+
+def write(
+    path: Path,
+    images: Sequence[bytes],
+    records: Sequence[np.void] | None = None,
+    spec: MapSpec | None = None,
+    *,
+    class_names: list[str] | None = None,
+    ids: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    **options,
+) -> Path:
+    """Write a beton of encoded images and return its path; skips the test where simplejpeg is not installed.
+
+    records: a packed label map an image; drawn by `random_maps` where there is a `spec` alone. class_names: `class 0`
+    and so on, as many as the spec has, or 4. ids: `image-0.jpg` and so on. labels: the classes in turn. `options` are
+    `write_beton`'s.
+    """
+    pytest.importorskip("simplejpeg", reason="simplejpeg, which writing a beton needs, is not installed")
+    class_names = class_names or [f"class {c}" for c in range(spec.num_classes if spec else 4)]
+    ids = ids or [f"image-{i}.jpg" for i in range(len(images))]
+    labels = labels or [i % len(class_names) for i in range(len(images))]
+    if spec is not None:
+        records = records or random_maps(len(images), spec)
+    maps = [None] * len(images) if records is None else [lambda record=record: record for record in records]
+    samples = [
+        Sample(source_id, label, lambda image=image: image, label_map)
+        for source_id, label, image, label_map in zip(ids, labels, images, maps, strict=True)
+    ]
+    write_beton(path, samples, class_names=class_names, spec=spec, **options)
+    return path
