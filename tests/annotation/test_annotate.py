@@ -421,17 +421,37 @@ def test_a_broken_image_ends_the_run_with_its_name(tmp_path, few, workers):
     assert not LabelMapStore(tmp_path / "maps").complete and not list((tmp_path / "maps").glob("maps-*"))
 
 
-def test_any_image_mode_is_annotated(tmp_path):
-    (tmp_path / "images").mkdir()
-    for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
-        Image.new(mode, (40, 30)).save(tmp_path / "images" / f"{mode.replace(';', '')}.png")
-    Image.new("CMYK", (40, 30)).save(tmp_path / "images" / "cmyk.jpg")
-    annotate(
-        AnnotateConfig(
-            tmp_path / "images", tmp_path / "maps", "efficientnet-lite0", img_size=32, workers=1, device="cpu"
-        )
-    )
-    assert len(LabelMapStore(tmp_path / "maps")) == 7
+def test_any_image_mode_is_annotated(tmp_path, photos):
+    """A photo in every mode gets the label map of the RGB image that this mode means."""
+    with Image.open(sorted((photos / "val" / "animal").glob("*.jpg"))[0]) as opened:
+        photo = opened.convert("RGB").resize((80, 60))
+    grey = photo.convert("L")
+    grey16 = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    see_through = Image.merge("LA", (grey, grey.point(lambda level: 255 - level)))  # alpha is dropped
+    modes = {  # as stored, and the RGB image that it means
+        "1": (photo.convert("1"), photo.convert("1")),
+        "L": (grey, grey),
+        "LA": (see_through, grey),
+        "P": (photo.quantize(64), photo.quantize(64)),
+        "RGBA": (Image.merge("RGBA", (*photo.split(), grey)), photo),
+        "I;16": (grey16, grey),
+        "CMYK": (photo.convert("CMYK"), photo),
+    }
+    for folder in ("stored", "meant"):
+        (tmp_path / folder).mkdir()
+    for mode, (stored, meant) in modes.items():
+        assert stored.mode == mode
+        name = f"{mode.replace(';', '')}.{'tif' if mode == 'CMYK' else 'png'}"
+        stored.save(tmp_path / "stored" / name)
+        meant.convert("RGB").save(tmp_path / "meant" / name)
+    stores = []
+    for folder in ("stored", "meant"):
+        out = tmp_path / f"{folder}-maps"
+        annotate(AnnotateConfig(tmp_path / folder, out, "efficientnet-lite0", img_size=64, workers=1, device="cpu"))
+        stores.append(LabelMapStore(out))
+    assert stores[0].ids == stores[1].ids and len(stores[0]) == len(modes)
+    records = [[store.record(sample_id).tobytes() for sample_id in store.ids] for store in stores]
+    assert records[0] == records[1] and len(set(records[0])) == 4  # L, LA and I;16 mean one image, RGBA and CMYK one
 
 
 def test_listing(tmp_path):

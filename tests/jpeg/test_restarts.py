@@ -12,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tl_fast.beton.reader import BetonReader
@@ -23,6 +24,7 @@ from tl_fast.jpeg import markers as marks
 from tl_fast.jpeg.restarts import restart_interval, splice
 from tl_fast.pipeline.decode import DecodeError, decode_graph
 from tl_fast.pipeline.loader import Loader
+from tl_fast.plan.records import Augment
 
 jpeg.compile_kernels()
 
@@ -191,13 +193,15 @@ def test_what_is_not_spliced(files: list[bytes]) -> None:
 
 @pytest.mark.usefixtures("turbojpeg")
 def test_damaged_ones_do_no_harm(files: list[bytes]) -> None:
-    """Any bytes in, at most as many out, and the source where a marker is missing."""
+    """Any bytes in, at most as many out, and the source where a marker is missing. What `prepare` takes all the same
+    keeps its pixels, with the markers that it puts in or found."""
     rng = random.Random(0)
-    cut = jpeg.prepare(files[5], row_index=True).data
+    plain, cut = (jpeg.prepare(files[5], row_index=row_index).data for row_index in (False, True))
     height, width = pixels(cut).shape[:2]
-    shorter = 0
-    for _ in range(3000):
-        data = bytearray(cut)
+    shorter = refused = unreadable = kept = 0
+    for number in range(1000):
+        whole = cut if number % 2 else plain
+        data = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data) if rng.random() < 0.5 else 700)] = rng.choice(
                 (0, 0xFF, 0xD0, rng.randrange(256))
@@ -206,12 +210,21 @@ def test_damaged_ones_do_no_harm(files: list[bytes]) -> None:
         top, left = rng.randrange(height - 1), rng.randrange(width - 1)
         spliced, _ = splice(as_array(data), (top, left), (rng.randint(top + 1, height), rng.randint(left + 1, width)))
         assert len(spliced) <= len(data) and spliced[:2].tobytes() == data[:2]
+        assert whole is cut or spliced.tobytes() == data
         shorter += len(spliced) < len(data)
         try:
-            jpeg.prepare(data, decode_check=False, row_index=True)
+            prepared = jpeg.prepare(data, decode_check=False, row_index=True)
         except ValueError:
-            pass
-    assert 500 < shorter < 2900
+            refused += 1
+            continue
+        try:
+            expected = pixels(data)
+        except OSError:  # Pillow refuses what the check of the decoder, which is off here, would have
+            unreadable += 1
+            continue
+        np.testing.assert_array_equal(pixels(prepared.data), expected)
+        kept += prepared.data != data
+    assert 80 < shorter < 480 and 500 < refused < 740 and unreadable < 20 and kept > 60
 
 
 # --- the converter and the loader
@@ -276,22 +289,32 @@ def test_loader_makes_the_same_batches(betons: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
 def test_loader_names_damaged_ones(betons: tuple[Path, Path], tmp_path: Path, share: float) -> None:
-    """Zeros from somewhere in a JPEG on: an error that names it, or what libjpeg makes of it where it is decoded at
-    all."""
+    """Zeros from somewhere in a JPEG on: an error that names it, wherever the crop needs what they replaced. A crop
+    above them is that of the whole file."""
     path = tmp_path / "damaged.beton"
     shutil.copy(betons[1], path)
     with BetonReader(path) as reader:
         data = reader.jpeg(5).tobytes()
-        name = reader.source_ids[5]
+        name, height = reader.source_ids[5], int(reader.heights[5])
     content = bytearray(path.read_bytes())
-    start, cut = content.index(data), int(share * len(data))
-    content[start + cut : start + len(data)] = bytes(len(data) - cut)
+    start, intact = content.index(data), int(share * len(data))
+    content[start + intact : start + len(data)] = bytes(len(data) - intact)
     path.write_bytes(content)
     assert any(json.dumps(name)[1:-1] in problem for problem in verify(path, decode=True))
-    with Loader(path, 8, image_size=32, threads=2) as loader:
-        try:
-            loader.batch(np.array([3, 5, 7]))
-        except DecodeError as error:
-            assert "sample 5" in str(error) and name in str(error)
-        else:
-            assert share > 0.04
+    samples, above, below = np.array([3, 5, 7]), 0, 0
+    with Loader(path, 8, image_size=32, threads=2, train=False) as loader:
+        with pytest.raises(DecodeError, match=f"sample 5 .{name}"):
+            loader.batch(samples)
+    for seed in range(20):
+        options = {"image_size": 32, "threads": 2, "augment": Augment(scale=(0.05, 0.1)), "seed": seed}
+        with Loader(path, 8, **options) as loader, Loader(betons[1], 8, **options) as whole:
+            plans = whole.draw(samples)
+            top, bottom = plans["top"][1] / height, (plans["top"][1] + plans["height"][1]) / height
+            if bottom < share - 0.1:
+                above += 1
+                assert torch.equal(loader.batch(samples).images, whole.batch(samples).images)
+            elif top > share + 0.1:
+                below += 1
+                with pytest.raises(DecodeError, match=f"sample 5 .{name}"):
+                    loader.batch(samples)
+    assert below > 0 and (above > 0) == (share == 0.5)
