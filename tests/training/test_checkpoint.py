@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -21,7 +20,6 @@ from tl_fast.models.weights import WeightsError
 from tl_fast.training import checkpoint
 from tl_fast.training.checkpoint import CheckpointError
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = dict(img_size=64, embed_dim=16, depth=1, num_heads=2, stem_width=4, num_classes=5)
 
 
@@ -185,15 +183,15 @@ def test_a_failed_save_leaves_the_previous_one(tmp_path, monkeypatch, victim):
     assert checkpoint.latest(tmp_path) == old and write(tmp_path, 20) == checkpoint.latest(tmp_path)
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-sys.path[:0] = [sys.argv[2], sys.argv[3]]
-from test_checkpoint import write
-# what `ulimit -f` sets; the write that crosses it fails
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))
-write(Path(sys.argv[1]), 20, seed=1)
-"""
+@contextlib.contextmanager
+def files_no_larger_than(size: int):
+    """What `ulimit -f` sets: the write that crosses it fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("room", [0.5, 1.5])
@@ -204,12 +202,12 @@ def test_a_disk_that_takes_no_more_leaves_the_previous_one(tmp_path, room):
     before = {file.name: file.read_bytes() for file in old.iterdir()}
     limit = int(room * len(before[checkpoint.MODEL]))
     assert limit < max(map(len, before.values()))
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(ROOT), str(ROOT / "tests" / "training"), str(limit)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1 and "OSError" in run.stderr and "cannot write checkpoint" in run.stderr, run.stderr[
-        -2000:
-    ]
-    assert "step-0000000020" in run.stderr and "--resume auto" in run.stderr
+    with (
+        files_no_larger_than(limit),
+        pytest.raises(OSError, match="cannot write checkpoint .*step-0000000020") as caught,
+    ):
+        write(tmp_path, 20, seed=1)
+    assert "--resume auto" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [old.name] and checkpoint.latest(tmp_path) == old
     assert {file.name: file.read_bytes() for file in old.iterdir()} == before
 

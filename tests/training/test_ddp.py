@@ -268,7 +268,15 @@ def test_a_compiled_run_on_two_ranks_is_the_eager_one(tiny, betons, job, tmp_pat
             assert all(overlapped(events) > 0 for events in record["events"][2:])
 
 
-@pytest.mark.parametrize("before, after, accumulate", [(1, 2, 1), (2, 1, 1), (2, 1, 2), (1, 2, 2)])
+@pytest.mark.parametrize(
+    "before, after, accumulate",
+    [
+        (2, 1, 2),
+        pytest.param(1, 2, 1, marks=(pytest.mark.slow, pytest.mark.matrix)),
+        pytest.param(2, 1, 1, marks=(pytest.mark.slow, pytest.mark.matrix)),
+        pytest.param(1, 2, 2, marks=(pytest.mark.slow, pytest.mark.matrix)),
+    ],
+)
 def test_another_world_size_takes_the_samples_in_the_same_order(tiny, job, before, after, accumulate):
     """Of every global step: its samples pass by pass and, within a pass, rank by rank. The second job goes on within
     the second epoch."""
@@ -293,7 +301,7 @@ def test_another_world_size_takes_the_samples_in_the_same_order(tiny, job, befor
     assert len(runs[2].records[0]["ids"][0]) == accumulate
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(tiny, job, world_size):
     """At the second checkpoint, within the first epoch. The error names it; from the first one a run goes on to the
     weights of a run without trouble."""

@@ -153,6 +153,7 @@ def test_killed_and_resumed(context, straight, betons, tmp_path, number, moment,
     ] == config.to_dict() | {"num_classes": 4}
 
 
+@pytest.mark.slow  # every time: test_ddp.py's, where nobody is killed
 def test_another_world_size_takes_the_same_samples_in_every_step(context, straight, tmp_path):
     """Killed on two ranks, continued on one, in two passes a step: the samples of a global step, its lr and box are a
     function of the step."""
