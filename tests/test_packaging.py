@@ -4,6 +4,7 @@ once."""
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,12 @@ def imported_packages(file: Path) -> set[str]:
     return {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) - own
 
 
+@functools.cache
+def providers() -> Mapping[str, list[str]]:
+    """What can be imported, and the distributions that it comes from: 0.1 s to find out."""
+    return importlib.metadata.packages_distributions()
+
+
 def source_files(*folders: str) -> list[Path]:
     return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -180,11 +188,10 @@ def source_files(*folders: str) -> list[Path]:
 )
 def test_every_import_is_a_declared_dependency(file):
     allowed = names(DIRECT) if file.is_relative_to(ROOT / "tests") else names(DIRECT) - names(EXTRAS["test"])
-    providers = importlib.metadata.packages_distributions()
     for package in imported_packages(file):
         if package in INTEROP and not importlib.util.find_spec(package):
             continue  # declared, and not installed here
-        offered_by = {canonicalize_name(name) for name in providers.get(package, [])}
+        offered_by = {canonicalize_name(name) for name in providers().get(package, [])}
         assert offered_by & allowed, (
             f"{file.relative_to(ROOT)} imports {package} (from {offered_by or 'nowhere'}), undeclared"
         )
@@ -233,10 +240,9 @@ def test_a_host_without_extras_can_import_all_of_training():
     modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in source_files("tl_fast")]
     modules = [name.removesuffix(".__init__") for name in modules if name not in INTEROP_ONLY | CONVERT_ONLY]
     extras = names([requirement for group in EXTRAS.values() for requirement in group])
-    distributions = importlib.metadata.packages_distributions()
     # These come with timm and DALI too, so a training host has them.
     hidden = {
-        package for package, owners in distributions.items() if {canonicalize_name(name) for name in owners} & extras
+        package for package, owners in providers().items() if {canonicalize_name(name) for name in owners} & extras
     }
     hidden -= {"tqdm", "packaging", "huggingface_hub"}
     assert {"simplejpeg", "pytest", "scipy"} <= hidden
@@ -287,6 +293,10 @@ def test_make_sets_up_once(checkout):
     assert dry_run(checkout, "test").count(".ci/setup") == 1, "make test adds stock FFCV to a .venv that has none"
     interop.touch()
     assert dry_run(checkout, "test").strip() == ".venv/bin/python -m pytest -q"
+    assert dry_run(checkout, "test-all").splitlines() == [
+        ".venv/bin/python -m pytest -q ",
+        ".venv/bin/python -m pytest -q -m 'slow or matrix' ",
+    ]
     assert (
         dry_run(checkout, "demo", "ARGS=--no-token-label").strip()
         == ".venv/bin/python -m tl_fast.demo --no-token-label"
@@ -317,7 +327,8 @@ def test_ci_runs_the_readmes_test_command():
         for line in (ROOT / ".ci/run").read_text().splitlines()
         if line and not line.startswith(("#", "set ", "cd "))
     ]
-    assert commands == ["export TLFAST_REQUIRE_INTEROP=1", "make test"], "on CI tests against stock FFCV may not skip"
+    # On CI, tests against stock FFCV may not skip.
+    assert commands == ["export TLFAST_REQUIRE_INTEROP=1", "make lint", "make test-all"]
     assert os.access(ROOT / ".ci/run", os.X_OK)
     readme = ROOT / "README.md"
     assert re.search(r"^\W*make test\b", readme.read_text(), re.MULTILINE), "README.md does not give `make test`"

@@ -116,12 +116,33 @@ def test_a_room_says_what_it_is_and_what_it_offers(room):
         assert getattr(module, name).__module__.startswith(room), f"{room} offers {name} of another room"
 
 
-def test_importing_the_package_is_quick():
-    code = (
-        "import sys, tl_fast, tl_fast.beton, tl_fast.plan, tl_fast.pipeline\n"
-        "assert not {'torch', 'numba', 'numpy', 'timm'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+# Statements, and what each may import of the packages that take long to import or need not be installed. A process
+# runs one list in its order, so that a statement may import what those before it may.
+READING = {
+    "import tl_fast, tl_fast.beton, tl_fast.plan, tl_fast.pipeline": set(),
+    "from tl_fast.beton import BetonReader; reader = BetonReader({beton!r})": {"numpy"},
+    "reader.check(3); reader.label_maps([0, 3]); reader.jpeg(3)": {"numba", "scipy"},  # scipy: numba imports it
+}
+CONVERTING = {
+    "import tl_fast.sources.image": {"numpy", "PIL"},
+    "import tl_fast.convert.image": {"numba", "scipy", "simplejpeg"},
+}
+HEAVY = {"numpy", "PIL", "numba", "simplejpeg", "torch", "torchvision", "timm", "nvidia", "ffcv", "cv2", "scipy"}
+
+
+@pytest.mark.parametrize("allowed", [READING, CONVERTING], ids=["reading", "converting"])
+def test_what_is_imported_early_imports_little(betons, allowed):
+    if allowed is CONVERTING:
+        pytest.importorskip("simplejpeg")
+    statements = [statement.format(beton=str(betons / "train.beton")) for statement in allowed]
+    code = f"import sys\nfor line in {statements}:\n    exec(line); print('imported', *{HEAVY} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    so_far = set()
+    for (statement, more), line in zip(allowed.items(), done.stdout.splitlines(), strict=True):
+        so_far |= more
+        imported = set(line.split()) - {"imported"}
+        assert imported <= so_far, f"{statement} imports {imported - so_far}"
 
 
 def compiles(module: str) -> bool:
