@@ -6,15 +6,16 @@ ARGS ?=
 READY := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 INTEROP := $(if $(READY),.venv/.interop)
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-all lint bench clean
 
 help:
-	@echo 'make setup   build .venv (PYTHON=... chooses the interpreter; Python >= 3.11); no root, no compiler'
-	@echo 'make demo    annotate, pack, train, evaluate and draw the bundled photos'
-	@echo 'make test    run the tests; adds stock FFCV where it can be compiled, else skips its tests'
-	@echo 'make lint    check the code with ruff: formatting, imports, likely mistakes'
-	@echo 'make bench   run the CPU benchmarks; stock FFCV as for make test'
-	@echo 'make clean   remove .venv, caches and build products; runs/ and data stay'
+	@echo 'make setup      build .venv (PYTHON=... chooses the interpreter; Python >= 3.11); no root, no compiler'
+	@echo 'make demo       annotate, pack, train, evaluate and draw the bundled photos'
+	@echo 'make test       run the quick tests of everything; adds stock FFCV where it can be compiled, else skips its tests'
+	@echo 'make test-all   make test, then the slow tests and the many cases that it leaves out; what CI runs'
+	@echo 'make lint       check the code with ruff: formatting, imports, likely mistakes'
+	@echo 'make bench      run the CPU benchmarks; stock FFCV as for make test'
+	@echo 'make clean      remove .venv, caches and build products; runs/ and data stay'
 
 setup: $(READY)
 
@@ -31,6 +32,9 @@ demo: $(READY)
 
 test: $(READY) $(INTEROP)
 	$(PY) -m pytest -q $(ARGS)
+
+test-all: test
+	$(PY) -m pytest -q -m 'slow or matrix' $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

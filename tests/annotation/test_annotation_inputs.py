@@ -392,6 +392,7 @@ annotate.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_restarts_go_on(folder: ImageFolder, tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(RESTARTED)
     command = [

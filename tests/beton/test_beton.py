@@ -153,7 +153,7 @@ def collect(make_loader, seconds: float = 120) -> list[tuple[np.ndarray, ...]]:
 
 
 @pytest.mark.usefixtures("stock_ffcv")
-@pytest.mark.parametrize("cache", ["os", "process"])
+@pytest.mark.parametrize("cache", ["os", pytest.param("process", marks=pytest.mark.slow)])
 def test_stock_ffcv_loader_reads_image_label_and_map(written: Path, jpegs: list[bytes], cache: str) -> None:
     import ffcv
     import numba

@@ -604,6 +604,7 @@ def test_pixels_are_those_of_the_source(to_beton: ModuleType, originals: ImageFo
     assert content(tmp_path / "fast.beton") == content(out)
 
 
+@pytest.mark.slow  # every time: beton/test_beton.py's, of one file
 @pytest.mark.usefixtures("stock_ffcv")
 def test_stock_ffcv_opens_what_is_written(to_beton: ModuleType, folder: ImageFolder, tmp_path: Path) -> None:
     """Any source, label maps with a palette and without, in shards: ffcv's own loader delivers all of it."""

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +33,16 @@ def run_cases(environment: dict[str, str], *arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.slow
-def test_kernels_in_the_simulator():
-    """In processes of their own, for NUMBA_ENABLE_CUDASIM counts when numba is imported: on small odd shapes, against
+# Of the cases those that take a second or two: targets from arrays, geometry, and what is refused.
+QUICK = "negative_scores or flipped_crops or class_beyond"
+
+
+@pytest.mark.parametrize("cases", [QUICK, pytest.param(f"not ({QUICK})", marks=pytest.mark.slow)], ids=["few", "rest"])
+@pytest.mark.timeout(900)
+def test_kernels_in_the_simulator(cases):
+    """In a process of its own, for NUMBA_ENABLE_CUDASIM counts when numba is imported: on small odd shapes, against
     the njit kernels."""
-    targets = "targets or maps or class_beyond"
-    with ThreadPoolExecutor() as halves:  # at the same time
-        list(
-            halves.map(lambda part: run_cases({"NUMBA_ENABLE_CUDASIM": "1"}, "-k", part), (targets, f"not ({targets})"))
-        )
+    run_cases({"NUMBA_ENABLE_CUDASIM": "1"}, "-k", cases)
 
 
 def test_importing_needs_no_gpu():
