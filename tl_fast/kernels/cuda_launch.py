@@ -80,7 +80,7 @@ KERNELS = {
         ),
     ),
     "images: colours": Kernel(
-        cuda_colour.FINISH, cuda_colour.BOUNDS, (_BYTES, _BYTES, _PLANS, *[types.int64] * 4, _WORDS, _WORDS)
+        cuda_colour.finish, cuda_colour.BOUNDS, (_BYTES, _BYTES, _PLANS, *[types.int64] * 4, _WORDS, _WORDS)
     ),
     **{targets_name(kind, bfloat16): _targets(kind, bfloat16) for kind, bfloat16 in cuda_targets.KERNELS},
 }
