@@ -19,6 +19,8 @@ from tl_fast.maths.compile import compile_scalar
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 ALIGNMENT = None if SIMULATED else 16  # bytes, of shared memory that is read 16 bytes at a time
+ZERO, HALF, ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
+I = np.int32  # numba makes int64 of every sum of int32: casts let the compiler go back  # noqa: E741
 
 
 def device(function: Callable) -> Callable:
@@ -196,3 +198,10 @@ else:
             return builder.asm(kind, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", args, False)
 
         return uint32(float32, float32), codegen
+
+
+@device
+def block_thread():
+    """This thread's number in its block, and the block's number of threads, int32."""
+    lanes, groups = gpu.blockDim.x, gpu.blockDim.y
+    return I(gpu.threadIdx.y * lanes + gpu.threadIdx.x), I(lanes * groups)
