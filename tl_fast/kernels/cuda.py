@@ -24,6 +24,7 @@ from tl_fast.kernels.cuda_device import SIMULATED
 from tl_fast.kernels.geometry import cuda as cuda_geometry
 from tl_fast.kernels.geometry.cuda import REGION
 from tl_fast.kernels.targets import cuda as cuda_targets
+from tl_fast.kernels.targets import cuda_rows
 from tl_fast.labelmaps.format import MapSpec, encoded_sizes
 from tl_fast.plan.records import PLAN
 
@@ -153,9 +154,9 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
             f"out must be [{batch}, {1 + grid * grid}, {num_classes}] and affines [{batch}, 6], "
             f"got {tuple(out.shape)} and {tuple(affines.shape)}"
         )
-    if grid < 1 or not 1 <= num_classes <= cuda_targets.NONE or k < 1 or not 0 <= smoothing < 1:
+    if grid < 1 or not 1 <= num_classes <= cuda_rows.NONE or k < 1 or not 0 <= smoothing < 1:
         raise ValueError(
-            f"grid, k >= 1, 1 <= num_classes <= {cuda_targets.NONE} and smoothing in [0, 1) needed, "
+            f"grid, k >= 1, 1 <= num_classes <= {cuda_rows.NONE} and smoothing in [0, 1) needed, "
             f"got {grid}, {k}, {num_classes}, {smoothing}"
         )
     if max(part.size for part in source) >= 1 << 31:
@@ -170,8 +171,8 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
     cells_a_bin = math.ceil(1.25 * max(height, width) / grid)
     reach = cells_a_bin + 1
     slots = -(-k * max(reach**2, 4 * cells_a_bin**2) // 8) * 8
-    lanes = SIMULATED_LANES if SIMULATED else cuda_targets.LANES
-    groups = 1 if SIMULATED else cuda_targets.GROUPS
+    lanes = SIMULATED_LANES if SIMULATED else cuda_rows.LANES
+    groups = 1 if SIMULATED else cuda_rows.GROUPS
     name = cuda_launch.targets_name(kind, bfloat16)
     limit = cuda_launch.shared_limit(name)
     while groups > 1 and cuda_targets.shared_bytes(groups, num_classes, slots, grid, reach, height * width) > limit:

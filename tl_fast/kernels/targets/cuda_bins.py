@@ -7,10 +7,11 @@ places named here.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tl_fast.kernels.cuda_device import device, peek, poke, scalar32
+from tl_fast.kernels.cuda_device import HALF, ONE, ZERO, I, block_thread, device, peek, poke, scalar32
 from tl_fast.kernels.targets.cuda_maps import RANGE
 from tl_fast.maths import scalar
 
@@ -18,8 +19,6 @@ roi_point = scalar32.roi_point
 _roi_samples, _roi_tap, _roi_outside = scalar32.roi_samples, scalar32.roi_tap, scalar32.roi_outside
 
 SLACK = np.float32(scalar.ROI_SLACK)
-ZERO, HALF, ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
-I = np.int32  # numba makes int64 of every sum of int32: casts let the compiler go back  # noqa: E741
 
 # Floats: the affine to cells (xu, xv, x0, yu, yv, y0), left edge, extents, the scores' range.
 LEFT, EXTENT_X, EXTENT_Y, FLOATS = 6, 7, 8, RANGE + 2
@@ -38,19 +37,13 @@ def tap(point, cells, cut):
 def place_crop(affines, b, height, width, bins, crop, state):
     """The crop of sample b in cells, to shared memory, by one thread: along the axes a box, else the affine itself, a
     side of less than a cell widened to one, about its middle."""
-    at = 6 * b
-    xu, xv, x0 = (
-        affines[at] * np.float32(width),
-        affines[at + 1] * np.float32(width),
-        affines[at + 2] * np.float32(width) - HALF,
-    )
-    yu, yv, y0 = (
-        affines[at + 3] * np.float32(height),
-        affines[at + 4] * np.float32(height),
-        affines[at + 5] * np.float32(height) - HALF,
-    )
+    n = 6 * b
+    xu, xv = affines[n] * np.float32(width), affines[n + 1] * np.float32(width)
+    x0 = affines[n + 2] * np.float32(width) - HALF
+    yu, yv = affines[n + 3] * np.float32(height), affines[n + 4] * np.float32(height)
+    y0 = affines[n + 5] * np.float32(height) - HALF
     kind, slack = FLIPPED if xu < ZERO else ALONG, ZERO
-    crop[LEFT] = (affines[at + 2] + min(affines[at], ZERO)) * np.float32(width) - HALF
+    crop[LEFT] = (affines[n + 2] + min(affines[n], ZERO)) * np.float32(width) - HALF
     extent_x, extent_y = abs(xu), yv
     if xv != ZERO or yu != ZERO:
         kind, slack = WARPED, SLACK
@@ -70,37 +63,87 @@ def place_crop(affines, b, height, width, bins, crop, state):
     state[KIND] = kind
 
 
+class Axis(NamedTuple):
+    """RoIAlign along one axis: `bins` of `samples` points each on start .. start + extent, in a map of `cells`."""
+
+    start: float
+    extent: float
+    bins: int
+    samples: int
+    cells: int
+
+
+class Tables(NamedTuple):
+    """Bins along both axes in shared memory, seen as float32 and as int32: [2, bins, reach + 2] from `first` on, of
+    each bin the weights of `reach` cells, then, as int32, its first cell and how many it has."""
+
+    rows: Any
+    integers: Any
+    first: int
+    reach: int
+
+
 @device
-def fill_axis(rows, integers, at, i, start, extent, bins, samples, cells, cut, reach, state):
-    """Bin `i` of RoIAlign along one axis at rows[at ...]: float32 [reach] weights, then, as int32, its first cell and
-    how many it has."""
+def _fill_bin(tables, index, i, axis, cut, state):
+    """Bin `i` of an axis, at element `index` of the tables; CROWDED where it has more cells than there is room for."""
+    start, extent, bins, samples, cells = axis
+    rows, integers, _, reach = tables
     lowest, highest = I(cells), I(-1)
     for s in range(samples):
         low, w_low, w_high = tap(roi_point(i, s, start, extent, bins, samples), cells, cut)
         if w_low + w_high > ZERO:
             lowest = I(min(lowest, low))
             highest = I(max(highest, low + 1 if w_high > ZERO else low))
-    poke(integers, at + reach, lowest)
-    poke(integers, at + reach + 1, max(highest - lowest + 1, 0))
+    poke(integers, index + reach, lowest)
+    poke(integers, index + reach + 1, max(highest - lowest + 1, 0))
     if highest - lowest + 1 > reach:
         state[CROWDED] = 1
         return
     for n in range(reach):
-        poke(rows, at + n, ZERO)
+        poke(rows, index + n, ZERO)
     share = ONE / np.float32(samples)
     for s in range(samples):
         low, w_low, w_high = tap(roi_point(i, s, start, extent, bins, samples), cells, cut)
-        place = I(at + low - lowest)
+        weight_index = I(index + low - lowest)
         if w_low + w_high > ZERO:
-            poke(rows, place, peek(rows, place) + w_low * share)
+            poke(rows, weight_index, peek(rows, weight_index) + w_low * share)
             if w_high > ZERO:
-                poke(rows, place + 1, peek(rows, place + 1) + w_high * share)
+                poke(rows, weight_index + 1, peek(rows, weight_index + 1) + w_high * share)
+
+
+@device
+def fill_axes(tables, crop, state, bins, height, width, cut):
+    """All bins along both axes, a thread each."""
+    thread, threads = block_thread()
+    for n in range(thread, I(2 * bins), threads):
+        index = I(tables.first + n * (tables.reach + 2))
+        if n < bins:
+            down = Axis(crop[5], crop[EXTENT_Y], bins, state[SAMPLES_Y], height)
+            _fill_bin(tables, index, n, down, cut, state)
+        else:
+            across = Axis(crop[LEFT], crop[EXTENT_X], bins, state[SAMPLES_X], width)
+            _fill_bin(tables, index, I(n - bins), across, cut, state)
 
 
 @device
 def warped_point(crop, line, i, j, sy, sx, bins, samples_x, samples_y):
     """A coordinate (line 0: x, 3: y) of sampling point (sy, sx) of bin (i, j), in cells."""
     size = ONE / np.float32(bins)
-    at_u = np.float32(j) * size + (np.float32(sx) + HALF) * size / np.float32(samples_x)
-    at_v = np.float32(i) * size + (np.float32(sy) + HALF) * size / np.float32(samples_y)
-    return peek(crop, line) * at_u + peek(crop, line + 1) * at_v + peek(crop, line + 2)
+    u = np.float32(j) * size + (np.float32(sx) + HALF) * size / np.float32(samples_x)
+    v = np.float32(i) * size + (np.float32(sy) + HALF) * size / np.float32(samples_y)
+    return peek(crop, line) * u + peek(crop, line + 1) * v + peek(crop, line + 2)
+
+
+@device
+def warped_taps(crop, samples, i, j, n, task):
+    """Sampling point `n` of bin (i, j) -> column, its weight, the next column's; line, its weight, the next line's.
+
+    samples: points along x and along y."""
+    samples_x, samples_y = samples
+    sy = I(n // samples_x)
+    sx = I(n - sy * samples_x)
+    x = warped_point(crop, 0, i, j, sy, sx, task.bins, samples_x, samples_y)
+    y = warped_point(crop, 3, i, j, sy, sx, task.bins, samples_x, samples_y)
+    column, x_low, x_high = tap(x, task.width, task.cut)
+    line, y_low, y_high = tap(y, task.height, task.cut)
+    return column, x_low, x_high, line, y_low, y_high

@@ -2,49 +2,74 @@
 block reads first.
 
 A source is two device functions. `open_*`, for all threads of a block together, checks the map of sample b and returns
-(layout, first element, classes in the palette); what is wrong goes to flags[0] (`tl_fast.labelmaps.loops`' codes), the
-scores' minimum and step to floats[RANGE ...]. `read_*` then gives class and score of an entry. Nothing is read or
-written out of bounds, whatever the map holds.
+it as a `Map`; `read_*` gives class and score of an entry of it. Nothing is read or written out of bounds, whatever the
+map holds.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
-from tl_fast.kernels.cuda_device import device, gpu, peek, poke
+from tl_fast.kernels.cuda_device import I, block_thread, device, gpu, peek, poke
 from tl_fast.labelmaps.loops import BAD_BITMAP, BAD_CLASS, BAD_INDEX, BAD_SIZE
 
 PALETTE = 512  # classes that a palette may have
 READERS = 32  # threads that read the bitmap
 RANGE = 9  # where a block's floats have the scores' minimum and, next to it, their step
 PLAIN, PLACES8, PLACES9, ARRAYS = 0, 1, 2, 3  # layouts of a map: docs/file_format.md's, or arrays of classes and scores
-I = np.int32  # numba makes int64 of every sum of int32: casts let the compiler go back  # noqa: E741
+
+
+class Room(NamedTuple):
+    """Shared memory for a map: uint16 [PALETTE] its classes; int32 [READERS] to count in; int32 flags, whose first is
+    the code of what is wrong (`tl_fast.labelmaps.loops`); floats, of which RANGE and the next are the scores' minimum
+    and step."""
+
+    palette: Any
+    counts: Any
+    flags: Any
+    floats: Any
+
+
+class Map(NamedTuple):
+    """A sample's label map: where the `entries` (k H W) begin in `source`, and in which layout."""
+
+    source: Any
+    layout: int
+    first: int
+    entries: int
+    room: Room
 
 
 @device
-def open_arrays(source, b, entries, num_classes, small, large, palette, counts, flags, floats, thread, threads):
-    """source: classes uint16 [B k H W], scores float32 [B k H W]."""
+def open_arrays(source, sizes, b, entries, num_classes, room):
+    """source: classes uint16 [B k H W], scores float32 [B k H W]; sizes: not used."""
+    thread, threads = block_thread()
     first = I(b * entries)
     wrong = I(0)
     for e in range(thread, entries, threads):
         if I(peek(source[0], first + e)) >= num_classes:
             wrong = I(BAD_CLASS)
     if wrong:
-        gpu.atomic.max(flags, 0, wrong)
-    return I(ARRAYS), first, I(0)
+        gpu.atomic.max(room.flags, 0, wrong)
+    return Map(source, I(ARRAYS), first, entries, room)
 
 
 @device
-def read_arrays(source, layout, first, floats, entries, palette, e):
-    at = first + e
-    return I(peek(source[0], at)), peek(source[1], at)
+def read_arrays(label_map, e):
+    classes, scores = label_map.source
+    index = label_map.first + e
+    return I(peek(classes, index)), peek(scores, index)
 
 
 @device
-def open_bytes(source, b, entries, num_classes, small, large, palette, counts, flags, floats, thread, threads):
-    """source: maps uint8 [M], starts int64 [B+1], ranges float32 [2 B]; small, large: bytes of the layouts with a
-    palette."""
+def open_bytes(source, sizes, b, entries, num_classes, room):
+    """source: maps uint8 [M], starts int64 [B+1], ranges float32 [2 B]; sizes: bytes of the layouts with a palette."""
+    thread, threads = block_thread()
     maps = source[0]
+    small, large = sizes
+    palette, counts, flags, floats = room
     first = I(peek(source[1], b))
     size = I(peek(source[1], b + 1) - first)
     if thread == 0:
@@ -56,7 +81,7 @@ def open_bytes(source, b, entries, num_classes, small, large, palette, counts, f
         if size != small and size != large:
             if thread == 0:
                 gpu.atomic.max(flags, 0, BAD_SIZE)
-            return I(PLAIN), I(0), I(0)
+            return Map(source, I(PLAIN), I(0), entries, room)
         width = I((num_classes + 7) >> 3)
         # Each reader counts the classes in its part of the bitmap, then lists them behind those of the parts before.
         readers = I(min(threads, READERS))
@@ -96,11 +121,12 @@ def open_bytes(source, b, entries, num_classes, small, large, palette, counts, f
                 wrong = I(BAD_INDEX)
     if wrong:
         gpu.atomic.max(flags, 0, wrong)
-    return layout, first, listed
+    return Map(source, layout, first, entries, room)
 
 
 @device
 def _place(maps, layout, first, entries, e):
+    """Where the palette has the class of entry `e`."""
     place = I(peek(maps, first + e))
     if layout == PLACES9:
         place = I(place | (I(peek(maps, first + entries + (e >> 3))) >> (e & 7) & 1) << 8)
@@ -108,15 +134,16 @@ def _place(maps, layout, first, entries, e):
 
 
 @device
-def read_bytes(source, layout, first, floats, entries, palette, e):
+def read_bytes(label_map, e):
+    source, layout, first, entries, room = label_map
     maps = source[0]
     if layout == PLAIN:
         c = I(I(peek(maps, first + 2 * e)) | I(peek(maps, first + 2 * e + 1)) << 8)
-        at = I(first + 2 * entries + e)
+        level_index = I(first + 2 * entries + e)
     else:
-        c = I(peek(palette, _place(maps, layout, first, entries, e)))
-        at = I(first + entries + e)
+        c = I(peek(room.palette, _place(maps, layout, first, entries, e)))
+        level_index = I(first + entries + e)
         if layout == PLACES9:
-            at = I(at + ((entries + 7) >> 3))
-    level = np.float32(peek(maps, at))
-    return c, level * level * peek(floats, RANGE + 1) + peek(floats, RANGE)
+            level_index = I(level_index + ((entries + 7) >> 3))
+    level = np.float32(peek(maps, level_index))
+    return c, level * level * peek(room.floats, RANGE + 1) + peek(room.floats, RANGE)
