@@ -69,6 +69,7 @@ def test_targets_at_real_sizes(num_classes, dtype):
     repeat bit for bit."""
     from tests import cuda_cases
     from tl_fast.kernels import cpu, cuda
+    from tl_fast.kernels.targets.crops import affines_of_crops
     from tl_fast.labelmaps import format as labelmap
 
     rng = np.random.default_rng(0)
@@ -83,7 +84,7 @@ def test_targets_at_real_sizes(num_classes, dtype):
     starts = np.cumsum([0] + [len(data) for data in encoded])
     ranges = np.array([(record["score_min"], record["score_step"]) for record in records], np.float32)
     boxes = np.concatenate([rng.uniform(0, 0.4, (batch, 2)), rng.uniform(0.1, 0.6, (batch, 2))], 1).astype(np.float32)
-    for affines in (cpu.affines_of_crops(boxes, rng.random(batch) < 0.5), cuda_cases.rotated(rng, batch)):
+    for affines in (affines_of_crops(boxes, rng.random(batch) < 0.5), cuda_cases.rotated(rng, batch)):
         expected = cpu.warped_targets(classes.astype(np.uint16), scores, affines, num_classes, grid, 0.1)
         data = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8).cuda()
         results = []

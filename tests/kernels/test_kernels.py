@@ -19,7 +19,9 @@ from torchvision.ops import roi_align
 
 from tests import reference
 from tl_fast.kernels import cpu
+from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.maths import compile as jit
+from tl_fast.maths import scalar
 
 CASES = ["small", "nosmooth", "rect_map", "grid24", "imagenet"]
 
@@ -169,16 +171,22 @@ def margin(extent: float, size: int) -> int:
     return int(np.ceil(max(extent / size, 1) / 2)) + 1
 
 
+def resample(region, origin, image_size, box, flip, size):
+    """Bilinear, of the decoded region whose first pixel is `origin` of an image of `image_size` (height, width)."""
+    out = np.empty((3, *size), np.uint8)
+    box = tuple(float(side) for side in box)
+    warp.resample(region, *origin, *image_size, box, flip, scalar.BILINEAR, np.zeros(3, np.uint8), out)
+    return out
+
+
 def resampled(image: Image.Image, box, flip, size):
-    """`cpu.resample` of the decoded region alone, as the loader calls it. box: (top, left, height, width)."""
+    """The decoded region alone, as the loader has it. box: (top, left, height, width)."""
     pixels = np.array(image)
     top, left, height, width = box
     y0, x0 = max(int(top) - margin(height, size[0]), 0), max(int(left) - margin(width, size[1]), 0)
     y1, x1 = int(np.ceil(top + height)) + margin(height, size[0]), int(np.ceil(left + width)) + margin(width, size[1])
     region = np.ascontiguousarray(pixels[y0:y1, x0:x1])
-    out = np.empty((3, *size), np.uint8)
-    cpu.resample(region, (top - y0, left - x0, height, width), flip, out)
-    return out
+    return resample(region, (y0, x0), pixels.shape[:2], box, flip, size)
 
 
 @pytest.mark.parametrize("size", [(224, 224), (96, 160)])
@@ -206,17 +214,18 @@ def test_resample_is_pillows_bilinear_within_one_level(photos, size):
 
 def test_resample_keeps_extreme_values_and_single_pixels():
     for value in (0, 255):
-        out = np.empty((3, 5, 7), np.uint8)
-        cpu.resample(np.full((1, 1, 3), value, np.uint8), (0, 0, 1, 1), False, out)
+        out = resample(np.full((1, 1, 3), value, np.uint8), (0, 0), (1, 1), (0, 0, 1, 1), False, (5, 7))
         assert (out == value).all()
-        cpu.resample(np.full((333, 77, 3), value, np.uint8), (0.3, 0.7, 300.2, 70.1), True, out)
-        assert (out == value).all()
+        pixels = np.full((333, 77, 3), value, np.uint8)
+        assert (resample(pixels, (0, 0), (333, 77), (0.3, 0.7, 300.2, 70.1), True, (5, 7)) == value).all()
 
 
-@pytest.mark.parametrize("box", [(0, 0, 11, 5), (-1, 0, 5, 5), (0, 0, 0, 5), (0, 6, 5, 5)])
-def test_resample_refuses_a_box_outside_the_region(box):
-    with pytest.raises(ValueError, match="box"):
-        cpu.resample(np.zeros((10, 10, 3), np.uint8), box, False, np.empty((3, 4, 4), np.uint8))
+@pytest.mark.parametrize(
+    "origin, sides", [((1, 0), "rows"), ((0, 1), "columns"), ((-11, 0), "rows"), ((0, -11), "columns")]
+)
+def test_resample_refuses_a_region_that_lacks_pixels_of_the_box(origin, sides):
+    with pytest.raises(ValueError, match=f"lacks {sides}"):
+        resample(np.zeros((10, 10, 3), np.uint8), origin, (20, 20), (0, 0, 9, 9), False, (4, 4))
 
 
 def test_kernels_are_kept_on_disk_under_their_sources_content(tmp_path):
@@ -225,7 +234,8 @@ def test_kernels_are_kept_on_disk_under_their_sources_content(tmp_path):
         "import numpy as np, numba; before = numba.config.CACHE_DIR\n"
         "from tl_fast.kernels import cpu\n"
         "assert numba.config.CACHE_DIR == before\n"
-        "cpu.resample(np.zeros((4, 4, 3), np.uint8), (0, 0, 4, 4), False, np.empty((3, 2, 2), np.uint8))\n"
+        "image, out, fill = np.zeros((4, 4, 3), np.uint8), np.empty((3, 2, 2), np.uint8), np.zeros(3, np.uint8)\n"
+        "cpu.warp.resample(image, 0, 0, 4, 4, (0.0, 0.0, 4.0, 4.0), False, 0, fill, out)\n"
         "print(sum(cpu.warp.resample.stats.cache_hits.values()), sum(cpu.warp.resample.stats.cache_misses.values()))"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}

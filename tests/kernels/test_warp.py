@@ -16,6 +16,7 @@ from timm.data import auto_augment
 from tests import reference
 from tl_fast.kernels import cpu
 from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.kernels.targets.crops import affines_of_crops
 from tl_fast.maths import scalar
 from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import OPS
@@ -456,7 +457,7 @@ def test_both_ways_agree_where_rotation_vanishes():
         # 2.4 cells a bin and more: far from where the number of points changes.
         crops = np.array([[0.1, 0.15, 0.74, 0.62], [0.0, 0.3, 0.93, 0.7]], np.float32) * rng.uniform(0.99, 1.0)
         flips = rng.random(2) < 0.5
-        affines = cpu.affines_of_crops(crops, flips)
+        affines = affines_of_crops(crops, flips)
         straight = cpu.warped_targets(classes, scores, affines, 7, 3, 0.1)
         affines[:, 1] = affines[:, 3] = 1e-7
         np.testing.assert_allclose(cpu.warped_targets(classes, scores, affines, 7, 3, 0.1), straight, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The GPU's side of the decode pipeline: token targets and images, as `tl_fast.kernels.cpu` makes them, from arrays on
+"""The GPU's side of the decode pipeline: token targets and images as `tl_fast.kernels.cpu` makes them, from arrays on
 the device.
 
 Arrays are numba device arrays, CUDA tensors of torch (bfloat16 ones too) or, under numba's simulator, numpy arrays or
@@ -25,12 +25,13 @@ from tl_fast.kernels.geometry import cuda as cuda_geometry
 from tl_fast.kernels.geometry.cuda import REGION
 from tl_fast.kernels.targets import cuda as cuda_targets
 from tl_fast.kernels.targets import cuda_rows
+from tl_fast.kernels.targets.crops import affines_of_crops
 from tl_fast.labelmaps.format import MapSpec, encoded_sizes
 from tl_fast.plan.records import PLAN
 
 SIMULATED_LANES = 8  # threads of a block in the simulator, which makes some 1,700 a second
-# rows that a warp makes of one sample, about: fewer and reading the map takes the time, more and the last blocks run
-# alone
+# Rows that a warp makes of one sample, about. With fewer, most of the time goes to reading the map; with more, the last
+# blocks run alone.
 ROUNDS = 6
 
 
@@ -49,34 +50,19 @@ def token_targets(
     """`tl_fast.kernels.cpu.token_targets` on device arrays -> out [B, 1 + grid**2, C], float32 or bfloat16.
 
     classes: uint16 [B, k, H, W] (int16 with the same bits will do); scores: float32 [B, k, H, W]; crops: float32 [B,
-    4]; flips: bool [B];
-    out: where to write, else a new float32 numba device array. Waits for the GPU, for a class >= C is an error as on
-    the CPU.
-    Raises ValueError for shapes that do not fit, crops that are not finite or a class >= C.
+    4]; flips: bool [B]; out: where to write, else a new float32 numba device array. Waits for the GPU: a class >= C is
+    an error as on the CPU. Raises ValueError for shapes that do not fit, crops that are not finite or a class >= C.
     """
-    shape = tuple(classes.shape)
-    if (
-        len(shape) != 4
-        or tuple(scores.shape) != shape
-        or tuple(crops.shape) != (shape[0], 4)
-        or tuple(flips.shape) != (shape[0],)
-    ):
+    shape, others = tuple(classes.shape), (tuple(scores.shape), tuple(crops.shape), tuple(flips.shape))
+    if len(shape) != 4 or others != (shape, (shape[0], 4), (shape[0],)):
         raise ValueError(
-            f"classes and scores must be [B, k, H, W], crops [B, 4] and flips [B]; got {shape}, {tuple(scores.shape)}, "
-            f"{tuple(crops.shape)}, {tuple(flips.shape)}"
+            f"classes and scores must be [B, k, H, W], crops [B, 4] and flips [B]; got {shape}, {others[0]}, "
+            f"{others[1]}, {others[2]}"
         )
     cuda.synchronize()  # crops and flips may still be on their way, on any stream
     crops, flips = to_host(_flat(crops, np.float32)).reshape(-1, 4), to_host(_flat(flips, np.bool_))
-    if not np.isfinite(crops).all() or (crops[:, 2:] <= 0).any():
-        raise ValueError("crops must be finite with height and width > 0 (fractions of the label map)")
-    top, left, height, width = crops.T
-    nothing = np.zeros_like(top)
-    affines = np.stack(
-        [np.where(flips, -width, width), nothing, np.where(flips, left + width, left), nothing, height, top], axis=1
-    )
-    return warped_targets(
-        classes, scores, affines.astype(np.float32), num_classes, grid, smoothing, out, cut=False, stream=stream
-    )
+    affines = affines_of_crops(crops, flips)
+    return warped_targets(classes, scores, affines, num_classes, grid, smoothing, out, cut=False, stream=stream)
 
 
 def warped_targets(
@@ -99,11 +85,9 @@ def warped_targets(
     errors = cuda.to_device(np.zeros(batch, np.int32))
     if isinstance(affines, np.ndarray):
         affines = cuda.to_device(np.ascontiguousarray(affines, np.float32))
-    source = _flat(classes, np.uint16), _flat(scores, np.float32)
+    source, shape = (_flat(classes, np.uint16), _flat(scores, np.float32)), (k, height, width, num_classes)
     cuda.synchronize()  # uploads go on the default stream, for which torch's streams do not wait, nor it for them
-    _launch_targets(
-        "arrays", source, (0, 0), affines, (k, height, width, num_classes), grid, smoothing, cut, out, errors, stream
-    )
+    _launch_targets("arrays", source, (0, 0), affines, shape, grid, smoothing, cut, out, errors, stream)
     cuda.synchronize()
     wrong = np.flatnonzero(errors.copy_to_host())
     if len(wrong):
@@ -130,10 +114,12 @@ def packed_targets(
 
     maps: uint8 [M], the batch's maps one after the other; starts: int64 [B+1], where each begins, and where the last
     ends; ranges: float32 [B, 2] = (score_min, score_step); affines: float32 [B, 6] and cut: as of `cpu.warped_targets`;
-    spec: of the maps; out: float32 or bfloat16 [B, 1 + grid**2, C], written; errors: int32 [B], zeros: a sample whose
-    map is damaged (a size that is none of the layouts', a class >= C, a place outside its palette) gets one of
-    `tl_fast.labelmaps.loops`' codes there and NaN for targets. Nothing is read or written out of bounds whatever the
-    map holds. A class listed twice in one cell may count once. Raises ValueError for shapes that do not fit.
+    spec: of the maps; out: float32 or bfloat16 [B, 1 + grid**2, C], written; errors: int32 [B], zeros.
+
+    A damaged map (a size that is none of the layouts', a class >= C, a place outside its palette) puts one of
+    `tl_fast.labelmaps.loops`' codes into `errors` and NaN into the sample's targets. Nothing is read or written out of
+    bounds whatever the map holds. A class listed twice in one cell may count once. Raises ValueError for shapes that do
+    not fit.
     """
     batch = len(errors)
     if tuple(starts.shape) != (batch + 1,) or tuple(ranges.shape) != (batch, 2):
@@ -147,6 +133,7 @@ def packed_targets(
 
 
 def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, out, errors, stream):
+    """kind, source, sizes: of `cuda_maps.open_*`; shape: (k, H, W, C); the rest as of `packed_targets`."""
     k, height, width, num_classes = (int(n) for n in shape)
     batch = len(errors)
     if tuple(out.shape) != (batch, 1 + grid * grid, num_classes) or tuple(affines.shape) != (batch, 6):
@@ -167,50 +154,42 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
         return
     bfloat16 = str(out.dtype) in ("torch.bfloat16", "uint16")
     target = _flat(out, np.uint16 if bfloat16 else np.float32)
-    # Of a crop of the whole map, rotated or a little larger than it; what has more goes a slower way.
+    # Room for the cells of a crop of the whole map, rotated or a little larger than it; larger ones go a slower way.
     cells_a_bin = math.ceil(1.25 * max(height, width) / grid)
     reach = cells_a_bin + 1
     slots = -(-k * max(reach**2, 4 * cells_a_bin**2) // 8) * 8
-    lanes = SIMULATED_LANES if SIMULATED else cuda_rows.LANES
-    groups = 1 if SIMULATED else cuda_rows.GROUPS
     name = cuda_launch.targets_name(kind, bfloat16)
-    limit = cuda_launch.shared_limit(name)
-    while groups > 1 and cuda_targets.shared_bytes(groups, num_classes, slots, grid, reach, height * width) > limit:
-        groups //= 2
-    shared = cuda_targets.shared_bytes(groups, num_classes, slots, grid, reach, height * width)
-    if shared > limit:
-        raise ValueError(
-            f"{num_classes} classes and label maps of {height} x {width} x {k} need {shared} bytes of shared memory a"
-            f" block, this GPU has {limit}"
-        )
+    groups, shared = _groups_that_fit(name, (k, height, width, num_classes), slots, grid, reach)
     rounds = -(-grid * grid // groups)
     tokens = groups * -(-rounds // -(-rounds // ROUNDS))
     vector = num_classes * (2 if bfloat16 else 4) % 16 == 0 and _pointer(target) % 16 == 0
     blocks = 1 + -(-grid * grid // tokens), batch
-    arguments = (
-        source,
-        *sizes,
-        _flat(affines, np.float32),
-        k,
-        height,
-        width,
-        num_classes,
-        grid,
-        np.float32(smoothing),
-        bool(cut),
-        slots,
-        reach,
-        tokens,
-        vector,
-        target,
-        _flat(errors, np.int32),
-    )
-    cuda_launch.launch(name, blocks, (lanes, groups), arguments, stream, shared)
+    task = k, height, width, num_classes, grid, np.float32(smoothing), bool(cut)
+    arguments = source, *sizes, _flat(affines, np.float32), *task, slots, reach, tokens, vector, target
+    lanes = SIMULATED_LANES if SIMULATED else cuda_rows.LANES
+    cuda_launch.launch(name, blocks, (lanes, groups), (*arguments, _flat(errors, np.int32)), stream, shared)
+
+
+def _groups_that_fit(name: str, shape: tuple[int, ...], slots: int, grid: int, reach: int) -> tuple[int, int]:
+    """How many rows a block can work on at once, and the bytes of shared memory that takes."""
+    k, height, width, num_classes = shape
+    limit = cuda_launch.shared_limit(name)
+    groups = 1 if SIMULATED else cuda_rows.GROUPS
+    while True:
+        shared = cuda_targets.shared_bytes(groups, num_classes, slots, grid, reach, height * width)
+        if shared <= limit:
+            return groups, shared
+        if groups == 1:
+            raise ValueError(
+                f"{num_classes} classes and label maps of {height} x {width} x {k} need {shared} bytes of shared memory"
+                f" a block, this GPU has {limit}"
+            )
+        groups //= 2
 
 
 def _flat(array: Any, dtype: type) -> Any:
-    """A contiguous device array as a one-dimensional one of `dtype`, which must have as many bytes or one, sharing its
-    memory."""
+    """A contiguous device array as a one-dimensional one of `dtype` that shares its memory. A number of `dtype` must
+    have as many bytes as one of the array, or one byte."""
     dtype = np.dtype(dtype)
     if dtype.itemsize not in (1, array.dtype.itemsize):
         raise ValueError(f"an array for the GPU kernels must be {dtype}, got {array.dtype}")
@@ -227,13 +206,9 @@ def _flat(array: Any, dtype: type) -> Any:
 
 
 def _pointer(array: Any) -> int:
-    return (
-        array.ctypes.data
-        if isinstance(array, np.ndarray)
-        else 0
-        if SIMULATED
-        else int(array.device_ctypes_pointer.value)
-    )
+    if isinstance(array, np.ndarray):
+        return array.ctypes.data
+    return 0 if SIMULATED else int(array.device_ctypes_pointer.value)
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -261,38 +236,20 @@ def augment(
     scratch: Any,
     stream: int = 0,
 ) -> None:
-    """A batch of images as their plans say, erasing apart: `tl_fast.kernels.cpu.augment`, in two launches and without
+    """A batch of images as their plans say, without erasing: `tl_fast.kernels.cpu.augment` in two launches, without
     waiting.
 
     pixels: uint8 [M], memory in which all decoded regions lie; regions: `REGION` records [B] (or their bytes, uint8)
     with at least the pixels of `tl_fast.kernels.geometry.cpu.needed` (no others are read); plans: `tl_fast.plan.PLAN`
     records [B] (or their bytes), each crop and box with height and width > 0; fill: RGB, 0..255, of what lies outside
-    the image; out: written: uint8 [B, 3, H, W], or, with mean and std (of each channel, for values 0..1), (x / 255 -
+    the image; out, written: uint8 [B, 3, H, W], or, with mean and std (of each channel, for values 0..1), (x / 255 -
     mean) / std as float16 or bfloat16 [B, 3, H, W], contiguous or channels-last (torch's memory format; else an array
     [B, H, W, 3]); scratch: uint8, at least `scratch_bytes`. Raises ValueError for shapes that do not fit.
     """
     normalised = mean is not None or std is not None
     if normalised and (mean is None or std is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0):
         raise ValueError(f"mean and std must both be given, three each, std > 0; got {mean} and {std}")
-    kind = str(out.dtype).removeprefix("torch.")
-    if kind not in (("float16", "bfloat16", "uint16") if normalised else ("uint8",)):
-        raise ValueError(
-            f"out must be {'float16 or bfloat16' if normalised else 'uint8 without mean and std'}, got {out.dtype}"
-        )
-    layout = cuda_colour.PLANES if normalised else cuda_colour.BYTES
-    if (
-        isinstance(out, torch.Tensor)
-        and not out.is_contiguous()
-        and out.is_contiguous(memory_format=torch.channels_last)
-    ):
-        out = out.permute(0, 2, 3, 1)
-    if len(out.shape) == 4 and out.shape[1] != 3 and out.shape[3] == 3 and normalised:
-        layout = cuda_colour.CHANNELS_LAST
-        batch, rows, columns, _ = (int(n) for n in out.shape)
-    elif len(out.shape) == 4 and out.shape[1] == 3:
-        batch, _, rows, columns = (int(n) for n in out.shape)
-    else:
-        raise ValueError(f"out must be [B, 3, H, W], or [B, H, W, 3] where it is normalised; got {tuple(out.shape)}")
+    layout, batch, rows, columns, flat = _output(out, normalised)
     size = batch * 3 * rows * columns
     if rows * columns * 255 >= 1 << 31:
         raise ValueError(f"images of {rows} x {columns} pixels are too large: their grey values' sum must fit 32 bits")
@@ -307,23 +264,41 @@ def augment(
         raise ValueError(f"fill must be three numbers in 0..255, got {fill}")
     if batch == 0:
         return
-    image, spare = (work[:size], work[size : 2 * size]) if normalised else (_flat(out, np.uint8), work[:size])
+    image, spare = (work[:size], work[size : 2 * size]) if normalised else (flat, work[:size])
     tile = cuda_geometry.TILE
     blocks = -(-columns // tile), -(-rows // tile), batch
     threads = (SIMULATED_LANES, 1) if SIMULATED else (32, cuda_geometry.BOUNDS[0] // 32)
     arguments = _flat(pixels, np.uint8), regions, plans, *map(np.uint8, fill), rows, columns, image
     cuda_launch.launch("images: geometry", blocks, threads, arguments, stream)
     unit = 4 if rows * columns % 4 == 0 and _pointer(image) % 4 == 0 else 1
-    result = _flat(out, np.uint16) if normalised else spare[:2].view(np.uint16)
-    normal = (
-        _normal(tuple(map(float, mean)), tuple(map(float, std)), kind == "float16", cuda_launch.current_device())
-        if normalised
-        else result
-    )
+    result = normal = spare[:2].view(np.uint16)  # not used
+    if normalised:
+        half = str(out.dtype).removeprefix("torch.") == "float16"
+        normal = _normal(tuple(map(float, mean)), tuple(map(float, std)), half, cuda_launch.current_device())
+        result = flat
     threads = (SIMULATED_LANES if SIMULATED else cuda_colour.BOUNDS[0],)
-    cuda_launch.launch(
-        "images: colours", (batch,), threads, (image, spare, plans, rows, columns, unit, layout, normal, result), stream
-    )
+    arguments = image, spare, plans, rows, columns, unit, layout, normal, result
+    cuda_launch.launch("images: colours", (batch,), threads, arguments, stream)
+
+
+def _output(out: Any, normalised: bool) -> tuple[int, int, int, int, Any]:
+    """Layout (of `cuda_colour`), B, H, W and the flat array of an output of `augment`. Raises ValueError for others."""
+    kinds = ("float16", "bfloat16", "uint16") if normalised else ("uint8",)
+    if str(out.dtype).removeprefix("torch.") not in kinds:
+        raise ValueError(
+            f"out must be {'float16 or bfloat16' if normalised else 'uint8 without mean and std'}, got {out.dtype}"
+        )
+    if isinstance(out, torch.Tensor) and not out.is_contiguous():
+        if out.is_contiguous(memory_format=torch.channels_last):
+            out = out.permute(0, 2, 3, 1)
+    shape = tuple(int(n) for n in out.shape)
+    if len(shape) == 4 and shape[1] != 3 and shape[3] == 3 and normalised:
+        layout, (batch, rows, columns, _) = cuda_colour.CHANNELS_LAST, shape
+    elif len(shape) == 4 and shape[1] == 3:
+        layout, (batch, _, rows, columns) = cuda_colour.PLANES if normalised else cuda_colour.BYTES, shape
+    else:
+        raise ValueError(f"out must be [B, 3, H, W], or [B, H, W, 3] where it is normalised; got {shape}")
+    return layout, batch, rows, columns, _flat(out, np.uint16 if normalised else np.uint8)
 
 
 @functools.cache
@@ -331,17 +306,9 @@ def _normal(mean: tuple[float, ...], std: tuple[float, ...], half: bool, device:
     """(value / 255 - mean) / std of each channel and value, the bits of float16 or bfloat16 -> uint16 [3 256] on the
     device."""
     values = torch.arange(256, dtype=torch.float64) / 255
-    normal = (values - torch.tensor(mean, dtype=torch.float64)[:, None]) / torch.tensor(std, dtype=torch.float64)[
-        :, None
-    ]
-    bits = (
-        normal.float()
-        .to(torch.float16 if half else torch.bfloat16)
-        .view(torch.int16)
-        .numpy()
-        .view(np.uint16)
-        .reshape(-1)
-    )
+    means, deviations = (torch.tensor(numbers, dtype=torch.float64)[:, None] for numbers in (mean, std))
+    normal = ((values - means) / deviations).float().to(torch.float16 if half else torch.bfloat16)
+    bits = normal.view(torch.int16).numpy().view(np.uint16).reshape(-1)
     if SIMULATED:
         return bits
     table = cuda.to_device(bits)
