@@ -164,8 +164,8 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
     tokens = groups * -(-rounds // -(-rounds // ROUNDS))
     vector = num_classes * (2 if bfloat16 else 4) % 16 == 0 and _pointer(target) % 16 == 0
     blocks = 1 + -(-grid * grid // tokens), batch
-    task = k, height, width, num_classes, grid, np.float32(smoothing), bool(cut)
-    arguments = source, *sizes, _flat(affines, np.float32), *task, slots, reach, tokens, vector, target
+    settings = k, height, width, num_classes, grid, np.float32(smoothing), bool(cut)
+    arguments = source, sizes, _flat(affines, np.float32), settings, (slots, reach), tokens, vector, target
     lanes = SIMULATED_LANES if SIMULATED else cuda_rows.LANES
     cuda_launch.launch(name, blocks, (lanes, groups), (*arguments, _flat(errors, np.int32)), stream, shared)
 
@@ -268,7 +268,7 @@ def augment(
     tile = cuda_geometry.TILE
     blocks = -(-columns // tile), -(-rows // tile), batch
     threads = (SIMULATED_LANES, 1) if SIMULATED else (32, cuda_geometry.BOUNDS[0] // 32)
-    arguments = _flat(pixels, np.uint8), regions, plans, *map(np.uint8, fill), rows, columns, image
+    arguments = _flat(pixels, np.uint8), regions, plans, tuple(map(np.uint8, fill)), rows, columns, image
     cuda_launch.launch("images: geometry", blocks, threads, arguments, stream)
     unit = 4 if rows * columns % 4 == 0 and _pointer(image) % 4 == 0 else 1
     result = normal = spare[:2].view(np.uint16)  # not used

@@ -1,10 +1,12 @@
-"""What the CUDA kernels share: device functions of `tl_fast.maths.scalar` in float32, and the accesses to memory that
-numba has no words for.
+"""What the CUDA kernels share: device functions of `tl_fast.maths.scalar` in float32, and accesses to memory that numba
+has no words for.
 
 Importing it needs no GPU. Under numba's simulator (NUMBA_ENABLE_CUDASIM=1, set before numba is imported) the kernels
-are plain Python, and so are the twins of the intrinsics here. Device functions use `gpu` for `numba.cuda`: the
-simulator replaces that name in one module while a function of it runs, for all threads at once, so that a function of
-another module would lose it while other threads still need it.
+are plain Python, and so are the twins of the intrinsics here.
+
+Kernels use `numba.cuda`, device functions use `gpu` for it. While a kernel runs, the simulator replaces the name `cuda`
+in the kernel's module; for a device function of another module it would do so per call and for all threads at once, and
+take the name away while other threads still need it.
 """
 
 from __future__ import annotations
@@ -51,19 +53,19 @@ if SIMULATED:
         return array[index], array[index + 1], array[index + 2], array[index + 3]
 
     def in_step():
-        """A warp's threads together again, with what each has written. In the simulator a block is one group of any
-        number of threads."""
+        """Wait for the other threads of the warp, and see what they have written. In the simulator a block is one group
+        of any number of threads."""
         gpu.syncthreads()
 
     def warp_max(value, scratch, lane, lanes):
-        """The highest value of a warp's threads, `warp_sum` their sum; scratch: float32 in shared memory, one a thread,
-        for the simulator."""
+        """The highest value of a warp's threads. scratch: float32 in shared memory, one a thread, for the simulator."""
         gpu.syncthreads()
         scratch[lane] = value
         gpu.syncthreads()
         return np.float32(max(scratch[:lanes]))
 
     def warp_sum(value, scratch, lane, lanes):
+        """The sum of a warp's values; arguments as of `warp_max`."""
         gpu.syncthreads()
         scratch[lane] = value
         gpu.syncthreads()

@@ -1,9 +1,9 @@
-"""How the CUDA kernels are compiled and launched: for the types of arguments named here, when a process first launches
-one.
+"""How the CUDA kernels are compiled and launched: each for the types of arguments named here, when a process first
+launches it.
 
-Without link-time optimisation, which numba-cuda turns on wherever nvJitLink is installed and which allots registers
-anew: what runs shall be what tests/kernels/test_ptx.py has looked at. Named types also spare each launch numba's
-look at every argument.
+Link-time optimisation is off. numba-cuda turns it on wherever nvJitLink is installed, and it allots registers anew; but
+what runs shall be what tests/kernels/test_ptx.py has looked at. Named types also spare each launch numba's look at
+every argument.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from tl_fast.plan.records import PLAN
 @dataclass(frozen=True)
 class Kernel:
     """function: not compiled; bounds: threads of a block, at most, and how many such blocks a multiprocessor shall have
-    registers for;
-    arguments: their types."""
+    registers for; arguments: their types."""
 
     function: Callable
     bounds: tuple[int, int]
@@ -44,44 +43,26 @@ def _targets(kind: str, bfloat16: bool) -> Kernel:
         "arrays": (_array(types.uint16), _array(number)),
         "bytes": (_array(types.uint8), _array(whole), _array(number)),
     }[kind]
-    arguments = (
-        types.Tuple(source),
-        whole,
-        whole,
-        _array(number),
-        *[whole] * 5,
-        number,
-        types.boolean,
-        *[whole] * 3,
-        types.boolean,
-        _array(types.uint16 if bfloat16 else number),
-        _array(types.int32),
-    )
-    return Kernel(cuda_targets.KERNELS[kind, bfloat16], cuda_targets.BOUNDS, arguments)
+    sizes = room = types.UniTuple(whole, 2)
+    settings = types.Tuple((*[whole] * 5, number, types.boolean))
+    out = _array(types.uint16 if bfloat16 else number)
+    arguments = types.Tuple(source), sizes, _array(number), settings, room, whole, types.boolean, out
+    errors = _array(types.int32)
+    return Kernel(cuda_targets.KERNELS[kind, bfloat16], cuda_targets.BOUNDS, (*arguments, errors))
 
 
 def targets_name(kind: str, bfloat16: bool) -> str:
-    """In KERNELS, by the source of the maps (arrays or bytes) and whether the output is bfloat16."""
+    """The name in KERNELS, from the source of the maps (arrays or bytes) and whether the output is bfloat16."""
     return f"targets: {kind}, {'bfloat16' if bfloat16 else 'float32'}"
 
 
-_BYTES, _WORDS, _PLANS = _array(types.uint8), _array(types.uint16), _array(numpy_support.from_dtype(PLAN))
+_BYTES, _WORDS, _WHOLE = _array(types.uint8), _array(types.uint16), types.int64
+_REGIONS, _PLANS = _array(numpy_support.from_dtype(cuda_geometry.REGION)), _array(numpy_support.from_dtype(PLAN))
+_SHOW = _BYTES, _REGIONS, _PLANS, types.UniTuple(types.uint8, 3), _WHOLE, _WHOLE, _BYTES
+_FINISH = _BYTES, _BYTES, _PLANS, _WHOLE, _WHOLE, _WHOLE, _WHOLE, _WORDS, _WORDS
 KERNELS = {
-    "images: geometry": Kernel(
-        cuda_geometry.SHOW,
-        cuda_geometry.BOUNDS,
-        (
-            _BYTES,
-            _array(numpy_support.from_dtype(cuda_geometry.REGION)),
-            _PLANS,
-            *[types.uint8] * 3,
-            *[types.int64] * 2,
-            _BYTES,
-        ),
-    ),
-    "images: colours": Kernel(
-        cuda_colour.finish, cuda_colour.BOUNDS, (_BYTES, _BYTES, _PLANS, *[types.int64] * 4, _WORDS, _WORDS)
-    ),
+    "images: geometry": Kernel(cuda_geometry.SHOW, cuda_geometry.BOUNDS, _SHOW),
+    "images: colours": Kernel(cuda_colour.finish, cuda_colour.BOUNDS, _FINISH),
     **{targets_name(kind, bfloat16): _targets(kind, bfloat16) for kind, bfloat16 in cuda_targets.KERNELS},
 }
 
@@ -112,8 +93,8 @@ def _compiled(kernel: Kernel, device: int) -> Any:
 
 @functools.cache
 def _allow_shared(kernel: Kernel, device: int) -> int:
-    """All that the GPU has beside the kernel's own arrays. More than 48 KB in all must be asked for, which numba-cuda
-    does not do."""
+    """Allow a kernel all shared memory that its own arrays leave -> bytes. More than 48 KB in all must be asked for,
+    which numba-cuda does not do."""
     if SIMULATED:
         return 225 << 10
     from numba.cuda.cudadrv.driver import binding, driver

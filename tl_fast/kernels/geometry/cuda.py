@@ -51,15 +51,13 @@ class Box(NamedTuple):
 
 
 class Output(NamedTuple):
-    """uint8 pixels [B 3 H W]; the sample's `first`; its size H x W; what lies outside its image."""
+    """uint8 pixels [B 3 H W]; the sample's `first`; its size H x W; the colour of what lies outside its image."""
 
     pixels: Any
     first: int
     rows: int
     columns: int
-    red: int
-    green: int
-    blue: int
+    fill: tuple[int, int, int]
 
 
 class Filters(NamedTuple):
@@ -239,9 +237,9 @@ def _warp(part, box, canvas, canvas_size, real, whole, output):
             pixel = output.first + I(i * output.columns + j)
             outside = x < real[X_LOW] or x >= real[X_HIGH] or y < real[Y_LOW] or y >= real[Y_HIGH]
             if outside or empty:
-                poke(output.pixels, pixel, output.red)
-                poke(output.pixels, pixel + plane, output.green)
-                poke(output.pixels, pixel + I(2 * plane), output.blue)
+                poke(output.pixels, pixel, output.fill[0])
+                poke(output.pixels, pixel + plane, output.fill[1])
+                poke(output.pixels, pixel + I(2 * plane), output.fill[2])
                 continue
             x -= HALF
             y -= HALF
@@ -321,9 +319,9 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
                             column = I(output.columns - 1 - (j0 + j)) if real[XU] < ZERO else I(j0 + j)
                             pixel = output.first + I((i0 + i) * output.columns + column)
                             inside = n > 0 and peek(filters_y.count, i) > 0
-                            poke(output.pixels, pixel, _round(red) if inside else output.red)
-                            poke(output.pixels, pixel + plane, _round(green) if inside else output.green)
-                            poke(output.pixels, pixel + I(2 * plane), _round(blue) if inside else output.blue)
+                            poke(output.pixels, pixel, _round(red) if inside else output.fill[0])
+                            poke(output.pixels, pixel + plane, _round(green) if inside else output.fill[1])
+                            poke(output.pixels, pixel + I(2 * plane), _round(blue) if inside else output.fill[2])
                 gpu.syncthreads()
 
     @device
@@ -345,14 +343,14 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
                 canvas[c * canvas_size + index] = value
             else:
                 column = output.columns - 1 - (box.left + j) if real[XU] < ZERO else box.left + j
-                fill = output.red if c == 0 else output.green if c == 1 else output.blue
+                fill = output.fill[0] if c == 0 else output.fill[1] if c == 1 else output.fill[2]
                 pixel = output.first + c * plane + np.int64(box.top + i) * output.columns + column
                 output.pixels[pixel] = value if inside else fill
 
-    def show(pixels, regions, plans, red, green, blue, out_rows, out_columns, out):
+    def show(pixels, regions, plans, fill, out_rows, out_columns, out):
         """Block (x, y, b): tile (x, y) of sample b.
 
-        pixels: uint8 [M]; regions: REGION [B]; plans: `tl_fast.plan.PLAN` [B]; red, green, blue: what lies outside the
+        pixels: uint8 [M]; regions: REGION [B]; plans: `tl_fast.plan.PLAN` [B]; fill: RGB of what lies outside the
         images; out: uint8 [B 3 H W], written.
         """
         between = cuda.shared.array(buffer, float32)
@@ -374,7 +372,7 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
         warped, part_size = whole[WARPED] != 0, whole[PART]
         top, left = I(cuda.blockIdx.y * tile), I(cuda.blockIdx.x * tile)
         end, right = I(min(top + tile, out_rows)), I(min(left + tile, out_columns))
-        output = Output(out, np.int64(3 * I(out_rows * out_columns)) * b, out_rows, out_columns, red, green, blue)
+        output = Output(out, np.int64(3 * I(out_rows * out_columns)) * b, out_rows, out_columns, fill)
         filters_y = Filters(weights_y, first_y, count_y, whole[TAPS_Y])
         filters_x = Filters(weights_x, first_x, count_x, whole[TAPS_X])
         fits = filters_y.taps <= table and filters_x.taps <= table and 3 * filters_x.taps <= buffer

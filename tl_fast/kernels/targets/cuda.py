@@ -53,31 +53,14 @@ def _build(open_map, read, write):
     """The kernel for one kind of source and one type of output."""
     block_row, warp_row = cuda_rows.build_block_row(read, write), cuda_rows.build_warp_row(read, write)
 
-    def targets(
-        source,
-        small,
-        large,
-        affines,
-        k,
-        height,
-        width,
-        num_classes,
-        grid,
-        smoothing,
-        cut,
-        slots,
-        reach,
-        tokens,
-        vector,
-        out,
-        errors,
-    ):
+    def targets(source, sizes, affines, settings, room, tokens, vector, out, errors):
         """Block (0, b) makes the class token's row of sample b, the others `tokens` rows each.
 
-        source, small, large: as of `cuda_maps.open_*`; affines: float32 [6 B]; slots: entries of a bin that a group has
-        room for, at least k reach**2; reach: cells of a bin along one axis that there is room for; vector: rows of
-        `out` begin at multiples of 16 bytes; out: [B (1 + grid**2) C], written; errors: int32 [B], 0 or the code of
-        what is wrong with the map, all of whose targets are NaN then. Dynamic shared memory: `shared_bytes`.
+        source, sizes: as of `cuda_maps.open_*`; affines: float32 [6 B]; settings: (k, H, W, C, grid, smoothing, cut);
+        room: (entries of a bin that a group has room for, at least k reach**2; reach, the cells of a bin along one axis
+        that there is room for); vector: rows of `out` begin at multiples of 16 bytes; out: [B (1 + grid**2) C],
+        written; errors: int32 [B], 0 or the code of what is wrong with the map, all of whose targets are NaN then.
+        Dynamic shared memory: `shared_bytes`.
         """
         rows = cuda.shared.array(0, float32, ALIGNMENT)
         integers = cuda.shared.array(0, int32, ALIGNMENT)
@@ -90,12 +73,14 @@ def _build(open_map, read, write):
         scratch = cuda.shared.array(LANES, float32)
         lane, group, lanes, groups = I(cuda.threadIdx.x), I(cuda.threadIdx.y), I(cuda.blockDim.x), I(cuda.blockDim.y)
         thread, threads = I(group * lanes + lane), I(lanes * groups)
+        k, height, width, num_classes, grid, smoothing, cut = settings
         k, height, width, num_classes, grid = I(k), I(height), I(width), I(num_classes), I(grid)
-        slots, reach = I(slots), I(reach)
+        slots, reach = I(room[0]), I(room[1])
         b, all_rows = I(cuda.blockIdx.y), I(1 + grid * grid)
         begin = I(0) if cuda.blockIdx.x == 0 else I(1 + (cuda.blockIdx.x - 1) * tokens)
         end = I(1) if cuda.blockIdx.x == 0 else I(min(begin + tokens, all_rows))
-        task = Task(k, height, width, num_classes, I(1) if begin == 0 else grid, smoothing, cut)
+        bins = I(1) if begin == 0 else grid
+        task = Task(k, height, width, num_classes, bins, smoothing, cut)
         block = Block(lane, lanes, group, groups)
         shared = Shared(rows, integers, shorts, crop, state, partial, scratch)
         places = _places(num_classes, grid, slots, reach, group, groups)
@@ -104,16 +89,16 @@ def _build(open_map, read, write):
         if thread < 2:
             state[thread] = 0  # WRONG and CROWDED
         if thread == threads - 1:
-            place_crop(affines, b, height, width, task.bins, crop, state)
+            place_crop(affines, b, height, width, bins, crop, state)
             state[STEP_M] = lanes // k
             state[STEP_T] = lanes % k
         for c in range(lane, places.values - places.row, lanes):
             poke(rows, places.row + c, NAN)
         cuda.syncthreads()
-        room = cuda_maps.Room(palette, counts, state, crop)
-        label_map = open_map(source, (small, large), b, I(k * height * width), num_classes, room)
+        map_room = cuda_maps.Room(palette, counts, state, crop)
+        label_map = open_map(source, sizes, b, I(k * height * width), num_classes, map_room)
         if begin and state[KIND] != WARPED:
-            fill_axes(Tables(rows, integers, places.axes, reach), crop, state, task.bins, height, width, cut)
+            fill_axes(Tables(rows, integers, places.axes, reach), crop, state, bins, height, width, cut)
         cuda.syncthreads()
 
         # A damaged map: nothing but NaN.
@@ -126,11 +111,8 @@ def _build(open_map, read, write):
             return
 
         # Rows of many cells, by the whole block.
-        if (
-            begin == 0
-            or state[CROWDED]
-            or (state[KIND] == WARPED and 4 * k * state[SAMPLES_X] * state[SAMPLES_Y] > slots)
-        ):
+        warped = state[KIND] == WARPED
+        if begin == 0 or state[CROWDED] or (warped and 4 * k * state[SAMPLES_X] * state[SAMPLES_Y] > slots):
             for row in range(begin, end):
                 first = (np.int64(b) * all_rows + row) * num_classes
                 block_row(label_map, task, row, shared, places, block, out, first)
@@ -149,8 +131,8 @@ def _build(open_map, read, write):
 
 def shared_bytes(groups: int, num_classes: int, slots: int, grid: int, reach: int, cells: int) -> int:
     """Dynamic shared memory of the kernel: for each group float32 [C rounded up to 4] a row, float32 [slots] values of
-    entries, float32 [LANES] weights and int32 [LANES] places of cells, uint16 [slots] classes; then [2 grid, reach + 2]
-    bins along the axes and int32 [H W] weights of cells. slots: a multiple of 8."""
+    entries, float32 [LANES] weights and int32 [LANES] numbers of cells, uint16 [slots] classes; then [2 grid, reach +
+    2] bins along the axes and int32 [H W] weights of cells. slots: a multiple of 8."""
     stride = (num_classes + 3) // 4 * 4
     return 4 * (groups * (stride + slots + 2 * LANES + slots // 2) + 2 * grid * (reach + 2) + cells)
 

@@ -1,7 +1,7 @@
 """Where the bins of the token targets lie: a sample's crop in cells of its label map, and RoIAlign's taps, in float32.
 
-`place_crop` is for one thread of a block, what it finds is in shared memory: crop, floats, and state, int32, at the
-places named here.
+One thread of a block runs `place_crop`, which leaves its results in shared memory: `crop`, float32, and `state`, int32,
+with the indices named here.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ _roi_samples, _roi_tap, _roi_outside = scalar32.roi_samples, scalar32.roi_tap, s
 
 SLACK = np.float32(scalar.ROI_SLACK)
 
-# Floats: the affine to cells (xu, xv, x0, yu, yv, y0), left edge, extents, the scores' range.
+# Of `crop`: the affine to cells (xu, xv, x0, yu, yv, y0) is 0..5, then the left edge, extents, the scores' range.
 LEFT, EXTENT_X, EXTENT_Y, FLOATS = 6, 7, 8, RANGE + 2
+# Of `state`: what is wrong with the map; has a bin too many cells for its table; points a bin; one of the kinds below;
+# cells and scores from one entry of a lane to its next.
 WRONG, CROWDED, SAMPLES_X, SAMPLES_Y, KIND, STEP_M, STEP_T, INTEGERS = 0, 1, 2, 3, 4, 5, 6, 7
-ALONG, FLIPPED, WARPED = 0, 1, 2
+ALONG, FLIPPED, WARPED = 0, 1, 2  # kinds: along the map's axes, mirrored along them, rotated or sheared
 
 
 @device
 def tap(point, cells, cut):
+    """Cell below `point`, its weight and the next one's; cut: both are 0 beyond the map's edge."""
     if cut and _roi_outside(point, cells):
         return 0, ZERO, ZERO
     return _roi_tap(point, cells)
@@ -35,8 +38,8 @@ def tap(point, cells, cut):
 
 @device
 def place_crop(affines, b, height, width, bins, crop, state):
-    """The crop of sample b in cells, to shared memory, by one thread: along the axes a box, else the affine itself, a
-    side of less than a cell widened to one, about its middle."""
+    """The crop of sample b in cells, by one thread, to shared memory: a box if it is along the axes, else the affine
+    itself, whose sides of less than a cell are widened to one about their middle."""
     n = 6 * b
     xu, xv = affines[n] * np.float32(width), affines[n + 1] * np.float32(width)
     x0 = affines[n + 2] * np.float32(width) - HALF

@@ -64,12 +64,49 @@ def read_arrays(label_map, e):
 
 
 @device
+def _read_palette(maps, first, width, room):
+    """The classes in a bitmap of `width` bytes, in order, to `room.palette` -> how many they are; if more than PALETTE,
+    none is written.
+
+    Each reader counts the classes in its part of the bitmap, then lists them behind those of the parts before.
+    """
+    thread, threads = block_thread()
+    palette, counts, _, _ = room
+    readers = I(min(threads, READERS))
+    part = I((width + readers - 1) // readers)
+    begin = I(min(thread * part, width))
+    end = I(min(begin + part, width))
+    if thread < readers:
+        count = I(0)
+        for j in range(begin, end):
+            count = I(count + gpu.popc(np.uint32(peek(maps, first + j))))
+        counts[thread] = count
+    gpu.syncthreads()
+    place, listed = I(0), I(0)
+    for n in range(readers):
+        count = peek(counts, n)
+        if n < thread:
+            place = I(place + count)
+        listed = I(listed + count)
+    if thread < readers and listed <= PALETTE:
+        for j in range(begin, end):
+            byte = I(peek(maps, first + j))
+            while byte:
+                bit = I(byte & -byte)
+                byte = I(byte ^ bit)
+                poke(palette, place, 8 * j + gpu.popc(np.uint32(bit - 1)))
+                place = I(place + 1)
+    gpu.syncthreads()
+    return listed
+
+
+@device
 def open_bytes(source, sizes, b, entries, num_classes, room):
     """source: maps uint8 [M], starts int64 [B+1], ranges float32 [2 B]; sizes: bytes of the layouts with a palette."""
     thread, threads = block_thread()
     maps = source[0]
     small, large = sizes
-    palette, counts, flags, floats = room
+    flags, floats = room.flags, room.floats
     first = I(peek(source[1], b))
     size = I(peek(source[1], b + 1) - first)
     if thread == 0:
@@ -83,33 +120,8 @@ def open_bytes(source, sizes, b, entries, num_classes, room):
                 gpu.atomic.max(flags, 0, BAD_SIZE)
             return Map(source, I(PLAIN), I(0), entries, room)
         width = I((num_classes + 7) >> 3)
-        # Each reader counts the classes in its part of the bitmap, then lists them behind those of the parts before.
-        readers = I(min(threads, READERS))
-        part = I((width + readers - 1) // readers)
-        begin = I(min(thread * part, width))
-        end = I(min(begin + part, width))
-        if thread < readers:
-            count = I(0)
-            for j in range(begin, end):
-                count = I(count + gpu.popc(np.uint32(peek(maps, first + j))))
-            counts[thread] = count
-        gpu.syncthreads()
-        place = I(0)
-        for n in range(readers):
-            count = peek(counts, n)
-            if n < thread:
-                place = I(place + count)
-            listed = I(listed + count)
-        if thread < readers and listed <= PALETTE:
-            for j in range(begin, end):
-                byte = I(peek(maps, first + j))
-                while byte:
-                    bit = I(byte & -byte)
-                    byte = I(byte ^ bit)
-                    poke(palette, place, 8 * j + gpu.popc(np.uint32(bit - 1)))
-                    place = I(place + 1)
-        gpu.syncthreads()
-        if listed > PALETTE or (listed and palette[listed - 1] >= num_classes):
+        listed = _read_palette(maps, first, width, room)
+        if listed > PALETTE or (listed and room.palette[listed - 1] >= num_classes):
             wrong = I(BAD_BITMAP)
         first = I(first + width)
     if not wrong:

@@ -67,7 +67,7 @@ class Task(NamedTuple):
 
 
 class Block(NamedTuple):
-    """This thread, lane `lane` of group `group`, and how many there are."""
+    """This thread: lane `lane` of the `lanes` in its group, and group `group` of `groups`."""
 
     lane: int
     lanes: int
@@ -109,8 +109,8 @@ class Places(NamedTuple):
 
 @device
 def write_float32(rows, base, other, num_classes, vector, out, first, lane, lanes):
-    """Row `base` of shared memory to out[first ...], `other` where it has NaN; vector: 16 bytes at a time, which the
-    rare rows leave be."""
+    """The row that begins at rows[base] to out[first ...], with `other` for NaN. vector: 16 bytes at a time, which rows
+    of a whole block and of damaged maps do without."""
     if vector:
         n = I(4 * lane)
         while n < num_classes:
@@ -136,6 +136,7 @@ def _pair(a, b, other):
 
 @device
 def write_bfloat16(rows, base, other, num_classes, vector, out, first, lane, lanes):
+    """As `write_float32`, rounded to bfloat16; out: uint16."""
     if vector:
         n = I(8 * lane)
         while n < num_classes:
@@ -157,6 +158,7 @@ def write_bfloat16(rows, base, other, num_classes, vector, out, first, lane, lan
 
 @device
 def _block_sum(value, shared, block):
+    """The sum of the values of all threads of a block."""
     lane, lanes, group, groups = block
     partial, scratch = shared.partial, shared.scratch
     value = warp_sum(value, scratch, lane, lanes)
@@ -285,6 +287,7 @@ def build_block_row(read: Callable, write: Callable) -> Callable:
 
     @device
     def block_row(label_map, task, row, shared, places, block, out, first):
+        """Row `row` to out[first ...]. All groups' rows hold NaN before and after."""
         thread, threads = I(block.group * block.lanes + block.lane), I(block.lanes * block.groups)
         i = I(0) if row == 0 else I((row - 1) // task.bins)
         j = I(0) if row == 0 else I(row - 1 - i * task.bins)
@@ -398,7 +401,7 @@ def _clear(used, shared, places, block):
 
 
 def build_warp_row(read: Callable, write: Callable) -> Callable:
-    """The device function that makes one row with the threads of a warp, of a bin whose entries have room."""
+    """The device function that makes one row with the threads of a warp, where the bin's entries have room."""
 
     @device
     def list_entries(label_map, chunk, count, start, task, shared, places, block):
@@ -422,6 +425,7 @@ def build_warp_row(read: Callable, write: Callable) -> Callable:
 
     @device
     def warp_row(label_map, task, row, start, shared, places, block, vector, out, first):
+        """Row `row` >= 1 to out[first ...]; start: as of `list_entries`. The group's row holds NaN before and after."""
         lane, lanes, _, _ = block
         state, reach, bins = shared.state, places.reach, task.bins
         i = I((row - 1) // bins)
