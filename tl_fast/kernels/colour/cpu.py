@@ -1,9 +1,8 @@
 """CPU loops of the colour operations, as Pillow computes them: pointwise ones as tables, the rest in passes over the
 pixels.
 
-Tables of successive operations are combined, so the pixels are touched once for all of them; `Color` and `Sharpness`,
-which look at more than one value, need a pass of their own. Compiled from `tl_fast.maths.scalar`; no loop needs the
-GIL.
+Tables of successive operations are combined, so one pass applies all of them. `Color` and `Sharpness` look at more than
+one value and have a pass each. Compiled from `tl_fast.maths.scalar`; no loop needs the GIL.
 """
 
 from __future__ import annotations
@@ -15,21 +14,15 @@ from tl_fast.maths.compile import compile_scalar, njit
 
 _scalar = compile_scalar(njit)
 _curve, _stretch, _blend, _luma = _scalar.curve, _scalar.stretch, _scalar.blend, _scalar.luma
-AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE = scalar.AUTO_CONTRAST, scalar.EQUALIZE, scalar.INVERT, scalar.POSTERIZE
-SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS = (
-    scalar.SOLARIZE,
-    scalar.SOLARIZE_ADD,
-    scalar.COLOR,
-    scalar.CONTRAST,
-    scalar.BRIGHTNESS,
-    scalar.SHARPNESS,
-)
+AUTO_CONTRAST, EQUALIZE = scalar.AUTO_CONTRAST, scalar.EQUALIZE
+COLOR, CONTRAST, SHARPNESS = scalar.COLOR, scalar.CONTRAST, scalar.SHARPNESS
 
 
 @njit
 def apply(image, ops, arguments):
-    """Apply the colour operations among `ops` (codes, geometric ones are passed over) with float32 `arguments` to image
-    uint8 [3, H, W], in place."""
+    """Apply the colour operations among `ops` to image uint8 [3, H, W], in place.
+
+    ops: codes of operations [n], of which geometric ones are passed over; arguments: float32 [n]."""
     table = np.empty((3, 256), np.uint8)
     pending = False
     for n in range(ops.size):

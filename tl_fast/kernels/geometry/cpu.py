@@ -1,5 +1,5 @@
-"""CPU loops that show an image through a plan's affine: separable and antialiased along the axes, then a warp where it
-is rotated or sheared.
+"""CPU loops that show an image through a plan's affine: a separable, antialiased resize, then a warp where the affine
+rotates or shears.
 
 Compiled from `tl_fast.maths.scalar`; no loop needs the GIL.
 """
@@ -18,9 +18,8 @@ _cubic_weights = _scalar.cubic_weights
 BICUBIC = scalar.BICUBIC
 BORDER = 3  # pixels around the canvas: two that the cubic filter reads beyond the image, and one for rounding
 REACH = 2  # canvas pixels that `show` may read beyond what the affine shows
-ROWS = (
-    32  # output rows that one pass makes: their values lie side by side, so that the horizontal filter works on vectors
-)
+# Output rows that one pass makes: their values lie side by side, so that the horizontal filter works on vectors.
+ROWS = 32
 
 
 @njit
@@ -75,8 +74,7 @@ def _filter_rows(pixels, first, count, weights, begin, end, line):
 
 @njit
 def _swap(a, b, mask, bits):
-    """Exchange the upper halves of a's fields with the lower halves of b's; `mask` has the lower halves, of `bits`
-    bits."""
+    """Exchange the upper halves of a's fields with the lower halves of b's. mask: the lower halves, `bits` bits."""
     return (a & mask) | ((b & mask) << bits), ((a >> bits) & mask) | (b & ~mask)
 
 
@@ -92,9 +90,10 @@ def _interleave(lines, block):
 
 @njit
 def _filter_columns(block, first, count, weights, x, total, out):
-    """out uint8 [3 ROWS] = the weighted sum of `count` columns, rounded and clipped, with the weights in row `x` of
-    their table; total: float32 of that size, to work in. All indices are uint64: views cost more here than the sum, and
-    a signed index might be negative."""
+    """out uint8 [3 ROWS] = the sum of `count` columns, weighted with row `x` of `weights`, rounded and clipped.
+
+    total: float32 [3 ROWS] to work in. All indices are uint64: views cost more here than the sum, and LLVM would have
+    to reckon with negative signed indices."""
     size, one, two, three = np.uint64(3 * ROWS), np.uint64(1), np.uint64(2), np.uint64(3)
     half, low, high = np.float32(0.5), np.float32(0.0), np.float32(255.0)
     w0, w1, second = weights[x, 0], np.float32(0.0), first
@@ -115,12 +114,12 @@ def _filter_columns(block, first, count, weights, x, total, out):
         total[i] = half + w0 * block[first, i] + w1 * block[second, i] + w2 * block[third, i]
     t = three
     while t < count:
-        w0, w1, here = weights[x, t], np.float32(0.0), first + t
-        second = here
+        w0, w1, column = weights[x, t], np.float32(0.0), first + t
+        second = column
         if t + one < count:
-            w1, second = weights[x, t + one], here + one
+            w1, second = weights[x, t + one], column + one
         for i in range(size):
-            total[i] += w0 * block[here, i] + w1 * block[second, i]
+            total[i] += w0 * block[column, i] + w1 * block[second, i]
         t += two
     for i in range(size):
         out[i] = np.uint8(min(max(total[i], low), high))
@@ -182,9 +181,8 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
     if shown == 0:
         return
     begin, end = x_first[x_low], x_first[x_high - 1] + x_count[x_high - 1]
-    for x in range(
-        x_low, x_high
-    ):  # cubic windows are cut at the image's edges alone, so they only grow; to be sure all the same
+    # Windows are cut at the image's edges alone, so first and last ones should be the outermost; this makes sure.
+    for x in range(x_low, x_high):
         begin, end = min(begin, x_first[x]), max(end, x_first[x] + x_count[x])
     for y in range(rows):
         if y_count[y] and (y_first[y] < 0 or y_first[y] + y_count[y] > region.shape[0]):
@@ -206,11 +204,10 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
                 _filter_rows(pixels, y_first[y0 + r], y_count[y0 + r], y_weights[y0 + r], 3 * begin, 3 * end, lines[r])
         _interleave(lines, block)
         for x in range(shown):
-            at = x_low + x
+            column = x_low + x
+            first, count = np.uint64(x_first[column] - begin), np.uint64(x_count[column])
             target = columns_done[shown - 1 - x if flip else x]
-            _filter_columns(
-                block, np.uint64(x_first[at] - begin), np.uint64(x_count[at]), x_weights, np.uint64(at), total, target
-            )
+            _filter_columns(block, first, count, x_weights, np.uint64(column), total, target)
         _transpose(columns_done, turned, rows_done)
         for r in range(n):
             if y_count[y0 + r]:
@@ -221,14 +218,35 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
 
 
 @njit
+def _spread(canvas, pixels):
+    """canvas uint8 [3, h, w] -> pixels float32 [h + 2 BORDER, w + 2 BORDER, 4], flat: RGB and a 0; the outermost pixels
+    are repeated all around."""
+    rows, columns = canvas.shape[1], canvas.shape[2]
+    stride = (columns + 2 * BORDER) * 4
+    one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
+    for y in range(rows + 2 * BORDER):
+        row = min(max(y - BORDER, 0), rows - 1)
+        red, green, blue = canvas[0, row], canvas[1, row], canvas[2, row]
+        line = pixels[y * stride : (y + 1) * stride]
+        inner = line[4 * BORDER : stride - 4 * BORDER]
+        for x in range(np.uint64(columns)):
+            pixel = x * four
+            inner[pixel], inner[pixel + one] = np.float32(red[x]), np.float32(green[x])
+            inner[pixel + two], inner[pixel + three] = np.float32(blue[x]), np.float32(0.0)
+        for c in range(4):
+            for x in range(BORDER):
+                line[4 * x + c] = inner[c]
+                line[stride - 4 * (x + 1) + c] = inner[4 * (columns - 1) + c]
+
+
+@njit
 def show(region, origin_y, origin_x, height, width, crop, affine, interpolation, fill, out):
     """Show an image of `height` x `width` pixels through `affine` (`tl_fast.plan.PLAN`) in out uint8 [3, H, W].
 
     region: uint8 [h, w, 3], the image's pixels from (origin_y, origin_x) on, as far as `needed` says; crop: (top, left,
-    height, width) in pixels,
-    which set the scale of a rotated or sheared sample: it is first resampled without rotation at the crop's scale, as
-    Pillow's resize does before its transform, then warped. Output pixels whose centre is outside the image get `fill`
-    uint8 [3].
+    height, width) in pixels, which set the scale of a rotated or sheared sample: it is first resampled without rotation
+    at the crop's scale, as Pillow's resize does before its transform, then warped. Output pixels whose centre is
+    outside the image get `fill` uint8 [3].
     """
     if affine[1] == 0.0 and affine[3] == 0.0:
         flip = affine[0] < 0.0
@@ -239,30 +257,18 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
     rows, columns = out.shape[1], out.shape[2]
     # The canvas: pixels of the crop's scale, counted from the crop's corner.
     scale_y, scale_x = crop[2] / rows, crop[3] / columns
-    x_step, x_slant, x_start = (
-        affine[0] / (columns * scale_x),
-        affine[1] / (rows * scale_x),
-        (affine[2] - crop[1]) / scale_x,
-    )
-    y_slant, y_step, y_start = (
-        affine[3] / (columns * scale_y),
-        affine[4] / (rows * scale_y),
-        (affine[5] - crop[0]) / scale_y,
-    )
-    x_low, x_high = -crop[1] / scale_x, (width - crop[1]) / scale_x  # the image
+    x_step, x_slant = affine[0] / (columns * scale_x), affine[1] / (rows * scale_x)
+    y_slant, y_step = affine[3] / (columns * scale_y), affine[4] / (rows * scale_y)
+    x_start, y_start = (affine[2] - crop[1]) / scale_x, (affine[5] - crop[0]) / scale_y
+    # The image's edges on it, then the part of it that the output may read.
+    x_low, x_high = -crop[1] / scale_x, (width - crop[1]) / scale_x
     y_low, y_high = -crop[0] / scale_y, (height - crop[0]) / scale_y
-    reach_x = (
-        min(x_step * columns, 0.0) + min(x_slant * rows, 0.0),
-        max(x_step * columns, 0.0) + max(x_slant * rows, 0.0),
-    )
-    reach_y = (
-        min(y_slant * columns, 0.0) + min(y_step * rows, 0.0),
-        max(y_slant * columns, 0.0) + max(y_step * rows, 0.0),
-    )
-    x0 = int(np.ceil(max(x_start + reach_x[0] - REACH, x_low) - 0.5))
-    x1 = int(np.ceil(min(x_start + reach_x[1] + REACH, x_high) - 0.5))
-    y0 = int(np.ceil(max(y_start + reach_y[0] - REACH, y_low) - 0.5))
-    y1 = int(np.ceil(min(y_start + reach_y[1] + REACH, y_high) - 0.5))
+    x_least = x_start + (min(x_step * columns, 0.0) + min(x_slant * rows, 0.0))
+    x_most = x_start + (max(x_step * columns, 0.0) + max(x_slant * rows, 0.0))
+    y_least = y_start + (min(y_slant * columns, 0.0) + min(y_step * rows, 0.0))
+    y_most = y_start + (max(y_slant * columns, 0.0) + max(y_step * rows, 0.0))
+    x0, x1 = int(np.ceil(max(x_least - REACH, x_low) - 0.5)), int(np.ceil(min(x_most + REACH, x_high) - 0.5))
+    y0, y1 = int(np.ceil(max(y_least - REACH, y_low) - 0.5)), int(np.ceil(min(y_most + REACH, y_high) - 0.5))
     if x1 <= x0 or y1 <= y0:
         for c in range(3):
             out[c] = fill[c]
@@ -270,6 +276,20 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
     canvas = np.empty((3, y1 - y0, x1 - x0), np.uint8)
     box = (crop[0] + y0 * scale_y, crop[1] + x0 * scale_x, (y1 - y0) * scale_y, (x1 - x0) * scale_x)
     resample(region, origin_y, origin_x, height, width, box, False, interpolation, fill, canvas)
+    across, down = (x_start, x_step, x_slant, x_low, x_high, x0), (y_start, y_slant, y_step, y_low, y_high, y0)
+    _warp(canvas, across, down, interpolation, fill, out)
+
+
+@njit
+def _warp(canvas, across, down, interpolation, fill, out):
+    """Show a canvas uint8 [3, h, w] in out uint8 [3, H, W], with `fill` outside the image.
+
+    across: the canvas column of the output's corner, what an output column and an output row add to it, the image's
+    edges (left, right), the canvas' first column; down: the same of the canvas row, edges (top, bottom).
+    """
+    x_start, x_step, x_slant, x_low, x_high, x0 = across
+    y_start, y_slant, y_step, y_low, y_high, y0 = down
+    rows, columns = out.shape[1], out.shape[2]
     pixels = np.empty((canvas.shape[1] + 2 * BORDER) * (canvas.shape[2] + 2 * BORDER) * 4, np.float32)
     _spread(canvas, pixels)
     line = np.empty(columns * 4, np.float32)
@@ -291,23 +311,16 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
             y = y_row + np.float64(j) * y_slant - y0 + (BORDER - 0.5)
             column, row = np.int64(x), np.int64(y)
             if interpolation == BICUBIC:
-                at = np.uint64(row - 1) * stride + np.uint64(column - 1) * np.uint64(4)
+                tap = np.uint64(row - 1) * stride + np.uint64(column - 1) * np.uint64(4)
                 w0, w1, w2, w3 = _cubic_weights(x - column)
-                across = np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)
+                weights_x = np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)
                 w0, w1, w2, w3 = _cubic_weights(y - row)
-                add_taps(
-                    pixels,
-                    at,
-                    stride,
-                    across,
-                    (np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)),
-                    line,
-                    j * np.uint64(4),
-                )
+                weights_y = np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)
+                add_taps(pixels, tap, stride, weights_x, weights_y, line, j * np.uint64(4))
             else:
-                at = np.uint64(row) * stride + np.uint64(column) * np.uint64(4)
+                tap = np.uint64(row) * stride + np.uint64(column) * np.uint64(4)
                 wx, wy, one = np.float32(x - column), np.float32(y - row), np.float32(1.0)
-                add_taps(pixels, at, stride, (one - wx, wx), (one - wy, wy), line, j * np.uint64(4))
+                add_taps(pixels, tap, stride, (one - wx, wx), (one - wy, wy), line, j * np.uint64(4))
         for c in range(3):
             target = out[c, i]
             for j in range(first):
@@ -317,28 +330,6 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
             for j in range(np.uint64(first), np.uint64(last)):
                 value = line[j * np.uint64(4) + np.uint64(c)] + np.float32(0.5)
                 target[j] = np.uint8(min(max(value, np.float32(0.0)), np.float32(255.0)))
-
-
-@njit
-def _spread(canvas, pixels):
-    """canvas uint8 [3, h, w] -> pixels float32 [h + 2 BORDER, w + 2 BORDER, 4], flat: RGB and a 0, the outermost pixels
-    repeated around them."""
-    rows, columns = canvas.shape[1], canvas.shape[2]
-    stride = (columns + 2 * BORDER) * 4
-    one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
-    for y in range(rows + 2 * BORDER):
-        row = min(max(y - BORDER, 0), rows - 1)
-        red, green, blue = canvas[0, row], canvas[1, row], canvas[2, row]
-        line = pixels[y * stride : (y + 1) * stride]
-        inner = line[4 * BORDER : stride - 4 * BORDER]
-        for x in range(np.uint64(columns)):
-            at = x * four
-            inner[at], inner[at + one] = np.float32(red[x]), np.float32(green[x])
-            inner[at + two], inner[at + three] = np.float32(blue[x]), np.float32(0.0)
-        for c in range(4):
-            for x in range(BORDER):
-                line[4 * x + c] = inner[c]
-                line[stride - 4 * (x + 1) + c] = inner[4 * (columns - 1) + c]
 
 
 def needed(plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, out_size: int) -> tuple[np.ndarray, np.ndarray]:

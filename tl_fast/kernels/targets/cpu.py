@@ -1,7 +1,7 @@
-"""CPU loops that make token targets from label maps, in rows of C classes of which each names few.
+"""CPU loops that make token targets from label maps: rows of C classes, of which a bin's cells name few.
 
-A row is some hundred operations, and numba counts references to arrays at each call with atomic instructions, which
-took as long: what runs once a row takes addresses instead (`tl_fast.maths.memory`), all of them uint64.
+A row takes some hundred operations. Numba counts references to arrays with atomic instructions at each call, which took
+as long again; so functions that run once a row take addresses instead (`tl_fast.maths.memory`), all of them uint64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ U = np.uint64
 
 @njit
 def _tap(point, cells, cut):
-    """Cell below `point` and the weights of it and the next; none beyond the map's edge where it is `cut` there."""
+    """Cell below `point`, its weight and the next one's; cut: both are 0 beyond the map's edge."""
     if cut and _roi_outside(point, cells):
         return 0, 0.0, 0.0
     return _roi_tap(point, cells)
@@ -58,15 +58,15 @@ def _roi_table(start, extent, bins, cells, cut):
 @njit
 def _add_cell(classes, scores, cell, cells, k, weight, total, listed, n):
     """Add a cell's scores to the dense `total` [C]; classes met for the first time go to `listed`, which holds n.
-    Returns how many it holds now.
+    Returns the new n.
 
     classes: address of uint16 [k, cells]; scores: of float32 [k, cells]; total: of float32; listed: of uint16.
     """
     for _ in range(k):
         c = np.uint64(memory.load_uint16(classes, cell))
         before = memory.load_float32(total, c)
-        # NaN marks a class not met yet in this bin (scores are finite), so no second array is needed; no branch, which
-        # would be guessed wrongly.
+        # NaN marks a class not met yet in this bin (scores are finite), so no second array is needed. Branches would be
+        # guessed wrongly, so there are none.
         fresh = before != before
         memory.store_uint16(listed, n, c)
         n += U(fresh)
@@ -95,8 +95,8 @@ def _copy_past_caches(source, target, count):
 def _softmax_row(total, listed, n, num_classes, smoothing, row, out):
     """Softmax over C classes of which all but the `n` listed have score 0, smoothed, to `out` [C]; `total` is cleared.
 
-    total, out: addresses of float32 [C]; listed: of uint16 [n]; row: of float32 [C] to work in, which is then copied
-    past the caches, or 0.
+    total, out: addresses of float32 [C]; listed: of uint16 [n]; row: of float32 [C] to work in, from where `out` is
+    written past the caches, or 0 to write `out` at once.
     """
     highest = np.float32(-np.inf) if n == num_classes else np.float32(0.0)
     for t in range(n):
@@ -114,9 +114,8 @@ def _softmax_row(total, listed, n, num_classes, smoothing, row, out):
         memory.store_float32(values, c, off)
     for t in range(n):
         c = np.uint64(memory.load_uint16(listed, t))
-        memory.store_float32(
-            values, c, np.float32(_smooth(memory.load_float32(total, c) / mass, smoothing, num_classes))
-        )
+        share = memory.load_float32(total, c) / mass
+        memory.store_float32(values, c, np.float32(_smooth(share, smoothing, num_classes)))
         memory.store_float32(total, c, np.float32(np.nan))
     if row:
         _copy_past_caches(row, out, num_classes)
@@ -124,6 +123,10 @@ def _softmax_row(total, listed, n, num_classes, smoothing, row, out):
 
 @njit
 def _aligned_sample(source, affine, grid, cut, work, target):
+    """The rows of a sample whose crop is along the map's axes.
+
+    source: addresses of classes and scores [k, rows, columns], then k, rows, columns; work: addresses `total`, `listed`
+    and `row` as of `_softmax_row`; target: C, the smoothing, the address of the sample's float32 [1 + grid**2, C]."""
     classes, scores, k, rows, columns = source
     total, listed, row = work
     num_classes, smoothing, out = target
@@ -137,30 +140,21 @@ def _aligned_sample(source, affine, grid, cut, work, target):
         y_first, y_count, y_weights = _roi_table(top, height, bins, rows, cut)
         x_first, x_count, x_weights = _roi_table(left, width, bins, columns, cut)
         for i in range(bins):
-            for place in range(bins):
-                j = bins - 1 - place if flip else place
+            for column in range(bins):
+                j = bins - 1 - column if flip else column
                 n = U(0)
                 for y in range(y_count[i]):
                     for x in range(x_count[j]):
                         cell = U((np.int64(y_first[i]) + y) * columns + np.int64(x_first[j]) + x)
-                        n = _add_cell(
-                            classes,
-                            scores,
-                            cell,
-                            U(rows * columns),
-                            k,
-                            y_weights[i, y] * x_weights[j, x],
-                            total,
-                            listed,
-                            n,
-                        )
-                _softmax_row(
-                    total, listed, n, num_classes, smoothing, row, out + U(4 * (level + i * bins + place)) * num_classes
-                )
+                        weight = y_weights[i, y] * x_weights[j, x]
+                        n = _add_cell(classes, scores, cell, U(rows * columns), k, weight, total, listed, n)
+                row_out = out + U(4 * (level + i * bins + column)) * num_classes
+                _softmax_row(total, listed, n, num_classes, smoothing, row, row_out)
 
 
 @njit
 def _warped_sample(source, affine, grid, cut, work, target):
+    """The rows of a sample that is rotated or sheared; arguments as of `_aligned_sample`."""
     classes, scores, k, rows, columns = source
     total, listed, row = work
     num_classes, smoothing, out = target
@@ -181,10 +175,8 @@ def _warped_sample(source, affine, grid, cut, work, target):
     xu, xv, x0, yu, yv, y0 = cells[0], cells[1], cells[2], cells[3], cells[4], cells[5]
     for level in range(2):
         bins = grid if level else 1
-        samples_x, samples_y = (
-            _roi_samples(extents[0], bins, scalar.ROI_SLACK),
-            _roi_samples(extents[1], bins, scalar.ROI_SLACK),
-        )
+        samples_x = _roi_samples(extents[0], bins, scalar.ROI_SLACK)
+        samples_y = _roi_samples(extents[1], bins, scalar.ROI_SLACK)
         share = 1.0 / (samples_x * samples_y)
         for i in range(bins):
             for j in range(bins):
@@ -202,18 +194,16 @@ def _warped_sample(source, affine, grid, cut, work, target):
                             if weight > 0.0:
                                 cell = U((line + (corner >> 1)) * columns + column + (corner & 1))
                                 n = _add_cell(classes, scores, cell, U(rows * columns), k, weight, total, listed, n)
-                _softmax_row(
-                    total, listed, n, num_classes, smoothing, row, out + U(4 * (level + i * bins + j)) * num_classes
-                )
+                row_out = out + U(4 * (level + i * bins + j)) * num_classes
+                _softmax_row(total, listed, n, num_classes, smoothing, row, row_out)
 
 
 @njit
 def write(classes, scores, affines, num_classes, grid, smoothing, cut, out):
-    """Token targets of samples, as `cpu.warped_targets` describes them; its arguments, checked and contiguous. out:
-    float32 [B, 1 + grid**2, C]."""
+    """`cpu.warped_targets` with its arguments checked and contiguous; out: float32 [B, 1 + grid**2, C], written."""
     k, rows, columns = classes.shape[1], classes.shape[2], classes.shape[3]
     total = np.full(num_classes, np.float32(np.nan), np.float32)
-    listed = np.empty(num_classes + 1, np.uint16)  # one beyond the last is written before it is known to be new
+    listed = np.empty(num_classes + 1, np.uint16)  # `_add_cell` writes an entry before it knows that its class is new
     row = np.empty(num_classes, np.float32)
     work = memory.address(total), memory.address(listed), memory.address(row) if num_classes >= PAST_CACHES else U(0)
     sample_bytes = U(4 * (1 + grid * grid) * num_classes)
@@ -226,5 +216,5 @@ def write(classes, scores, affines, num_classes, grid, smoothing, cut, out):
         else:
             _aligned_sample(source, affines[b], grid, cut, work, target)
     memory.publish()
-    # The addresses' arrays, alive until here.
+    # Uses the arrays, so that they live until here: the loops have their addresses only.
     return total.size + listed.size + row.size
