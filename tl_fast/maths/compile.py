@@ -21,9 +21,9 @@ def njit(function: Callable) -> Callable:
     """`numba.njit` as all our CPU code uses it: without the GIL, without fastmath, compiled once a machine and kept on
     disk.
 
-    Numba's cache notices changes of a function's own file only, and ours call across files; so the folder is named for
-    the contents of all of them. NUMBA_CACHE_DIR or XDG_CACHE_HOME choose where; where nothing can be written, every
-    process compiles anew.
+    Numba's cache notices changes of a function's own file only, and ours call across files. So the cache's folder is
+    named for the contents of all of them. NUMBA_CACHE_DIR or XDG_CACHE_HOME choose where; where nothing can be written,
+    every process compiles anew.
     """
     folder = _cache_folder()
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, folder or ""
@@ -50,11 +50,10 @@ def _cache_folder() -> str | None:
 def compile_scalar(decorate: Callable, real: type = float, **replaced: Callable) -> types.SimpleNamespace:
     """Compile every function of `tl_fast.maths.scalar` with `decorate` (`njit`, or `numba.cuda.jit(device=True)`).
 
-    Numba cannot call an undecorated function, so each copy gets a namespace of its own in which the names it calls are
-    the compiled ones. Functions must therefore be defined after those they call. real: what the name `real` means in
-    the copies, and the type of all floating
-    constants: np.float32 leaves no double precision in them. replaced: compiled functions that take the place of
-    scalar's of that name.
+    Numba cannot call an undecorated function, so the copies share a namespace of their own, in which every name is a
+    compiled function. Functions must therefore be defined after those they call. real: what the name `real` means in
+    the copies, and the type of all floating constants: np.float32 leaves no double precision in them. replaced:
+    compiled functions that take the place of scalar's of that name.
     """
     namespace = {name: _constant(value, real) for name, value in vars(scalar).items()}
     namespace["real"] = real
@@ -66,11 +65,8 @@ def compile_scalar(decorate: Callable, real: type = float, **replaced: Callable)
             if real is not float:
                 code = code.replace(co_consts=tuple(_constant(value, real) for value in code.co_consts))
             copy = types.FunctionType(code, namespace, name, function.__defaults__)
-            copy.__module__, copy.__qualname__, copy.__doc__ = (
-                function.__module__,
-                function.__qualname__,
-                function.__doc__,
-            )
+            copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
+            copy.__doc__ = function.__doc__
             namespace[name] = decorate(copy)
     return types.SimpleNamespace(**namespace)
 

@@ -1,7 +1,7 @@
 """Reads and writes at an address, for inner loops that are functions of their own.
 
-Numba counts references to the arrays that a function is given, with atomic instructions at each call; an address is a
-number. Nothing is checked, and the caller keeps the array alive.
+Numba counts references to the arrays that a function is given, with atomic instructions at each call. An address is a
+plain number, which costs nothing. Nothing is checked, and the caller keeps the array alive.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ def _load(kind: types.Type, swapped: bool = False) -> Callable:
 
         def generate(context, builder, signature, arguments):
             pointer = builder.inttoptr(arguments[0], (ir.IntType(8) if swapped else _raw(kind)).as_pointer())
-            place = builder.gep(pointer, [arguments[1]])
-            value = builder.load(
-                builder.bitcast(place, _raw(kind).as_pointer()), align=1 if swapped else kind.bitwidth // 8
-            )
+            element = builder.bitcast(builder.gep(pointer, [arguments[1]]), _raw(kind).as_pointer())
+            value = builder.load(element, align=1 if swapped else kind.bitwidth // 8)
             return builder.bswap(value) if swapped else value
 
         return kind(types.uint64, types.uint64), generate
@@ -61,13 +59,13 @@ def _store(kind: types.Type) -> Callable:
 
     @intrinsic
     def store(typingctx, start, index, value):
-        """Set element `index` of the numbers from address `start` on to `value`, of integers (uint64) the lowest bits;
-        start, index: uint64."""
+        """Set element `index` of the numbers from address `start` on, both uint64. value: float32, or a uint64 of which
+        the lowest bits are stored."""
 
         def generate(context, builder, signature, arguments):
-            place = builder.gep(builder.inttoptr(arguments[0], _raw(kind).as_pointer()), [arguments[1]])
+            element = builder.gep(builder.inttoptr(arguments[0], _raw(kind).as_pointer()), [arguments[1]])
             value = arguments[2] if taken == kind else builder.trunc(arguments[2], _raw(kind))
-            builder.store(value, place, align=kind.bitwidth // 8)
+            builder.store(value, element, align=kind.bitwidth // 8)
             return context.get_dummy_value()
 
         return types.void(types.uint64, types.uint64, taken), generate
@@ -82,8 +80,8 @@ store_uint8, store_int16, store_uint16, store_float32 = (
 
 @intrinsic
 def copy_past_caches(typingctx, source, target):
-    """Copy 64 bytes; target, a multiple of 64, is written without being read first and without a place in the caches.
-    Both uint64.
+    """Copy 64 bytes between addresses, both uint64. The target, a multiple of 64, is written past the caches: it is not
+    read first and is not kept in them.
 
     Such writes may reach other cores late: `publish` before another thread is told of them.
     """
@@ -100,7 +98,7 @@ def copy_past_caches(typingctx, source, target):
 
 @intrinsic
 def publish(typingctx):
-    """All writes before this are seen by whoever sees a write after it, those past the caches included."""
+    """Whoever sees a write after this sees all writes before it, those past the caches included."""
 
     def generate(context, builder, signature, arguments):
         builder.fence("seq_cst")
@@ -111,8 +109,8 @@ def publish(typingctx):
 
 @intrinsic
 def copy_to_ff(typingctx, source, target):
-    """Copy 32 bytes -> how many of them stand before the first 0xFF, 32 where there is none; all uint64, source and
-    target addresses."""
+    """Copy 32 bytes between addresses -> how many of them stand before the first 0xFF, 32 where there is none. All
+    uint64."""
 
     def generate(context, builder, signature, arguments):
         data = builder.load(builder.inttoptr(arguments[0], VECTOR.as_pointer()), align=1)
@@ -124,31 +122,23 @@ def copy_to_ff(typingctx, source, target):
 
 @intrinsic
 def before_marker(typingctx, source):
-    """How many of the 32 bytes at an address stand before the first 0xFF that is followed by something other than 0; 32
-    where there is none.
-
-    Reads 33 bytes. Both uint64.
-    """
+    """How many of the 32 bytes at an address stand before the first 0xFF that is not followed by 0; 32 where there is
+    none. Reads 33 bytes. Both uint64."""
 
     def generate(context, builder, signature, arguments):
+        addresses = arguments[0], builder.add(arguments[0], ir.Constant(ir.IntType(64), 1))
         data, following = (
-            builder.load(
-                builder.inttoptr(builder.add(arguments[0], ir.Constant(ir.IntType(64), n)), VECTOR.as_pointer()),
-                align=1,
-            )
-            for n in (0, 1)
+            builder.load(builder.inttoptr(address, VECTOR.as_pointer()), align=1) for address in addresses
         )
-        ones, zeros = ir.Constant(VECTOR, [0xFF] * 32), ir.Constant(VECTOR, [0] * 32)
-        return _first(
-            builder,
-            builder.and_(builder.icmp_unsigned("==", data, ones), builder.icmp_unsigned("!=", following, zeros)),
-        )
+        is_ff = builder.icmp_unsigned("==", data, ir.Constant(VECTOR, [0xFF] * 32))
+        not_zero = builder.icmp_unsigned("!=", following, ir.Constant(VECTOR, [0] * 32))
+        return _first(builder, builder.and_(is_ff, not_zero))
 
     return types.uint64(types.uint64), generate
 
 
-def _first(builder: ir.IRBuilder, found: ir.Value) -> ir.Value:
-    """The number of the first true one of 32, i64; 32 where none is."""
-    mask = builder.zext(builder.bitcast(found, ir.IntType(32)), ir.IntType(64))
+def _first(builder: ir.IRBuilder, flags: ir.Value) -> ir.Value:
+    """The number of the first true flag of 32, i64; 32 where none is."""
+    mask = builder.zext(builder.bitcast(flags, ir.IntType(32)), ir.IntType(64))
     mask = builder.or_(mask, ir.Constant(ir.IntType(64), 1 << 32))
     return builder.cttz(mask, ir.Constant(ir.IntType(1), 1))

@@ -2,8 +2,8 @@
 
 Plain functions of scalars: `numba.njit` compiles them for the CPU and `numba.cuda` as device functions (see
 `tl_fast.maths.compile.compile_scalar`); called undecorated they are their own slow reference. Nothing here allocates,
-loops over pixels or knows a backend. What both backends use works in `real`, float64 on the CPU and float32 on the GPU,
-and casts integers to it before it mixes them with floats, which numba would take for a wish for float64.
+loops over pixels or knows a backend. What both backends use works in `real`: float64 on the CPU, float32 on the GPU. It
+casts integers to `real` before it mixes them with floats, since numba makes float64 of an integer and a float32.
 """
 
 from __future__ import annotations
@@ -206,13 +206,12 @@ def erase_fractions(seed, epoch, sample_id, probability, area_low, area_high, lo
 
 
 def erase_box(share, room, size):
-    """One side of an erased box in pixels of an output of `size`: (first, length) for its `share` of the side, at
-    `room` of what is left."""
+    """One side of an erased box in an output of `size` pixels -> (first, length). share: of the side that it covers;
+    room: of the pixels left over, how large a share lies before it."""
     length = int(math.floor(share * size + 0.5))
     length = min(length, size - 1) if share > 0.0 else 0
-    return min(
-        int(math.floor(room * (size - length + 1))), size - length
-    ), length  # kept as float32, a room below 1 may have become 1
+    # A room below 1 may have become 1 when it was kept as float32.
+    return min(int(math.floor(room * (size - length + 1))), size - length), length
 
 
 def filter_support(box_extent, out_size, interpolation):
@@ -270,8 +269,8 @@ def luma(red, green, blue):
 
 
 def product(a, b):
-    """a * b in float32, rounded before anything is added; the GPU's copy keeps its compiler from fusing it with a sum
-    (`compile_scalar`)."""
+    """a * b in float32, rounded before anything is added. On the GPU another function takes its place, which the
+    compiler does not fuse with a sum."""
     return a * b
 
 
@@ -282,7 +281,7 @@ def blend(degenerate, value, factor):
 
 
 def curve(op, argument, value):
-    """The grey value (int64, 0..255) that a pointwise operation makes of `value`; of others, `value`."""
+    """The grey value (int64, 0..255) that a pointwise operation makes of `value`; other operations leave it."""
     if op == INVERT:
         return 255 - value
     if op == POSTERIZE:
@@ -298,8 +297,7 @@ def curve(op, argument, value):
 
 
 def round53(n):
-    """A positive integer rounded to 53 significant bits, to the nearest, halves to even: what float64 arithmetic keeps
-    of it."""
+    """A positive integer rounded to 53 significant bits (to the nearest, halves to even), as float64 would."""
     bits = 0
     while n >> (53 + bits):
         bits += 1
@@ -307,11 +305,11 @@ def round53(n):
 
 
 def stretch(value, low, high):
-    """Pillow's autocontrast: `low` to 0, `high` to 255; nothing where there is but one value. All int64, 0..255.
+    """Pillow's autocontrast: `low` becomes 0, `high` 255; an image of one value stays. All int64, 0..255.
 
-    Pillow computes int(value * s - low * s) with s = 255.0 / (high - low), in double precision, whose rounding shows
-    where the exact result is whole. Here the same three roundings are done in integers, in units of 2**-shift, for the
-    GPU shall do without double precision.
+    Pillow computes int(value * s - low * s) with s = 255.0 / (high - low) in double precision, whose rounding shows
+    where the exact result is whole. The GPU shall do without double precision, so the same three roundings are done
+    here in integers, in units of 2**-shift.
     """
     if high <= low:
         return value
@@ -329,8 +327,8 @@ def stretch(value, low, high):
 
 
 def rounded_mean(total, count):
-    """The sum `total` of `count` grey values -> their mean, halves rounded up, in integers: what Pillow's double
-    precision gives for any image."""
+    """The sum `total` of `count` grey values -> their mean, halves rounded up. In integers; Pillow's double precision
+    gives the same for any image."""
     return (2 * total + count) // (2 * count)
 
 
@@ -344,8 +342,8 @@ def roi_samples(extent, bins, slack):
     """RoIAlign's adaptive number of sampling points per bin along one axis; `extent` in cells (at least 1), `bins`
     output bins.
 
-    The division is float32's on every backend, as torchvision's. slack: 0, or, where `extent` is computed in steps that
-    backends round differently, how far above a whole number it still counts as that number.
+    The division is float32's on every backend, as torchvision's. slack: how far above a whole number the quotient still
+    counts as that number; 0, but for an `extent` computed in steps that backends round differently.
     """
     return max(int(math.ceil(np.float32(extent) / np.float32(bins) - np.float32(slack))), 1)
 
@@ -371,8 +369,7 @@ def roi_tap(point, cells):
 
 
 def roi_outside(point, cells):
-    """True for a sampling point beyond the map's edge, where RoIAlign goes on with the border cell for half a cell
-    more."""
+    """True for a sampling point beyond the map's edge; RoIAlign itself repeats the border cell for half a cell more."""
     return point < -0.5 or point > real(cells) - 0.5
 
 
