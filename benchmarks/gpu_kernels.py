@@ -1,15 +1,14 @@
-"""How fast are the CUDA kernels: token targets beside a device copy and beside torch, images beside the 1.0 ms that 256
-may take?
+"""How fast are the CUDA kernels? Token targets beside a device copy and beside torch; 256 images beside the 1.0 ms that
+they may take.
 
     python benchmarks/gpu_kernels.py [--batch 256] [--small]
 
 Token targets: 14 x 14 tokens and the class token, maps of 18 x 18 cells, top 5 of 1,000 classes, as they lie in a
 beton. Bytes are those of the output and of the maps, each once; the copy counts what it reads and what it writes.
 torch: scatter into dense maps, torchvision's RoIAlign, softmax, smoothing, all on the GPU. Images: regions of 500 x 375
-images to 224 px; bytes are those of the decoded regions and of the output. Every kernel is
-compared with its CPU twin first: its rows say whether it `matches`, and where one does not the program ends with a
-failing status. --small runs each kernel once on few samples, for compute-sanitizer. Rows go to
-benchmarks/results/gpu/kernels.jsonl.
+images to 224 px; bytes are those of the decoded regions and of the output. Every kernel is compared with its CPU twin
+first: its rows say whether it `matches`, and if one does not, the program ends with a failing status. --small runs each
+kernel once on few samples, for compute-sanitizer. Rows go to benchmarks/results/gpu/kernels.jsonl.
 """
 
 from __future__ import annotations
@@ -54,31 +53,29 @@ class Targets:
 
     def __init__(self, number: int, batch: int):
         rng = np.random.default_rng(number)
-        maps, unpacked = [], []
+        encoded, unpacked, ranges = [], [], []
         for _ in range(batch):
             classes = np.argsort(rng.random((10, SPEC.height, SPEC.width)), axis=0)[: SPEC.k] + rng.integers(
                 0, SPEC.num_classes - 10
             )
             record = pack(classes.astype(np.uint16), rng.uniform(0, 12, classes.shape).astype(np.float32), SPEC)
-            maps.append((np.frombuffer(encode(record, SPEC), np.uint8), record["score_min"], record["score_step"]))
+            encoded.append(np.frombuffer(encode(record, SPEC), np.uint8))
+            ranges.append((record["score_min"], record["score_step"]))
             unpacked.append(unpack(record, SPEC))
-        self.classes, self.scores = (np.ascontiguousarray(np.stack(each)) for each in zip(*unpacked, strict=True))
+        self.classes, self.scores = (np.ascontiguousarray(np.stack(arrays)) for arrays in zip(*unpacked, strict=True))
         plans = plans_of(number, batch, plan.Augment())
         sizes = np.full(batch, HEIGHT), np.full(batch, WIDTH)
         self.affines = map_affines(plans, *sizes, "full", "correct")
-        self.maps = device(np.concatenate([each for each, _, _ in maps]))
-        self.starts = device(np.cumsum([0] + [len(each) for each, _, _ in maps]).astype(np.int64))
-        self.ranges = device(np.array([each[1:] for each in maps], np.float32))
+        self.maps = device(np.concatenate(encoded))
+        self.starts = device(np.cumsum([0] + [len(data) for data in encoded]).astype(np.int64))
+        self.ranges = device(np.array(ranges, np.float32))
         self.device_affines, self.errors = device(self.affines), torch.zeros(batch, dtype=torch.int32, device="cuda")
         self.dense = device(self.classes.astype(np.int64)), device(self.scores)
-        left, top = (
-            (self.affines[:, 2] + np.minimum(self.affines[:, 0], 0)) * SPEC.width,
-            self.affines[:, 5] * SPEC.height,
-        )
+        left = (self.affines[:, 2] + np.minimum(self.affines[:, 0], 0)) * SPEC.width
+        top = self.affines[:, 5] * SPEC.height
         right, bottom = left + np.abs(self.affines[:, 0]) * SPEC.width, top + self.affines[:, 4] * SPEC.height
-        self.boxes = device(
-            np.stack([np.arange(batch), left - 0.5, top - 0.5, right - 0.5, bottom - 0.5], axis=1).astype(np.float32)
-        )
+        boxes = np.stack([np.arange(batch), left - 0.5, top - 0.5, right - 0.5, bottom - 0.5], axis=1)
+        self.boxes = device(boxes.astype(np.float32))
         self.flips = device(self.affines[:, 0] < 0)
 
     def ours(self, out: torch.Tensor) -> None:
@@ -98,23 +95,20 @@ class Targets:
 
     def by_torch(self) -> torch.Tensor:
         classes, scores = self.dense
-        dense = torch.zeros((len(classes), SPEC.num_classes, SPEC.height, SPEC.width), device="cuda").scatter_(
-            1, classes, scores
-        )
+        dense = torch.zeros((len(classes), SPEC.num_classes, SPEC.height, SPEC.width), device="cuda")
+        dense.scatter_(1, classes, scores)
+        off = SMOOTHING / SPEC.num_classes
         parts = []
         for bins in (1, GRID):
             aligned = torchvision.ops.roi_align(dense, self.boxes, bins)
             aligned = torch.where(self.flips.view(-1, 1, 1, 1), aligned.flip(3), aligned)
-            parts.append(
-                aligned.flatten(2).transpose(1, 2).softmax(2) * (1 - SMOOTHING + SMOOTHING / SPEC.num_classes)
-                + SMOOTHING / SPEC.num_classes
-            )
+            parts.append(aligned.flatten(2).transpose(1, 2).softmax(2) * (1 - SMOOTHING + off) + off)
         return torch.cat(parts, dim=1)
 
 
 class Images:
-    """One batch of decoded regions on the device, of random pixels. tame: without the operations that make many levels
-    of a level's difference, which is to be expected of the geometry; for comparing with the CPU."""
+    """One batch of decoded regions of random pixels on the device. tame: for comparing with the CPU, without operations
+    that turn the geometry's difference of one level into many."""
 
     def __init__(self, number: int, batch: int, augment: plan.Augment, tame: bool = False):
         self.plans = plans_of(number, batch, augment)
@@ -151,29 +145,21 @@ class Images:
         region, out = self.regions[b], np.empty((3, SIZE, SIZE), np.uint8)
         rows, columns = int(region["rows"]), int(region["columns"])
         pixels = self.host[int(region["offset"]) :][: 3 * rows * columns].reshape(rows, columns, 3)
-        cpu.augment(
-            pixels,
-            region["top"],
-            region["left"],
-            HEIGHT,
-            WIDTH,
-            self.plans[b],
-            np.array((124, 116, 104), np.uint8),
-            out,
-        )
+        fill = np.array((124, 116, 104), np.uint8)
+        cpu.augment(pixels, region["top"], region["left"], HEIGHT, WIDTH, self.plans[b], fill, out)
         return out
 
 
-def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> bool:
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, label: str) -> bool:
     try:
         torch.testing.assert_close(got.float().cpu(), expected.cpu(), atol=tolerance, rtol=1e-2)
     except AssertionError as error:
-        print(f"MISMATCH: {what}: {error}", flush=True)
+        print(f"MISMATCH: {label}: {error}", flush=True)
         return False
     return True
 
 
-def targets_match(batch: Targets, out: torch.Tensor, tolerance: float, what: str) -> bool:
+def targets_match(batch: Targets, out: torch.Tensor, tolerance: float, label: str) -> bool:
     batch.ours(out.fill_(float("nan")))
     few = min(8, len(batch.classes))
     expected = cpu.warped_targets(
@@ -181,24 +167,22 @@ def targets_match(batch: Targets, out: torch.Tensor, tolerance: float, what: str
     )
     sound = not batch.errors.any() and bool(torch.isfinite(out.sum()))
     if not sound:
-        print(
-            f"MISMATCH: {what}: codes of damaged maps {batch.errors.unique().tolist()}, or rows that are not finite",
-            flush=True,
-        )
-    return close(out[:few], torch.from_numpy(expected), tolerance, what) and sound
+        codes = batch.errors.unique().tolist()
+        print(f"MISMATCH: {label}: codes of damaged maps {codes}, or rows that are not finite", flush=True)
+    return close(out[:few], torch.from_numpy(expected), tolerance, label) and sound
 
 
-def images_match(batch: Images, out: torch.Tensor, scratch: torch.Tensor, levels: int, share: float, what: str) -> bool:
+def images_match(
+    batch: Images, out: torch.Tensor, scratch: torch.Tensor, levels: int, share: float, label: str
+) -> bool:
     """Are no more than `share` of the pixels more than so many levels away from the CPU's?"""
     batch.run(out.zero_(), scratch)
     few = range(min(8, len(out)))
     off = np.abs(np.stack([out[b].cpu().numpy().astype(int) - batch.by_cpu(b) for b in few]))
     worst = (off > levels).mean(axis=(1, 2, 3)).max()
     if worst > share:
-        print(
-            f"MISMATCH: {what}: up to {off.max()} levels, of one image more than {levels} in {worst:.2%} of the pixels",
-            flush=True,
-        )
+        levels_off = f"up to {off.max()} levels, of one image more than {levels} in {worst:.2%} of the pixels"
+        print(f"MISMATCH: {label}: {levels_off}", flush=True)
     return bool(worst <= share)
 
 
@@ -264,19 +248,14 @@ def main() -> None:
     for name, augment in RECIPES.items():
         label = f"images, {name}"
         images = [Images(n, batch, augment) for n in range(1 if arguments.small else SETS)]
-        same = images_match(
-            Images(0, batch, augment, tame=True),
-            out,
-            scratch,
-            *((3, 5e-3) if augment.auto_augment else (1, 1e-3)),
-            label,
-        )
+        levels, share = (3, 5e-3) if augment.auto_augment else (1, 1e-3)
+        same = images_match(Images(0, batch, augment, tame=True), out, scratch, levels, share, label)
         matches[label] = matches[f"{label}, bfloat16 channels-last"] = same
         if arguments.small:
             images[0].run(normalised, scratch, **normalise)
             torch.cuda.synchronize()
             continue
-        moved = out.nbytes + sum(each.bytes for each in images) // len(images)
+        moved = out.nbytes + sum(batch_of_images.bytes for batch_of_images in images) // len(images)
         figures(label, milliseconds(lambda n, images=images: images[n].run(out, scratch), SETS), moved, **facts)
         times = milliseconds(lambda n, images=images: images[n].run(normalised, scratch, **normalise), SETS)
         figures(f"{label}, bfloat16 channels-last", times, moved + out.nbytes, **facts)

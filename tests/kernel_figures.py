@@ -22,35 +22,26 @@ def ptx(name: str, architecture: tuple[int, int]) -> str:
     kernel = KERNELS[name]
     signature = types.void(*kernel.arguments)
     device = mock.Mock(compute_capability=architecture)
-    with mock.patch(
-        "numba.cuda.dispatcher.get_current_device", lambda: device
-    ):  # device functions are compiled for the GPU at hand
-        text, _ = cuda.compile(
-            kernel.function, signature, device=False, abi="numba", cc=architecture, launch_bounds=kernel.bounds
-        )
+    options = {"device": False, "abi": "numba", "cc": architecture, "launch_bounds": kernel.bounds}
+    # Device functions are compiled for the GPU at hand.
+    with mock.patch("numba.cuda.dispatcher.get_current_device", lambda: device):
+        text, _ = cuda.compile(kernel.function, signature, **options)
     return text
 
 
 def assemble(text: str, architecture: tuple[int, int], folder: Path) -> dict[str, int]:
     """ptxas's registers, static shared memory, stack frame and spilled bytes."""
-    source = folder / "kernel.ptx"
+    source, binary = folder / "kernel.ptx", folder / "kernel.cubin"
     source.write_text(text)
-    command = [
-        "ptxas",
-        f"-arch=sm_{architecture[0]}{architecture[1]}",
-        "-v",
-        str(source),
-        "-o",
-        str(folder / "kernel.cubin"),
-    ]
+    command = ["ptxas", f"-arch=sm_{architecture[0]}{architecture[1]}", "-v", source, "-o", binary]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = {
+    patterns = {
         "registers": r"Used (\d+) registers",
         "shared": r"(\d+) bytes smem",
         "stack": r"(\d+) bytes stack frame",
         "spilled": r"(\d+) bytes spill stores",
     }
-    return {key: int(match[1]) if (match := re.search(pattern, report)) else 0 for key, pattern in found.items()}
+    return {key: int(match[1]) if (match := re.search(pattern, report)) else 0 for key, pattern in patterns.items()}
 
 
 def occupancy(registers: int, threads: int) -> int:
@@ -60,9 +51,8 @@ def occupancy(registers: int, threads: int) -> int:
 
 def table() -> list[tuple[str, str, int, int, int, int, int]]:
     """Rows of docs/kernels.md: (kernel, architecture, registers, static shared memory, stack, spilled, blocks)."""
-    rows = re.findall(
-        r"^\| ([^|]+?) \| (sm_\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", DOCUMENT.read_text(), re.M
-    )
+    pattern = r"^\| ([^|]+?) \| (sm_\d+) " + r"\| (\d+) " * 5 + r"\|$"
+    rows = re.findall(pattern, DOCUMENT.read_text(), re.M)
     return [(name, architecture, *map(int, figures)) for name, architecture, *figures in rows]
 
 
@@ -71,23 +61,14 @@ def main() -> None:
 
     if not shutil.which("ptxas"):
         raise SystemExit("ptxas is not on PATH; it comes with the CUDA toolkit")
-    lines = [
-        (
-            "| kernel | for | registers | static shared memory, bytes | stack, bytes | spilled, bytes | blocks by"
-            " registers |"
-        ),
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = "kernel", "for", "registers", "static shared memory, bytes", "stack, bytes", "spilled, bytes"
+    lines = [f"| {' | '.join(columns)} | blocks by registers |", "|---|---|---|---|---|---|---|"]
     for name, kernel in KERNELS.items():
         for architecture in ARCHITECTURES:
             with tempfile.TemporaryDirectory() as folder:
                 figures = assemble(ptx(name, architecture), architecture, Path(folder))
-            row = (
-                name,
-                f"sm_{architecture[0]}{architecture[1]}",
-                *figures.values(),
-                occupancy(figures["registers"], kernel.bounds[0]),
-            )
+            blocks = occupancy(figures["registers"], kernel.bounds[0])
+            row = name, f"sm_{architecture[0]}{architecture[1]}", *figures.values(), blocks
             lines.append(f"| {' | '.join(map(str, row))} |")
             print(lines[-1], flush=True)
     text = DOCUMENT.read_text()
