@@ -1,7 +1,8 @@
-"""The CUDA kernels against their njit twins, Pillow's arithmetic and the golden targets. tests/kernels/test_cuda.py
-runs this
-file: in numba's simulator on small odd shapes, in a process of its own (what is marked gpu there runs these functions
-on real sizes)."""
+"""The CUDA kernels against their njit twins, Pillow's arithmetic and the golden targets.
+
+tests/kernels/test_cuda.py runs this file in numba's simulator, on small odd shapes, in processes of its own; its tests
+marked gpu run these functions on real sizes.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +25,8 @@ from tl_fast.plan.rand_augment import OPS
 
 FILL = (124, 116, 104)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TOLERANCE = (
-    2e-6 if SIMULATED else 1e-5
-)  # of a target; the GPU fuses multiplications with additions, and its exponential is another
+# Of a target: the GPU fuses multiplications with additions, and its exponential is another.
+TOLERANCE = 2e-6 if SIMULATED else 1e-5
 COLOURS = [op for op in range(scalar.AUTO_CONTRAST, scalar.SHARPNESS + 1) if op != scalar.ROTATE]
 ARGUMENTS = {
     scalar.POSTERIZE: 3.0,
@@ -40,7 +40,7 @@ ARGUMENTS = {
 
 
 def put(array):
-    """To the device, a copy: what is changed there has to be got back with `get`."""
+    """A copy on the device; `get` brings back what is changed there."""
     return array.copy() if SIMULATED else cuda.cuda.to_device(array)
 
 
@@ -268,23 +268,14 @@ def test_a_class_beyond_the_last_is_refused():
 )
 def test_targets_refuse_other_numbers(change):
     """Their bits would be taken for float32's."""
-    arrays = (
-        dict(
-            classes=np.zeros((1, 1, 1, 1), np.uint16),
-            scores=np.zeros((1, 1, 1, 1), np.float32),
-            out=np.zeros((1, 2, 5), np.float32),
-        )
-        | change
-    )
+    arrays = {
+        "classes": np.zeros((1, 1, 1, 1), np.uint16),
+        "scores": np.zeros((1, 1, 1, 1), np.float32),
+        "out": np.zeros((1, 2, 5), np.float32),
+    }
+    classes, scores, out = (put(array) for array in (arrays | change).values())
     with pytest.raises(ValueError, match="must be float32, got float"):
-        cuda.warped_targets(
-            *(put(arrays[name]) for name in ("classes", "scores")),
-            np.array([[1, 0, 0, 0, 1, 0]], np.float32),
-            5,
-            1,
-            0.0,
-            put(arrays["out"]),
-        )
+        cuda.warped_targets(classes, scores, np.array([[1, 0, 0, 0, 1, 0]], np.float32), 5, 1, 0.0, out)
 
 
 # --- images
@@ -302,13 +293,13 @@ def make_batch(images, plans, size) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """Decoded regions one after the other from an odd address on, REGION records, and the CPU's output."""
     heights, widths = (np.array([image.shape[n] for image in images]) for n in (0, 1))
     starts, stops = warp.needed(plans, heights, widths, size)
-    regions, parts, at = np.zeros(len(images), cuda.REGION), [np.zeros(3, np.uint8)], 3
+    regions, parts, offset = np.zeros(len(images), cuda.REGION), [np.zeros(3, np.uint8)], 3
     expected = np.full((len(images), 3, size, size), 99, np.uint8)
     for b, image in enumerate(images):
         part = np.ascontiguousarray(image[starts[b, 0] : stops[b, 0], starts[b, 1] : stops[b, 1]])
-        regions[b] = (at, *part.shape[:2], *starts[b], *image.shape[:2])
+        regions[b] = (offset, *part.shape[:2], *starts[b], *image.shape[:2])
         parts.append(part.ravel())
-        at += part.size
+        offset += part.size
         cpu.augment(part, *starts[b], *image.shape[:2], plans[b], np.array(FILL, np.uint8), expected[b])
     return np.concatenate(parts), regions, expected
 
@@ -380,9 +371,8 @@ def test_flipped_crops():
 )
 @pytest.mark.parametrize("operations", [[], [("Rotate", 30.0)]], ids=["axes", "rotated"])
 def test_what_does_not_fit_is_done_in_parts(monkeypatch, settings, operations):
-    show = dataclasses.replace(
-        cuda_launch.KERNELS["images: geometry"], function=cuda_geometry.build(tile=8, lines=6, **settings)
-    )
+    function = cuda_geometry.build(tile=8, lines=6, **settings)
+    show = dataclasses.replace(cuda_launch.KERNELS["images: geometry"], function=function)
     monkeypatch.setitem(cuda_launch.KERNELS, "images: geometry", show)
     monkeypatch.setattr(cuda_geometry, "TILE", 8)
     plans = affine_plans(1, (1, 2, 33, 30), 1, operations)
@@ -464,17 +454,15 @@ def test_full_recipe():
     plans = plan.draw(
         11, 3, np.arange(count), np.array([i.shape[0] for i in images]), np.array([i.shape[1] for i in images]), augment
     )
-    plans["ops"][np.isin(plans["ops"], (scalar.EQUALIZE, scalar.AUTO_CONTRAST))] = (
-        scalar.INVERT
-    )  # these make many levels of one
+    # Equalize and AutoContrast make many levels of one.
+    plans["ops"][np.isin(plans["ops"], (scalar.EQUALIZE, scalar.AUTO_CONTRAST))] = scalar.INVERT
     pixels, regions, expected = make_batch(images, plans, size)
     off = np.abs(augmented(pixels, regions, plans, size).astype(int) - expected)
     assert (off > 3).mean() < 5e-3 and (off > 0).mean() < 0.1
 
 
 def test_regions_that_lack_pixels_are_not_overrun():
-    """A wrong region gives a wrong image, not a read beyond it: every byte of the source is 50, all around it are
-    others'."""
+    """A wrong region gives a wrong image, not a read beyond it: its bytes are 50, those around it other samples'."""
     plans = affine_plans(1, (0, 0, 40, 50), 1, [("Rotate", 20.0)])
     pixels = np.full(3 * 10 * 12, 50, np.uint8)
     regions = np.array([(0, 10, 12, 15, 20, 40, 50)], cuda.REGION)
@@ -495,21 +483,17 @@ def test_regions_that_lack_pixels_are_not_overrun():
     ],
 )
 def test_augment_refuses_what_does_not_fit(change, message):
-    arguments = (
-        dict(
-            pixels=np.zeros(48, np.uint8),
-            regions=np.array([(0, 4, 4, 0, 0, 4, 4)], cuda.REGION),
-            plans=affine_plans(1, (0, 0, 4, 4), 0),
-            fill=FILL,
-            out=np.zeros((1, 3, 4, 4), np.uint8),
-            scratch=np.zeros(48, np.uint8),
-        )
-        | change
-    )
+    arguments = {
+        "pixels": np.zeros(48, np.uint8),
+        "regions": np.array([(0, 4, 4, 0, 0, 4, 4)], cuda.REGION),
+        "plans": affine_plans(1, (0, 0, 4, 4), 0),
+        "fill": FILL,
+        "out": np.zeros((1, 3, 4, 4), np.uint8),
+        "scratch": np.zeros(48, np.uint8),
+    } | change
+    arguments = {name: put(value) if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
-        cuda.augment(
-            **{name: put(value) if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
-        )
+        cuda.augment(**arguments)
 
 
 # --- scalar maths

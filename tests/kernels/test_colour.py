@@ -25,20 +25,8 @@ THEIRS = {
     "Brightness": auto_augment.brightness,
     "Sharpness": auto_augment.sharpness,
 }
-FACTORS = [
-    0.0,
-    0.1,
-    0.19,
-    0.5,
-    0.8237,
-    1.0,
-    1.0001,
-    1.3,
-    1.81,
-    1.9,
-    3.5,
-    *np.random.default_rng(0).uniform(0.1, 1.9, 8).tolist(),
-]
+FACTORS = [0.0, 0.1, 0.19, 0.5, 0.8237, 1.0, 1.0001, 1.3, 1.81, 1.9, 3.5]
+FACTORS += np.random.default_rng(0).uniform(0.1, 1.9, 8).tolist()
 ARGUMENTS = {
     "AutoContrast": [0],
     "Equalize": [0],
@@ -58,14 +46,14 @@ SHAPES = [(1, 1), (1, 5), (2, 3), (3, 2), (3, 3), (4, 3), (17, 33), (96, 128)]
 def images(photos) -> list[Image.Image]:
     """Photos whole and as cut-outs of all kinds of sizes, and images of few values."""
     rng = np.random.default_rng(0)
-    found = []
+    images = []
     for n, file in enumerate(sorted(photos.glob("*/*/*.jpg"))[::8]):
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-        found.append(image.resize((224, 224)) if n % 3 else image)
+        images.append(image.resize((224, 224)) if n % 3 else image)
         height, width = SHAPES[n % len(SHAPES)]
         top, left = rng.integers(0, image.height - height), rng.integers(0, image.width - width)
-        found.append(image.crop((left, top, left + width, top + height)))
+        images.append(image.crop((left, top, left + width, top + height)))
     y, x = np.mgrid[:40, :50]
     arrays = [
         np.full((9, 8, 3), 77),
@@ -76,8 +64,8 @@ def images(photos) -> list[Image.Image]:
         rng.integers(100, 103, (40, 50, 3)),
         rng.choice([0, 255], (5, 7, 3)),
     ]
-    found += [Image.fromarray(a.astype(np.uint8)) for a in arrays]
-    return [*found, *(image.crop((0, 0, width, height)) for image in found[:3] for height, width in SHAPES)]
+    images += [Image.fromarray(a.astype(np.uint8)) for a in arrays]
+    return [*images, *(image.crop((0, 0, width, height)) for image in images[:3] for height, width in SHAPES)]
 
 
 def ours(image: Image.Image, *operations: tuple[str, float]) -> np.ndarray:

@@ -18,16 +18,8 @@ no_gpu = pytest.mark.skipif(
 
 
 def run_cases(environment: dict[str, str], *arguments: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests" / "cuda_cases.py"),
-        *arguments,
-    ]
+    cases = str(ROOT / "tests" / "cuda_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     assert " passed" in done.stdout
@@ -47,9 +39,8 @@ def test_kernels_in_the_simulator(cases):
 
 def test_importing_needs_no_gpu():
     script = "import tl_fast.kernels.cuda, tl_fast.kernels.cuda_device as d; assert not d.SIMULATED"
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"} | {
-        "CUDA_VISIBLE_DEVICES": ""
-    }
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
 
 
@@ -121,9 +112,8 @@ def test_images_at_real_sizes(photos, dtype):
     heights, widths = (np.array([image.shape[n] for image in images]) for n in (0, 1))
     augment = plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random")
     plans = plan.draw(5, 1, np.arange(len(images)), heights, widths, augment)
-    plans["ops"][np.isin(plans["ops"], (scalar.EQUALIZE, scalar.AUTO_CONTRAST))] = (
-        scalar.INVERT
-    )  # these make many levels of one
+    # Equalize and AutoContrast make many levels of one.
+    plans["ops"][np.isin(plans["ops"], (scalar.EQUALIZE, scalar.AUTO_CONTRAST))] = scalar.INVERT
     pixels, regions, expected = cuda_cases.make_batch(images, plans, 224)
     options = {} if dtype == torch.uint8 else {"mean": cuda_cases.MEAN, "std": cuda_cases.STD}
     out = torch.full(expected.shape, 99, dtype=dtype, device="cuda")

@@ -36,12 +36,12 @@ SIZE = 112
 @pytest.fixture(scope="module")
 def images(photos) -> list[Image.Image]:
     """Photos of 4:3, 3:4, square and odd sizes."""
-    found = []
+    chosen = []
     for n, file in enumerate(sorted(photos.glob("*/*/*.jpg"))[::13]):
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-        found.append([image, image.crop((0, 0, 301, 173)), image.resize((224, 224)), image.resize((640, 480))][n % 4])
-    return found
+        chosen.append([image, image.crop((0, 0, 301, 173)), image.resize((224, 224)), image.resize((640, 480))][n % 4])
+    return chosen
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +188,8 @@ def output_to_source(crop, flip, operations, size) -> np.ndarray:
             step[:2, :2] = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
             step[:2, 2] = size / 2 - step[:2, :2] @ [size / 2, size / 2]
         else:
-            at = {"ShearX": (0, 1), "ShearY": (1, 0), "TranslateX": (0, 2), "TranslateY": (1, 2)}[name]
-            step[at] = argument * (size if name.startswith("T") else 1)
+            element = {"ShearX": (0, 1), "ShearY": (1, 0), "TranslateX": (0, 2), "TranslateY": (1, 2)}[name]
+            step[element] = argument * (size if name.startswith("T") else 1)
         matrix = matrix @ step
     return matrix
 
