@@ -29,6 +29,7 @@ from tl_fast.kernels.targets.cuda_bins import (
     fill_axes,
     place_crop,
 )
+from tl_fast.kernels.targets.cuda_block_row import build_block_row
 from tl_fast.kernels.targets.cuda_maps import PALETTE, READERS
 from tl_fast.kernels.targets.cuda_rows import GROUPS, LANES, NAN, Block, Places, Shared, Task
 
@@ -51,7 +52,7 @@ def _places(num_classes, grid, slots, reach, group, groups):
 
 def _build(open_map, read, write):
     """The kernel for one kind of source and one type of output."""
-    block_row, warp_row = cuda_rows.build_block_row(read, write), cuda_rows.build_warp_row(read, write)
+    block_row, warp_row = build_block_row(read, write), cuda_rows.build_warp_row(read, write)
 
     def targets(source, sizes, affines, settings, room, tokens, vector, out, errors):
         """Block (0, b) makes the class token's row of sample b, the others `tokens` rows each.
