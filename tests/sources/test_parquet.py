@@ -45,7 +45,7 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
 
     def decode(source: ParquetSource, group):
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(file, b"%d\n" % group.place)
+        os.write(file, b"%d\n" % group.number)
         os.close(file)
         return plain(source, group)
 
@@ -97,7 +97,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, times: int, error: Exception, group: i
     plain, attempts, lock = ParquetSource._decode, [], threading.Lock()
 
     def decode(source: ParquetSource, wanted):
-        if wanted.place == group:
+        if wanted.number == group:
             with lock:
                 attempts.append(len(attempts))
                 number = len(attempts)

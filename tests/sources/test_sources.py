@@ -641,7 +641,7 @@ def test_parquet_decodes_each_row_group_once(folder, tmp_path, monkeypatch):
 
         def counted(group, plain=plain, decoded=decoded, lock=lock):
             with lock:
-                decoded.append(group.place)
+                decoded.append(group.number)
             return plain(group)
 
         monkeypatch.setattr(source, "_decode", counted)
