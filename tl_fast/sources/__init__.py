@@ -1,4 +1,4 @@
-"""Where images come from: folders, tars, WebDataset shards, parquet files."""
+"""Data sets of images: folders, ImageNet's tars, WebDataset shards and parquet files, read without unpacking."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
-"""Image files → RGB pixels, the one way in which annotation, conversion, the loader and the pictures open an image.
+"""Opens image files: bytes in, RGB pixels out, the same way for annotation, conversion, the loader and the pictures.
 
-`open_rgb` decides which formats may be read, what becomes of every kind of pixel, how large an image may be and what an
+`open_rgb` decides which formats may be read, how each kind of pixel becomes RGB, how large an image may be and what an
 EXIF orientation does. Needs Pillow and NumPy only.
 """
 
@@ -16,18 +16,18 @@ import numpy as np
 from PIL import Image
 
 Image.init()  # loads Pillow's plugins now, not in several worker threads at once
-# Pillow warns of images half as large as those that are refused. The text has the size in it, so it would appear for
-# nearly every such file.
+# Pillow warns of images that are half as large as those it refuses. Each warning states a size, so Python would not
+# drop it as a repetition.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
-# What a file may be. For others (EPS, PDF ...) Pillow has parsers, and starts programs such as Ghostscript, that nobody
-# wants to run over files of unknown origin.
+# The formats that may be read. Pillow parses others too (EPS, PDF ...) and starts programs such as Ghostscript for
+# them, which nobody wants for files of unknown origin.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 EXIF = ("ignore", "apply")  # what to do with an EXIF orientation
 REMEDY = "replace or remove the file"
 
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 0x0102, 0x0106  # TIFF tags
-PIXELS_A_BYTE = 512  # of a JPEG with Huffman codes: a block of 8 x 8 pixels takes at least one bit
+PIXELS_A_BYTE = 512  # at most, in a JPEG with Huffman codes: a block of 8 x 8 pixels takes at least one bit
 _LAST_HUFFMAN_FRAME = 0xC2  # SOF2; arithmetic coding and the lossless frames have later codes
 
 # How to turn an image upright, by EXIF orientation. 1 is upright. All but 6 and 8 are their own inverse.
@@ -44,16 +44,18 @@ _INVERSE = {6: 8, 8: 6}
 
 
 def open_rgb(data: bytes, exif: str = "ignore") -> tuple[Image.Image, int]:
-    """An image file's bytes → (its pixels, the EXIF orientation it states).
+    """Open an image file's bytes: returns its pixels and the EXIF orientation that it states.
 
     The pixels are a Pillow image of mode RGB without metadata: as stored for exif "ignore", turned upright for "apply".
-    The orientation is 1..8; 1 where there is none or where it cannot be read. A TIFF has it as a tag of its own. XMP is
-    not read.
+    The orientation is 1..8, and 1 where the file states none or one that cannot be read. A TIFF states it in a tag of
+    its own. XMP is not read.
 
-    Alpha is dropped, as torchvision's image folder drops it. Greys of 12 and 16 bits are scaled to 8, not clipped at
-    255. Of several frames the first one counts. Raises ValueError that says in one line what is wrong: not one of
-    `FORMATS`, truncated or damaged, more pixels than `check_size` lets pass, or values without a fixed range (floating
-    point, 32-bit integers). MemoryError passes. Safe in threads.
+    Alpha is dropped, as torchvision's image folder drops it. Greys of 12 and 16 bits are scaled to 8 bits, not clipped
+    at 255. The first of several frames is returned. Safe in threads.
+
+    Raises ValueError, one line long, for a file that is not one of `FORMATS`, is truncated or damaged, has more pixels
+    than `check_size` allows, or has values without a fixed range (floating point, 32-bit integers). A MemoryError is
+    not turned into a ValueError.
     """
     if exif not in EXIF:
         raise ValueError(f"exif {exif!r} is not one of {', '.join(EXIF)}")
@@ -63,12 +65,12 @@ def open_rgb(data: bytes, exif: str = "ignore") -> tuple[Image.Image, int]:
     else:
         opened = _open(data, len(data))
         rgb, orientation = _load_tiff(opened, len(data)) if opened.format == "TIFF" else _load(opened, len(data))
-    rgb.info.clear()  # or others would turn the image once more
+    rgb.info.clear()  # the EXIF data in it would make other code turn the image again
     return rgb.transpose(TURNS[orientation]) if exif == "apply" and orientation != 1 else rgb, orientation
 
 
 def ignored_orientations(count: int) -> str:
-    """What a run says that ignored the EXIF orientation of `count` images."""
+    """The line that a run prints when it ignored the EXIF orientation of `count` images."""
     return (
         f"{count:,} images say by EXIF that they are to be turned, which was ignored, as ImageNet's training code does:"
         " photos of phones may lie on their side. --exif apply turns them, in annotation and in conversion"
@@ -78,7 +80,7 @@ def ignored_orientations(count: int) -> str:
 def check_size(width: int, height: int, size: int, huffman: bool) -> None:
     """Raise ValueError for a JPEG of more pixels than Pillow opens (2 * Image.MAX_IMAGE_PIXELS) or `size` bytes hold.
 
-    huffman: its coefficients are Huffman codes, or may be, so that each `PIXELS_A_BYTE` pixels need at least one byte.
+    huffman: the coefficients are, or may be, Huffman codes: then one byte holds at most `PIXELS_A_BYTE` pixels.
     """
     limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
     if width * height > (min(limit, PIXELS_A_BYTE * size) if huffman else limit):
@@ -86,15 +88,15 @@ def check_size(width: int, height: int, size: int, huffman: bool) -> None:
 
 
 def read_jpeg_header(data: bytes) -> tuple[int, int, bytes]:
-    """A JPEG up to its first scan → (code of the frame's marker, EXIF orientation 1..8, the JPEG without metadata).
+    """Read a JPEG up to its first scan: (code of the frame's marker, EXIF orientation 1..8, the JPEG without metadata).
 
-    The code is 0 where no frame precedes the scan, or damage. The orientation is that of the first Exif segment which
-    states a valid one, else 1. `tl_fast.jpeg.markers.read_markers` reads and keeps the same in compiled code.
+    The code is 0 where the scan, or damage, comes before any frame. The orientation is that of the first Exif segment
+    that states a valid one, else 1. `tl_fast.jpeg.markers.read_markers` does the same in compiled code.
     """
     frame, orientation, start, kept = 0, 0, 2, [data[:2]]
     while data[start : start + 1] == b"\xff":
         body = start
-        while data[body : body + 1] == b"\xff":  # several are allowed
+        while data[body : body + 1] == b"\xff":  # a marker may begin with several bytes of 0xff
             body += 1
         code, body = data[body] if body < len(data) else 0, body + 1
         if code == 0x01 or 0xD0 <= code <= 0xD7:  # markers without a payload
@@ -130,7 +132,7 @@ def tiff_orientation(tiff: bytes) -> int:
         if len(entry) < 12:
             return 0
         if int.from_bytes(entry[:2], order) == ORIENTATION:
-            width = 4 if int.from_bytes(entry[2:4], order) == 4 else 2  # LONG, which nobody should write; SHORT
+            width = 4 if int.from_bytes(entry[2:4], order) == 4 else 2  # the type is SHORT; some writers use LONG (4)
             value = int.from_bytes(entry[8 : 8 + width], order)
             return value if 1 <= value <= 8 else 0
     return 0
@@ -142,7 +144,7 @@ def _open(data: bytes, size: int) -> Image.Image:
 
 
 def _open_jpeg(data: bytes) -> tuple[Image.Image, int]:
-    """(RGB image as stored, orientation it states)."""
+    """An opened JPEG: (RGB image as stored, orientation it states)."""
     frame, orientation, bare = read_jpeg_header(data)  # Pillow refuses some JPEGs for their metadata alone
     image = _open(bare, len(data))
     check_size(*image.size, len(data), huffman=frame <= _LAST_HUFFMAN_FRAME)
@@ -152,9 +154,9 @@ def _open_jpeg(data: bytes) -> tuple[Image.Image, int]:
 
 
 def _load(image: Image.Image, size: int) -> tuple[Image.Image, int]:
-    """The same of an opened PNG, WebP or other image that Pillow does not turn."""
+    """The same for an opened PNG, WebP or other image that Pillow does not turn."""
     with _in_our_words(size):
-        image.load()  # PNG may have its EXIF behind the pixels
+        image.load()  # before the EXIF is read: in a PNG it may follow the pixels
     exif = image.info.get("exif", b"")
     profile = image.info.get("Raw profile type exif")  # as ImageMagick writes it into PNG
     if not exif and isinstance(profile, str):
@@ -164,8 +166,8 @@ def _load(image: Image.Image, size: int) -> tuple[Image.Image, int]:
 
 
 def _load_tiff(image: Image.Image, size: int) -> tuple[Image.Image, int]:
-    """The same of an opened TIFF. Pillow turns TIFFs upright when it loads them, and removes the tag."""
-    image.info.pop("xmp", None)  # which Pillow turns by where the tag is missing
+    """The same for an opened TIFF. Pillow turns a TIFF upright when it loads it, and then removes the tag."""
+    image.info.pop("xmp", None)  # Pillow would turn the image by it where the tag is missing
     with _in_our_words(size):
         stated, bits, photometric = (image.tag_v2.get(tag) for tag in (ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC))
         image.load()
@@ -177,10 +179,10 @@ def _load_tiff(image: Image.Image, size: int) -> tuple[Image.Image, int]:
 
 
 def _to_rgb(image: Image.Image, bits: int = 16, white_is_zero: bool = False) -> Image.Image:
-    """A loaded image in RGB. bits, white_is_zero: what a TIFF says of greys above 8 bit, where Pillow heeds neither."""
+    """A loaded image in RGB. bits, white_is_zero: a TIFF's tags for greys of more than 8 bits; Pillow ignores both."""
     if image.mode == "F":
         raise ValueError("a floating-point image has no fixed range; convert the file to 8 bit")
-    if image.mode.startswith("I"):  # I;16 and its byte orders; I where Pillow widens 16-bit files, and for 32-bit ones
+    if image.mode.startswith("I"):  # I;16 and its byte orders; I for 32-bit files and 16-bit ones that Pillow widens
         if bits > 16:
             raise ValueError(f"grey values of {bits}-bit integers have no fixed range; convert the file to 8 bit")
         grey = np.asarray(image)
@@ -195,7 +197,7 @@ def _to_rgb(image: Image.Image, bits: int = 16, white_is_zero: bool = False) -> 
 
 @contextlib.contextmanager
 def _in_our_words(size: int) -> Iterator[None]:
-    """What Pillow raises for a file of `size` bytes as ValueError."""
+    """Inside, what Pillow raises for a file of `size` bytes becomes a ValueError."""
     try:
         yield
     except Image.UnidentifiedImageError as error:

@@ -1,5 +1,6 @@
-"""A folder of images: which ones, in which order, of which class. Annotator and converter read it alike, so that their
-ids agree.
+"""A folder of images: which images, in which order, of which class.
+
+The annotator and the converter both list folders here, so their ids agree.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ class ImageFolderError(SourceError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageList:
-    """Images: `ids` relative to `root` (posix), class by class; `labels` int64 `[n]` and `class_names`, both None for a
-    flat folder.
+    """The n images of a folder.
 
-    sizes, mtimes: int64 `[n]`, bytes and nanoseconds, both 0 for a link that leads nowhere. ignored: how many other
-    files lie in the class folders.
+    ids: paths relative to `root` (posix), class by class. labels int64 `[n]` and class_names: both None for a flat
+    folder. sizes, mtimes: int64 `[n]`, bytes and nanoseconds, both 0 for a link that leads nowhere. ignored: how many
+    other files lie in the class folders.
     """
 
     root: Path
@@ -39,23 +40,20 @@ class ImageList:
     ignored: int = 0
 
 
-_ONE_FILE = {
-    errno.ENOENT,
-    errno.ELOOP,
-    errno.EACCES,
-    errno.ENOTDIR,
-}  # errors of one link; others are the machine's or the folder's
+# Errors that concern one link. All others concern the folder or the machine.
+_ONE_FILE = {errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENOTDIR}
 
 
 def is_image(name: str) -> bool:
+    """Whether a file's name ends as an image's does."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _scan(folder: str, prefix: str, found: list[tuple[str, int, int]], deep: bool) -> int:
-    """Append (prefix + path, size, mtime) of every image in `folder`, below it too when `deep`; returns how many other
-    files there are.
+def _scan(folder: str, prefix: str, images: list[tuple[str, int, int]], deep: bool) -> int:
+    """Append (prefix + path, size, mtime) of every image in `folder` to `images`; with `deep` of those below it too.
 
-    No Path per file: a million of them would cost minutes and gigabytes. Raises OSError for what cannot be listed.
+    Returns how many other files there are. Raises OSError for what cannot be listed. It makes no Path objects: a
+    million of them would cost minutes and gigabytes.
     """
     ignored, folders = 0, []
     with os.scandir(folder) as entries:
@@ -65,29 +63,29 @@ def _scan(folder: str, prefix: str, found: list[tuple[str, int, int]], deep: boo
                     folders.append(entry.name)
                 elif is_image(entry.name):
                     status = entry.stat()  # of a link's target
-                    found.append((prefix + entry.name, status.st_size, status.st_mtime_ns))
+                    images.append((prefix + entry.name, status.st_size, status.st_mtime_ns))
                 else:
                     ignored += 1
             except OSError as error:
                 if error.errno not in _ONE_FILE or not is_image(entry.name):
                     raise
-                found.append((prefix + entry.name, 0, 0))  # one bad sample, of which `read` says what is wrong
+                images.append((prefix + entry.name, 0, 0))  # one bad sample: `read` says what is wrong with it
     for name in folders if deep else ():
-        ignored += _scan(f"{folder}/{name}", f"{prefix}{name}/", found, deep)
+        ignored += _scan(f"{folder}/{name}", f"{prefix}{name}/", images, deep)
     return ignored
 
 
 def list_images(root: Path) -> ImageList:
-    """Class folders in sorted order (torchvision's layout, links followed), or the images right in `root`.
+    """List the class folders in sorted order (torchvision's layout, links followed), or the images right in `root`.
 
-    Links that lead nowhere, and whatever else is named like an image, are listed: reading them says what is wrong.
-    Raises ImageFolderError naming the folder that does not exist, cannot be listed or has no images, the image that
-    lies beside class folders, or has a name that is not UTF-8.
+    Everything named like an image is listed, a link that leads nowhere too: reading it says what is wrong.
+    Raises ImageFolderError naming the folder that does not exist, cannot be listed or has no images, or the image that
+    lies beside class folders or has a name that is not UTF-8.
     """
     root = Path(root)
     if not root.is_dir():
         raise ImageFolderError(f"{root}: no such folder; give a folder of images, or of one folder per class")
-    known = f"(their names end in {', '.join(sorted(EXTENSIONS))})"
+    suffixes = f"(their names end in {', '.join(sorted(EXTENSIONS))})"
     images: list[tuple[str, int, int]] = []
     counts, ignored = [], 0
     try:
@@ -101,15 +99,15 @@ def list_images(root: Path) -> ImageList:
                 " away"
             )
         if not class_names and not strays:
-            raise ImageFolderError(f"{root}: no images {known} and no class folders")
+            raise ImageFolderError(f"{root}: no images {suffixes} and no class folders")
         for name in class_names:
-            found: list[tuple[str, int, int]] = []
-            ignored += _scan(f"{root}/{name}", f"{name}/", found, deep=True)
-            if not found:
-                raise ImageFolderError(f"{root / name}: no images {known}; remove the folder or fill it")
-            found.sort()
-            images += found
-            counts.append(len(found))
+            class_images: list[tuple[str, int, int]] = []
+            ignored += _scan(f"{root}/{name}", f"{name}/", class_images, deep=True)
+            if not class_images:
+                raise ImageFolderError(f"{root / name}: no images {suffixes}; remove the folder or fill it")
+            class_images.sort()
+            images += class_images
+            counts.append(len(class_images))
     except OSError as error:  # its text names the path
         raise ImageFolderError(f"{root}: cannot be listed ({error}); repair or remove what it names") from error
     images = images if class_names else strays
@@ -126,9 +124,9 @@ def list_images(root: Path) -> ImageList:
 class ImageFolder(Source):
     """One folder per class (torchvision's layout); ids are paths relative to the folder.
 
-    class_names: the classes in the order of their labels, when it is not that of the sorted folders or some have no
-    folder. unlabelled: a flat folder of images will do; its labels are -1. Raises ImageFolderError (see `list_images`),
-    also for a folder without class folders, where labels are needed.
+    class_names: the classes in the order of their labels; needed where that is not the order of the sorted folders, or
+    where some classes have no folder. unlabelled: a flat folder of images is accepted; its labels are -1.
+    Raises ImageFolderError (see `list_images`), also for a folder without class folders unless `unlabelled`.
     """
 
     kind = "image folder"

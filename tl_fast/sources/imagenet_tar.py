@@ -1,5 +1,7 @@
-"""ImageNet's tars as downloaded, read in place: the training tar of 1,000 class tars (nested, or taken out), the flat
-validation tar."""
+"""ImageNet's tars as downloaded, read without unpacking.
+
+The training tar holds 1,000 class tars, which may also have been taken out of it; the validation tar is flat.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,12 @@ from tl_fast.sources.tar_source import TarSource, refuse_unless_file
 from tl_fast.sources.val_labels import read_val_labels
 from tl_fast.sources.webdataset_tar import WebDatasetTars
 
-_PEEK = 256  # members that tell what a tar is
+_PEEK = 256  # members that are looked at to tell what a tar is
 _WORDNET = re.compile(r"n\d{8}")
 
 
 def open_tars(files: Sequence[str], labels: Path | None = None, class_names: list[str] | None = None) -> Source:
-    """Open tars as what the first one is by its first members. Raises SourceError."""
+    """Open tars of one kind, which the first members of the first tar tell. Raises SourceError."""
     try:
         tar = Tar(files[0])
     except OSError as error:
@@ -64,16 +66,16 @@ class TrainTar(TarSource):
 
     def _list(self, files: Sequence[str], class_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
         classes: dict[str, list[tuple[str, int, int, int]]] = {}  # (file name, tar, offset, size)
-        for place, tar in self.opened(files):
+        for index, tar in self.opened(files):
             if _WORDNET.fullmatch(stem := Path(tar.path).stem):
-                self._list_class(classes, stem, place, tar, None)
+                self._list_class(classes, stem, index, tar, None)
                 continue
             for member in tar.members():
                 base = os.path.basename(member.name)
                 where = f"{tar.path}:{member.name}"
                 if base.lower().endswith(".tar"):
                     refuse_unless_file(member, where)
-                    self._list_class(classes, base[: -len(".tar")], place, tar, member)
+                    self._list_class(classes, base[: -len(".tar")], index, tar, member)
                 elif is_image(base):
                     raise SourceError(
                         f"{where}: an image beside class tars; give files of one kind, training or validation"
@@ -83,23 +85,24 @@ class TrainTar(TarSource):
                 else:
                     self.ignored += member.kind != "folder"
         names = sorted(classes)
-        found = [sorted(classes[name]) for name in names]
-        self.ids = [f"{name}/{row[0]}" for name, rows in zip(names, found, strict=True) for row in rows]
-        self.rows = np.array([row[1:] for rows in found for row in rows], np.int64).reshape(-1, 3)
-        labels = np.repeat(np.arange(len(names)), [len(rows) for rows in found])
+        by_class = [sorted(classes[name]) for name in names]
+        self.ids = [f"{name}/{row[0]}" for name, rows in zip(names, by_class, strict=True) for row in rows]
+        self.rows = np.array([row[1:] for rows in by_class for row in rows], np.int64).reshape(-1, 3)
+        labels = np.repeat(np.arange(len(names)), [len(rows) for rows in by_class])
         return reorder_classes(labels, names, class_names, self.root)
 
-    def _list_class(self, classes: dict, name: str, place: int, tar: Tar, inner: Member | None) -> None:
-        """Append the images of class tar `inner` (None: of `tar` itself) to classes[name]."""
-        found = classes.setdefault(name, [])
-        before = len(found)
+    def _list_class(self, classes: dict, name: str, index: int, tar: Tar, inner: Member | None) -> None:
+        """Append the images of class tar `inner` (None: of `tar` itself) to classes[name]. index: the tar's, in
+        `tars`."""
+        images = classes.setdefault(name, [])
+        before = len(images)
         for member in tar.members() if inner is None else tar.members(inner.name, inner.offset, inner.size):
             if is_image(member.name):
                 refuse_unless_file(member, f"{tar.path}:{name}.tar:{member.name}")
-                found.append((member.name.removeprefix(f"{name}/"), place, member.offset, member.size))
+                images.append((member.name.removeprefix(f"{name}/"), index, member.offset, member.size))
             else:
                 self.ignored += member.kind != "folder"
-        if len(found) == before:
+        if len(images) == before:
             raise SourceError(f"{tar.path}{'' if inner is None else ':' + inner.name}: no images in this class tar")
 
     def origin(self, i: int) -> str:
@@ -109,7 +112,7 @@ class TrainTar(TarSource):
 
 
 class ValTar(TarSource):
-    """`ILSVRC2012_img_val.tar`: a flat tar, its classes in `labels` (see `read_val_labels`).
+    """`ILSVRC2012_img_val.tar`: a flat tar. The file `labels` holds its classes (see `read_val_labels`).
 
     Ids ('n01440764/ILSVRC2012_val_00000293.JPEG'), labels and order are those of the usual folder of class folders.
     """
@@ -117,27 +120,27 @@ class ValTar(TarSource):
     kind = "ImageNet tar"
 
     def _list(self, files: Sequence[str], class_names: list[str] | None, labels: Path) -> tuple[np.ndarray, list[str]]:
-        found: list[tuple[str, int, int, int, str]] = []  # (file name, tar, offset, size, member)
-        for place, tar in self.opened(files):
+        images: list[tuple[str, int, int, int, str]] = []  # (file name, tar, offset, size, member)
+        for index, tar in self.opened(files):
             for member in tar.members():
                 if is_image(member.name):
                     refuse_unless_file(member, f"{tar.path}:{member.name}")
-                    found.append((os.path.basename(member.name), place, member.offset, member.size, member.name))
+                    images.append((os.path.basename(member.name), index, member.offset, member.size, member.name))
                 else:
                     self.ignored += member.kind != "folder"
-        found.sort()
-        for one, other in itertools.pairwise(found):
-            if one[0] == other[0]:
-                both = " and ".join(f"{self.tars[row[1]].path}:{row[4]} (at byte {row[2]})" for row in (one, other))
+        images.sort()
+        for first, second in itertools.pairwise(images):
+            if first[0] == second[0]:
+                both = " and ".join(f"{self.tars[row[1]].path}:{row[4]} (at byte {row[2]})" for row in (first, second))
                 raise SourceError(f"{both}: two images of one name; remove one")
-        texts, names = read_val_labels(labels, [row[0] for row in found], self.root)
-        known, class_names = label_classes(texts, class_names or names, lambda i: f"{labels}: {found[i][0]}")
-        rows = sorted((class_names[label], *row) for label, row in zip(known.tolist(), found, strict=True))
+        texts, names = read_val_labels(labels, [row[0] for row in images], self.root)
+        numbers, class_names = label_classes(texts, class_names or names, lambda i: f"{labels}: {images[i][0]}")
+        rows = sorted((class_names[label], *row) for label, row in zip(numbers.tolist(), images, strict=True))
         self.ids = [f"{name}/{file}" for name, file, *_ in rows]
         self._members = [row[5] for row in rows]
-        places = {name: place for place, name in enumerate(class_names)}
+        label_of = {name: label for label, name in enumerate(class_names)}
         self.rows = np.array([row[2:5] for row in rows], np.int64).reshape(-1, 3)
-        return np.array([places[row[0]] for row in rows], np.int64), class_names
+        return np.array([label_of[row[0]] for row in rows], np.int64), class_names
 
     def origin(self, i: int) -> str:
         return f"{self.tars[self.rows[i, 0]].path}:{self._members[i]}"

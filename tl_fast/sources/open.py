@@ -1,8 +1,7 @@
-"""Where images and labels come from: one plain interface for every kind of data set, and the guess which kind some
-paths are.
+"""Opens a data set: tells from its paths which kind of source it is, and lists it.
 
-A `Source` is listed once, when it is opened (ids, labels, sizes), and then read from any thread, in any order, without
-unpacking.
+A `Source` is listed once, when it is opened (ids, labels, sizes). Its images are then read from any thread, in any
+order, without unpacking.
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.
 _URL = re.compile(r"^([a-z0-9+.-]+://|pipe:|::)", re.IGNORECASE)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_SHARDS = ("tar", "parquet")  # kinds of files that hold many images; also how their names end
 
 
 def add_source_options(group: argparse._ArgumentGroup) -> None:
-    """The command-line options that `open_source` takes, alike wherever images are read."""
+    """Add the command-line options that `open_source` takes; every command that reads images has the same."""
     group.add_argument(
         "--labels", type=Path, metavar="FILE", help="of the ImageNet validation tar: its devkit, or a list"
     )
@@ -48,8 +48,7 @@ def open_source(
     paths: a folder, files, globs or WebDataset's brace patterns ('train-{000..146}.tar'). labels: the classes of
     ImageNet's validation tar (devkit, or a list). class_names: file of names, one per line or a JSON list, in the order
     of the labels; without it names come from the data, or else from `class_names.txt` or `.json` beside the shards.
-    image_column, label_column: of parquet files. unlabelled: images without labels will do, as a flat folder of images
-    has them.
+    image_column, label_column: of parquet files. unlabelled: images without labels are accepted, such as a flat folder.
     Raises SourceError naming the file at fault and the remedy.
     """
     files = expand_paths([paths] if isinstance(paths, (str, Path)) else paths)
@@ -63,7 +62,7 @@ def open_source(
         if given is not None and kind != its_kind:
             raise SourceError(f"{files[0]}: {option} {given} is for {its_kind} files, this is a {kind}")
     names = None if class_names is None else read_class_names(class_names)
-    # Imported here: these modules import this one, and pyarrow and scipy are needed only by those who have such files.
+    # Imported here: only parquet files need pyarrow, and only ImageNet's devkit needs scipy.
     if kind == "folder":
         from tl_fast.sources.image_folder import ImageFolder
 
@@ -85,16 +84,15 @@ def _expand_braces(pattern: str) -> list[str]:
     """'a{00..02}' → a00, a01, a02; '{x,y}b' → xb, yb; several multiply."""
     pieces = _BRACES.split(pattern)  # text, inside, text, inside, ..., text
     choices: list[Sequence[str]] = []
-    for place, piece in enumerate(pieces):
-        if place % 2 == 0:
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
             choices.append([piece])
         elif numbers := _RANGE.fullmatch(piece):
             first, last = (int(number) for number in numbers.groups())
             if abs(last - first) >= 1_000_000:
                 raise SourceError(f"{pattern}: {{{piece}}} stands for {abs(last - first) + 1:,} files")
-            width = (
-                max(map(len, numbers.groups())) if any(re.match(r"-?0\d", number) for number in numbers.groups()) else 0
-            )
+            padded = any(re.match(r"-?0\d", number) for number in numbers.groups())
+            width = max(map(len, numbers.groups())) if padded else 0
             step = 1 if last >= first else -1
             choices.append([f"{number:0{width}d}" for number in range(first, last + step, step)])
         else:
@@ -103,31 +101,31 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def expand_paths(paths: Sequence[Path | str]) -> list[str]:
-    """Files and folders that `paths` stand for, globs in sorted order. Raises SourceError for what is missing, remote
-    or named twice."""
-    found: list[str] = []
+    """The files and folders that `paths` name, each glob's in sorted order.
+
+    Raises SourceError for what is missing, remote or named twice.
+    """
+    files: list[str] = []
     for pattern in map(os.fspath, paths):
         if _URL.match(pattern):
             raise SourceError(f"{pattern}: only files on this machine can be read; copy them here first")
         for path in [pattern] if os.path.exists(pattern) else _expand_braces(pattern):
             if os.path.exists(path):
-                found.append(path)
+                files.append(path)
                 continue
             matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []
             if not matches:
-                said = "" if path == pattern else f" (one of {pattern})"
-                raise SourceError(
-                    f"{path}{said}: "
-                    + ("no file fits this pattern" if glob.has_magic(path) else "no such file or folder")
-                )
-            found += matches
-    if not found:
+                origin = "" if path == pattern else f" (one of {pattern})"
+                problem = "no file fits this pattern" if glob.has_magic(path) else "no such file or folder"
+                raise SourceError(f"{path}{origin}: {problem}")
+            files += matches
+    if not files:
         raise SourceError("no paths given: name a folder of images, tar files or parquet files")
     seen: dict[str, str] = {}
-    for path in found:
+    for path in files:
         if (first := seen.setdefault(os.path.realpath(path), path)) is not path:
             raise SourceError(f"{path}: given twice (also as {first})")
-    return found
+    return files
 
 
 def _kind(paths: list[str]) -> tuple[str, list[str]]:
@@ -139,9 +137,7 @@ def _kind(paths: list[str]) -> tuple[str, list[str]]:
                 f"{folders[0]}: one of {len(paths)} paths is a folder; give one folder, or files of one kind"
             )
         return _folder_kind(folders[0])
-    kinds = {
-        path: next((kind for kind in ("tar", "parquet") if path.lower().endswith("." + kind)), None) for path in paths
-    }
+    kinds = {path: next((kind for kind in _SHARDS if path.lower().endswith("." + kind)), None) for path in paths}
     for path, kind in kinds.items():
         if path.lower().endswith(_COMPRESSED):
             raise SourceError(
@@ -159,8 +155,9 @@ def _kind(paths: list[str]) -> tuple[str, list[str]]:
 
 
 def _folder_kind(folder: str) -> tuple[str, list[str]]:
+    """The same for one folder: of images, or of the shards of one data set."""
     names = sorted(os.listdir(folder))
-    shards = {kind: [name for name in names if name.lower().endswith("." + kind)] for kind in ("tar", "parquet")}
+    shards = {kind: [name for name in names if name.lower().endswith("." + kind)] for kind in _SHARDS}
     present = [kind for kind, files in shards.items() if files]
     if not present:
         if compressed := [name for name in names if name.lower().endswith(_COMPRESSED)]:
@@ -178,10 +175,9 @@ def _folder_kind(folder: str) -> tuple[str, list[str]]:
         )
     files = shards[present[0]]
     families: dict[str, list[str]] = {}
-    for name in files:  # 'train-00003-of-00294-0af3.parquet' → 'train-#-of-#'
-        families.setdefault(re.sub(r"\d+", "#", re.sub(r"-[0-9a-f]{16}$", "", name[: name.rindex(".")])), []).append(
-            name
-        )
+    for name in files:  # 'train-00003-of-00294-0af3b5c2d1e4f697.parquet' → 'train-#-of-#'
+        family = re.sub(r"\d+", "#", re.sub(r"-[0-9a-f]{16}$", "", name[: name.rindex(".")]))
+        families.setdefault(family, []).append(name)
     if len(families) > 1:
         first, second = itertools.islice(families.values(), 2)
         raise SourceError(

@@ -1,5 +1,6 @@
-"""Samples that were left out, on record: one JSON object a line with id, origin (what messages call the sample) and
-reason.
+"""Lists of samples that were left out: one JSON object a line with id, origin and reason.
+
+The origin is what messages call the sample.
 """
 
 from __future__ import annotations
@@ -15,9 +16,21 @@ from tl_fast.system.mistakes import InputError
 
 Reject = dict[str, str]
 
+# Errors of the machine, not of a sample: quarantining would throw good samples away.
+FATAL = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
+
 
 def add_reject_options(group: argparse._ArgumentGroup) -> None:
-    """The command-line options on bad samples, alike wherever images are read."""
+    """Add the command-line options for bad samples; every command that reads images has the same."""
     group.add_argument(
         "--on-error",
         choices=("stop", "quarantine"),
@@ -41,7 +54,7 @@ def reject_lines(rejects: Sequence[Reject]) -> bytes:
 
 
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
-    """Write the list; no file when there are none, also none of an earlier run. Raises OSError."""
+    """Write the list; without rejects remove the file that an earlier run may have left. Raises OSError."""
     if rejects:
         write_atomic(path, lambda file: file.write(reject_lines(rejects)))
     else:
@@ -49,8 +62,9 @@ def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
 
 
 def read_rejects(path: Path) -> list[Reject]:
-    """The rejects listed in a file; none where there is no file. Raises InputError naming a file that is no such
-    list.
+    """The rejects listed in a file; none where there is no file.
+
+    Raises InputError naming the file when it is no list of rejects.
     """
     if not path.exists():
         return []
@@ -66,16 +80,3 @@ def read_rejects(path: Path) -> list[Reject]:
 def list_beside(path: Path) -> Path:
     """Where the rejects of `path`, a beton or a store of label maps, are listed: `PATH.rejects.jsonl`."""
     return path.with_name(f"{path.name}.rejects.jsonl")
-
-
-# Errors of the machine, not of a sample: quarantining would throw good samples away.
-FATAL = {
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.EHOSTDOWN,
-    errno.ENOSPC,
-    errno.EDQUOT,
-}

@@ -1,4 +1,4 @@
-"""What a source of images is, and what is alike in all kinds: classes, ids, files that must not change."""
+"""Defines `Source`, a listed data set of images, and what all kinds share: classes, ids, files that must not change."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 
 from tl_fast.system.mistakes import InputError
 
-MAX_CLASSES = (
-    65_535  # labels above this fit in no label map; a larger one is damage, and names for it would fill the memory
-)
+# Label maps hold classes as uint16, and 65,535 stands for no class, so labels are below this number. A larger label is
+# damage; without a limit the names made up for its classes would fill the memory.
+MAX_CLASSES = 65_535
 
 
 class SourceError(InputError):
@@ -24,21 +24,21 @@ class SourceError(InputError):
 
 
 class SourceChanged(SourceError):
-    """A file of many samples is gone or not what was listed. That is no fault of a sample: it ends any conversion."""
+    """A file of many samples is gone or has changed since it was listed. No sample is to blame: a conversion ends."""
 
 
 class Source(Protocol):
-    """A listed data set of n images. Kinds subclass this; anything of the same shape serves as well.
+    """A listed data set of n images. Kinds subclass this; any class of the same shape serves as well.
 
     kind: 'image folder', 'ImageNet tar', 'WebDataset', 'parquet' or 'beton'. root: what was opened, for messages.
-    ids: n different strings, stable between runs. labels: int64 [n], places in `class_names`; -1 where the file has
-    none: `read` says so.
-    sizes: int64 [n], bytes of each image (parquet: mean of its row group). stamps: int64 [n, m], rows that change when
-    the input does.
-    ignored: how many other files or archive members were seen. exif: what was done about EXIF orientations when the
-    images were converted ('ignore' or 'apply'); None: nothing yet. decodes_groups: reading one image decodes its
-    neighbours too and keeps them for the next reads (parquet). One process should then do all reading, with threads:
-    each process would decode them anew.
+    ids: n different strings, stable between runs.
+    labels: int64 [n], indices into `class_names`; -1 where a sample has none (`read` of a parquet row then raises).
+    sizes: int64 [n], bytes of each image (parquet: mean of its row group).
+    stamps: int64 [n, m]; a row changes when its image's file does.
+    ignored: how many other files or archive members were seen.
+    exif: what was done about EXIF orientations when the images were converted ('ignore' or 'apply'); None: nothing yet.
+    decodes_groups: reading one image decodes its neighbours too and keeps them for the next reads (parquet). One
+    process should then do all reading, with threads, because each process decodes for itself.
     """
 
     kind: str
@@ -55,8 +55,10 @@ class Source(Protocol):
     def stamps(self) -> np.ndarray: ...
 
     def read(self, i: int) -> bytes:
-        """Bytes of image i's file. Thread-safe. Raises SourceError or OSError naming it, also when it changed since it
-        was listed."""
+        """Bytes of image i's file. Thread-safe.
+
+        Raises SourceError or OSError naming the file, also when it has changed since it was listed.
+        """
         ...
 
     def origin(self, i: int) -> str:
@@ -65,17 +67,15 @@ class Source(Protocol):
 
     def order(self, seed: int | None) -> np.ndarray:
         """Order of reading, int64 [n]: as listed for None, else a permutation of that seed (numpy's PCG64)."""
-        return (
-            np.arange(len(self.ids))
-            if seed is None
-            else np.random.Generator(np.random.PCG64(seed)).permutation(len(self.ids))
-        )
+        if seed is None:
+            return np.arange(len(self.ids))
+        return np.random.Generator(np.random.PCG64(seed)).permutation(len(self.ids))
 
     def release(self, but_for: int | None = None) -> None:
-        """Drop what is kept for the next reads, except what sample `but_for` needs; reads make it again."""
+        """Drop what is kept for the next reads, except what sample `but_for` needs. Later reads make it again."""
 
     def close(self) -> None:
-        """Give open files and memory back."""
+        """Close files and free memory."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,16 +92,13 @@ def read_listed(path: str, size: int) -> bytes:
 
     Raises SourceError when it has more or fewer now, or is no file; OSError.
     """
-    file = os.open(
-        path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    )  # NONBLOCK: a pipe that nobody writes to would never open
+    # O_NONBLOCK: without it, opening a pipe that nobody writes to would wait for ever.
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if size == 0 and not stat.S_ISREG(os.fstat(file).st_mode):
             raise SourceError(f"{path}: named like a file of the data set, but no file; remove it")
-        data = os.read(file, size + 1)  # one call each: Path.read_bytes takes ten
-        while len(data) < size and (
-            more := os.read(file, size + 1 - len(data))
-        ):  # network file systems may answer in pieces
+        data = os.read(file, size + 1)  # one system call; Path.read_bytes makes ten
+        while len(data) < size and (more := os.read(file, size + 1 - len(data))):  # network mounts answer in pieces
             data += more
     finally:
         os.close(file)
@@ -114,8 +111,10 @@ def read_listed(path: str, size: int) -> bytes:
 
 
 def read_class_names(path: Path | str) -> list[str]:
-    """Names from a JSON list, or one per line; of ImageNet's 'n01440764 tench, ...' lines the WordNet id. Raises
-    SourceError."""
+    """Class names from a file: a JSON list, or one name per line.
+
+    Of ImageNet's lines 'n01440764 tench, ...' the name is the WordNet id. Raises SourceError.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         names = json.loads(text) if text.lstrip().startswith("[") else text.strip().splitlines()
@@ -136,25 +135,29 @@ def read_class_names(path: Path | str) -> list[str]:
 
 
 def names_beside(file: str) -> list[str] | None:
-    """Names from `class_names.txt` or `.json` beside a shard that has none inside, if there is one. Raises
-    SourceError."""
+    """Class names from `class_names.txt` or `.json` beside a shard that holds none; None where there is no such file.
+
+    Raises SourceError.
+    """
     beside = (Path(file).parent / f"class_names.{suffix}" for suffix in ("txt", "json"))
     return next((read_class_names(path) for path in beside if path.is_file()), None)
 
 
 def reorder_classes(
-    labels: np.ndarray, found: list[str], wanted: list[str] | None, root: str
+    labels: np.ndarray, listed: list[str], wanted: list[str] | None, root: str
 ) -> tuple[np.ndarray, list[str]]:
-    """Labels as places in `wanted` instead of in `found`. Raises SourceError naming a found class that is not
-    wanted."""
+    """Labels that are indices into `listed`, the classes of the data, as indices into `wanted`; and the names.
+
+    wanted None: nothing changes. Raises SourceError naming a listed class that is not wanted.
+    """
     if wanted is None:
-        return labels, found
-    places = {name: place for place, name in enumerate(wanted)}
-    if unknown := [name for name in found if name not in places]:
+        return labels, listed
+    label_of = {name: label for label, name in enumerate(wanted)}
+    if unknown := [name for name in listed if name not in label_of]:
         raise SourceError(
             f"{root}: class {unknown[0]!r} is not among the {len(wanted)} of --class-names ({len(unknown)} such)"
         )
-    return np.array([places[name] for name in found], np.int64)[labels], wanted
+    return np.array([label_of[name] for name in listed], np.int64)[labels], wanted
 
 
 def label_classes(
@@ -162,24 +165,24 @@ def label_classes(
 ) -> tuple[np.ndarray, list[str]]:
     """Labels int64 [n] and class names from each sample's class as text.
 
-    All of `class_names`: those. All whole numbers: places in `class_names`; without any the classes are called '0',
-    '1', ... up to the highest. Otherwise, without `class_names`: the sorted different texts. Raises SourceError naming
-    the first sample that fits none.
+    Where all texts are among `class_names`, they are names of classes. Where all are whole numbers, they are indices
+    into `class_names`; without class names the classes are called '0', '1', ... up to the highest number. Otherwise,
+    where `class_names` is None, the classes are the sorted different texts.
+    Raises SourceError naming the first sample that fits none of these.
     """
     different = set(texts)
-    places = None if class_names is None else {name: place for place, name in enumerate(class_names)}
-    by_name = places is not None and different <= places.keys()
+    label_of = None if class_names is None else {name: label for label, name in enumerate(class_names)}
+    by_name = label_of is not None and different <= label_of.keys()
     if not by_name and all(text.isascii() and text.isdigit() for text in different):
         limit = MAX_CLASSES if class_names is None else len(class_names)
-        numbers = {
-            text: int(text) if len(text) <= 18 else limit for text in different
-        }  # int() refuses 4,300 digits in its own words
+        # int() refuses a text of more than 4,300 digits, with an error that names no sample.
+        numbers = {text: int(text) if len(text) <= 18 else limit for text in different}
         for i, text in enumerate(texts if max(numbers.values(), default=0) >= limit else ()):
             if numbers[text] >= limit:
                 raise SourceError(f"{origin(i)}: class {text:.20} is not below {limit}, the number of classes")
-        places = numbers
-        class_names = class_names or [str(place) for place in range(max(numbers.values(), default=-1) + 1)]
-    elif places is None:
+        label_of = numbers
+        class_names = class_names or [str(number) for number in range(max(numbers.values(), default=-1) + 1)]
+    elif label_of is None:
         if any(re.fullmatch(r"[+-]?\d+", text) for text in different):
             i, text = next((i, text) for i, text in enumerate(texts) if not (text.isascii() and text.isdigit()))
             raise SourceError(f"{origin(i)}: class {text[:40]!r} is no whole number from 0 up, as others are")
@@ -188,19 +191,20 @@ def label_classes(
                 f"{origin(0)}: {len(different):,} different classes, at most {MAX_CLASSES:,} are possible"
             )
         class_names = sorted(different)
-        places = {name: place for place, name in enumerate(class_names)}
+        label_of = {name: label for label, name in enumerate(class_names)}
     elif not by_name:
-        i, text = next((i, text) for i, text in enumerate(texts) if text not in places)
+        i, text = next((i, text) for i, text in enumerate(texts) if text not in label_of)
         raise SourceError(
             f"{origin(i)}: class {text[:40]!r} is not among the {len(class_names)} class names ({class_names[0]!r}"
             " first)"
         )
-    return np.fromiter((places[text] for text in texts), np.int64, len(texts)), class_names
+    return np.fromiter((label_of[text] for text in texts), np.int64, len(texts)), class_names
 
 
 def check_ids(ids: Sequence[str], origin: Callable[[int], str]) -> None:
-    """Raise SourceError naming two samples with one id, or one whose id is no valid Unicode (it could not be stored as
-    JSON)."""
+    """Raise SourceError naming two samples with one id, or one whose id is no valid Unicode, so that JSON cannot hold
+    it.
+    """
     if len(set(ids)) != len(ids):
         first: dict[str, int] = {}
         for i, name in enumerate(ids):

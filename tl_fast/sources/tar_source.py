@@ -1,6 +1,6 @@
-"""Members of a tar file without unpacking: listed once (headers only), then read at their offsets from any thread.
+"""Sources whose samples are members of tar files: what the kinds of tars share.
 
-Nothing is ever written to a member's name, so '..' and absolute names are harmless here.
+No file is ever created under a member's name, so '..' and absolute names are harmless here.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ import numpy as np
 from tl_fast.sources.source import Source, SourceError, check_ids
 from tl_fast.sources.tar import Member, Tar
 
-_MAX_OPEN = 256  # tars kept open; of more, each read opens its tar (many systems allow 1,024 open files)
+_MAX_OPEN = 256  # tars kept open; a read of any other tar opens it anew (many systems allow 1,024 open files)
 
 
 def refuse_unless_file(member: Member, where: str) -> None:
-    """Raise SourceError for an image (or class, or inner tar) that is a link, device or sparse file: leaving it out
-    would lose a sample."""
+    """Raise SourceError for an image (or class, or inner tar) that is a link, device or sparse file.
+
+    Leaving it out would lose a sample.
+    """
     if member.kind != "file":
         remedy = "pack the files themselves (tar --dereference --hard-dereference)"
         raise SourceError(f"{where}: is a {member.kind} in the tar; {remedy}")
 
 
 class TarSource(Source):
-    """Samples that are members of tar files. A kind says in `_list` which, and in `origin` what they are called."""
+    """Samples that are members of tar files. A subclass lists them in `_list` and names them in `origin`."""
 
     def __init__(self, files: Sequence[str], class_names: list[str] | None = None, **options: object) -> None:
         self.root = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
         self.tars: list[Tar] = []
         self.ids, self.ignored = [], 0
-        self.rows = np.zeros((0, 3), np.int64)  # place of the tar, offset and size of each sample
+        self.rows = np.zeros((0, 3), np.int64)  # of each sample: index of its tar in `tars`, offset and size
         try:
             self.labels, self.class_names = self._list(files, class_names, **options)
             if not self.ids:
@@ -46,21 +48,20 @@ class TarSource(Source):
         raise NotImplementedError
 
     def opened(self, files: Sequence[str]) -> Iterator[tuple[int, Tar]]:
-        """Each file in turn, open for listing, with its place in `tars`; it stays open for reading unless they are
-        many."""
-        for place, path in enumerate(files):
+        """Each file in turn, open for listing, with its index in `tars`. The first `_MAX_OPEN` stay open."""
+        for index, path in enumerate(files):
             try:
                 tar = Tar(path)
             except OSError as error:
                 raise SourceError(f"{path}: cannot be opened ({error})") from error
             self.tars.append(tar)
-            yield place, tar
-            if place >= _MAX_OPEN:
+            yield index, tar
+            if index >= _MAX_OPEN:
                 tar.close()
 
     @property
     def stamps(self) -> np.ndarray:
-        """Size and modification time (ns) of the sample's tar; place of that tar, offset and size of the sample."""
+        """Size and modification time (ns) of the sample's tar; index of that tar, offset and size of the sample."""
         tars = np.array([(tar.size, tar.mtime) for tar in self.tars], np.int64)
         return np.concatenate((tars[self.rows[:, 0]], self.rows), 1)
 

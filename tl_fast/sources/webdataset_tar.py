@@ -17,8 +17,10 @@ _MAX_CLASS_BYTES = 1024
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and lower-case extension of a member: split at the first dot of the base name, as webdataset does; ('', '')
-    for neither."""
+    """A member's key and lower-case extension, split at the first dot of the base name, as webdataset does.
+
+    Both are '' for a name that lacks one of them.
+    """
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem, extension.lower()) if stem and extension else ("", "")
@@ -27,9 +29,9 @@ def split_name(name: str) -> tuple[str, str]:
 class WebDatasetTars(TarSource):
     """Shards in the order given, samples in the order of the shard.
 
-    Ids are '<shard's stem>/<key>.<ext>': unique although keys often begin anew in each shard, and ending in the key,
-    whose last part (and folder, where keys have one) label maps are matched by. Classes: `cls` members, ASCII whole
-    numbers or names.
+    Ids are '<shard's stem>/<key>.<ext>'. The stem makes them unique, because keys often begin anew in each shard. The
+    key comes last, because label maps are matched by its last part (and its folder, where it has one).
+    Classes: `cls` members, ASCII whole numbers or names.
     """
 
     kind = "WebDataset"
@@ -37,7 +39,7 @@ class WebDatasetTars(TarSource):
     def _list(self, files: Sequence[str], class_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
         rows, classes = array("q"), []
         stems: dict[str, str] = {}
-        for place, tar in self.opened(files):
+        for index, tar in self.opened(files):
             stem = Path(tar.path).stem
             if (other := stems.setdefault(stem, tar.path)) != tar.path:
                 raise SourceError(
@@ -45,7 +47,7 @@ class WebDatasetTars(TarSource):
                 )
             for key, image, text in self._samples(tar):
                 self.ids.append(f"{stem}/{key}.{image.name.rsplit('/', 1)[-1].partition('.')[2]}")
-                rows.extend((place, image.offset, image.size))
+                rows.extend((index, image.offset, image.size))
                 classes.append(text)
         self.rows = np.frombuffer(rows, np.int64).reshape(-1, 3)
         return label_classes(classes, class_names or names_beside(files[0]), self.origin)
@@ -61,28 +63,26 @@ class WebDatasetTars(TarSource):
                     continue
                 refuse_unless_file(member, f"{tar.path}:{member.name}")
                 if part in parts:
-                    what = "images" if part == "image" else "classes"
+                    parts_name = "images" if part == "image" else "classes"
                     raise SourceError(
-                        f"{tar.path}: sample {key!a} has two {what} ({parts[part].name!a} and {member.name!a});"
+                        f"{tar.path}: sample {key!a} has two {parts_name} ({parts[part].name!a} and {member.name!a});"
                         " repack it"
                     )
                 parts[part] = member
             dotted = any(extension.rpartition(".")[2] in (*IMAGES, "cls") for extension, _ in members)
             if len(parts) == 2:
                 yield key, parts["image"], self._class(tar, parts["cls"])
-            elif parts or dotted:  # without either: a README, say
+            elif parts or dotted:  # a README, say, is neither
                 missing = "cls" if "image" in parts else f"image ({', '.join(IMAGES)})"
-                hint = (
-                    "; a key ends at the first dot of the name, so it may have none itself"
-                    if dotted and not parts
-                    else ""
-                )
+                hint = ""
+                if dotted and not parts:
+                    hint = "; a key ends at the first dot of the name, so it may have none itself"
                 raise SourceError(
                     f"{tar.path}: sample {key!a} has no {missing} member (but {members[0][1].name!a}){hint}; repack it"
                 )
 
     def _groups(self, tar: Tar) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
-        """(key, its members with their extensions), grouped as they lie. Raises SourceError for a key that returns."""
+        """(key, its members with their extensions), neighbours as one. Raises SourceError for a key that returns."""
         done: set[str] = set()
         key, members = "", []
         for member in tar.members():
@@ -106,6 +106,7 @@ class WebDatasetTars(TarSource):
 
     @staticmethod
     def _class(tar: Tar, member: Member) -> str:
+        """The class that a `cls` member holds, as text."""
         if not 0 < member.size <= _MAX_CLASS_BYTES:
             raise SourceError(
                 f"{tar.path}:{member.name}: {member.size} bytes are no class; a number or a name is expected"
