@@ -1,4 +1,4 @@
-"""The `.beton` file as it lies on disk, and its readers."""
+"""The `.beton` file: its layout on disk, and its readers."""
 
 import lazy_loader
 
@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "layout": ["BetonError"],
         "reader": ["BetonReader"],
         "samples": ["Samples"],
+        "source": ["open_images"],
     },
 )

@@ -22,8 +22,9 @@ from tl_fast.labelmaps.format import LEVELS, MapSpec, encode, encoded_sizes
 from tl_fast.labelmaps.loops import expand
 
 # ffcv 1.0.2 declares the memory it reads from by setting `mutable = False` on numba's own type objects, which are keys
-# of every table of compiled functions in the process. Others that use the same types then fail with "Cannot modify
-# readonly array" or KeyError, or their type inference does not end. These declare the same without touching them.
+# of every table of compiled functions in the process. Other code that uses these types then fails with "Cannot modify
+# readonly array" or KeyError, or its type inference does not end. The code below declares the same by a
+# read-only type of its own.
 _READ_ONLY = types.Array(types.uint8, 1, "C", readonly=True)
 
 
@@ -43,14 +44,15 @@ ProcessCacheManager.state_type = property(
 
 
 class LabelMapDecoder(Operation):
-    """Decodes to float32 `[B, 2, k, H, W]`, laid out as the published maps are: `[:, 0]` the dequantised scores, `[:,
-    1]` the classes."""
+    """Decodes to float32 `[B, 2, k, H, W]`, laid out as published maps are.
+
+    `[:, 0]` holds the dequantised scores, `[:, 1]` the classes.
+    """
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         shape = (2, *self.field.spec.shape)
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("<f4")), AllocationQuery(
-            shape, np.dtype("<f4")
-        )
+        state = replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("<f4"))
+        return state, AllocationQuery(shape, np.dtype("<f4"))
 
     def generate_code(self) -> Callable:
         memory_read, parallel_range = self.memory_read, Compiler.get_iterator()
@@ -76,8 +78,10 @@ class LabelMapDecoder(Operation):
 
 
 class LabelMapField(Field):
-    """One packed label map per sample (`tl_fast.labelmaps.format`); all maps of a file share one MapSpec, kept in the
-    field's arguments."""
+    """One packed label map per sample (`tl_fast.labelmaps.format`).
+
+    All maps of a file share one MapSpec, which the field's arguments hold.
+    """
 
     def __init__(self, spec: MapSpec) -> None:
         self.spec = spec
@@ -96,7 +100,7 @@ class LabelMapField(Field):
         return result
 
     def encode(self, destination: np.ndarray, record: np.void, malloc: Callable) -> None:
-        """For ffcv's own writer: `record` is one of `labelmap.pack` with this field's spec."""
+        """For ffcv's own writer: `record` is made by `labelmaps.format.pack` with this field's spec."""
         data = np.frombuffer(encode(record, self.spec), np.uint8)
         destination["ptr"], storage = malloc(data.size)
         storage[:] = data

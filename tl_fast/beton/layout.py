@@ -1,8 +1,7 @@
-"""The byte layout of a .beton file: ffcv 1.0's types, and what tl_fast keeps in the places that ffcv leaves free
-(docs/file_format.md).
+"""The byte layout of a .beton file (docs/file_format.md): ffcv 1.0's types, and what tl_fast adds where ffcv has room.
 
 ffcv itself is not imported: that takes 9 s where numpy takes 0.2 s, pulls in OpenCV, and training hosts need not have
-it. tests/beton/test_beton.py holds these types against ffcv's own.
+it. tests/beton/test_beton.py compares these types with ffcv's own.
 """
 
 from __future__ import annotations
@@ -44,30 +43,26 @@ MIN_PAGE_SIZE, MAX_PAGE_SIZE = 1 << 21, 1 << 31  # ffcv's limits, powers of two
 MAX_INFO = 4 << 20  # bytes: 65,535 class names of 60 bytes each
 
 # Arguments of the `label_map` field: what ffcv's loader hands to our field class.
-SPEC_MAGIC, SPEC_ARGUMENTS = (
-    b"tlf_map1",
-    np.dtype(
-        [("magic", "S8"), ("k", "<u4"), ("height", "<u4"), ("width", "<u4"), ("num_classes", "<u4"), ("extent", "S32")]
-    ),
+SPEC_MAGIC = b"tlf_map1"
+SPEC_ARGUMENTS = np.dtype(
+    [("magic", "S8"), ("k", "<u4"), ("height", "<u4"), ("width", "<u4"), ("num_classes", "<u4"), ("extent", "S32")]
 )
 # Arguments of the `crc` field, which ffcv ignores (IntField.from_binary): where our own tables are, and the CRC-32 of
 # all tables.
-INDEX_MAGIC, INDEX = (
-    b"tlf_idx1",
-    np.dtype(
-        [
-            ("magic", "S8"),
-            ("info_ptr", "<u8"),
-            ("info_size", "<u8"),
-            ("ids_ptr", "<u8"),
-            ("ids_size", "<u8"),
-            ("info_crc", "<u4"),
-            ("ids_crc", "<u4"),
-            ("metadata_crc", "<u4"),
-            ("alloc_crc", "<u4"),
-            ("head_crc", "<u4"),
-        ]
-    ),
+INDEX_MAGIC = b"tlf_idx1"
+INDEX = np.dtype(
+    [
+        ("magic", "S8"),
+        ("info_ptr", "<u8"),
+        ("info_size", "<u8"),
+        ("ids_ptr", "<u8"),
+        ("ids_size", "<u8"),
+        ("info_crc", "<u4"),
+        ("ids_crc", "<u4"),
+        ("metadata_crc", "<u4"),
+        ("alloc_crc", "<u4"),
+        ("head_crc", "<u4"),
+    ]
 )
 
 

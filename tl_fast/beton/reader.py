@@ -1,8 +1,8 @@
-"""One data set in one FFCV .beton file: read it memory-mapped, verify it; `write_beton` writes it.
+"""Reads a data set from an FFCV .beton file, memory-mapped.
 
-The bytes are laid out as ffcv 1.0 lays them out, so stock `ffcv.Loader` opens the file; docs/file_format.md has the
-tables. Beyond that it holds label maps, a CRC-32 for every sample and every table, class names, source ids and the
-annotator's manifest.
+`tl_fast.beton.verify` checks a whole file, `tl_fast.convert.write` writes one. The bytes are laid out as ffcv 1.0 lays
+them out, so stock `ffcv.Loader` opens the file; docs/file_format.md has the tables. Beyond that a file of ours holds
+label maps, a CRC-32 for every sample and every table, class names, source ids and the annotator's manifest.
 """
 
 from __future__ import annotations
@@ -16,38 +16,40 @@ from tl_fast.beton.tables import DAMAGED, BetonTables
 from tl_fast.labelmaps.format import LEVELS, encoded_sizes
 from tl_fast.system.crc import crc32
 
-PIXELS_PER_BYTE = (
-    512  # more no JPEG holds: an 8×8 block takes a bit at least. A header that says more is not worth the memory.
-)
+# No JPEG holds more: a block of 8×8 pixels takes at least one bit. No memory is taken for a header that claims more.
+PIXELS_PER_BYTE = 512
 
 
 def frame_size(jpeg: bytes | memoryview) -> tuple[int, int] | None:
-    """(height, width) in pixels as the JPEG's own header says, or None where there is none. Microseconds; decoding
-    takes milliseconds."""
-    at = 2 if jpeg[:2] == b"\xff\xd8" else len(jpeg)
-    while at + 9 <= len(jpeg) and jpeg[at] == 0xFF:
-        marker = jpeg[at + 1]
+    """(height, width) in pixels as the JPEG's own header says; None where it has no frame header.
+
+    Takes microseconds; decoding takes milliseconds.
+    """
+    start = 2 if jpeg[:2] == b"\xff\xd8" else len(jpeg)
+    while start + 9 <= len(jpeg) and jpeg[start] == 0xFF:
+        marker = jpeg[start + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame; these three are tables
-            return int.from_bytes(jpeg[at + 5 : at + 7], "big"), int.from_bytes(jpeg[at + 7 : at + 9], "big")
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+            height, width = jpeg[start + 5 : start + 7], jpeg[start + 7 : start + 9]
+            return int.from_bytes(height, "big"), int.from_bytes(width, "big")
+        start += 1 if marker == 0xFF else 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big")
     return None
 
 
 class BetonReader(BetonTables):
-    """Read access to a beton, memory-mapped; needs numpy only. Files of the stock ffcv writer open too (without ids,
-    class names, CRCs).
+    """Read access to a beton, memory-mapped; needs numpy only.
+
+    Files of the stock ffcv writer open too, without ids, class names and CRCs.
 
     `len()` or `num_samples`; `heights`, `widths` int32 `[n]` in pixels; `labels` int64 `[n]`; `spec` (None without
     label maps); `class_names`; `source_ids`; `annotator` (the label-map store's manifest, or None); `conversion` (what
     was converted and how, or None). Picklable: another process opens the file itself. Every table is checked when the
-    file is opened; a sample's bytes by `check`. Raises BetonError that names file and field, OSError if there is no
-    such file.
+    file is opened; a sample's bytes are checked by `check`. Raises BetonError that names file and field, OSError if
+    there is no such file.
 
     The file must stay as it is while it is open. If it is shortened, or its disk or server fails, the operating system
-    ends the process with SIGBUS, as it does with every memory-mapped file, and no code of ours is asked. So put a new
-    file in the place of an old one by renaming it (`write_beton` does, `mv` within a file system, rsync without
-    --inplace), never by `cp` over it: readers then keep the old one. `verify` reads without mapping, and reports what
-    cannot be read.
+    ends the process with SIGBUS, as with every memory-mapped file; no code of ours can prevent that. So replace a file
+    by renaming a new one (as `write_beton`, `mv` within a file system, and rsync without --inplace do): open readers
+    then keep the old file. Never `cp` over it. `verify` reads without mapping, and reports what cannot be read.
     """
 
     def __len__(self) -> int:
@@ -73,14 +75,14 @@ class BetonReader(BetonTables):
         return None if self.spec is None else self._map_size
 
     def _places(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where samples first to last − 1 have their JPEG, and label map, in the file, and how long it is: int64
-        `[parts, samples]` each."""
-        parts = [(self._jpeg_ptr, self._jpeg_size)] + (
-            [(self._map_ptr, self._map_size)] if self.spec is not None else []
-        )
-        return np.stack([starts[first:last] for starts, _ in parts]), np.stack(
-            [sizes[first:last] for _, sizes in parts]
-        )
+        """Where the JPEGs, and label maps, of samples first to last − 1 begin in the file, and their sizes in bytes.
+
+        Both int64 `[parts, samples]`, the JPEG first.
+        """
+        starts, sizes = [self._jpeg_ptr], [self._jpeg_size]
+        if self.spec is not None:
+            starts, sizes = [*starts, self._map_ptr], [*sizes, self._map_size]
+        return np.stack([start[first:last] for start in starts]), np.stack([size[first:last] for size in sizes])
 
     def jpeg(self, i: int) -> np.ndarray:
         """The JPEG file of sample i: uint8 `[size]`, a read-only view of the mapped file."""
@@ -94,8 +96,8 @@ class BetonReader(BetonTables):
     def label_maps(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """classes uint16 `[B, k, H, W]` and dequantised scores float32 `[B, k, H, W]` of the samples `indices` `[B]`.
 
-        Raises BetonError when the file has no label maps, or one that lists what is no class or refers beyond its
-        palette.
+        Raises BetonError when the file has no label maps, or when a map lists a class that does not exist or refers
+        beyond its palette.
         """
         if self.spec is None:
             raise self._error("label_map", "the file has no label maps; convert with --label-maps")
@@ -106,9 +108,11 @@ class BetonReader(BetonTables):
         return classes, scores
 
     def raw_label_maps(self, indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """The label maps of the samples `indices` [B] as they lie in the file (docs/file_format.md): uint8 views, and
-        float32 [B, 2] = (score_min, score_step). Nothing in them is checked. Raises BetonError when the file has no
-        label maps."""
+        """The label maps of the samples `indices` [B] as they lie in the file (docs/file_format.md), unchecked.
+
+        Returns uint8 views, and float32 [B, 2] = (score_min, score_step). Raises BetonError when the file has no label
+        maps.
+        """
         if self.spec is None:
             raise self._error("label_map", "the file has no label maps; convert with --label-maps")
         metadata = self._column("label_map")[indices]
@@ -118,15 +122,16 @@ class BetonReader(BetonTables):
     def _expand(
         self, data: np.ndarray, starts: np.ndarray, indices: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """`label_maps` of maps that lie in `data` at `starts`; also which row is wrong and how, 0 if none is."""
-        from tl_fast.labelmaps import loops as maps  # here: opening a beton takes 0.2 s without numba
+        """`label_maps` of maps that lie in `data` at `starts`; also the first wrong row, and how it is wrong or 0."""
+        from tl_fast.labelmaps import loops  # here: opening a beton takes 0.2 s without numba
 
         classes = np.empty((len(indices), *self.spec.shape), np.uint16)
         scores = np.empty(classes.shape, np.float32)
         metadata = self._column("label_map")[indices]
         data = data.view()
-        data.flags.writeable = False  # it and the copies below: one compiled version, whatever the batch
-        row, wrong = maps.read_maps(
+        # Read-only here, contiguous copies below: the types stay the same, so the function is compiled once.
+        data.flags.writeable = False
+        row, wrong = loops.read_maps(
             data,
             starts,
             self._map_size[indices],
@@ -141,14 +146,14 @@ class BetonReader(BetonTables):
         return classes, scores, row, wrong
 
     def map_error(self, i: int, wrong: int) -> BetonError:
-        """The error for sample i whose label map is wrong in the way that a code of `kernels.maps` says."""
-        from tl_fast.labelmaps import loops as maps
+        """The error for sample i, whose label map is wrong as the code `wrong` of `labelmaps.loops` says."""
+        from tl_fast.labelmaps import loops
 
         problem = {
-            maps.BAD_CLASS: f"it lists a class outside 0..{self.spec.num_classes - 1}",
-            maps.BAD_BITMAP: f"its palette has more than 512 classes, or one outside 0..{self.spec.num_classes - 1}",
-            maps.BAD_INDEX: "it refers to a class beyond its palette",
-            maps.BAD_SIZE: f"it has {self._map_size[i]} bytes",
+            loops.BAD_CLASS: f"it lists a class outside 0..{self.spec.num_classes - 1}",
+            loops.BAD_BITMAP: f"its palette has more than 512 classes, or one outside 0..{self.spec.num_classes - 1}",
+            loops.BAD_INDEX: "it refers to a class beyond its palette",
+            loops.BAD_SIZE: f"it has {self._map_size[i]} bytes",
         }[wrong]
         return self._error("label_map", f"{self._name(i)}: {problem}; {DAMAGED}")
 
@@ -158,70 +163,69 @@ class BetonReader(BetonTables):
         return None if self._index is None else self._column("crc")
 
     def crc(self, i: int) -> int:
-        """The stored CRC-32 of sample i: JPEG bytes, then label-map bytes. Raises BetonError in files of the stock
-        writer."""
+        """The stored CRC-32 of sample i, over the JPEG's bytes and then the label map's.
+
+        Raises BetonError in files of the stock writer.
+        """
         if self._index is None:
             raise self._error("crc", "the file has none (written by stock ffcv)")
         return int(self._column("crc")[i])
 
     def check(self, i: int) -> None:
-        """Raises BetonError when sample i's bytes are not those that were written."""
-        stored, found = self.crc(i), crc32(self.jpeg(i))
+        """Raise BetonError when sample i's bytes are not those that were written."""
+        stored, computed = self.crc(i), crc32(self.jpeg(i))
         if self.spec is not None:
-            found = crc32(self._map_bytes(i), found)
-        if found != stored:
-            raise self._crc_error(i, found)
+            computed = crc32(self._map_bytes(i), computed)
+        if computed != stored:
+            raise self._crc_error(i, computed)
 
-    def _crc_error(self, i: int, found: int) -> BetonError:
-        return self._error("crc", f"{self._name(i)}: CRC-32 is {found:08x}, the file says {self.crc(i):08x}; {DAMAGED}")
+    def _crc_error(self, i: int, computed: int) -> BetonError:
+        problem = f"CRC-32 is {computed:08x}, the file says {self.crc(i):08x}"
+        return self._error("crc", f"{self._name(i)}: {problem}; {DAMAGED}")
 
     def _problems(self, first: int, block: np.ndarray, starts: np.ndarray, decode: bool) -> list[str]:
-        """What `verify` finds in the samples from `first` on, whose parts lie in `block` at `starts`
-        (`_read_block`)."""
-        found: dict[int, BetonError] = {}  # one a sample
+        """Problems of the samples from `first` on, whose parts lie in `block` at `starts` (`verify._read_block`)."""
+        errors: dict[int, BetonError] = {}  # the first of each sample
         count, data = starts.shape[1], block.data
         sizes = self._places(first, first + count)[1]
         crcs = self._column("crc")[first : first + count].tolist() if self.has_crc else [None] * count
-        for i, crc, places in zip(
-            range(first, first + count), crcs, np.stack([starts, starts + sizes]).T.tolist(), strict=True
-        ):
-            parts = [data[start:end] for start, end in places]
+        bounds = np.stack([starts, starts + sizes]).T.tolist()
+        for i, crc, part_bounds in zip(range(first, first + count), crcs, bounds, strict=True):
+            parts = [data[start:end] for start, end in part_bounds]
             if crc is not None:
                 value = 0
                 for part in parts:
                     value = crc32(part, value)
                 if value != crc:
-                    found[i] = self._crc_error(i, value)
+                    errors[i] = self._crc_error(i, value)
                     continue
             try:
                 self._check_size(i, parts[0])
                 if decode:
                     self.check_decode(i, parts[0])
             except BetonError as error:
-                found[i] = error
-        rows = np.array([i for i in range(first, first + count) if self.spec is not None and i not in found], np.int64)
+                errors[i] = error
+        rows = np.array([i for i in range(first, first + count) if self.spec is not None and i not in errors], np.int64)
         while len(rows):
             *_, bad, wrong = self._expand(block, starts[1, rows - first], rows)
             if wrong:
-                found[int(rows[bad])] = self.map_error(int(rows[bad]), wrong)
+                errors[int(rows[bad])] = self.map_error(int(rows[bad]), wrong)
             rows = rows[bad + 1 :]
-        return [str(found[i]) for i in sorted(found)]
+        return [str(errors[i]) for i in sorted(errors)]
 
     def _check_size(self, i: int, jpeg: bytes | memoryview) -> None:
-        """Raises BetonError unless the JPEG's own header says the size that the file says."""
-        said, found = (int(self.heights[i]), int(self.widths[i])), frame_size(jpeg)
-        if found is None:
+        """Raise BetonError unless the JPEG's own header says the size that the file says."""
+        size = frame_size(jpeg)
+        if size is None:
             raise self._error("image", f"{self._name(i)} is no JPEG: no frame header; {DAMAGED}")
-        if found != said:
-            raise self._error(
-                "image", f"{self._name(i)} is {found[1]}×{found[0]}, the file says {said[1]}×{said[0]}; {DAMAGED}"
-            )
+        if size != (self.heights[i], self.widths[i]):
+            stated = f"the file says {self.widths[i]}×{self.heights[i]}"
+            raise self._error("image", f"{self._name(i)} is {size[1]}×{size[0]}, {stated}; {DAMAGED}")
 
     def check_decode(self, i: int, jpeg: memoryview | None = None) -> None:
-        """Raises BetonError when sample i's JPEG does not decode without a warning to the size the file says. Needs
-        simplejpeg.
+        """Raise BetonError when sample i's JPEG does not decode, without a warning, to the size that the file says.
 
-        jpeg: its bytes where they have been read and `_check_size` has seen them already.
+        jpeg: its bytes, where they have been read and `_check_size` has checked them already. Needs simplejpeg.
         """
         import simplejpeg
 
@@ -238,7 +242,7 @@ class BetonReader(BetonTables):
             raise self._error("image", f"{self._name(i)} does not decode: {error}; {DAMAGED}") from error
 
     def close(self) -> None:
-        """Let go of the file. Arrays that `jpeg` returned stay valid; the reader is of no more use."""
+        """Let go of the file. Arrays that `jpeg` returned stay valid; the reader can read no more."""
         self._bytes = self._metadata = self._index = None
 
     def __enter__(self) -> Self:

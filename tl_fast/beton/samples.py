@@ -1,4 +1,4 @@
-"""One or several betons as one data set."""
+"""Reads one or several betons as one data set."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Samples:
         reader.check(index)
 
     def name(self, sample_id: int) -> str:
-        """For messages: id, the image's name when it was converted, and the file."""
+        """How messages call a sample: its number, its source id and the file."""
         reader, index = self.locate(sample_id)
         return f"sample {sample_id} ({reader.source_ids[index]}) of {reader.path}"
 
@@ -90,9 +90,9 @@ class Samples:
         files = np.searchsorted(self._starts, sample_ids, side="right") - 1
         for file in np.unique(files):
             chosen = np.flatnonzero(files == file)
-            found, ranges[chosen] = self.readers[file].raw_label_maps(sample_ids[chosen] - self._starts[file])
-            for b, each in zip(chosen, found, strict=True):
-                maps[b] = each
+            file_maps, ranges[chosen] = self.readers[file].raw_label_maps(sample_ids[chosen] - self._starts[file])
+            for b, label_map in zip(chosen, file_maps, strict=True):
+                maps[b] = label_map
         return maps, ranges
 
     def map_error(self, sample_id: int, wrong: int) -> BetonError:
@@ -106,14 +106,16 @@ class Samples:
 
 
 def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """A path, a glob pattern or a list of either -> the files, globs sorted. FileNotFoundError names what matches
-    nothing."""
-    found: list[Path] = []
+    """The files that a path, a glob pattern or a list of either names, each glob's sorted.
+
+    Raises FileNotFoundError naming what matches nothing.
+    """
+    files: list[Path] = []
     for pattern in [paths] if isinstance(paths, (str, Path)) else paths:
         matches = [str(pattern)] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))
         if not matches:
             raise FileNotFoundError(f"no beton at {pattern}; make one with converters/to_beton.py")
-        found += map(Path, matches)
-    if not found:
+        files += map(Path, matches)
+    if not files:
         raise FileNotFoundError("no beton given")
-    return found
+    return files

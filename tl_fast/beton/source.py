@@ -1,4 +1,4 @@
-"""Betons as a data set to read from: to annotate what is packed already, or to pack it anew with other label maps."""
+"""Betons as a `Source` of images: to annotate what is packed already, or to pack it anew with other label maps."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class BetonSource(Source):
 
     @property
     def stamps(self) -> np.ndarray:
-        """Size and modification time (ns) of the sample's file, its place in it."""
+        """Size and modification time (ns) of the sample's file; the sample's index in it."""
         rows = []
         for reader in self.samples.readers:
             status, count = os.stat(reader.path), len(reader)
@@ -69,14 +69,12 @@ class BetonSource(Source):
 
 
 def _exif(reader: BetonReader) -> str:
-    """What was done about EXIF orientations; betons of before the option ignored them."""
+    """What was done about EXIF orientations. Betons made before the option existed ignored them."""
     return (reader.conversion or {}).get("exif", "ignore")
 
 
 def open_images(paths: Sequence[Path | str] | Path | str, *, class_names: Path | None = None, **options: Any) -> Source:
-    """Like `sources.open_source`, with the same options, but betons are a kind of data set, too. Raises SourceError,
-    BetonError.
-    """
+    """`sources.open_source`, with the same options, for betons too. Raises SourceError, BetonError."""
     files = expand_paths([paths] if isinstance(paths, (str, Path)) else paths)
     betons = [path for path in files if path.lower().endswith(".beton") and os.path.isfile(path)]
     if not betons:
@@ -94,11 +92,10 @@ def open_images(paths: Sequence[Path | str] | Path | str, *, class_names: Path |
 
 
 def settled_exif(source: Source, wanted: str | None) -> str:
-    """'ignore' or 'apply': what is done about EXIF orientations of `source`. wanted: what the user asked for, None
-    being 'ignore'.
+    """What is done about EXIF orientations of `source`, 'ignore' or 'apply'.
 
-    A beton's images were converted one way, and are what they are. Raises SourceError where the user asks for the other
-    way.
+    wanted: what the user asked for; None means 'ignore', or for a beton the way it was converted. A beton's images
+    cannot be changed any more: raises SourceError where the user asks for the other way.
     """
     if source.exif is None:
         return wanted or "ignore"

@@ -1,8 +1,8 @@
-"""The tables of a beton, checked when it is opened: header, fields, index, metadata, allocations, info and ids.
+"""Reads and checks the tables of a beton when it is opened: header, fields, index, metadata, allocations, info, ids.
 
 Whatever the bytes are, the outcome is a BetonError that names file and field, or tables that agree with each other and
-the file's size (tests/fuzz_beton.py). Counts and places are Python integers until they are known to lie inside the
-file: numpy's wrap around.
+with the file's size (tests/beton/test_fuzz.py). Counts and offsets are Python integers until they are known to lie
+inside the file, because numpy's integers wrap around.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from tl_fast.labelmaps.format import LEVELS, LabelMapError, encoded_sizes
 from tl_fast.system.crc import crc32
 
 DAMAGED = "the file is damaged: convert again or copy it anew"
-# Reading must not take more memory than the file has bytes. What Python makes of JSON takes up to 30 times the text's
-# size, so info is
-# limited: MAX_INFO and a 32nd of the file. Ids are not parsed but for their strings.
+# Reading must not take more memory than the file has bytes. Python objects take up to 30 times the size of the JSON
+# that they are made from. So info is limited to MAX_INFO and a 32nd of the file, and ids are parsed only when they
+# match STRING_LIST.
 MAX_GAP = 1 << 20  # bytes looked at between tables and data where no CRC covers the tables
 STRING_LIST = re.compile(rb'\s*\[\s*(?:"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"\s*(?:,\s*(?!\])|(?=\])))*+\]\s*')
 
@@ -54,11 +54,11 @@ def _is_strings(value: Any) -> bool:
 
 
 class BetonTables:
-    """A mapped file and what its tables say; `tl_fast.beton.BetonReader` has the public names."""
+    """A mapped file and the content of its tables; `tl_fast.beton.BetonReader` has the public names."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        if not stat.S_ISREG(os.stat(self.path).st_mode):  # before it is opened: that would wait for a pipe's other end
+        if not stat.S_ISREG(os.stat(self.path).st_mode):  # before opening: a pipe would wait for its writer
             raise self._error("header", "not a regular file but a folder, pipe or device; give the name of a beton")
         with open(self.path, "rb") as file:
             self._size = os.fstat(file.fileno()).st_size
@@ -75,6 +75,7 @@ class BetonTables:
         return BetonError(f"{self.path}: {field}: {problem}")
 
     def _region(self, start: int, size: int, field: str) -> np.ndarray:
+        """Bytes of the file, uint8 `[size]`. Raises BetonError naming `field` when they lie outside."""
         if start < 0 or size < 0 or start + size > self._size:
             raise self._error(
                 field,
@@ -90,11 +91,7 @@ class BetonTables:
                 "version",
                 f"{header['version']}, this code reads {VERSION}; not a beton, or one whose writing was interrupted",
             )
-        self.page_size, self.num_samples, count = (
-            int(header["page_size"]),
-            int(header["num_samples"]),
-            int(header["num_fields"]),
-        )
+        self.page_size, self.num_samples = int(header["page_size"]), int(header["num_samples"])
         if not MIN_PAGE_SIZE <= self.page_size <= MAX_PAGE_SIZE or self.page_size & (self.page_size - 1):
             raise self._error(
                 "page_size",
@@ -103,7 +100,22 @@ class BetonTables:
         if self.num_samples == 0:
             raise self._error("num_samples", "0: there is nothing in the file; convert again")
         self._alloc_ptr = int(header["alloc_table_ptr"])
-        fields = self._region(HEADER.itemsize, count * FIELD.itemsize, "num_fields").view(FIELD)
+        self._head_size = HEADER.itemsize + int(header["num_fields"]) * FIELD.itemsize
+        fields = self._region(HEADER.itemsize, self._head_size - HEADER.itemsize, "num_fields").view(FIELD)
+        row = metadata_dtype(self._read_fields(fields))
+        self._data_start = self._head_size + self.num_samples * row.itemsize
+        self._metadata = self._region(self._head_size, self.num_samples * row.itemsize, "num_samples").view(row)
+        size = self._size - self._alloc_ptr
+        if self._alloc_ptr < self._data_start or size <= 0 or size % ALLOCATION.itemsize:
+            raise self._error(
+                "alloc_table_ptr",
+                f"no table of {ALLOCATION.itemsize}-byte entries lies between {self._alloc_ptr} and the end of the file"
+                f" at {self._size}, behind the tables that end at {self._data_start}; the file is cut off or damaged:"
+                " copy it anew",
+            )
+
+    def _read_fields(self, fields: np.ndarray) -> list[np.dtype]:
+        """Check the field descriptors `[n]` of FIELD; returns the type of each column of the metadata table."""
         self._fields: dict[str, int] = {}  # name → column
         types, self.spec, self._index = [], None, None
         for column, field in enumerate(fields):
@@ -128,9 +140,8 @@ class BetonTables:
                 )
             elif name == "crc" or (field["arguments"].any() and kind not in WITH_ARGUMENTS):
                 index = field["arguments"][: INDEX.itemsize].view(INDEX)[0]
-                if (
-                    name != "crc" or kind != INT or index["magic"] != INDEX_MAGIC
-                ):  # taken for a stock file, it would be read without CRCs
+                # Without this check the file would be taken for one of the stock writer, and read without CRCs.
+                if name != "crc" or kind != INT or index["magic"] != INDEX_MAGIC:
                     expected = f"a crc field of type {INT} with {INDEX_MAGIC!r} was expected; {DAMAGED}"
                     raise self._error(f"field {name}", f"type {kind} with {bytes(index['magic'])!r}; {expected}")
                 self._index = index
@@ -139,21 +150,10 @@ class BetonTables:
         for name, kind in (("image", IMAGE), ("label", STOCK_TYPES[INT])):
             if name not in self._fields or types[self._fields[name]] != kind:
                 raise self._error("fields", f"no field {name!r} of the right type; the file has {list(self._fields)}")
-        row = metadata_dtype(types)
-        self._head_size = HEADER.itemsize + fields.nbytes
-        self._data_start = self._head_size + self.num_samples * row.itemsize
-        self._metadata = self._region(self._head_size, self.num_samples * row.itemsize, "num_samples").view(row)
-        size = self._size - self._alloc_ptr
-        if self._alloc_ptr < self._data_start or size <= 0 or size % ALLOCATION.itemsize:
-            raise self._error(
-                "alloc_table_ptr",
-                f"no table of {ALLOCATION.itemsize}-byte entries lies between {self._alloc_ptr} and the end of the file"
-                f" at {self._size}, behind the tables that end at {self._data_start}; the file is cut off or damaged:"
-                " copy it anew",
-            )
+        return types
 
     def _read_index(self) -> None:
-        """Checks the CRCs of all tables: beyond this point a file of ours is what was written."""
+        """Read what the index points to, and check the CRCs of all tables but ids: from here on they are as written."""
         self.class_names: list[str] = []
         self.annotator: dict[str, Any] | None = None
         self.conversion: dict[str, Any] | None = None
@@ -175,7 +175,7 @@ class BetonTables:
         ):
             self._check_crc(name, data)
         for name in ("info", "ids"):
-            start, size = self._place(name)
+            start, size = self._bounds(name)
             self._region(start, size, f"{name}_ptr")
             if start < self._data_start or start + size > self._alloc_ptr:
                 raise self._error(
@@ -199,17 +199,16 @@ class BetonTables:
             raise self._error("info", f"tl_fast is not a string, or conversion not an object; {DAMAGED}")
 
     def _check_crc(self, name: str, data: np.ndarray) -> None:
-        if (found := crc32(data)) != self._index[f"{name}_crc"]:
-            raise self._error(
-                f"{name}_crc",
-                f"CRC-32 is {found:08x}, the file says {int(self._index[f'{name}_crc']):08x}; {DAMAGED}",
-            )
+        computed, stored = crc32(data), int(self._index[f"{name}_crc"])
+        if computed != stored:
+            raise self._error(f"{name}_crc", f"CRC-32 is {computed:08x}, the file says {stored:08x}; {DAMAGED}")
 
-    def _place(self, name: str) -> tuple[int, int]:
+    def _bounds(self, name: str) -> tuple[int, int]:
+        """Where a table of ours, info or ids, begins in the file, and its size in bytes."""
         return int(self._index[f"{name}_ptr"]), int(self._index[f"{name}_size"])
 
     def _info(self) -> Any:
-        data = self._region(*self._place("info"), "info_ptr")
+        data = self._region(*self._bounds("info"), "info_ptr")
         if len(data) > (limit := MAX_INFO + self._size // 32):
             raise self._error(
                 "info_size", f"{len(data)} bytes, at most {limit} are read from a file of {self._size}; {DAMAGED}"
@@ -219,16 +218,16 @@ class BetonTables:
             text = str(data.data, "utf-8")
             info = json.loads(text)
             if "\\u" in text:
-                json.dumps(
-                    info, ensure_ascii=False
-                ).encode()  # finds halves of surrogate pairs, which no one could print
+                json.dumps(info, ensure_ascii=False).encode()  # refuses half a surrogate pair, which cannot be printed
         except (ValueError, RecursionError) as error:
             raise self._error("info", f"not readable as JSON ({error}); {DAMAGED}") from error
         return info
 
     def _read_allocations(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ptr, size, sample_id) int64, sorted by ptr; inside the data region, of samples that exist, and not
-        overlapping."""
+        """(ptr, size, sample_id) int64, sorted by ptr.
+
+        Entries lie in the data region, belong to samples that exist, and do not overlap.
+        """
         table = np.frombuffer(self._bytes[self._alloc_ptr :], ALLOCATION)
 
         def refuse(bad: np.ndarray, problem: str) -> None:
@@ -248,17 +247,15 @@ class BetonTables:
         order = order[np.argsort(table["ptr"][order], kind="stable")]
         ptr, size = table["ptr"][order].astype(np.int64), table["size"][order].astype(np.int64)
         refuse(order[1:][ptr[1:] < ptr[:-1] + size[:-1]], "begins within the one before it")
-        if (
-            self._index is None
-            and (gap := self._bytes[self._data_start : ptr[0] if len(ptr) else None][:MAX_GAP]).any()
-        ):
+        gap = self._bytes[self._data_start : ptr[0] if len(ptr) else None][:MAX_GAP]
+        if self._index is None and gap.any():
             raise self._error(
                 "fields",
                 f"there are {np.count_nonzero(gap)} bytes other than 0 between the tables that end at"
                 f" {self._data_start} and the data: num_fields, num_samples or a field's type is wrong; {DAMAGED}",
             )
         for name in ("info", "ids") if self._index is not None else ():
-            start, length = self._place(name)
+            start, length = self._bounds(name)
             refuse(
                 order[(ptr < start + length) & (ptr + size > start)],
                 f"overlaps {name}, bytes {start} to {start + length}",
@@ -266,22 +263,25 @@ class BetonTables:
         self._allocations = len(ptr)
         return ptr, size, table["sample_id"][order].astype(np.int64)
 
-    def _read_samples(self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        def sizes(pointers: np.ndarray, field: str) -> np.ndarray:
-            ptr, size, sample_id = allocations
-            row = np.searchsorted(ptr, pointers)
-            wrong = row == len(ptr)
-            if not wrong.all():
-                row[wrong] = 0
-                wrong |= (ptr[row] != pointers) | (sample_id[row] != np.arange(self.num_samples))
-            if len(bad := np.flatnonzero(wrong)):
-                raise self._error(
-                    field,
-                    f"sample {bad[0]} points to {pointers[bad[0]]}, where the allocation table gives it nothing;"
-                    f" {DAMAGED}",
-                )
-            return size[row]
+    def _allocated_sizes(
+        self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray], pointers: np.ndarray, field: str
+    ) -> np.ndarray:
+        """Bytes that the allocation table gives each sample where its `field` points to, int64 `[n]`."""
+        ptr, size, sample_id = allocations
+        row = np.searchsorted(ptr, pointers)
+        wrong = row == len(ptr)
+        if not wrong.all():
+            row[wrong] = 0
+            wrong |= (ptr[row] != pointers) | (sample_id[row] != np.arange(self.num_samples))
+        if len(bad := np.flatnonzero(wrong)):
+            raise self._error(
+                field,
+                f"sample {bad[0]} points to {pointers[bad[0]]}, where the allocation table gives it nothing; {DAMAGED}",
+            )
+        return size[row]
 
+    def _read_samples(self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        """Check every sample's image, label and label map as the metadata table describes them."""
         image = self._column("image")
         if len(raw := np.flatnonzero(image["mode"] != 0)):
             raise self._error(
@@ -295,7 +295,7 @@ class BetonTables:
                 "image", f"sample {flat[0]} is {self.widths[flat[0]]}×{self.heights[flat[0]]} pixels; {DAMAGED}"
             )
         self._jpeg_ptr = image["data_ptr"].astype(np.int64)
-        self._jpeg_size = sizes(self._jpeg_ptr, "image")
+        self._jpeg_size = self._allocated_sizes(allocations, self._jpeg_ptr, "image")
         self.labels = self._column("label").astype(np.int64)
         classes = len(self.class_names) if self.spec is None else self.spec.num_classes
         if self.spec is not None and self.class_names and len(self.class_names) != classes:
@@ -307,51 +307,52 @@ class BetonTables:
                 "label", f"sample {bad[0]} has label {self.labels[bad[0]]}, outside 0..{classes - 1}; {DAMAGED}"
             )
         if self.spec is not None:
-            maps = self._column("label_map")
-            self._map_ptr = maps["ptr"].astype(np.int64)
-            self._map_size = sizes(self._map_ptr, "label_map")
-            possible = [size for size in encoded_sizes(self.spec) if size <= self._size]
-            if len(bad := np.flatnonzero(~np.isin(self._map_size, possible))):
-                raise self._error(
-                    "label_map",
-                    f"sample {bad[0]} has {self._map_size[bad[0]]} bytes; a map of {self.spec} has"
-                    f" {encoded_sizes(self.spec)}",
-                )
-            if len(bad := np.flatnonzero(self._map_ptr == self._jpeg_ptr)):
-                raise self._error("label_map", f"sample {bad[0]} has its label map where its JPEG is; {DAMAGED}")
-            low, step = maps["score_min"], maps["score_step"]
-            with np.errstate(all="ignore"):
-                good = np.isfinite(low) & (step >= 0) & np.isfinite(low + step * LEVELS[-1])
-            if len(bad := np.flatnonzero(~good)):
-                raise self._error(
-                    "label_map",
-                    f"sample {bad[0]} has score_min {low[bad[0]]:g} and score_step {step[bad[0]]:g}, and so scores that"
-                    f" float32 does not hold, or falling ones; {DAMAGED}",
-                )
+            self._read_map_entries(allocations)
+
+    def _read_map_entries(self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        maps = self._column("label_map")
+        self._map_ptr = maps["ptr"].astype(np.int64)
+        self._map_size = self._allocated_sizes(allocations, self._map_ptr, "label_map")
+        possible = [size for size in encoded_sizes(self.spec) if size <= self._size]
+        if len(bad := np.flatnonzero(~np.isin(self._map_size, possible))):
+            raise self._error(
+                "label_map",
+                f"sample {bad[0]} has {self._map_size[bad[0]]} bytes; a map of {self.spec} has"
+                f" {encoded_sizes(self.spec)}",
+            )
+        if len(bad := np.flatnonzero(self._map_ptr == self._jpeg_ptr)):
+            raise self._error("label_map", f"sample {bad[0]} has its label map where its JPEG is; {DAMAGED}")
+        low, step = maps["score_min"], maps["score_step"]
+        with np.errstate(all="ignore"):
+            good = np.isfinite(low) & (step >= 0) & np.isfinite(low + step * LEVELS[-1])
+        if len(bad := np.flatnonzero(~good)):
+            raise self._error(
+                "label_map",
+                f"sample {bad[0]} has score_min {low[bad[0]]:g} and score_step {step[bad[0]]:g}, and so scores that"
+                f" float32 does not hold, or falling ones; {DAMAGED}",
+            )
 
     def _column(self, name: str) -> np.ndarray:
         return self._metadata[f"f{self._fields[name]}"]
 
     def _pointers(self) -> np.ndarray:
-        """All numbers in the metadata that may point to data: those of stock fields that we do not read, too."""
-        found = []
+        """All numbers in the metadata that may point to data, those of stock fields that we do not read included."""
+        pointers = []
         for name in self._metadata.dtype.names:
             column = self._metadata[name]
-            places = [part for part in ("ptr", "data_ptr") if part in (column.dtype.names or ())]
-            found += [column[part] for part in places] or ([column] if column.dtype == np.uint64 else [])
-        return np.concatenate(found)
+            parts = [part for part in ("ptr", "data_ptr") if part in (column.dtype.names or ())]
+            pointers += [column[part] for part in parts] or ([column] if column.dtype == np.uint64 else [])
+        return np.concatenate(pointers)
 
     @functools.cached_property
     def source_ids(self) -> list[str]:
         """What the samples were called at the source; "0", "1", ... in files of the stock writer. Read on first use."""
         if self._index is None:
             return [str(i) for i in range(self.num_samples)]
-        data = self._region(*self._place("ids"), "ids_ptr")
+        data = self._region(*self._bounds("ids"), "ids_ptr")
         self._check_crc("ids", data)
         raw = data.tobytes()
-        if (
-            STRING_LIST.fullmatch(raw) is None
-        ):  # so nothing is made of other JSON, which may be much larger than its text
+        if STRING_LIST.fullmatch(raw) is None:  # other JSON is not parsed: it may take far more memory than its text
             raise self._error("ids", f"not a JSON list of strings; {DAMAGED}")
         count = (raw.count(b'"') - raw.replace(b"\\\\", b"").count(b'\\"')) // 2
         if count != self.num_samples:
@@ -361,7 +362,7 @@ class BetonTables:
             del raw
             ids = json.loads(text)
             for name in ids if "\\u" in text else ():
-                name.encode()  # finds halves of surrogate pairs, which no one could print
+                name.encode()  # refuses half a surrogate pair, which cannot be printed
         except ValueError as error:
             raise self._error("ids", f"not readable as UTF-8 text ({error}); {DAMAGED}") from error
         return ids
