@@ -1,4 +1,4 @@
-"""What the operating system and other processes are asked for."""
+"""Calls to the operating system and to the other processes of a job."""
 
 import lazy_loader
 

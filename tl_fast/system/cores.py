@@ -1,5 +1,7 @@
-"""How many CPU cores this process may use: its affinity and the CPU quotas of its control groups. Imports neither torch
-nor numba."""
+"""Counts the CPU cores that this process may use, by its affinity and the CPU quotas of its control groups.
+
+Imports neither torch nor numba.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROC = Path("/proc/self")
+NO_QUOTA = float(1 << 16)  # cores; more than any machine has
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on at a time, at least 1: the smaller of its CPU affinity and its control groups'
-    CPU quota.
+    """Cores that this process may use at a time: the smaller of its CPU affinity and its control groups' CPU quota.
 
-    A quota of a part of a core is rounded up: 2.5 cores are 3 threads, of which each may wait now and then.
+    At least 1. A part of a core is rounded up: 2.5 cores count as 3, and a thread may have to wait now and then.
     """
     return max(min(len(os.sched_getaffinity(0)), math.ceil(cpu_quota())), 1)
 
 
 def cpu_quota(proc: Path = PROC) -> float:
-    """The smallest CPU quota, in cores, of the process's control group and those around it; affinity's count is not
-    looked at.
+    """The smallest CPU quota, in cores, of the process's control group and those around it, whatever its affinity.
 
-    `proc` is the process's folder in /proc. Both versions of control groups count. A number as large as any machine
-    (2**16) where there is no quota, or where the files cannot be read.
+    proc: the process's folder in /proc. Both versions of control groups count. NO_QUOTA where there is no quota, or
+    where the files cannot be read.
     """
     return min([NO_QUOTA, *(quota for folder in _groups(proc) if (quota := _quota(folder)) is not None)])
-
-
-NO_QUOTA = float(1 << 16)
 
 
 def _groups(proc: Path) -> Iterator[Path]:
@@ -52,8 +50,10 @@ def _groups(proc: Path) -> Iterator[Path]:
 
 
 def _memberships(proc: Path) -> Iterator[tuple[str, str]]:
-    """("cgroup2" or "cgroup", the process's group) of /proc/self/cgroup's lines `0::/group` and
-    `4:cpu,cpuacct:/group`."""
+    """("cgroup2" or "cgroup", the process's group) from the lines of /proc/self/cgroup.
+
+    Those lines are `0::/group` for version 2 and such as `4:cpu,cpuacct:/group` for version 1.
+    """
     for line in _read(proc / "cgroup").splitlines():
         number, controllers, group = line.split(":", 2)
         if number == "0" and not controllers:
@@ -83,7 +83,7 @@ def _quota(folder: Path) -> float | None:
 
 
 def _unescape(path: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)  # a space is \040
+    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path)  # a space is \040
 
 
 def _read(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""malloc, told to keep what is freed."""
+"""Tells malloc to keep freed memory, for programs that read many files."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import contextlib
 import ctypes
 import gc
 
-M_TRIM_THRESHOLD = -1  # this and the next: malloc.h
-
-
+# Parameters of mallopt, from malloc.h.
+M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
 
 def reuse_memory() -> None:
-    """Let malloc keep what is freed (glibc; elsewhere nothing happens), and the garbage collector pass over what is
-    there by now.
+    """Let malloc keep freed memory, and let the garbage collector skip all objects that exist by now.
 
-    By default every buffer of more than 128 KB is mapped anew, and a page fault for each of its pages takes longer than
-    reading it: 117 µs for a 128-KB file, 31 with this. It holds for the whole process, so programs call it, not
-    `write_beton`.
+    By default every buffer of more than 128 KB is mapped anew, and the page faults take longer than reading the data:
+    117 µs for a 128-KB file, 31 with this. Both settings hold for the whole process, so programs call this, not
+    `write_beton`. Without glibc malloc stays as it is.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-    gc.freeze()  # it took 25 µs a sample to look at all modules again and again
+    gc.freeze()  # the collector took 25 µs a sample to look at all modules again and again

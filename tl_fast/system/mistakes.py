@@ -1,7 +1,7 @@
-"""Mistakes of the user, and how they end a command: in one sentence. Imports neither torch nor numba.
+"""Ends a command in one sentence when the user made a mistake. Imports neither torch nor numba.
 
-A Mistake, or an error of the system such as a missing file, is for the user to mend: its message is all that they get.
-Everything else that is raised is a bug of ours, and keeps its traceback. In a job of several ranks one of them speaks:
+The user can mend a Mistake, or an error of the system such as a missing file: the message is all that they see. Every
+other exception is a bug of ours and keeps its traceback. In a job of several ranks one of them prints the message:
 
 - before the ranks have met (the command line, recipes), the first rank of every node, for all on a node read the same
   files;
@@ -31,14 +31,13 @@ class InputError(Mistake, ValueError):
 
 EXPECTED = Mistake, OSError
 
-# Seconds that a rank waits which leaves the word to another: torchrun ends the others when the first rank has left.
+# Seconds that a silent rank waits before it ends: torchrun ends all others as soon as one rank has ended.
 PATIENCE = 5.0
 
 
 @contextlib.contextmanager
 def one_speaks_for_its_node() -> Iterator[None]:
-    """Inside, what the other ranks of a node print is dropped, and they do not end before the first one has had the
-    time to speak."""
+    """Inside, only the first rank of a node prints; the others end late enough for it to have printed."""
     if not int(os.environ.get("LOCAL_RANK", 0)):
         yield
         return
@@ -53,8 +52,10 @@ def one_speaks_for_its_node() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_a_sentence(command: str, show_traceback: bool = False) -> Iterator[None]:
-    """Inside, a mistake ends the process with exit code 1 and one sentence on stderr, `command` before it; with
-    `show_traceback` it stays as it is."""
+    """Inside, a mistake ends the process with exit code 1 and one sentence on stderr, `command` before it.
+
+    With `show_traceback` the mistake is raised as it is.
+    """
     try:
         yield
     except EXPECTED as error:
@@ -62,7 +63,7 @@ def in_a_sentence(command: str, show_traceback: bool = False) -> Iterator[None]:
             raise
         shared, rank = is_shared(error), int(os.environ.get("RANK", 0))
         if not shared and "TORCHELASTIC_RUN_ID" in os.environ:
-            # So that torchrun takes it for the cause, not the failures of the ranks that then lose this one.
+            # Torchrun then takes this for the cause, not the failures of the ranks that lose this one.
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
             get_error_handler().record_exception(error)
@@ -83,8 +84,10 @@ def sentence(error: BaseException) -> str:
 
 
 def share(error: BaseException, met_by: str = "") -> BaseException:
-    """The error, marked as one that every rank raises. `met_by` goes before its sentence: whose it is, where it is not
-    everybody's."""
+    """The error, marked as one that every rank raises.
+
+    met_by: goes before its sentence and says which rank met the error, where not all of them did.
+    """
     error.shared_by_ranks, error.met_by = True, met_by
     return error
 

@@ -1,4 +1,4 @@
-"""How far a long job has come: a bar on a terminal; elsewhere (SLURM's logs, CI) a plain line every 30 seconds."""
+"""Shows how far a long job is: a bar on a terminal; elsewhere (SLURM's logs, CI) a plain line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BAR_SECONDS = 0.1
 class ProgressDisplay:
     """Shows `update(done)` of `total` images on `console` (by default standard error), with images/s and the time left.
 
-    label: what is being done. enabled: False shows nothing. The first `update` sets the start, so that what an earlier
-    run did does not count into the rate. No thread is started: a job may fork while its progress is shown.
+    label: what is being done. enabled: False shows nothing. The first `update` sets the start, so that the rate leaves
+    out what an earlier run did. No thread is started: a job may fork while its progress is shown.
     """
 
     def __init__(self, label: str, total: int, console: Console | None = None, *, enabled: bool = True) -> None:

@@ -1,5 +1,7 @@
-"""The processes of one job: torchrun's environment, the device of this rank, and the process group where there is more
-than one."""
+"""Joins the processes of one job: reads torchrun's environment, sets this rank's device, makes the process group.
+
+A process alone needs no group.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,10 @@ JOINING = datetime.timedelta(minutes=10)  # how long a rank waits for the others
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world_size`, the device it computes on, and a gloo group for what has nothing
-    to do with devices."""
+    """This process among all of a job.
+
+    It is `rank` of `world_size` and computes on `device`. control: a gloo group for values on the host.
+    """
 
     rank: int
     world_size: int
@@ -45,30 +49,33 @@ class Ranks:
         return values
 
     def any(self, flag: torch.Tensor) -> torch.Tensor:
-        """1.0 on every rank where a flag (a tensor of 0 and 1, or bool) is set on one of them, else 0.0; on the device,
-        without asking it."""
-        flag = flag.to(
-            torch.float32, copy=True, memory_format=torch.contiguous_format
-        )  # NCCL refuses a column of a table, gloo garbles it
+        """1.0 on every rank where a flag (a tensor of 0 and 1, or bool) is set on one of them, else 0.0.
+
+        The result stays on the device; the host does not wait for it.
+        """
+        # Contiguous: NCCL refuses a column of a table, gloo garbles it.
+        flag = flag.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if self.world_size > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return flag
 
     def start_max(self, values: Sequence[int]) -> tuple[torch.Tensor, Any]:
-        """Start combining a few integers on the host: their maxima over ranks, valid after the second result's wait()
-        (None: already)."""
-        box = torch.tensor(values, dtype=torch.int64)
-        return box, dist.all_reduce(
-            box, dist.ReduceOp.MAX, group=self.control, async_op=True
-        ) if self.world_size > 1 else None
+        """Start computing the maxima over ranks of a few integers on the host.
+
+        Returns them and a handle; they are valid after the handle's wait(), or at once where the handle is None.
+        """
+        maxima = torch.tensor(values, dtype=torch.int64)
+        if self.world_size == 1:
+            return maxima, None
+        return maxima, dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.control, async_op=True)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in the order of ranks, on every rank."""
         if self.world_size == 1:
             return [value]
-        found = [None] * self.world_size
-        dist.all_gather_object(found, value, group=self.control)
-        return found
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def from_main(self, value):
         """Rank 0's picklable value, on every rank."""
@@ -79,22 +86,27 @@ class Ranks:
         return box[0]
 
     def on_main(self, function: Callable, *arguments: Any) -> Any:
-        """What the function returns on rank 0, picklable, on every rank; or the mistake, ValueError or OSError that it
-        raises there, on every rank: the others would wait for a rank that left alone."""
-        found = None
+        """Call the function on rank 0 only; returns its result, which must be picklable, on every rank.
+
+        A mistake, ValueError or OSError that it raises is raised on every rank: if rank 0 left alone, the others would
+        wait for it.
+        """
+        result = None
         if self.main:
             try:
-                found = function(*arguments)
+                result = function(*arguments)
             except (*EXPECTED, ValueError) as error:
-                found = share(error)
-        found = self.from_main(found)
-        if isinstance(found, Exception):
-            raise found
-        return found
+                result = share(error)
+        result = self.from_main(result)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def agree(self, function: Callable, *arguments: Any) -> Any:
-        """What the function returns here, called on every rank; the mistake or OSError of the lowest rank that meets
-        one is raised on all of them."""
+        """Call the function on every rank; each gets its own result.
+
+        If ranks meet a mistake or OSError, that of the lowest such rank is raised on all.
+        """
         result = mistake = None
         try:
             result = function(*arguments)
@@ -125,9 +137,8 @@ class Ranks:
         buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
         if not buffers:
             return
-        flat = (
-            self.sum(torch.cat([buffer.flatten() for buffer in buffers])) / self.world_size
-        )  # one message for them all
+        # One message for all of them.
+        flat = self.sum(torch.cat([buffer.flatten() for buffer in buffers])) / self.world_size
         for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(mean.view_as(buffer))
 
@@ -140,10 +151,11 @@ def cores_of_this_rank() -> int:
 def _own_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
     """The part of torchrun's store that belongs to this start of the ranks, and to no earlier one.
 
-    torchrun gives ranks that it starts again the store of those before them: whoever is quick reads addresses of the
-    dead and waits for them. All need a new prefix, and nothing that they are told is new and the same on all nodes. So
-    rank 0 calls with a new word, the others answer it with new words of theirs, and the list of these tells everybody
-    that the call is of now. Raises TimeoutError.
+    Ranks that torchrun starts again get the store of the ranks before them. A quick rank would read addresses of ranks
+    that are gone, and wait for them. So all need the same new prefix, but torchrun tells them nothing that is new and
+    the same on all nodes. They agree on one: rank 0 writes a new word, each other rank answers that word with a new
+    word of its own, and rank 0 lists the answers. A rank that reads its own word in the list knows that rank 0's word
+    is of this start. Raises TimeoutError.
     """
     word, answered, deadline = uuid.uuid4().hex, "", time.monotonic() + timeout.total_seconds()
 
@@ -172,16 +184,14 @@ def _own_part(store: dist.Store, rank: int, world_size: int, timeout: datetime.t
 
 @contextlib.contextmanager
 def join(device: str = "auto", timeout_minutes: float = 10, backend: str | None = None) -> Iterator[Ranks]:
-    """This process's place in the job that torchrun's environment describes; without torchrun a world of one, and no
-    process group.
+    """Join the job that torchrun's environment describes; without torchrun a world of one, and no process group.
 
     Args:
         device: "cpu", "cuda", or "auto" (cuda when there is one). Gloo connects ranks on the CPU, NCCL on GPUs.
-        timeout_minutes: how long a collective waits for a rank that lives but does not come. (One that dies ends it at
-        once: its connections
-            close.) The slowest legitimate wait is for another rank's torch.compile, or for rank 0's checkpoint.
-        backend: what connects the ranks where not NCCL or Gloo by the device: "gloo" for jobs on GPUs that exchange
-        next to nothing.
+        timeout_minutes: how long a collective waits for a rank that lives but does not come. (A rank that dies ends it
+            at once: its connections close.) The slowest legitimate wait is for another rank's torch.compile, or for
+            rank 0's checkpoint.
+        backend: "gloo" for jobs on GPUs that exchange next to nothing; None: chosen by the device.
 
     Raises ValueError for "cuda" without a GPU, or with fewer GPUs than local ranks.
     """
@@ -197,9 +207,9 @@ def join(device: str = "auto", timeout_minutes: float = 10, backend: str | None 
                 "--nproc_per_node or use --device cpu"
             )
         torch.cuda.set_device(local_rank)
-    place = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    chosen = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if world_size == 1:
-        yield Ranks(rank, world_size, place)
+        yield Ranks(rank, world_size, chosen)
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
     ours = not dist.is_initialized()  # the caller's group stays the caller's
@@ -210,10 +220,10 @@ def join(device: str = "auto", timeout_minutes: float = 10, backend: str | None 
             store, *_ = next(dist.rendezvous("env://", timeout=joining))
             options = {"store": _own_part(store, rank, world_size, joining), "rank": rank, "world_size": world_size}
         backend = backend or ("nccl" if device == "cuda" else "gloo")
-        dist.init_process_group(backend, timeout=timeout, device_id=place if backend == "nccl" else None, **options)
+        dist.init_process_group(backend, timeout=timeout, device_id=chosen if backend == "nccl" else None, **options)
     control = dist.new_group(backend="gloo", timeout=timeout)
     try:
-        yield Ranks(rank, world_size, place, control)
+        yield Ranks(rank, world_size, chosen, control)
     except BaseException as error:
         # torchrun takes the failure with the earliest second for the cause, of equals the lowest rank's: let the rank
         # that closed the connection be first.

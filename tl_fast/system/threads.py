@@ -1,4 +1,4 @@
-"""Work on threads, in order."""
+"""Maps a function over items on threads, with results in order."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Make torchvision (and so timm) importable when its wheel is a CUDA build and torch is a CPU build. Import it before
-timm.
+"""Makes torchvision, and so timm, importable where its wheel is a CUDA build and torch is a CPU build.
+
+Import this module before timm.
 
 The torchvision wheels on PyPI are linked against CUDA. Beside a CPU-only torch their operator library cannot be loaded,
 nobody declares `torchvision::nms`, and `import torchvision` dies with "operator torchvision::nms does not exist" in its
-meta registrations. Declaring the
-schemas those registrations ask for is enough: transforms and `roi_align`'s Python fallback then work, while
-`torchvision.ops.nms` says that its C++ operators are missing. Wherever torchvision's own library loads, that library is
-used and nothing is declared.
+meta registrations. Declaring the schemas those registrations ask for is enough: transforms and `roi_align`'s Python
+fallback then work, while `torchvision.ops.nms` says that its C++ operators are missing. Wherever torchvision's own
+library loads, that library is used and nothing is declared.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ def _load_own_operators() -> bool:
 
 
 def _declare() -> torch.library.Library | None:
-    """Declare the missing schemas if torch is a CPU build and torchvision's library does not load; returns their
-    owner."""
+    """Declare the missing schemas if torch is a CPU build and torchvision's library does not load.
+
+    Returns the library that owns them, or None.
+    """
     if torch.version.cuda or torch.version.hip or not _missing() or _load_own_operators():
-        # a GPU build of torch with a torchvision that does not match should fail loudly, in torchvision's words
+        # A GPU build of torch with a torchvision that does not match should fail loudly, in torchvision's words.
         return None
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in _missing():
