@@ -1,8 +1,8 @@
-"""One published label map from the bytes of its .pt file: by torch.load, or around it where that must give the same.
+"""Reads one published label map from the bytes of its .pt file, without torch.load where the result must be the same.
 
-torch.load takes 230 µs with the GIL held, which would limit a whole conversion. What it does with a file is said by the
-file's pickle alone; so of each different pickle one file goes through it (`weights_only=True`: no code of the file is
-run), and of later files with the very same pickle only the numbers are taken, from their place in the file.
+torch.load takes 230 µs with the GIL held, which would limit a whole conversion. A file's pickle alone decides what
+torch.load does with the file. So the first file of each different pickle goes through torch.load (`weights_only=True`:
+no code of the file is run); of later files with the very same pickle only the numbers are taken, at their offset.
 """
 
 from __future__ import annotations
@@ -15,62 +15,61 @@ import zlib
 import numpy as np
 import torch
 
+from tl_fast.labelmaps import zip_header
 from tl_fast.labelmaps.format import LabelMapError
 
 _MAX_NUMBERS = 1 << 26  # of one map; published ones have 3,240
-_MAX_KNOWN = 64  # different pickles remembered; files of one program have one or two
-# Up to which number of classes a dtype holds every class index exactly; None: more than a label map can have.
+_MAX_KNOWN = 64  # different pickles that are remembered; files of one program have one or two
+# The number of classes up to which a dtype holds every class index exactly; None: more than a label map can have.
 _MAX_CLASSES = {torch.float16: 2049, torch.bfloat16: 257, torch.float32: None, torch.float64: None}
 
-_END = struct.Struct(
-    "<4sHHHHIIH"
-)  # a zip's end: magic, disks, entries here and in all, bytes and place of the directory, comment
-_ENTRY = struct.Struct(
-    "<4s6xH4xIIIHHH8xI"
-)  # of the directory: magic, method, CRC, stored and true size, lengths of 3 texts, place
-_LOCAL = struct.Struct("<4s22xHH")  # before the data: magic, lengths of 2 texts
+# A zip's end: magic, disks, entries here and in all, size and offset of the directory, length of the comment.
+_END = struct.Struct("<4sHHHHIIH")
+# An entry of the directory: magic, method, CRC, stored and true size, lengths of 3 texts, offset of the local header.
+_ENTRY = struct.Struct("<4s6xH4xIIIHHH8xI")
 _STORED = 0
 
 
 def _parts(data: bytes) -> dict[str, bytes] | None:
-    """A zip's stored members by the last part of their path ('data.pkl', '0', ...); None for a file that torch.load
-    should look at.
+    """A zip's stored members by the last part of their path ('data.pkl', '0', ...); None leaves the file to torch.load.
 
     '0' is the tensor's storage, the only one; its CRC-32 is checked.
     """
     try:
-        magic, *_, entries, size, place, comment = _END.unpack_from(data, len(data) - _END.size)
+        magic, *_, entries, size, entry, comment = _END.unpack_from(data, len(data) - _END.size)
         if magic != b"PK\5\6" or comment or not 0 < entries <= 32:
             return None
-        found = {}
+        parts = {}
         for _ in range(entries):
-            magic, method, crc, stored, size, name, extra, comment, start = _ENTRY.unpack_from(data, place)
-            path = data[place + _ENTRY.size : place + _ENTRY.size + name].decode("utf-8")
-            place += _ENTRY.size + name + extra + comment
-            local, name, extra = _LOCAL.unpack_from(data, start)
-            start += _LOCAL.size + name + extra
+            magic, method, crc, stored, size, name, extra, comment, header = _ENTRY.unpack_from(data, entry)
+            path = data[entry + _ENTRY.size : entry + _ENTRY.size + name].decode("utf-8")
+            entry += _ENTRY.size + name + extra + comment
+            start = zip_header.data_start(data[header : header + zip_header.SIZE], header)
+            if start is None:
+                return None
             part = data[start : start + size]
             key = path.rpartition("/")[2]
             if (
                 magic != b"PK\1\2"
-                or local != b"PK\3\4"
                 or method != _STORED
                 or stored != size
                 or len(part) != size
-                or key in found
+                or key in parts
                 or "/data/" in path
                 and (key != "0" or zlib.crc32(part) != crc)
             ):
                 return None
-            found[key] = part
-        return found
+            parts[key] = part
+        return parts
     except (struct.error, ValueError):
         return None
 
 
 def load(data: bytes, num_classes: int) -> torch.Tensor:
-    """torch.load of a .pt file's bytes: a tensor [2, k, H, W] of a float dtype. Raises LabelMapError saying what is
-    wrong with it."""
+    """torch.load of a .pt file's bytes: a tensor [2, k, H, W] of a float dtype.
+
+    Raises LabelMapError saying what is wrong with it.
+    """
     try:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # hostile bytes raise anything; nothing of them is run
@@ -104,8 +103,10 @@ class PtReader:
         self._known: dict[bytes, tuple[np.dtype, tuple[int, ...]]] = {}
 
     def read(self, data: bytes) -> np.ndarray:
-        """Bytes of a .pt file → float16, 32 or 64 `[2, k, H, W]`: logits, classes. Raises LabelMapError saying what is
-        wrong with it."""
+        """The logits and classes in the bytes of a .pt file: float16, 32 or 64 `[2, k, H, W]`.
+
+        Raises LabelMapError saying what is wrong with it.
+        """
         parts = _parts(data) or {}
         pickle, numbers = parts.get("data.pkl"), parts.get("0", b"")
         direct = sys.byteorder == "little" and parts.get("byteorder", b"little") == b"little"

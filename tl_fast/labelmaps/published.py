@@ -1,8 +1,7 @@
-"""Label maps in the published format: one .pt file an image, in class folders, in a folder tree or still in its
-archive.
+"""Reads label maps in the published format: one .pt file an image, in class folders, unpacked or still in an archive.
 
-Each holds one tensor `[2, k, H, W]`: the annotator's k best logits of every cell, and their classes. The logits are
-kept as they are, not relative to the cell's tail as in maps of our own (`labelmap.top_k_relative`): a class that is not
+A file holds one tensor `[2, k, H, W]`: the annotator's k best logits of every cell, and their classes. The logits are
+kept as they are, not relative to the cell's tail as in our own maps (`format.top_k_relative`): a class that is not
 listed counts as logit 0, as it does in the published training code. `tl_fast.labelmaps.pt_file` reads one file.
 """
 
@@ -19,6 +18,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from tl_fast.labelmaps import zip_header
 from tl_fast.labelmaps.format import EXTENTS, LabelMapError, MapSpec, pack
 from tl_fast.labelmaps.matching import match_maps
 from tl_fast.labelmaps.store import LabelMapStore
@@ -35,8 +35,9 @@ NEEDS_EXTENT = (
 
 
 class _Files(Protocol):
-    """Where the n .pt files are. names: their paths inside, posix; ignored: number of other files; stamps: int64 [n, 2
-    or 4]."""
+    """A folder or archive of n .pt files. names: their paths inside, posix. ignored: number of other files. stamps:
+    int64 [n, 2 or 4], see `PublishedMaps`.
+    """
 
     names: list[str]
     ignored: int
@@ -50,7 +51,7 @@ class _Files(Protocol):
 
 
 def _is_map(name: str) -> bool:
-    """Not so: what macOS adds to archives ('__MACOSX/a/._b.pt')."""
+    """Whether a path is that of a label map. What macOS adds to archives ('__MACOSX/a/._b.pt') is none."""
     return name.endswith(".pt") and not name.startswith("__MACOSX/") and not name.rpartition("/")[2].startswith(".")
 
 
@@ -69,8 +70,8 @@ class _Folder:
 
     def _walk(self, folder: str, prefix: str) -> Iterator[tuple[str, os.DirEntry]]:
         with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-        for entry in found:
+            ordered = sorted(entries, key=lambda entry: entry.name)
+        for entry in ordered:
             if entry.is_dir():
                 yield from self._walk(entry.path, f"{prefix}{entry.name}/")
             else:
@@ -87,10 +88,7 @@ class _Folder:
 
 
 class _Zip:
-    """Members are read at their offsets, stored or deflated; Python's zipfile only lists them, as its reading has a
-    lock."""
-
-    LOCAL_HEADER = struct.Struct("<4s22xHH")
+    """Python's zipfile lists the members. They are read here, stored or deflated: zipfile reads under a lock."""
 
     def __init__(self, path: str) -> None:
         self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -98,16 +96,16 @@ class _Zip:
             status = os.fstat(self.file)
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
-                # .pt files are zips too: of an archive that is cut off zipfile finds the last one whole
+                # .pt files are zips too: in an archive that is cut off, zipfile takes the last whole one for it.
                 if members and min(info.header_offset for info in members):
                     raise zipfile.BadZipFile("its directory is missing, it is cut off; download or copy the file again")
                 members = [info for info in members if not info.is_dir()]
-            found = [info for info in members if _is_map(info.filename)]
+            maps = [info for info in members if _is_map(info.filename)]
         except BaseException:
             self.close()
             raise
-        self.names, self.ignored = [info.filename for info in found], len(members) - len(found)
-        rows = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type, i.flag_bits & 1) for i in found]
+        self.names, self.ignored = [info.filename for info in maps], len(members) - len(maps)
+        rows = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type, i.flag_bits & 1) for i in maps]
         self.rows = np.array(rows, np.int64).reshape(-1, 6)
         self.stamps = _archive_stamps(status.st_size, status.st_mtime_ns, self.rows[:, :2])
 
@@ -117,15 +115,14 @@ class _Zip:
             raise ValueError(f"is {'encrypted' if encrypted else f'compressed by method {method}'}; unpack the archive")
         if max(stored, size) > MAX_BYTES:
             raise ValueError(f"has more than {MAX_BYTES >> 20} MiB")
-        header = os.pread(self.file, self.LOCAL_HEADER.size, offset)
-        magic, name, extra = self.LOCAL_HEADER.unpack(header) if len(header) == self.LOCAL_HEADER.size else (b"", 0, 0)
-        data = pread(self.file, stored, offset + self.LOCAL_HEADER.size + name + extra)
+        start = zip_header.data_start(os.pread(self.file, zip_header.SIZE, offset), offset)
+        data = pread(self.file, stored, start) if start is not None else b""
         if method == zipfile.ZIP_DEFLATED:
             try:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
             except zlib.error as error:
                 raise ValueError(f"is damaged ({error})") from error
-        if magic != b"PK\3\4" or len(data) != size or zlib.crc32(data) != crc:
+        if start is None or len(data) != size or zlib.crc32(data) != crc:
             raise ValueError("is damaged: its bytes are not those that the archive's directory lists")
         return data
 
@@ -163,11 +160,12 @@ class _Tar:
 
 
 def _archive_stamps(size: int, mtime: int, rows: np.ndarray) -> np.ndarray:
+    """An archive's size and modification time (ns) in front of each row."""
     return np.concatenate((np.broadcast_to(np.array([size, mtime], np.int64), (len(rows), 2)), rows), 1)
 
 
 def _open_files(path: Path) -> _Files:
-    """Raises LabelMapError for what is none of the three."""
+    """The .pt files of a folder, zip or tar. Raises LabelMapError for anything else."""
     try:
         if path.is_dir():
             return _Folder(str(path))
@@ -184,10 +182,10 @@ def _open_files(path: Path) -> _Files:
 class PublishedMaps:
     """Published label maps, listed once, then read in any order from any thread.
 
-    `spec`: what most of up to 32 maps spread over all of them look like. `class_names`: None, the format has none.
-    `manifest`; `path`; `names` (paths of the .pt files); `rejects`: none, the format lists no images that annotation
-    left out; `ignored` (number of other files); `stamps` int64 `[n, 2]`: size and mtime (ns) of each file, or `[n, 4]`:
-    of the archive, then two numbers for where in it the map is.
+    `spec`: the format of most maps, found from up to 32 maps spread over all of them. `class_names`: None, the format
+    has none. `manifest`; `path`; `names` (paths of the .pt files); `rejects`: empty, the format does not list images
+    that annotation left out; `ignored` (number of other files); `stamps` int64 `[n, 2]`: size and mtime (ns) of each
+    file, or `[n, 4]`: of the archive, then two numbers that say where in it the map is.
     extent: `full` or `center_square`, required. num_classes: C, of the data set.
     Raises LabelMapError when there are no maps in `path`, or none that can be read.
     """
@@ -199,9 +197,8 @@ class PublishedMaps:
                 f"{self.path}: {f'extent is {extent!r}' if extent is not None else NEEDS_EXTENT}; must be one of"
                 f" {EXTENTS}"
             )
-        from tl_fast.labelmaps.pt_file import (
-            PtReader,
-        )  # here: torch takes seconds to import, and a conversion with a store does without
+        # Imported here: torch takes seconds to import, and a conversion with a store does without it.
+        from tl_fast.labelmaps.pt_file import PtReader
 
         self._files, self._reader = _open_files(self.path), PtReader(num_classes)
         self.names, self.ignored, self.stamps = self._files.names, self._files.ignored, self._files.stamps
@@ -259,7 +256,7 @@ class PublishedMaps:
         return f"{self.path}{'/' if isinstance(self._files, _Folder) else ':'}{self.names[j]}"
 
     def locate(self, ids: Sequence[str], class_names: Sequence[str], labels: np.ndarray) -> np.ndarray:
-        """Index of each sample's map, int64 `[n]`, −1 where there is none; rules and errors: `map_match.match_maps`."""
+        """Index of each sample's map, int64 `[n]`, −1 where there is none; rules and errors: `matching.match_maps`."""
         return match_maps(self.names, ids, class_names, labels, self.origin)
 
     def record(self, j: int) -> np.void:
@@ -283,17 +280,15 @@ class PublishedMaps:
 
 
 def open_label_maps(path: Path | str, *, extent: str | None, num_classes: int) -> LabelMapStore | PublishedMaps:
-    """A store that `tl_fast.annotate` made (a folder with manifest.json), or published maps: a folder tree, zip or tar
-    of .pt files.
+    """Open a store that `tl_fast.annotate` made, or published maps: a folder tree, zip or tar of .pt files.
 
     extent: what published maps cover, required for them; for a store it must be None or what the store itself says.
     num_classes: C of the data set, by which published maps are checked; a store has its own in `spec`. Raises
     LabelMapError.
     """
     path = Path(path)
-    if not any(
-        (path / name).is_file() for name in ("manifest.json", "ids.jsonl")
-    ):  # either: a store, which may lack the other
+    # A folder with either file is a store. If it lacks the other, LabelMapStore says so.
+    if not any((path / name).is_file() for name in ("manifest.json", "ids.jsonl")):
         return PublishedMaps(path, extent=extent, num_classes=num_classes)
     store = LabelMapStore(path)
     if extent not in (None, store.spec.extent):
