@@ -1,8 +1,7 @@
-"""CPU loops over label maps: quantising and checking them, and their layouts in a beton (docs/file_format.md), compiled
-by numba.
+"""CPU loops over label maps, compiled by numba: they quantise, check, encode and read maps.
 
-Every loop releases the GIL. Errors are numbers here; `tl_fast.labelmaps.format` and `tl_fast.beton.reader` put them
-into words.
+docs/file_format.md describes the layouts of a map in a beton. Every loop releases the GIL. Errors are numbers here;
+`tl_fast.labelmaps.format` and `tl_fast.beton.reader` put them into words.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import numpy as np
 
 from tl_fast.maths.compile import njit
 
-# What is wrong with a map, 0 when all is well.
+# What is wrong with a map; 0 stands for nothing.
 BAD_SIZE, BAD_CLASS, BAD_BITMAP, BAD_INDEX, TWICE, BAD_SCORE = 1, 2, 3, 4, 5, 6
 NOT_FINITE = -(1 << 17)  # what `encode` returns for a bad score_min or score_step
 _FLOAT32_MAX, _FLOAT32_TINY = float(np.finfo(np.float32).max), np.finfo(np.float32).tiny
 
 _BIT_COUNT = np.array([byte.bit_count() for byte in range(256)])
-# Of each byte: the places of its bits that are set, then of the others.
+# Of each byte: the positions of the bits that are set, then those of the others.
 _SET_BITS = np.array(
     [sorted(range(8), key=lambda bit, byte=byte: not byte >> bit & 1) for byte in range(256)], np.uint16
 )
@@ -25,8 +24,10 @@ _SET_BITS = np.array(
 
 @njit
 def quantise(scores: np.ndarray, levels: np.ndarray) -> tuple[int, np.float32, np.float32]:
-    """`labelmap.quantise` of scores float64 [k, cells per class] → (BAD_SCORE or 0, score_min, score_step); levels:
-    uint8, written."""
+    """`format.quantise` of scores float64 [k, cells per class]: (BAD_SCORE or 0, score_min, score_step).
+
+    levels: uint8, the same shape, written.
+    """
     low, high = np.inf, -np.inf
     finite = True
     for t in range(scores.shape[0]):
@@ -55,8 +56,10 @@ def quantise(scores: np.ndarray, levels: np.ndarray) -> tuple[int, np.float32, n
 
 @njit
 def _keep_best_apart(exact: np.ndarray, levels: np.ndarray) -> None:
-    """The best two of one cell, where their levels coincide: moves the one that lies on the side it moves to. Both
-    [k]."""
+    """Where the levels of a cell's best two classes coincide, move apart the one whose score lies on that side.
+
+    exact: the cell's levels before rounding, float64 [k]; levels: uint8 [k], written.
+    """
     best, second = (0, 1) if exact[0] >= exact[1] else (1, 0)
     for t in range(2, len(exact)):
         if exact[t] > exact[best]:
@@ -78,7 +81,7 @@ def _keep_best_apart(exact: np.ndarray, levels: np.ndarray) -> None:
 def pack(
     classes: np.ndarray, scores: np.ndarray, num_classes: int, out: np.ndarray, levels: np.ndarray
 ) -> tuple[int, np.float32, np.float32]:
-    """Check and quantise one map → (what is wrong, score_min, score_step).
+    """Check and quantise one map: (what is wrong, score_min, score_step).
 
     classes: int64 or float64 [k, cells per class]; scores: float64, the same shape; out: uint16 and levels: uint8,
     written.
@@ -100,9 +103,9 @@ def pack(
 
 @njit
 def encode(record: np.ndarray, num_classes: int, sizes: tuple[int, int, int], out: np.ndarray) -> int:
-    """One map in its smaller layout → its size in bytes; −1 − c if it lists a class c >= C; NOT_FINITE.
+    """Write one map in its smaller layout. Returns its size in bytes; −1 − c if it lists a class c >= C; NOT_FINITE.
 
-    record: uint8 [8 + 3·cells], a record of `MapSpec.dtype`; sizes: `labelmap.encoded_sizes`; out: uint8 [3·cells],
+    record: uint8 [8 + 3·cells], a record of `MapSpec.dtype`; sizes: `format.encoded_sizes`; out: uint8 [3·cells],
     written.
     """
     cells = len(out) // 3
@@ -142,11 +145,10 @@ def encode(record: np.ndarray, num_classes: int, sizes: tuple[int, int, int], ou
 
 
 def _expand(data: np.ndarray, num_classes: int, sizes: tuple[int, int, int], classes: np.ndarray) -> int:
-    """The classes of one map in either layout; its scores are the last cells bytes of `data` in both. Returns 0 or what
-    is wrong.
+    """Read the classes of one map in any layout; its scores are the last `cells` bytes of `data` in all of them.
 
-    data: uint8 [size]; sizes: `labelmap.encoded_sizes`; classes: uint16 [cells], written. Nothing is read or written
-    out of bounds, whatever `data` holds.
+    Returns 0 or what is wrong. data: uint8 [size]; sizes: `format.encoded_sizes`; classes: uint16 [cells], written.
+    Nothing is read or written out of bounds, whatever `data` holds.
     """
     cells = len(classes)
     greatest = np.int64(0)
@@ -161,7 +163,7 @@ def _expand(data: np.ndarray, num_classes: int, sizes: tuple[int, int, int], cla
     palette = np.zeros(520, np.uint16)
     n = np.int64(0)
     start = (num_classes + 7) // 8
-    for j in range(start):  # without branches: whether a class is in the palette is as good as random
+    for j in range(start):  # without branches: no branch predictor can tell whether a class is in the palette
         positions = _SET_BITS[data[j]]
         for i in range(8):
             palette[n + i] = 8 * j + positions[i]
@@ -188,8 +190,8 @@ def _expand(data: np.ndarray, num_classes: int, sizes: tuple[int, int, int], cla
 
 
 expand = njit(_expand)
-# For `read_maps` alone, which always has the same types: where a function called from compiled code had been compiled
-# for other types too, numba 0.68 inferred types for ever.
+# A second copy for `read_maps` alone, which always passes the same types: numba 0.68 inferred types without end where
+# compiled code called a function that had been compiled for other types too.
 _expand_inside = njit(_expand)
 
 
@@ -206,13 +208,11 @@ def read_maps(
     classes: np.ndarray,
     scores: np.ndarray,
 ) -> tuple[int, int]:
-    """Maps of a batch, straight from the mapped file: classes and dequantised scores. Returns (row, what is wrong), or
-    (B, 0).
+    """Read classes and dequantised scores of a batch of maps straight from the mapped file.
 
-    file: uint8 [bytes]; starts, lengths: int64 [B], inside the file; score_min, score_step: float32 [B]; curve: float32
-    [256], what `labelmap.dequantise` makes of each level before minimum and step; sizes: `labelmap.encoded_sizes`;
-    classes: uint16 [B, cells],
-    scores: float32 [B, cells], written.
+    Returns (row, what is wrong) of the first map that is wrong, or (B, 0). file: uint8 [bytes]; starts, lengths: int64
+    [B], inside the file; score_min, score_step: float32 [B]; curve: `format.LEVELS`; sizes: `format.encoded_sizes`;
+    classes: uint16 [B, cells], scores: float32 [B, cells], written.
     """
     cells = classes.shape[1]
     for row in range(len(starts)):

@@ -1,4 +1,4 @@
-"""Which label map belongs to which image, when they come from different places: by class folder and file stem."""
+"""Matches label maps with images by class folder and file stem, for maps that do not have the images' ids."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ _WNID = re.compile(r"(.+)_(n\d{8})")  # Hugging Face's ImageNet has the class on
 
 
 def split_name(path: str) -> tuple[str, str]:
-    """'train/n01440764/a.b.JPEG' → ('n01440764', 'a.b'): the folder it lies in ('' without one), the name without its
-    one known suffix."""
+    """'train/n01440764/a.b.JPEG' → ('n01440764', 'a.b'): its folder ('' without one), its name without the suffix.
+
+    Only a suffix of an image or of a .pt file is taken off.
+    """
     folder, _, name = path.rpartition("/")
     stem, dot, suffix = name.rpartition(".")
     return folder.rpartition("/")[2], stem if stem and f"{dot}{suffix}".lower() in _SUFFIXES else name
@@ -30,11 +32,12 @@ def match_maps(
     labels: np.ndarray,
     where: Callable[[int], str],
 ) -> np.ndarray:
-    """Place in `names` (paths of the maps, posix) of every sample's map, int64 `[len(ids)]`, −1 where there is none.
+    """Index in `names` (paths of the maps, posix) of every sample's map, int64 `[len(ids)]`, −1 where there is none.
 
-    A sample's map has its stem and lies in the folder that the sample itself lies in; else in the one named for its
-    class, `class_names[labels[i]]`; else it is the only map of that stem in no other class's folder. Last, a trailing
-    '_n01440764' is taken off the stem (and is one more folder to look in). where: how messages call a map.
+    A sample's map has the sample's stem. It lies in a folder of the same name as the sample's; else in the one named
+    for the sample's class, `class_names[labels[i]]`; else it is the only map of that stem that lies in no class's
+    folder. Where none fits, a trailing '_n01440764' is taken off the stem, and names one more folder to look in.
+    where: how messages call a map.
     Raises LabelMapError when two maps fit one sample, or one map two samples.
     """
     keys = ["/".join(split_name(name)) for name in names]
@@ -44,15 +47,16 @@ def match_maps(
         if in_folder.setdefault(key, j) != j:
             twice[key] = j
     of_stem: dict[str, int] = {}
-    more: dict[str, list[int]] = {}  # apart, as nearly every stem has one map: a list each would be slow and large
+    # Further maps of a stem. Nearly every stem has one map, and a list for each would be slow and large.
+    more_of_stem: dict[str, list[int]] = {}
     classes = set(class_names)
 
     def refuse(i: int, one: int, other: int) -> NoReturn:
         raise LabelMapError(f"{ids[i]}: two label maps fit it, {where(one)} and {where(other)}; remove or rename one")
 
-    def match(i: int, stem: str, places: Sequence[str]) -> int:
-        for place in places:
-            key = f"{place}/{stem}"
+    def match(i: int, stem: str, folders: Sequence[str]) -> int:
+        for folder in folders:
+            key = f"{folder}/{stem}"
             if (j := in_folder.get(key, -1)) >= 0:
                 if key in twice:
                     refuse(i, j, twice[key])
@@ -61,32 +65,33 @@ def match_maps(
             for j, key in enumerate(keys):
                 name = key.partition("/")[2]
                 if of_stem.setdefault(name, j) != j:
-                    more.setdefault(name, []).append(j)
+                    more_of_stem.setdefault(name, []).append(j)
         if stem not in of_stem:
             return -1
-        fitting = [j for j in (of_stem[stem], *more.get(stem, ())) if keys[j].partition("/")[0] not in classes]
+        fitting = [j for j in (of_stem[stem], *more_of_stem.get(stem, ())) if keys[j].partition("/")[0] not in classes]
         if len(fitting) > 1:
             refuse(i, *fitting[:2])
         return fitting[0] if fitting else -1
 
-    found = np.full(len(ids), -1, np.int64)
+    indices = np.full(len(ids), -1, np.int64)
     for i, label in enumerate(np.asarray(labels).tolist()):
         folder, stem = split_name(ids[i])
         own = class_names[label] if 0 <= label < len(class_names) else folder
         j = match(i, stem, (folder, own))
         if j < 0 and (parts := _WNID.fullmatch(stem)):
             j = match(i, parts[1], (folder, own, parts[2]))
-        found[i] = j
-    refuse_shared(found, ids, where)
-    return found
+        indices[i] = j
+    refuse_shared(indices, ids, where)
+    return indices
 
 
-def refuse_shared(found: np.ndarray, ids: Sequence[str], where: Callable[[int], str]) -> None:
-    """Raises LabelMapError when two samples have one map."""
-    order = np.argsort(found, kind="stable")
-    shared = np.flatnonzero((found[order][1:] == found[order][:-1]) & (found[order][1:] >= 0))
+def refuse_shared(indices: np.ndarray, ids: Sequence[str], where: Callable[[int], str]) -> None:
+    """Raise LabelMapError when two samples have one map. indices: of each sample's map, −1 for none."""
+    order = np.argsort(indices, kind="stable")
+    ordered = indices[order]
+    shared = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0))
     if len(shared):
         first, second = order[shared[0]], order[shared[0] + 1]
         raise LabelMapError(
-            f"{ids[first]} and {ids[second]}: the label map {where(int(found[first]))} fits both; rename one of them"
+            f"{ids[first]} and {ids[second]}: the label map {where(int(indices[first]))} fits both; rename one of them"
         )

@@ -1,4 +1,14 @@
-"""Stores of label maps: a folder of parts."""
+"""Stores of label maps: reads and writes the folder that holds the maps of a data set.
+
+    manifest.json         what made the maps, their `spec`, `class_names`, `num_samples`, `complete`
+    ids.jsonl             one JSON string a line: the image's path relative to the annotated folder (posix, with suffix)
+    maps-00000.npy ...    structured arrays of `MapSpec.dtype`, 1,024 records each (the last one shorter); sample i is
+                          in part i // 1024
+    rejects-00000.jsonl   where a part has images that could not be read: which, and why (`tl_fast.sources.rejects`);
+                          their records are `blank`
+
+Parts appear by rename and are never touched again, so a part that exists is whole.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +17,19 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from tl_fast.labelmaps.format import LabelMapError, MapSpec
 from tl_fast.sources.rejects import read_rejects
 from tl_fast.system.atomic import write_atomic
 from tl_fast.system.mistakes import InputError
 
-if TYPE_CHECKING:  # opening a beton takes 0.2 s without torch, 2.5 s with it
-    pass
-from tl_fast.labelmaps.format import LabelMapError, MapSpec
-
 FORMAT = "tl_fast label maps"
-
-
 VERSION = 1
-
-
-PART_SIZE = (
-    1024  # records per part: 1 MB at 7x7 cells, 5 MB at 18x18; an interrupted annotation loses at most this much work
-)
-
-
+# Records per part: 1 MB at 7x7 cells, 5 MB at 18x18. An interrupted annotation loses at most one part of work.
+PART_SIZE = 1024
 MAX_OPEN = 256  # part files kept open by a reader; a store of ImageNet has 1,251, many systems allow 1,024
 
 
@@ -42,15 +42,17 @@ def rejects_path(folder: Path, part: int) -> Path:
 
 
 def blank(spec: MapSpec, count: int) -> np.ndarray:
-    """`count` records of `spec.dtype` for images without a label map: their score_min is not a number, so that `encode`
-    refuses them."""
+    """`count` records of `spec.dtype` for images without a label map.
+
+    Their score_min is NaN, so that `encode` refuses them.
+    """
     records = np.zeros(count, spec.dtype)
     records["score_min"] = np.nan
     return records
 
 
 def write_part(folder: Path, part: int, records: np.ndarray) -> None:
-    """records: `[n]` of `MapSpec.dtype`, samples part·1024 to part·1024 + n − 1."""
+    """Write one part. records: `[n]` of `MapSpec.dtype`, samples part·1024 to part·1024 + n − 1."""
     write_atomic(part_path(folder, part), lambda file: np.save(file, records, allow_pickle=False))
 
 
@@ -68,8 +70,7 @@ def write_manifest(
     complete: bool,
     **annotator: Any,
 ) -> dict[str, Any]:
-    """Write manifest.json; `annotator` holds what else there is to say about how the maps were made. Returns the
-    manifest."""
+    """Write manifest.json and return it as a dict. annotator: further keys, about how the maps were made."""
     if class_names is not None and len(class_names) != spec.num_classes:
         raise LabelMapError(f"{folder}: {len(class_names)} class names for {spec.num_classes} classes")
     manifest = {
@@ -94,8 +95,11 @@ def write_store(
     class_names: Sequence[str] | None = None,
     **annotator: Any,
 ) -> None:
-    """Write a whole store at once: for label maps that come from elsewhere than tl_fast.annotate. records: one of
-    `pack` per id."""
+    """Write a whole store at once, for label maps that tl_fast.annotate did not make.
+
+    records: one per id, as `pack` makes them. annotator: further keys of the manifest. Raises LabelMapError when ids,
+    records or class names do not fit one another.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     packed = np.array(list(records), spec.dtype)
@@ -108,7 +112,7 @@ def write_store(
 
 
 class _Part:
-    """An open part file: its records are read at their offsets. (Mapping it would fault pages in with the GIL held.)"""
+    """An open part file. Its records are read at their offsets; a mapped file would load pages with the GIL held."""
 
     def __init__(self, path: Path) -> None:
         self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -122,7 +126,7 @@ class LabelMapStore:
     """Read access to a store folder, from any thread.
 
     `spec`, `manifest` (dict), `class_names` (list or None), `ids` (list of str), `path`, `len()`; `rejects` (dict:
-    place in `ids` of an image that annotation left out -> reason). Part files are opened, and checked, on first use.
+    index in `ids` of an image that annotation left out -> reason). Part files are opened, and checked, on first use.
     Raises LabelMapError if the folder is not a store, or its files contradict each other.
     """
 
@@ -131,7 +135,8 @@ class LabelMapStore:
         try:
             self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text("utf-8"))
             lines = (self.path / "ids.jsonl").read_text("ascii").splitlines()
-            self.ids: list[str] = json.loads(f"[{','.join(lines)}]")  # at once: 1.28 M lines take 0.5 s, one by one 3 s
+            # 1.28 M lines take 0.5 s as one list, 3 s one by one.
+            self.ids: list[str] = json.loads(f"[{','.join(lines)}]")
         except FileNotFoundError as error:
             raise LabelMapError(
                 f"{error.filename} is missing: {self.path} is not a label-map store "
@@ -154,17 +159,14 @@ class LabelMapStore:
                 f"{self.path}: ids.jsonl has {len(lines)} lines, {len(set(self.ids))} of them different; "
                 f"the manifest says {self.manifest['num_samples']}"
             )
-        self._offsets: dict[int, int] = {}  # of the records in each part that has been checked
+        self._offsets: dict[int, int] = {}  # where the records of each checked part begin, in bytes
         self._open: dict[int, _Part] = {}
 
     def _read_manifest(self) -> tuple[MapSpec, list[str] | None]:
         """spec and class_names, checked; raises LabelMapError naming the file."""
-        wanted = {"spec": dict, "class_names": (list, type(None)), "num_samples": int, "complete": bool}
-        if wrong := [
-            name
-            for name, kind in wanted.items()
-            if name not in self.manifest or not isinstance(self.manifest[name], kind)
-        ]:
+        kinds = {"spec": dict, "class_names": (list, type(None)), "num_samples": int, "complete": bool}
+        missing = object()
+        if wrong := [name for name, kind in kinds.items() if not isinstance(self.manifest.get(name, missing), kind)]:
             raise LabelMapError(
                 f"{self.path}: manifest.json is damaged ({', '.join(wrong)} missing or of a wrong type)"
             )
@@ -184,7 +186,7 @@ class LabelMapStore:
         return sample_id in self._index
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # every process opens the files itself
+        return {**self.__dict__, "_open": {}}  # each process opens the files itself
 
     @functools.cached_property
     def _index(self) -> dict[str, int]:
@@ -206,7 +208,7 @@ class LabelMapStore:
 
     @functools.cached_property
     def rejects(self) -> dict[int, str]:
-        """Why annotation left out an image, by its place in `ids`. Raises LabelMapError naming a damaged list."""
+        """Why annotation left out an image, by its index in `ids`. Raises LabelMapError naming a damaged list."""
         try:
             rejects = [reject for path in sorted(self.path.glob("rejects-*.jsonl")) for reject in read_rejects(path)]
             return {self._index[reject["id"]]: reject["reason"] for reject in rejects}
@@ -217,8 +219,10 @@ class LabelMapStore:
 
     @functools.cached_property
     def stamps(self) -> np.ndarray:
-        """Size and modification time (ns) of the part that each map is in, int64 `[n, 2]`. Raises OSError when a part
-        is missing."""
+        """Size and modification time (ns) of the part that each map is in, int64 `[n, 2]`.
+
+        Raises OSError when a part is missing.
+        """
         status = [path.stat() for path in self._parts]
         rows = np.array([(part.st_size, part.st_mtime_ns) for part in status], np.int64).reshape(-1, 2)
         return np.repeat(rows, PART_SIZE, 0)[: len(self)]
@@ -228,26 +232,25 @@ class LabelMapStore:
         return f"{self.path}: {self.ids[j]}"
 
     def locate(self, ids: Sequence[str], class_names: Sequence[str], labels: np.ndarray) -> np.ndarray:
-        """Index of each sample's map, int64 `[n]`, −1 where there is none: the map of its very id, or else by
-        `map_match.match_maps`.
+        """Index of each sample's map, int64 `[n]`, −1 where there is none.
 
-        ids: the samples', with the place of each one's class in `class_names`, `labels` int64 `[n]`. Raises
-        LabelMapError when two maps fit a sample, or one map two samples.
+        A sample's map is the one with the sample's own id, or else the one that `matching.match_maps` finds. ids,
+        labels int64 `[n]`: the samples' ids, and the indices of their classes in `class_names`. Raises LabelMapError
+        when two maps fit a sample, or one map two samples.
         """
         from tl_fast.labelmaps.matching import match_maps, refuse_shared
 
-        found = np.fromiter((self._index.get(sample_id, -1) for sample_id in ids), np.int64, len(ids))
-        rest = np.flatnonzero(found < 0)
+        indices = np.fromiter((self._index.get(sample_id, -1) for sample_id in ids), np.int64, len(ids))
+        rest = np.flatnonzero(indices < 0)
         if len(rest):
             others = match_maps(self.ids, [ids[i] for i in rest], class_names, np.asarray(labels)[rest], self.origin)
-            found[rest] = np.where(
-                np.isin(others, found[found >= 0]), -1, others
-            )  # a map that has its image is no other image's
-        refuse_shared(found, ids, self.origin)
-        return found
+            taken = np.isin(others, indices[indices >= 0])  # by the sample that has the map's own id
+            indices[rest] = np.where(taken, -1, others)
+        refuse_shared(indices, ids, self.origin)
+        return indices
 
     def record(self, sample: int | str) -> np.void:
-        """The packed label map of one image, by its place in `ids` or by its id.
+        """The packed label map of one image, by its index in `ids` or by its id.
 
         Raises LabelMapError naming the id, or the part file, that is missing or damaged; and for an image that
         annotation rejected.
@@ -272,7 +275,7 @@ class LabelMapStore:
         return np.frombuffer(data, self.spec.dtype)[0]
 
     def close(self) -> None:
-        """Give the open part files back."""
+        """Close the part files; a later read opens them again."""
         self._open = {}
 
     def _open_part(self, part: int) -> _Part:
@@ -297,9 +300,9 @@ class LabelMapStore:
         return file
 
     def _check_part(self, path: Path, count: int) -> int:
-        """Returns where in the file its records begin."""
+        """Check a part file of `count` records; returns the byte at which its records begin."""
         records = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(records, np.memmap) or records.dtype != self.spec.dtype or records.shape != (count,):
-            what = f"{records.shape} records of {records.dtype}" if isinstance(records, np.ndarray) else "an archive"
-            raise LabelMapError(f"{path} holds {what}; the manifest says ({count},) of {self.spec.dtype}")
+            content = f"{records.shape} records of {records.dtype}" if isinstance(records, np.ndarray) else "an archive"
+            raise LabelMapError(f"{path} holds {content}; the manifest says ({count},) of {self.spec.dtype}")
         return records.offset
