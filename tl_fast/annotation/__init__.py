@@ -1,4 +1,4 @@
-"""The machine annotator, and its run over a data set that makes the label maps."""
+"""The machine annotator, and the run that makes the label maps of a data set with it."""
 
 import lazy_loader
 

@@ -1,9 +1,9 @@
 """The machine annotator: a pretrained classifier that gives logits for every cell of its last feature map.
 
-Any timm model whose features are a grid: CNNs, transformers with or without prefix tokens, channels-last hierarchies.
-Each cell goes through the model's own head as if it were the whole image, so whatever the head does after pooling
-(norms, hidden layers) is done to the cell, too. For pooling + linear heads the mean of the cells' logits is the image's
-logits. Token heads (LV-ViT, VOLO) classify their tokens directly.
+It can be any timm model whose features are a grid: CNNs, transformers with or without prefix tokens, channels-last
+hierarchies. Each cell goes through the model's own head as if it were the whole image. So whatever the head does after
+pooling (norms, hidden layers) is done to the cell, too. For a head that pools and then is linear, the mean of the
+cells' logits is the image's logits. Token heads (LV-ViT, VOLO) classify their tokens directly.
 
 Shapes: B images, D channels, H x W cells, P prefix tokens, C classes, S input side in pixels.
 """
@@ -37,8 +37,10 @@ class AnnotateError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What the annotator sees: the full image squashed to `img_size` x `img_size` pixels, then (x/255 − mean) / std per
-    channel."""
+    """How an image becomes the annotator's input.
+
+    The full image is squashed to `img_size` x `img_size` pixels; then each channel is (x/255 − mean) / std.
+    """
 
     img_size: int
     interpolation: str
@@ -47,7 +49,7 @@ class Preprocessing:
 
 
 class Annotator(nn.Module):
-    """A frozen classifier with a head for every cell.
+    """A frozen classifier that also classifies every cell.
 
     network: a timm model. preprocessing: how its input is made. name, source: the model's name and where its weights
     come from, for the record. device, dtype: where and in what type the features are computed; the head always runs in
@@ -69,7 +71,7 @@ class Annotator(nn.Module):
         dtype: str = "float32",
     ) -> None:
         super().__init__()
-        # Channels last: GPUs' tensor cores want it, and on the CPU efficientnet-lite2 took half the time (see
+        # Channels last: tensor cores of GPUs need it, and efficientnet-lite2 took half the time on the CPU (see
         # AnnotateConfig.batch_size).
         self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.preprocessing, self.name, self.source, self.device, self.dtype = preprocessing, name, source, device, dtype
@@ -145,8 +147,10 @@ class Annotator(nn.Module):
         return digest.hexdigest()
 
     def _cells(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Features → one single-cell feature map per cell, in the layout the head takes (first dimension B·H·W, row by
-        row), and (H, W)."""
+        """One single-cell feature map per cell, in the layout that the head takes, and (H, W).
+
+        The first dimension is B·H·W, row by row.
+        """
         if features.ndim == 4:
             if getattr(self.network, "output_fmt", "NCHW") != "NHWC":
                 features = features.permute(0, 2, 3, 1)  # [B, H, W, D]
@@ -160,20 +164,17 @@ class Annotator(nn.Module):
         if grid is not None and 0 <= total - math.prod(grid) <= 16 and prefix in (None, total - math.prod(grid)):
             prefix = total - math.prod(grid)
         else:  # no patch grid, or one that later stages thin out: square input, square grid
-            prefix = (
-                prefix
-                if prefix is not None
-                else next((p for p in range(3) if math.isqrt(total - p) ** 2 == total - p), 0)
-            )
+            if prefix is None:
+                prefix = next((p for p in range(3) if math.isqrt(total - p) ** 2 == total - p), 0)
             grid = (math.isqrt(total - prefix),) * 2
-        if math.prod(grid) != total - prefix or total < 2:  # one token alone is a class token: PiT keeps nothing else
+        if math.prod(grid) != total - prefix or total < 2:  # a single token is a class token: PiT keeps nothing else
             raise AnnotateError(
                 f"model {self.name}: {total} tokens, {prefix} of them before the patches, form no grid; "
                 "choose another model or a larger --img-size"
             )
         tokens = features[:, prefix:].reshape(-1, 1, features.shape[2])
-        # Heads take the class token, or pool over what follows the prefix: with the cell in all 1+P places either way
-        # takes the cell.
+        # A head takes the class token, or pools over the tokens behind the prefix. With the cell as each of the 1 + P
+        # tokens, both give the cell.
         return tokens.expand(-1, 1 + prefix, -1), (grid[0], grid[1])
 
     def _on_cells(self, cells: Tensor, grid: tuple[int, int], pre_logits: bool) -> Tensor:
@@ -192,10 +193,10 @@ class Annotator(nn.Module):
 
 
 def squash(data: bytes, preprocessing: Preprocessing, exif: str = "ignore") -> tuple[np.ndarray, int]:
-    """An image file's bytes -> (what the annotator sees, uint8 RGB `[3, S, S]`; the EXIF orientation that the file
-    states, 1..8).
+    """Open an image file's bytes and squash the image to the annotator's input size.
 
-    exif: see `tl_fast.sources.image.open_rgb`, whose ValueError says what is wrong with the file.
+    Returns uint8 RGB `[3, S, S]` and the EXIF orientation that the file states, 1..8. exif: see
+    `tl_fast.sources.image.open_rgb`, whose ValueError says what is wrong with the file.
     """
     image, orientation = open_rgb(data, exif)
     squashed = image.resize((preprocessing.img_size,) * 2, str_to_pil_interp(preprocessing.interpolation))

@@ -1,4 +1,4 @@
-"""Which classes label maps know: the annotator's own, or those of the data set among them."""
+"""Chooses the classes of the label maps: the annotator's own, or those of the data set among them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from tl_fast.sources.source import Source
 
 
 def class_indices(classes: str, names: list[str], annotator: Annotator) -> list[int]:
-    """The annotator's class of each of the data set's classes. `classes` is "auto" or a JSON file {folder: index or
-    wnid}; see AnnotateConfig.
+    """The annotator's class for each class of the data set, `names`.
+
+    classes: "auto" or a JSON file {class name: index or wnid}; see AnnotateConfig. Raises AnnotateError naming the
+    class or the file at fault.
     """
     if classes == "auto":
         wanted: dict[str, Any] = {name: name for name in names}
@@ -29,20 +31,17 @@ def class_indices(classes: str, names: list[str], annotator: Annotator) -> list[
                 f"classes {classes!r} is neither auto nor a JSON file {{class name: index or wnid}}: {error}"
             ) from error
         if not isinstance(wanted, dict) or (lacking := [name for name in names if name not in wanted]):
-            raise AnnotateError(
-                f"{classes} must map every class" + (f"; {lacking} are missing" if isinstance(wanted, dict) else "")
-            )
+            missing = f"; {lacking} are missing" if isinstance(wanted, dict) else ""
+            raise AnnotateError(f"{classes} must map every class{missing}")
     wnids = imagenet_wnids(annotator)
     indices = []
     for name in names:
         value = wanted[name]
         if isinstance(value, str):
             if value not in wnids:
-                why = (
-                    "is not a wnid of the annotator's"
-                    if wnids
-                    else "cannot be looked up: the annotator's classes are no ImageNet list"
-                )
+                why = "is not a wnid of the annotator's"
+                if not wnids:
+                    why = "cannot be looked up: the annotator's classes are no ImageNet list"
                 raise AnnotateError(
                     f"class {name!r}: {value!r} {why}; give --classes a JSON file {{class name: index}}, or use "
                     "--fit-head"
@@ -66,10 +65,9 @@ def imagenet_wnids(annotator: Annotator) -> dict[str, int]:
 
 
 def name_classes(images: Source, annotator: Annotator, chosen: bool) -> tuple[list[str] | None, bool]:
-    """The label maps' class names, and whether label i of the images is class i of the maps (so that an accuracy makes
-    sense).
+    """The label maps' class names, and whether label i of the images is class i of the maps.
 
-    chosen: the maps are of the images' classes, by `classes` or `fit_head`.
+    Only then an accuracy makes sense. chosen: the maps are of the images' classes, by `classes` or `fit_head`.
     """
     wnids = imagenet_wnids(annotator)
     if images.class_names:

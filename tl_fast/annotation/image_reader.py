@@ -1,4 +1,4 @@
-"""A data set's images as the annotator sees them: read, opened and squashed by threads, in order."""
+"""Reads, opens and squashes a data set's images for the annotator, on threads and in order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ImageReader:
     """Reads and squashes a data set's images on threads.
 
     exif: 'ignore' or 'apply'. stop: whether the first image that cannot be read is an error. rotated: how many images
-    met so far state an EXIF orientation other than upright.
+    read so far state an EXIF orientation other than upright.
     """
 
     source: Source

@@ -1,8 +1,7 @@
-"""A linear probe: multinomial logistic regression on an annotator's pooled features, for classes the annotator does not
-know.
+"""Fits a linear probe on an annotator's pooled features, for classes that the annotator does not know.
 
-The penalty is chosen by cross-validated log-loss, not accuracy: the probe's logits become soft labels, so their scale
-has to be right.
+The probe is a multinomial logistic regression. Its penalty is chosen by cross-validated log-loss, not accuracy: the
+probe's logits become soft labels, so their scale has to be right.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ def fit(features: Tensor, labels: Tensor, num_classes: int) -> Probe:
     if not torch.isfinite(features).all():
         raise ValueError("the annotator's pooled features are not finite; try --dtype float32")
     mean, std = features.mean(0), features.std(0)
-    # A feature that is all but silent in the pooled training images may be loud in single cells: bound how much it is
-    # blown up.
+    # A feature that hardly varies over the pooled training images may be large in single cells: limit how much
+    # standardising enlarges it.
     std = std.maximum(0.1 * std.mean()).clamp_min(torch.finfo(torch.float32).tiny)
     x = (features - mean) / std
     folds = _folds(labels)

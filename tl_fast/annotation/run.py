@@ -1,8 +1,7 @@
-"""Label maps of a data set by a machine annotator: a store of `tl_fast.labelmaps.format`, filled part by part, by one
-process or several.
+"""Makes the label maps of a data set by a machine annotator: one process or several fill a store, part by part.
 
-The annotator sees each full image squashed to a square, so that its H x W cells span the image. What a run finds done
-it keeps, if it was done in the same way, of the same images.
+The annotator sees each full image squashed to a square, so that its H x W cells span the image. A run keeps the parts
+that an earlier run made in the same way, of the same images.
 """
 
 from __future__ import annotations
@@ -41,20 +40,20 @@ from tl_fast.labelmaps import store as map_store
 from tl_fast.labelmaps.format import LabelMapError, MapSpec, pack, top_k_relative
 from tl_fast.sources.image import EXIF, ignored_orientations
 from tl_fast.sources.rejects import list_beside, write_rejects
-from tl_fast.sources.source import Source
+from tl_fast.sources.source import MAX_CLASSES, Source
 from tl_fast.system.atomic import write_atomic
 from tl_fast.system.mistakes import share
 from tl_fast.system.progress import ProgressDisplay
 from tl_fast.system.ranks import Ranks, cores_of_this_rank, join
 
-NO_CLASS = 65_535  # the pooled class of an image that was left out; no class index is that high
+NO_CLASS = MAX_CLASSES  # the pooled class of an image that was left out; the indices of classes are below it
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnotateConfig:
     """What to annotate and how.
 
-    images: what `beton_source.open_images` takes, a flat folder of images included; labels, class_names, image_column,
+    images: what `beton.source.open_images` takes, a flat folder of images included; labels, class_names, image_column,
     label_column: its options. out: the store's folder. model, checkpoint, num_classes, img_size (pixels): see
     `build_annotator`. classes: None, "auto" (the data set's class names are wnids) or a JSON file {class name: class
     index or wnid} - keep those logits, class i is the data set's class i. fit_head: fit a linear probe on `images` for
@@ -237,12 +236,12 @@ def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source, held_out: So
     # --- the probe
     report = _fit_head(work) if config.fit_head else None
     if report:
-        told = (
+        kinds = (
             ("train_top1", "on the training images"),
             ("cv_top1", "5-fold cross-validated"),
             ("eval_top1", "on the held-out images"),
         )
-        accuracies = ", ".join(f"{report[key]:.1f} % {text}" for key, text in told if key in report)
+        accuracies = ", ".join(f"{report[key]:.1f} % {text}" for key, text in kinds if key in report)
         say(f"probe for {num_classes} classes: top-1 {accuracies} (penalty {report['penalty']:g})")
         record["probe_report"] = report
 
@@ -303,9 +302,7 @@ def _annotator_for(images: Source, config: AnnotateConfig, device: torch.device)
 
 
 def _write_maps(work: _Work, spec: MapSpec) -> None:
-    """Annotate this rank's share of the parts that are missing. Raises AnnotateError, also when too many images cannot
-    be read.
-    """
+    """Annotate this rank's share of the missing parts. Raises AnnotateError, also when too many images are rejected."""
     out, config, images = work.config.out, work.config, work.images
     rejected = 0
 
@@ -324,7 +321,7 @@ def _write_maps(work: _Work, spec: MapSpec) -> None:
         write_rejects(map_store.rejects_path(out, part), rejects)
         records, pooled = columns
         write_atomic(store.pooled_path(out, part), lambda file: np.save(file, pooled))
-        map_store.write_part(out, part, records)  # last: a part that is there is whole
+        map_store.write_part(out, part, records)  # last: a part that exists has its other files too
         rejected += len(rejects)
         store.refuse_too_many(out, rejected, config.max_rejects, f"{out}/rejects-*.jsonl")
 
@@ -346,10 +343,10 @@ def _write_parts(
     blank: Callable[[int], list[np.ndarray]],
     save: Callable[[int, list[np.ndarray], dict[int, str]], None],
 ) -> None:
-    """Compute and save this rank's share of the parts of which one of `files(part)` is missing.
+    """Compute and save this rank's share of the parts that lack one of `files(part)`.
 
     compute: uint8 images `[B, 3, S, S]` -> columns of B rows. blank: the columns' rows for images that cannot be read.
-    save: gets a part, its columns, and which images could not be read and why.
+    save: called with a part, its columns, and {image that could not be read: why}.
     """
     images, ranks, size = work.images, work.ranks, map_store.PART_SIZE
     missing = [part for part in work.parts if not all(path.exists() for path in files(part))]
@@ -386,8 +383,9 @@ def _write_parts(
 
 
 def _fit_head(work: _Work) -> dict[str, float]:
-    """Fit, or read back, the probe and give it to the annotator; its accuracies. Features wait in features-*.npy until
-    it is fitted.
+    """Fit the probe, or read it back, and give it to the annotator; returns its accuracies.
+
+    Features are kept in features-*.npy until the probe is fitted.
     """
     config, ranks, annotator = work.config, work.ranks, work.annotator
     head = store.head_path(config.out)
@@ -418,6 +416,7 @@ def _fit_head(work: _Work) -> dict[str, float]:
 
 
 def _fit_and_save(work: _Work) -> None:
+    """Fit the probe on the stored features, save it and remove them."""
     config, images, device = work.config, work.images, work.ranks.device
     files = [store.features_path(config.out, part) for part in work.parts]
     features = np.concatenate([np.load(file) for file in files])
@@ -430,7 +429,7 @@ def _fit_and_save(work: _Work) -> None:
         )
     except ValueError as error:
         raise AnnotateError(f"--fit-head on {images.root}: {error}") from error
-    # One key: the order of several is random.
+    # One key, because safetensors writes several in random order.
     metadata = {"probe": json.dumps({**probe.report(), "class_names": images.class_names})}
     blob = safetensors.torch.save({"weight": probe.weight, "bias": probe.bias}, metadata)
     write_atomic(store.head_path(config.out), lambda file: file.write(blob))

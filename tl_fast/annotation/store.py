@@ -1,5 +1,6 @@
-"""The files of a store that is being annotated beyond those that `tl_fast.labelmaps.format` reads, and whether a run
-may go on with what is there.
+"""Prepares and checks the store that a run fills, and names the files that only a run needs.
+
+`tl_fast.labelmaps.store` describes the other files.
 
     pooled-00000.npy ...    uint16 [n]: the class the annotator gives the whole image
     stamps-00000.npy ...    int64 [n, m]: the images' `Source.stamps` when the part was made
@@ -61,7 +62,7 @@ def _of_part(stamps: np.ndarray, part: int) -> np.ndarray:
 
 
 def write_stamps(out: Path, part: int, stamps: np.ndarray) -> None:
-    """Record of which images a part is made; to be written before the part. stamps: all images' `Source.stamps`."""
+    """Record which images a part is made of, before the part is written. stamps: all images' `Source.stamps`."""
     write_atomic(_stamps_path(out, part), lambda file: np.save(file, _of_part(stamps, part)))
 
 
@@ -76,9 +77,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Make the store's folder, or check that the one that exists was made in the same way, of the same images.
 
-    record: what the manifest will say about the run. Returns it with what the store says already. With `overwrite` an
-    existing store is emptied first. Raises AnnotateError for a store made in another way or of other images, and for a
-    folder that is no store of ours, whose files are left alone in any case.
+    record: what the manifest will say about the run. Returns it, with the date and the versions of an existing store.
+    With `overwrite` an existing store is emptied first. Raises AnnotateError for a store made in another way or of
+    other images, and for a folder that is no store of ours; its files are never touched.
     """
     path = out / "manifest.json"
     old = _read_manifest(path)
@@ -97,11 +98,11 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     if old is not None:
         new = {"spec": spec.to_dict(), "class_names": class_names, "num_samples": len(images), **record}
-        old = {"exif": "ignore", **old}  # stores of before the option ignored orientations
+        old = {"exif": "ignore", **old}  # stores made before the option existed ignored orientations
         if differing := [key for key in FINGERPRINT if old.get(key) != new[key]]:
-            told = "; ".join(f"{key} was {_short(old.get(key))}, is now {_short(new[key])}" for key in differing)
+            changes = "; ".join(f"{key} was {_short(old.get(key))}, is now {_short(new[key])}" for key in differing)
             raise AnnotateError(
-                f"{out} holds label maps made in another way: {told}. Give --overwrite to start afresh, or "
+                f"{out} holds label maps made in another way: {changes}. Give --overwrite to start afresh, or "
                 "another folder"
             )
         _check_images(out, images)
@@ -117,9 +118,7 @@ def _short(value: Any) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a store of ours; None where there is no such file. Raises AnnotateError for one that is not
-    ours.
-    """
+    """The manifest of a store of ours; None without such a file. Raises AnnotateError for one that is not ours."""
     remedy = (
         f"nothing in {path.parent} is touched, not by --overwrite either. Give another folder, or move this one away"
     )
@@ -138,7 +137,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 
 def _empty(out: Path) -> None:
     files = [file for kind in _PARTS for file in out.glob(f"{kind}-*.npy")] + list(out.glob("rejects-*.jsonl"))
-    # The manifest last: what has none is no store.
+    # The manifest last: a folder without it is no store any more, and could not be emptied again.
     for file in (*files, head_path(out), out / "ids.jsonl", list_beside(out), out / "manifest.json"):
         file.unlink(missing_ok=True)
 
@@ -189,8 +188,9 @@ def refuse_too_many(out: Path, rejected: int, max_rejects: int | None, listed_in
 
 
 def list_rejects(out: Path, images: int, max_rejects: int | None) -> list[Reject]:
-    """The rejects of a store of so many images, written to `OUT.rejects.jsonl`. Raises AnnotateError when they are more
-    than `max_rejects`, or all images.
+    """Write the rejects of a store of so many images to `OUT.rejects.jsonl`, and return them.
+
+    Raises AnnotateError when they are more than `max_rejects`, or all images.
     """
     parts = range(-(-images // map_store.PART_SIZE))
     rejects = [reject for part in parts for reject in read_rejects(map_store.rejects_path(out, part))]

