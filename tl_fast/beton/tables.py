@@ -310,6 +310,7 @@ class BetonTables:
             self._read_map_entries(allocations)
 
     def _read_map_entries(self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        """Check every sample's label map as the metadata table describes it."""
         maps = self._column("label_map")
         self._map_ptr = maps["ptr"].astype(np.int64)
         self._map_size = self._allocated_sizes(allocations, self._map_ptr, "label_map")
