@@ -26,12 +26,13 @@ from loaders import BATCH, CLASSES, FULL, build, find_images
 from PIL import Image
 from rows import ROOT, measure, write_rows
 
+from tl_fast.models.patch import PATCH
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.augment import Augment
 
 SOURCES, OUTPUTS, FILES = (224, 500, 1000, 1600, 2400), (128, 224, 384), (1, 4, 16)
 RECIPES = {"crop + flip": Augment(), "full recipe": Augment(erase=0.25, **FULL)}
-SIZE, PATCH, UNIQUE = 224, 16, 32
+SIZE, UNIQUE = 224, 32
 PACKAGES = ("torch", "numba", "nvidia-dali-cuda130", "Pillow")
 
 

@@ -49,6 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tl_fast.models.lvvit  # noqa: F401  registers lvvit_*
 from tl_fast.models.loss import TokenLabelLoss
 from tl_fast.models.normalise import Normalise, autocast
+from tl_fast.models.patch import PATCH
 from tl_fast.models.step import TrainStep, compiled
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.augment import Augment
@@ -111,7 +112,7 @@ class Ours:
 
     def __init__(self, model: nn.Module, name: str, options: argparse.Namespace, device: torch.device) -> None:
         config = TrainConfig(train_data="none", min_lr=0, warmup_lr=0)
-        self.device, self.grid = device, options.size // 16
+        self.device, self.grid = device, options.size // PATCH
         self.model = model.to(
             device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format
         )
@@ -149,7 +150,7 @@ class Published:
     """The published step; timm normalises on the device, as here."""
 
     def __init__(self, model: nn.Module, name: str, options: argparse.Namespace, device: torch.device) -> None:
-        self.device, self.grid = device, options.size // 16
+        self.device, self.grid = device, options.size // PATCH
         self.model = published_step.PublishedLVViT(model, DROP_PATH).train().to(device)
         config = TrainConfig(train_data="none")
         self.mean, self.std = (
@@ -209,7 +210,7 @@ def work(options: argparse.Namespace) -> None:
             options.beton,
             options.batch,
             image_size=options.size,
-            grid=options.size // 16,
+            grid=options.size // PATCH,
             threads=options.loader_threads,
             device=device,
             augment=RECIPE,
@@ -289,8 +290,8 @@ def peak(device: str) -> tuple[float, str]:
 def cpu_name() -> str:
     """In parentheses after a space, where Linux tells it."""
     with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return f" ({found[1]})"
+        if model := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return f" ({model[1]})"
     return ""
 
 
@@ -298,10 +299,9 @@ class Contender:
     """A process that answers with the figures of a round whenever it is asked for one."""
 
     def __init__(self, name: str, command: list[str]) -> None:
-        self.name, self.process = (
-            name,
-            subprocess.Popen([*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True),
-        )
+        self.name = name
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([*command, "--worker", name], **pipes)
 
     def __enter__(self) -> Contender:
         if self.process.stdout.readline() != "ready\n":

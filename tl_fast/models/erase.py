@@ -1,8 +1,8 @@
 """Random erasing on the training device: boxes of normalised images are filled with normal noise, timm's mode "pixel"
 (arXiv 1708.04896).
 
-A pixel's noise depends on the sample's seed and the pixel's place in its box alone, on every device and for any batch:
-two rounds of a 64-bit mixing function (SplitMix64's) give the words of a Box-Muller pair.
+A pixel's noise depends on nothing but the sample's seed and the pixel's position in its box, on every device and in any
+batch: two rounds of a 64-bit mixing function (SplitMix64's) give the words of a Box-Muller pair.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-_GAMMA = (
-    -7046029254386353131
-)  # 0x9E3779B97F4A7C15, as all constants two's complement, for torch knows no uint64 arithmetic
+# SplitMix64's constants in two's complement, as torch knows no uint64 arithmetic.
+_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX1, _MIX2 = -4658895280553007687, -7723592293110705685
 
 
-def noise(seeds: Tensor, places: Tensor) -> Tensor:
-    """Standard normal float32 for int64 `seeds` and `places` (broadcast against each other)."""
-    word = seeds + (places + 1) * _GAMMA
+def noise(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Standard normal float32 for int64 `seeds` and `positions` (broadcast against each other)."""
+    word = seeds + (positions + 1) * _GAMMA
     word = (word ^ _shift(word, 30)) * _MIX1
     word = (word ^ _shift(word, 27)) * _MIX2
     word = word ^ _shift(word, 31)
@@ -49,14 +48,13 @@ def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
     if images.device.type == "cpu" and not torch.compiler.is_compiling():
         for b, (top, left, rows, columns) in enumerate(boxes.tolist()):
             if rows and columns:
-                places = torch.arange(channels * rows * columns).view(channels, rows, columns)
-                images[b, :, top : top + rows, left : left + columns] = noise(seeds[b], places).to(images.dtype)
+                positions = torch.arange(channels * rows * columns).view(channels, rows, columns)
+                images[b, :, top : top + rows, left : left + columns] = noise(seeds[b], positions).to(images.dtype)
         return images
     top, left, rows, columns = boxes.long().view(batch, 4, 1, 1, 1).unbind(1)
     y = torch.arange(height, device=images.device).view(1, 1, height, 1) - top
     x = torch.arange(width, device=images.device).view(1, 1, 1, width) - left
     channel = torch.arange(channels, device=images.device).view(1, channels, 1, 1)
     inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
-    return torch.where(
-        inside, noise(seeds.view(batch, 1, 1, 1), (channel * rows + y) * columns + x).to(images.dtype), images
-    )
+    positions = (channel * rows + y) * columns + x  # [B,C,H,W], as the CPU counts them
+    return torch.where(inside, noise(seeds.view(batch, 1, 1, 1), positions).to(images.dtype), images)

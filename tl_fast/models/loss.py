@@ -1,9 +1,9 @@
 """The token-labeling loss: soft cross-entropy of the class token plus soft cross-entropy of every patch token.
 
 Follows `TokenLabelCrossEntropy` and its ground-truth variant of github.com/zihangJiang/TokenLabeling
-(tlt/loss/cross_entropy.py);
-paper: arXiv 2104.10858, equations 2-4. Nothing here looks at a value on the host, so it compiles and never synchronises
-the device.
+(tlt/loss/cross_entropy.py); paper: arXiv 2104.10858, equations 2-4. Nothing here looks at a value on the host, so it
+compiles and never synchronises the device.
+
 Shapes: B images, N patch tokens, C classes.
 """
 
@@ -20,10 +20,9 @@ CHUNK = 1 << 19  # logits that the eager path looks at at a time: 2 MB of float3
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """-sum(target * log_softmax(logits)), summed over everything: with no tensor of the logits' size but their
-    gradient.
+    """-sum(target * log_softmax(logits)) over all elements. No tensor of the logits' size is made but their gradient.
 
-    Kept for the backward pass are the arguments and one number a row, its logsumexp. Compiled, value and gradient are
+    The backward pass keeps the arguments and one number a row, its logsumexp. Compiled, value and gradient are
     one kernel each; eager, they run over chunks of rows that stay in the cache (one chunk on a GPU, where launches cost
     more).
     """
@@ -52,10 +51,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def _gradient(logits: Tensor, target: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+    """grad * (softmax(logits) * sum(target) - target), in the logits' dtype, computed in float32, as lse is."""
     target = target.float()
-    return (
-        (logits - lse).exp_().mul_(target.sum(-1, keepdim=True)).sub_(target).mul_(grad).to(logits.dtype)
-    )  # float32, as lse is
+    return (logits - lse).exp_().mul_(target.sum(-1, keepdim=True)).sub_(target).mul_(grad).to(logits.dtype)
 
 
 def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -88,8 +86,8 @@ def _term(weight: float, logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _with_ground_truth(annotated: Tensor, ground_truth: Tensor) -> Tensor:
-    """Class targets [B,C] mixed with the truth [B,C] as the published code computes it: annotator 0.5 where their top-1
-    agree, else 0.9."""
+    """Class targets [B,C] mixed with the truth [B,C], as in the published code: the annotator's share is 0.5 where both
+    have the same top-1 class, else 0.9."""
     agree = annotated.argmax(-1, keepdim=True) == ground_truth.argmax(-1, keepdim=True)
     return torch.lerp(ground_truth, annotated, torch.where(agree, 0.5, 0.9).to(annotated.dtype))
 
@@ -107,7 +105,7 @@ class TokenLabelLoss(nn.Module):
 
     Args:
         cls_weight, dense_weight: non-negative, not both 0. The published recipes use 1 and 1 (0.5 for the ground-truth
-        variant).
+            variant).
 
     Raises ValueError for weights outside that range.
     """
@@ -137,11 +135,9 @@ class TokenLabelLoss(nn.Module):
             cls_logits: [B,C], of MixToken's mixed images when `mix_box` is given.
             token_logits: [B,N,C], already un-mixed (as `LVViT` returns them).
             targets: probabilities [B,1+N,C], class target first; or [B,C], which then is the target of the class token
-            and of every
-                patch token, as published for data without label maps.
+                and of every patch token, as published for data without label maps.
             mix_box: (top, left, bottom, right) in tokens, a tensor [4] or four ints; its share of the tokens is the
-            share of the
-                batch-flipped class target in the mixed one.
+                share of the batch-flipped class target in the mixed one.
             ground_truth: [B,C] smoothed one-hot; mixes the truth into the class target before MixToken does.
 
         Raises ValueError when the shapes do not fit one another.

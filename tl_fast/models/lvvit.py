@@ -24,11 +24,11 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-PATCH = 16  # pixels per token side; the stem's strides (2, then 8) fix it
+from tl_fast.models.patch import PATCH
+
 MixBox = Tensor | Sequence[int]  # (top, left, bottom, right) in tokens, the end exclusive
-Kept = tuple[
-    Tensor | None, Tensor
-]  # what drop path keeps in one branch: int64 [K] samples or None for all, their float32 scales [K,1,1]
+# What drop path keeps in one branch: int64 [K] samples or None for all, their float32 scales [K,1,1].
+Kept = tuple[Tensor | None, Tensor]
 # The drop path rate from which a branch computes only the samples it keeps. On a GPU a gather and a scatter must first
 # be earned back: an estimate from memory traffic, not yet measured there.
 SKIP_FROM = {"cpu": 0.0, "cuda": 0.1}
@@ -60,8 +60,8 @@ def _box_mask(mix_box: MixBox, grid: tuple[int, int], device: torch.device) -> T
 
 
 class ConvStem(nn.Module):
-    """Published 4-layer patch embedding: three convolutions at half resolution, then an 8x8 projection. [B,3,H,W] ->
-    [B,D,H/16,W/16]."""
+    """Published 4-layer patch embedding: three convolutions at half resolution, then an 8x8 projection.
+    [B,3,H,W] -> [B,D,H/16,W/16]."""
 
     def __init__(self, in_chans: int, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -80,23 +80,24 @@ class ConvStem(nn.Module):
         return self._project(x)
 
     def _project(self, x: Tensor) -> Tensor:
-        """`proj` as one matrix product, its patches not overlapping: [B,W,8h,8w] -> [B,D,h,w], channels-last in
-        memory."""
+        """`proj` as one matrix product, as its patches do not overlap: [B,W,8h,8w] -> [B,D,h,w], channels-last in
+        memory. W: the stem's width."""
         batch, width, rows, columns = x.shape
         side, weight = PATCH // 2, self.proj.weight
         h, w = rows // side, columns // side
         if x.is_contiguous(memory_format=torch.channels_last):  # pixels of a patch row lie together: few, long copies
-            patches = x.permute(0, 2, 3, 1).reshape(batch, h, side, w, side, width).transpose(2, 3)
-            weight = weight.permute(0, 2, 3, 1)
+            patches = x.permute(0, 2, 3, 1).reshape(batch, h, side, w, side, width).transpose(2, 3)  # [B,h,w,8,8,W]
+            weight = weight.permute(0, 2, 3, 1)  # [D,8,8,W]
         else:
-            patches = x.reshape(batch, width, h, side, w, side).permute(0, 2, 4, 1, 3, 5)
-        tokens = F.linear(patches.reshape(batch, h, w, -1), weight.reshape(weight.shape[0], -1), self.proj.bias)
+            patches = x.reshape(batch, width, h, side, w, side).permute(0, 2, 4, 1, 3, 5)  # [B,h,w,W,8,8]
+        patches = patches.reshape(batch, h, w, -1)  # [B,h,w,64*W]
+        tokens = F.linear(patches, weight.reshape(weight.shape[0], -1), self.proj.bias)  # [B,h,w,D]
         return tokens.permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through `scaled_dot_product_attention`; no bias on qkv, as published. [B,1+N,D] ->
-    [B,1+N,D]."""
+    """Multi-head self-attention through `scaled_dot_product_attention`; no bias on qkv, as published.
+    [B,1+N,D] -> [B,1+N,D]."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -106,10 +107,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, 1+N, D/heads]
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)  # [B,1+N,3,heads,D/heads]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B,heads,1+N,D/heads]
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [B,1+N,heads,D/heads]
+        return self.proj(x.reshape(batch, tokens, dim))
 
 
 class Mlp(nn.Module):
@@ -125,8 +126,8 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Which samples of a batch a residual branch keeps; the rate of the published stochastic depth, without the work of
-    the dropped.
+    """Which samples of a batch a residual branch keeps. Dropped samples are not computed; the rate is that of the
+    published stochastic depth.
 
     Every sample is dropped with probability `drop_prob`, and kept ones are scaled by 1 / (1 - drop_prob), as published.
     Shapes are static: a branch computes K = ceil(B * (1 - drop_prob)) samples, a random subset of the batch, and scales
@@ -151,19 +152,23 @@ class DropPath(nn.Module):
 
 
 class _Rows(torch.autograd.Function):
-    """x[there], whose gradient is grad[back] * mask instead of a sum over whatever row was taken how often: no atomic
-    additions, so that both directions are gathers that a compiler fuses with what is around them. `there` takes no row
-    twice that the gradient counts."""
+    """x[rows], and grad[inverse] * mask as its gradient, where autograd would add up the gradients of a row that was
+    taken several times. Without such additions, which are atomic, both directions are gathers that a compiler fuses
+    with what is around them. `rows` must not take a row twice whose gradient counts.
+
+    x [n,...]; rows int64 [m]; inverse int64 [n], where in `rows` each row of x is; mask [n,1,1], 0 for rows that were
+    not taken, or None.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, there: Tensor, back: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(back, mask)
-        return x[there]
+    def forward(ctx, x: Tensor, rows: Tensor, inverse: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, mask)
+        return x[rows]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        back, mask = ctx.saved_tensors
-        grad = grad[back]
+        inverse, mask = ctx.saved_tensors
+        grad = grad[inverse]
         return grad if mask is None else grad * mask, None, None, None
 
 
@@ -187,12 +192,12 @@ class Block(nn.Module):
         if index is None:
             return x + layer(norm(x)) * scales
         kept = len(index)
-        place = torch.full((x.shape[0],), kept, device=x.device).index_copy(
-            0, index, torch.arange(kept, device=x.device)
-        )
-        mask, place = (place < kept).view(-1, 1, 1).to(x.dtype), place.clamp(max=kept - 1)
-        branch = (layer(norm(_Rows.apply(x, index, place, mask))) * scales).to(x.dtype)
-        return torch.addcmul(x, _Rows.apply(branch, place, index, None), mask)
+        # Of every sample: its row in the branch; `kept` for a dropped one, which then reads any row, masked.
+        row = torch.full((x.shape[0],), kept, device=x.device)
+        row = row.index_copy(0, index, torch.arange(kept, device=x.device))  # [B]
+        mask, row = (row < kept).view(-1, 1, 1).to(x.dtype), row.clamp(max=kept - 1)  # [B,1,1], [B]
+        branch = (layer(norm(_Rows.apply(x, index, row, mask))) * scales).to(x.dtype)  # [K,1+N,D]
+        return torch.addcmul(x, _Rows.apply(branch, row, index, None), mask)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._residual(x, self.norm1, self.attn)
@@ -315,7 +320,8 @@ class LVViT(nn.Module):
         return self.norm(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B,3,H,W], normalised -> class token and patch tokens after the final norm [B,1+N,D], no MixToken."""
+        """Normalised images [B,3,H,W] -> class token and patch tokens after the final norm [B,1+N,D], without
+        MixToken."""
         return self._encode(self._patches(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -348,9 +354,8 @@ class LVViT(nn.Module):
         if not self.training:
             return self.forward_head(x)
         tokens = x[:, 1:]
-        if (
-            inside is not None
-        ):  # the token head acts on each token alone, so un-mixing its D inputs equals un-mixing its C outputs
+        if inside is not None:
+            # The token head acts on each token alone: un-mixing its D inputs equals un-mixing its C outputs.
             tokens = torch.where(inside.view(1, -1, 1), tokens.flip(0), tokens)
         return self.head(x[:, 0]), self.aux_head(tokens)
 

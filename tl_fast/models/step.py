@@ -1,9 +1,11 @@
-"""One batch's way from uint8 pixels to the loss, as one module: what is compiled, and what DistributedDataParallel goes
-around.
+"""One batch's way from uint8 pixels to the loss, as one module. It is what gets compiled, and what
+DistributedDataParallel wraps.
 
-Normalisation and random erasing belong to the same graph as the stem, and the loss to the same graph as the heads, so
-that a compiler fuses across these borders and CUDA graphs hold the whole step. Nothing in it looks at a value on the
-host: a new box, plan or learning rate neither recompiles nor synchronises. Shapes: B images, N patch tokens, C classes.
+Normalisation and random erasing belong to the same graph as the stem, and the loss to the same graph as the heads: a
+compiler then fuses across these borders, and CUDA graphs hold the whole step. Nothing in it looks at a value on the
+host: a new box, plan or learning rate neither recompiles nor synchronises.
+
+Shapes: B images, N patch tokens, C classes.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ class TrainStep(nn.Module):
 
 
 def compiled(step: nn.Module, device: torch.device, mode: str = "default") -> Callable:
-    """`step` compiled as one graph for static shapes; a break in the graph is an error, unless SyncBatchNorm's
-    collectives make it.
+    """`step` compiled as one graph for static shapes. A break in the graph is an error, except with SyncBatchNorm,
+    whose collectives break it.
 
     `mode` is torch.compile's, for GPUs: "reduce-overhead" replays CUDA graphs. On the CPU inductor's default makes
     convolutions channels-last, which slows this stem's backward pass down by 1.4 (docs/decisions.md), so that is

@@ -14,10 +14,9 @@ from typing import Any, Literal, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from tl_fast.models.patch import PATCH
 from tl_fast.plan.augment import Augment
 from tl_fast.system.mistakes import InputError
-
-PATCH = 16  # pixels a side of one token: every LV-ViT has patch 16 (arXiv 2104.10858)
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the strings below the fields are what --help prints
 
@@ -274,13 +273,11 @@ class TrainConfig:
         return cls(**{k: tuple(v) if k in _TUPLES and v is not None else v for k, v in values.items()})
 
 
-_MODEL_FIELDS = {
-    "img_size": "img_size",
-    "num_classes": "num_classes",
-    "drop_path_rate": "drop_path",
-}  # the constructor's name -> ours
+# Arguments of the model's constructor that have a field of their own: the constructor's name -> ours.
+_MODEL_FIELDS = {"img_size": "img_size", "num_classes": "num_classes", "drop_path_rate": "drop_path"}
 _TUPLES = ("mean", "std", "scale", "ratio", "betas")
-_RANGES: tuple[tuple[str, float, float], ...] = (  # inclusive; Augment checks its own
+# Both ends inclusive; Augment checks its own.
+_RANGES: tuple[tuple[str, float, float], ...] = (
     ("img_size", PATCH, 4096),
     ("num_classes", 1, 65_535),  # label maps hold uint16 classes
     ("cls_weight", 0, 1e6),
