@@ -45,17 +45,8 @@ def annotate_and_pack(folder: Path) -> dict[str, float]:
     for old in (train, val):
         old.unlink(missing_ok=True)
     seconds = {}
-    seconds["annotate"] = run(
-        "-m",
-        "tl_fast.annotate",
-        photos / "train",
-        maps,
-        "--model",
-        "efficientnet-lite0",
-        "--fit-head",
-        "--eval-images",
-        photos / "val",
-    )
+    head = ("--model", "efficientnet-lite0", "--fit-head", "--eval-images", photos / "val")
+    seconds["annotate"] = run("-m", "tl_fast.annotate", photos / "train", maps, *head)
     seconds["pack"] = run("converters/to_beton.py", photos / "train", train, "--label-maps", maps)
     seconds["pack"] += run("converters/to_beton.py", photos / "val", val)
     return seconds

@@ -43,10 +43,10 @@ UNITS = {ROTATE: "°", POSTERIZE: " bit"}
 class Tile:
     """What the sheet shows of one sample.
 
-    name: of its image; label: class index; classes, operations, rest: pieces of text, a paragraph each; crop: uint8
-    [PANEL, PANEL, 3];
-    inside: bool [PANEL, PANEL], which pixels show the image rather than what is beyond it; tokens: None without label
-    maps.
+    name: of its image; label: class index; classes, operations, rest: pieces of text, a paragraph each.
+    crop: uint8 [PANEL, PANEL, 3].
+    inside: bool [PANEL, PANEL], which pixels show the image rather than what is beyond it.
+    tokens: None without label maps.
     """
 
     name: str
@@ -102,10 +102,8 @@ def show_recipe(
         loader.set_epoch(epoch)
         chosen = sheet.choose(len(loader.samples), samples, first, ids, ", ".join(map(str, data)))
         tiles = [_tile(loader, int(sample_id), Normalise(config.mean, config.std)) for sample_id in chosen]
-        header, names = (
-            [f"recipe {path.name}", *_augmentation(config), *sheet.describe(loader, epoch)],
-            loader.samples.class_names,
-        )
+        header = [f"recipe {path.name}", *_augmentation(config), *sheet.describe(loader, epoch)]
+        names = loader.samples.class_names
     colours = sheet.assign_colours(tile.tokens for tile in tiles)
     sheet.save(_draw(tiles, header, colours, names), out)
     return out
@@ -121,12 +119,11 @@ def find_recipe(name: str, folder: Path = RECIPES) -> Path:
         return Path(name)
     known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     wanted = name.removesuffix(".yaml")
-    found = [stem for stem in known if stem == wanted] or [
-        stem for stem in known if wanted and stem.startswith(f"{wanted}_")
-    ]
-    if len(found) == 1:
-        return known[found[0]]
-    problem = f"recipe {name!r} may be any of {', '.join(found)}" if found else f"there is no recipe {name!r}"
+    beginning = [stem for stem in known if wanted and stem.startswith(f"{wanted}_")]
+    meant = [wanted] if wanted in known else beginning
+    if len(meant) == 1:
+        return known[meant[0]]
+    problem = f"recipe {name!r} may be any of {', '.join(meant)}" if meant else f"there is no recipe {name!r}"
     raise InputError(
         f"{problem}; known are {', '.join(known) or 'none'} (in {folder}), and YAML files are taken by their path"
     )

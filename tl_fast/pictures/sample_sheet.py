@@ -89,15 +89,8 @@ def _row(loader: Loader, sample_id: int) -> Row:
     scale = min(PANEL / height, WIDEST / width)
     drawn = max(round(width * scale), 1), max(round(height * scale), 1)
     top, left, crop_height, crop_width = (int(plan[name]) for name in ("top", "left", "height", "width"))
-    box = tuple(
-        round(edge * drawn[axis] / size)
-        for edge, axis, size in (
-            (left, 0, width),
-            (top, 1, height),
-            (left + crop_width, 0, width),
-            (top + crop_height, 1, height),
-        )
-    )
+    edges = (left, 0, width), (top, 1, height), (left + crop_width, 0, width), (top + crop_height, 1, height)
+    box = tuple(round(edge * drawn[axis] / size) for edge, axis, size in edges)
     label = int(batch.labels[0])
     caption = [
         f"sample {sample_id}",

@@ -87,8 +87,8 @@ def best_of_map(classes: np.ndarray, scores: np.ndarray, num_classes: int) -> Ce
     # Nothing stands out where an unlisted class, of which there is no name, is as probable, or where all classes are
     # listed alike.
     stands_out = top > (0.0 if k < num_classes else scores.min(axis=0))
-    found = np.take_along_axis(classes, best[None], axis=0)[0].astype(np.int64)
-    return Cells(np.where(stands_out | (num_classes == 1), found, NO_CLASS), np.exp(top - highest) / mass)
+    best_class = np.take_along_axis(classes, best[None], axis=0)[0].astype(np.int64)
+    return Cells(np.where(stands_out | (num_classes == 1), best_class, NO_CLASS), np.exp(top - highest) / mass)
 
 
 def best_of_targets(targets: np.ndarray, grid: int) -> Cells:
@@ -111,8 +111,8 @@ def assign_colours(panels: Iterable[Cells | None]) -> dict[int, np.ndarray]:
     get OTHER."""
     shares: dict[int, float] = {}
     for cells in (cells for cells in panels if cells is not None):
-        found, counts = np.unique(cells.best[cells.best != NO_CLASS], return_counts=True)
-        for c, count in zip(found.tolist(), counts.tolist(), strict=True):
+        classes, counts = np.unique(cells.best[cells.best != NO_CLASS], return_counts=True)
+        for c, count in zip(classes.tolist(), counts.tolist(), strict=True):
             shares[c] = shares.get(c, 0.0) + count / cells.best.size
     by_share = sorted(shares, key=lambda c: (-shares[c], c))
     return {c: PALETTE[i] if i < len(PALETTE) else OTHER for i, c in enumerate(by_share)}
@@ -145,8 +145,8 @@ def overlay(panel: np.ndarray, cells: Cells, span: np.ndarray, colours: dict[int
         (index >= 0) & (index < count) for index, count in zip((row, column), cells.best.shape, strict=True)
     )
     inside = np.ix_(row_in, column_in)
-    at = np.ix_(row[row_in], column[column_in])
-    out[inside] = out[inside] * (1 - alpha[at]) + colour[at] * alpha[at]
+    cell = np.ix_(row[row_in], column[column_in])
+    out[inside] = out[inside] * (1 - alpha[cell]) + colour[cell] * alpha[cell]
     out[~(row_in[:, None] & column_in)] *= 0.35
     if min(row_in.sum() / len(set(row[row_in])), column_in.sum() / len(set(column[column_in]))) >= SMALLEST_GRID:
         lines = (np.diff(row, prepend=row[0]) != 0)[:, None] | (np.diff(column, prepend=column[0]) != 0)
