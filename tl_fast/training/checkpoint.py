@@ -63,9 +63,8 @@ def save(
             name: {"bytes": (temporary / name).stat().st_size, "crc32": _crc32(temporary / name)}
             for name in (MODEL, EMA, OPTIMIZER)
         }
-        content = json.loads(
-            json.dumps({"format": FORMAT, **meta, "files": files})
-        )  # as it will be read: tuples as lists
+        # As it will be read: tuples as lists.
+        content = json.loads(json.dumps({"format": FORMAT, **meta, "files": files}))
         (temporary / META).write_text(json.dumps(content | {"crc32": _meta_crc32(content)}, indent=1))
         for path in (*temporary.iterdir(), temporary):
             sync(path)
@@ -76,9 +75,8 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not final.exists():
             os.rename(replaced, final)
-        if isinstance(
-            error, (OSError, SafetensorError, RuntimeError)
-        ):  # safetensors and torch wrap the system's error in their own
+        # safetensors and torch wrap the system's error in their own.
+        if isinstance(error, (OSError, SafetensorError, RuntimeError)):
             raise OSError(
                 getattr(error, "errno", None) or errno.EIO,
                 f"cannot write checkpoint {final}: {error}. Earlier checkpoints are kept: "
@@ -96,8 +94,8 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Clear up after a writer that was killed: its half-written checkpoint goes, one that it was about to replace
-    returns to its place.
+    """Clear up after a writer that was killed: delete the checkpoint that it had half written, and restore the one that
+    it was about to replace.
 
     Only for the process that writes to the folder, of which there is one a run.
     """
@@ -137,10 +135,8 @@ def read_meta(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of tl_fast (no readable {META}: {error})") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path / META} is of format {meta.get('format') if isinstance(meta, dict) else meta!r}, expected"
-            f" {FORMAT!r}"
-        )
+        written = meta.get("format") if isinstance(meta, dict) else meta
+        raise CheckpointError(f"{path / META} is of format {written!r}, expected {FORMAT!r}")
     if meta.pop("crc32", None) != _meta_crc32(meta):
         raise CheckpointError(f"{path / META} does not have the CRC-32 that was written: it is damaged or was edited")
     return meta
@@ -149,9 +145,8 @@ def read_meta(path: Path) -> dict[str, Any]:
 def checkpoints(folder: Path, last: Path | None = None) -> list[Path]:
     """The checkpoints of a run's `checkpoints/` folder, oldest first, unverified; those of later steps than `last` left
     out."""
-    return [
-        path for path in sorted(folder.glob(f"{_PREFIX}{'[0-9]' * _DIGITS}")) if last is None or path.name <= last.name
-    ]
+    paths = sorted(folder.glob(f"{_PREFIX}{'[0-9]' * _DIGITS}"))
+    return [path for path in paths if last is None or path.name <= last.name]
 
 
 def latest(folder: Path) -> Path | None:
@@ -215,9 +210,8 @@ def best(folder: Path, last: Path | None = None) -> Path | None:
     """
     scored = []
     for path in checkpoints(folder, last):
-        with contextlib.suppress(
-            CheckpointError
-        ):  # `latest` names it to whoever wants to use it; a run must not end for it
+        # A run must not end for a broken one; `latest` names it to whoever wants to use it.
+        with contextlib.suppress(CheckpointError):
             meta = read_meta(path)
             _check_sizes(path, meta)
             scored.append((score(meta), path))

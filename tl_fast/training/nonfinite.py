@@ -15,8 +15,8 @@ from tl_fast.system.ranks import Ranks
 
 
 class NonFiniteError(Mistake, RuntimeError):
-    """Loss or gradient norm became infinite or NaN; names step, epoch, lr, loss and samples. No weights of that step
-    were saved."""
+    """Loss or gradient norm became infinite or NaN. The message names step, epoch, lr, loss and samples. No weights of
+    that step were saved."""
 
 
 class NonFinite:
@@ -24,11 +24,10 @@ class NonFinite:
 
     Args:
         policy: "stop" raises NonFiniteError at the first step that is not finite; "skip" leaves weights, moments,
-        moving average and batch
-            norm's statistics as they were before it and goes on.
+            moving average and batch norm's statistics as they were before it and goes on.
         limit: skipped steps of the run after which the next one stops it.
         folder: the run's folder; each such step leaves `nonfinite/step-<step>.json` there, with loss and sample ids of
-        every rank.
+            every rank.
         name: a sample's name by its id, for that file.
         skipped: steps skipped before this start of the run.
     """
@@ -36,13 +35,9 @@ class NonFinite:
     def __init__(
         self, ranks: Ranks, policy: str, limit: int, folder: Path, name: Callable[[int], str] = str, skipped: int = 0
     ) -> None:
-        self.ranks, self.skips, self.limit, self.folder, self.name = (
-            ranks,
-            policy == "skip",
-            limit,
-            folder / "nonfinite",
-            name,
-        )
+        self.ranks, self.limit, self.name = ranks, limit, name
+        self.skips = policy == "skip"
+        self.folder = folder / "nonfinite"
         self.skipped = skipped
         self._kept: list[Tensor] = []
 
@@ -77,37 +72,31 @@ class NonFinite:
 
         Raises NonFiniteError under "stop", or when more than `limit` steps were skipped.
         """
-        ranks = self.ranks.gather(
-            {"rank": self.ranks.rank, "loss": repr(loss), "sample_ids": list(map(int, sample_ids))}
-        )
-        guilty = [
-            part for part in ranks if part["loss"] in ("nan", "inf", "-inf")
-        ] or ranks  # a finite loss may have another gradient
+        own = {"rank": self.ranks.rank, "loss": repr(loss), "sample_ids": list(map(int, sample_ids))}
+        ranks = self.ranks.gather(own)
+        # All of them where every loss is finite: only a gradient is not, and its rank is unknown.
+        guilty = [part for part in ranks if part["loss"] in ("nan", "inf", "-inf")] or ranks
         path = self.folder / f"step-{step:010d}.json"
         if self.ranks.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             names = {str(i): self.name(i) for part in guilty for i in part["sample_ids"]}
-            path.write_text(
-                json.dumps(
-                    {"step": step, "epoch": epoch, "lr": lr, "grad_norm": repr(norm), "ranks": ranks, "names": names},
-                    indent=1,
-                )
-            )
+            facts = {"step": step, "epoch": epoch, "lr": lr, "grad_norm": repr(norm), "ranks": ranks, "names": names}
+            path.write_text(json.dumps(facts, indent=1))
         self.skipped += 1
-        what = (
+        event = (
             f"not finite: loss {', '.join(part['loss'] for part in guilty)}, gradient norm {norm} at step {step} (epoch"
             f" {epoch}, lr {lr:.3e}, rank {', '.join(str(part['rank']) for part in guilty)}); sample ids"
             f" {sum((part['sample_ids'] for part in guilty), [])}, on record in {path}"
         )
         if not self.skips:
             raise NonFiniteError(
-                f"{what}. Weights of this step were not saved: lower lr, set clip_grad, look at these samples, or"
+                f"{event}. Weights of this step were not saved: lower lr, set clip_grad, look at these samples, or"
                 " choose --non_finite skip; then --resume auto"
             )
         if self.skipped > self.limit:
             raise NonFiniteError(
-                f"{what}. That is more than the {self.limit} steps that max_skipped allows a run to skip: lower lr, set"
-                " clip_grad, or look at these samples; then --resume auto"
+                f"{event}. That is more than the {self.limit} steps that max_skipped allows a run to skip: lower lr,"
+                " set clip_grad, or look at these samples; then --resume auto"
             )
         if self.ranks.main:
-            print(f"skipped a step ({self.skipped} of at most {self.limit}), {what}", flush=True)
+            print(f"skipped a step ({self.skipped} of at most {self.limit}), {event}", flush=True)

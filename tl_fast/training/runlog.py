@@ -21,8 +21,7 @@ class RunLog:
     Args:
         folder: the run's folder; must exist on the rank that writes.
         total_steps, start_step: the progress bar's end and start. Rows of steps after `start_step`, left by a run that
-        got further than its
-            last checkpoint, are dropped, so that each step has one row. 0 starts new files.
+            got further than its last checkpoint, are dropped, so that each step has one row. 0 starts new files.
         enabled: False (all ranks but the first) makes every method do nothing.
     """
 
@@ -31,11 +30,8 @@ class RunLog:
         self.enabled = enabled
         if not enabled:
             return
-        kept = (
-            [row for row in read_rows(self.path) if row["step"] <= start_step]
-            if start_step and self.path.exists()
-            else []
-        )
+        rows = read_rows(self.path) if start_step and self.path.exists() else []
+        kept = [row for row in rows if row["step"] <= start_step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_atomic(self.path, lambda file: file.write(text.encode()))
         self._file = self.path.open("a", buffering=1)  # a row reaches the file when its line ends

@@ -13,7 +13,8 @@ import torch
 
 from tl_fast.system.ranks import Ranks
 
-# seconds: torchrun passes on a Ctrl-C that the terminal has sent to its workers already; one much later is another one
+# Seconds. The terminal sends a Ctrl-C to the workers, and torchrun sends it to them again: two signals within this time
+# are one Ctrl-C.
 IMPATIENCE = 2.0
 
 
