@@ -25,7 +25,9 @@ from typing import Any
 import yaml
 
 from tl_fast import train
-from tl_fast.training import checkpoint, stopping
+from tl_fast.models.loss import TokenLabelLoss
+from tl_fast.models.normalise import Normalise
+from tl_fast.training import checkpoint, learner, stopping
 from tl_fast.training import loop as training
 from tl_fast.training.config import TrainConfig
 
@@ -69,11 +71,11 @@ def strike(blow: Blow) -> None:
         setattr(owner, name, wrapped)
 
     if blow.moment == "before the first step":
-        before(training, "build_optimizer")
+        before(learner, "build_optimizer")
     elif blow.moment == "waiting for data":
         before(training.Meter, "fetch", early=True)
     elif blow.moment == "in a step":
-        before(training.TokenLabelLoss, "forward")
+        before(TokenLabelLoss, "forward")
     elif blow.moment == "before the weights change":
         before(training.torch.optim.AdamW, "step")
     elif blow.moment == "writing a checkpoint":
@@ -85,13 +87,13 @@ def strike(blow: Blow) -> None:
     elif blow.moment == "writing the log":
         before(training.RunLog, "row")
     elif blow.moment == "reading images":  # no signal: images that are not numbers
-        original = training.Normalise.forward
+        original = Normalise.forward
 
         def forward(self, images):
             left[0] -= 1
             return original(self, images) * (float("nan") if left[0] == 0 else 1)
 
-        training.Normalise.forward = forward
+        Normalise.forward = forward
     elif blow.moment == "in validation":
         original = stopping.Agreement.until_stopped
 
@@ -118,7 +120,7 @@ def trace_steps(path: Path) -> None:
         return box
 
     def traced(self, step, epoch, lr, norm):
-        ids = [i for batch in self._ids for i in batch.tolist()]
+        ids = [i for batch in self._sample_ids for i in batch.tolist()]
         with path.open("a") as file:
             file.write(json.dumps([step, epoch, lr, ids, boxes[-1] if boxes else None]) + "\n")
         return add_step(self, step, epoch, lr, norm)

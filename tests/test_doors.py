@@ -16,7 +16,7 @@ from tl_fast import evaluate, show, train
 from tl_fast.system import mistakes
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks
-from tl_fast.training import loop
+from tl_fast.training import learner
 
 HEAVY = ("torch", "torchvision", "timm", "numba", "nvidia.dali", "cupy", "pyarrow", "cv2", "ffcv")
 COMMANDS = [  # as they are typed, without `python`
@@ -109,7 +109,7 @@ def test_tracebacks_stay_for_bugs_and_on_demand(tiny, tmp_path, monkeypatch):
     def bug(*_):
         raise ValueError("of torch's, about something inside")
 
-    monkeypatch.setattr(loop, "build_optimizer", bug)
+    monkeypatch.setattr(learner, "build_optimizer", bug)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(tiny(), tmp_path / "c.yaml")])
     with pytest.raises(ValueError, match="about something inside"):
         train.main()

@@ -18,7 +18,7 @@ from tiny_runs import weights
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from tl_fast.training import checkpoint
+from tl_fast.training import checkpoint, learner, network
 from tl_fast.training import loop as training
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.runlog import read_rows
@@ -36,7 +36,7 @@ def watch(record: dict[str, Any]) -> None:
     """
     record |= {"events": [], "storages": [], "statistics": [], "ids": [], "compilations": []}
 
-    class Watched(training.DistributedDataParallel):
+    class Watched(network.DistributedDataParallel):
         def __init__(self, module, **options):
             super().__init__(module, **options)
             record.update(
@@ -47,7 +47,7 @@ def watch(record: dict[str, Any]) -> None:
             )
             record["parameters"] = sum(p.requires_grad for p in self.parameters())
             self.register_comm_hook(None, reduce)
-            network.append(self)
+            wrapped.append(self)
 
         def forward(self, *arguments):
             out = super().forward(*arguments)
@@ -74,11 +74,11 @@ def watch(record: dict[str, Any]) -> None:
         return original_clip(parameters, *arguments)
 
     def add_step(self, *arguments):
-        record["ids"].append([ids.tolist() for ids in self._ids])
+        record["ids"].append([ids.tolist() for ids in self._sample_ids])
         record["compilations"].append(counters["stats"]["unique_graphs"])
-        if network:
+        if wrapped:
             record["statistics"].append(
-                next(b.clone() for n, b in network[0].named_buffers() if n.endswith("running_mean"))
+                next(b.clone() for n, b in wrapped[0].named_buffers() if n.endswith("running_mean"))
             )
         return original_step(self, *arguments)
 
@@ -90,14 +90,11 @@ def watch(record: dict[str, Any]) -> None:
             for name, p in m.named_parameters()
         }
 
-    network: list[Watched] = []
-    original_update, training.ModelEmaV3.update = training.ModelEmaV3.update, update
+    wrapped: list[Watched] = []
+    original_update, learner.ModelEmaV3.update = learner.ModelEmaV3.update, update
     original_clip, original_step = training.nn.utils.clip_grad_norm_, training.Meter.add_step
-    training.DistributedDataParallel, training.nn.utils.clip_grad_norm_, training.Meter.add_step = (
-        Watched,
-        clip,
-        add_step,
-    )
+    network.DistributedDataParallel = Watched
+    training.nn.utils.clip_grad_norm_, training.Meter.add_step = clip, add_step
 
 
 def full_disk(at: int) -> None:

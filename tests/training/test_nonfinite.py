@@ -15,6 +15,7 @@ from kill_run import Blow
 from tiny_runs import weights
 
 from tl_fast.beton.reader import BetonReader
+from tl_fast.models.normalise import Normalise
 from tl_fast.plan.records import epoch_order
 from tl_fast.training import checkpoint
 from tl_fast.training import loop as training
@@ -28,13 +29,13 @@ def poison(monkeypatch):
     """Makes the images of these steps (from 0) NaN, so that batch norm's statistics are hit as well."""
 
     def make(*steps: int) -> None:
-        original, count = training.Normalise.forward, [0]
+        original, count = Normalise.forward, [0]
 
         def forward(self, images):
             count[0] += 1
             return original(self, images) * (math.nan if count[0] - 1 in steps else 1)
 
-        monkeypatch.setattr(training.Normalise, "forward", forward)
+        monkeypatch.setattr(Normalise, "forward", forward)
 
     return make
 

@@ -30,9 +30,8 @@ from tl_fast.models import step as training_step
 from tl_fast.models.erase import erase
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.ranks import Ranks
-from tl_fast.training import accuracy, checkpoint
+from tl_fast.training import accuracy, checkpoint, learner, network, optimiser
 from tl_fast.training import loop as training
-from tl_fast.training.network import build_network
 from tl_fast.training.nonfinite import NonFiniteError
 from tl_fast.training.runlog import read_rows
 
@@ -141,7 +140,7 @@ def test_accumulation_follows_one_big_batch(tiny):
 
 def test_a_non_finite_step_stops_the_run_and_names_it(tiny, tmp_path):
     config = tiny(max_steps=5)
-    state = build_network(dataclasses.replace(config, num_classes=4)).state_dict()
+    state = network.build_network(dataclasses.replace(config, num_classes=4)).state_dict()
     state["norm.bias"][0] = math.inf
     torch.save(state, tmp_path / "poisoned.pth")
     with pytest.raises(
@@ -156,7 +155,7 @@ def test_without_token_labels_only_the_class_token_learns(tiny, betons):
         train_data=str(betons / "plain.beton"), token_label=False, val_data=str(betons / "val.beton"), max_steps=4
     )
     summary = training.train(config)
-    model = build_network(dataclasses.replace(config, num_classes=4))
+    model = network.build_network(dataclasses.replace(config, num_classes=4))
     checkpoint.load_weights(model, Path(summary["checkpoint"]), use_ema=False)
     images = torch.randn(3, 3, 64, 64)
     assert not model.aux_head.weight.any()
@@ -252,9 +251,9 @@ def test_resume_refuses_data_of_another_size_and_takes_the_new_optimiser_setting
     monkeypatch.setattr(
         training, "seed_step", lambda *_: seen.append([group["weight_decay"] for group in optimizers[-1].param_groups])
     )
-    optimizers, build = [], training.build_optimizer
+    optimizers, build = [], learner.build_optimizer
     monkeypatch.setattr(
-        training, "build_optimizer", lambda *arguments: optimizers.append(build(*arguments)) or optimizers[-1]
+        learner, "build_optimizer", lambda *arguments: optimizers.append(build(*arguments)) or optimizers[-1]
     )
     training.train(tiny(resume="auto", max_steps=2, weight_decay=0.2))
     assert sorted(seen[0]) == [0.0, 0.2]
@@ -285,7 +284,7 @@ def test_a_new_run_does_not_start_among_an_old_ones_checkpoints(tiny):
 def test_schedule_is_warm_up_cosine_cooldown(tiny):
     config = tiny(epochs=10, warmup_epochs=2, cooldown_epochs=3, lr=1e-3, lr_base_batch=32, min_lr=1e-5, warmup_lr=1e-6)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.peak_lr)
-    schedule = training.build_schedule(optimizer, config, steps_per_epoch=5)
+    schedule = optimiser.build_schedule(optimizer, config, steps_per_epoch=5)
     lrs = []
     for step in range(65):
         schedule.step_update(step)
@@ -303,8 +302,8 @@ def test_schedule_is_warm_up_cosine_cooldown(tiny):
 
 
 def test_decay_spares_norms_biases_and_tokens(tiny):
-    model = build_network(dataclasses.replace(tiny(), num_classes=4))
-    groups = training.build_optimizer(model, tiny()).param_groups
+    model = network.build_network(dataclasses.replace(tiny(), num_classes=4))
+    groups = optimiser.build_optimizer(model, tiny()).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
     spared = {names[id(p)] for g in groups if not g["weight_decay"] for p in g["params"]}
@@ -317,17 +316,17 @@ def test_ema_follows_its_warm_up(tiny, monkeypatch):
     """The checkpoint's EMA is the recurrence e += (1 - d) (w - e), d = min(decay, (1 + t) / (10 + t)), over the weights
     after each step."""
     seen = []
-    original = training.ModelEmaV3.update
+    original = learner.ModelEmaV3.update
 
     def spy(self, model, step=None):
         seen.append(model.head.weight.detach().clone())
         original(self, model, step=step)
 
-    monkeypatch.setattr(training.ModelEmaV3, "update", spy)
+    monkeypatch.setattr(learner.ModelEmaV3, "update", spy)
     config = tiny(max_steps=6, ema_decay=0.3)
     summary = training.train(config)
     torch.manual_seed(config.seed)
-    average = build_network(dataclasses.replace(config, num_classes=4)).head.weight.detach()
+    average = network.build_network(dataclasses.replace(config, num_classes=4)).head.weight.detach()
     for t, weight in enumerate(seen):
         average = average + (1 - min(0.3, (1 + t) / (10 + t))) * (weight - average)
     found = safetensors.torch.load_file(Path(summary["checkpoint"]) / checkpoint.EMA)["head.weight"]
@@ -339,7 +338,7 @@ def test_evaluation_counts_every_sample_once(tiny, betons, tmp_path, capsys):
     """Top-1 and top-5 equal a count image by image, with a partial last batch. (Two ranks: see
     test_two_ranks_follow_one.)"""
     summary = training.train(tiny(max_steps=6))
-    model = build_network(dataclasses.replace(tiny(), num_classes=4))
+    model = network.build_network(dataclasses.replace(tiny(), num_classes=4))
     model.load_state_dict(safetensors.torch.load_file(Path(summary["checkpoint"]) / checkpoint.EMA))
     model.eval()
     hits, number = 0, 0
@@ -548,10 +547,10 @@ def test_sync_bn_converts_batch_norm_before_the_step_is_compiled(tiny, monkeypat
         def from_main(self, value):
             return value
 
-    def made(network, *_):
-        raise Made(network)
+    def made(step, *_):
+        raise Made(step)
 
-    monkeypatch.setattr(training, "compiled", made)
+    monkeypatch.setattr(network, "compiled", made)
     config, ranks = dataclasses.replace(tiny(compile=True), num_classes=4), Alone(0, world_size, torch.device("cpu"))
     loader, _ = training.make_loaders(config, ranks)
     with pytest.raises(Made) as caught:

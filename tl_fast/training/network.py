@@ -1,11 +1,23 @@
-"""The network of a configuration."""
+"""The network of a configuration, and the step that trains it."""
 
 from __future__ import annotations
 
+import inspect
+
+import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tl_fast.models.build import build_model
+from tl_fast.models.loss import TokenLabelLoss
+from tl_fast.models.normalise import Normalise
+from tl_fast.models.step import TrainStep, compiled
+from tl_fast.system.ranks import Ranks
 from tl_fast.training.config import TrainConfig
+
+# What torch before 2.13 calls broadcast_buffers, and later ones warn of.
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_BUFFER_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
 def build_network(config: TrainConfig) -> nn.Module:
@@ -18,4 +30,46 @@ def build_network(config: TrainConfig) -> nn.Module:
         num_classes=config.num_classes,
         drop_path=config.drop_path,
         options=config.model_kwargs,
+    )
+
+
+def silence_token_head(model: nn.Module) -> None:
+    """Zero and freeze the token head: untrained, its maximum would be noise in the eval logits (class + 0.5 * max over
+    tokens)."""
+    for parameter in model.aux_head.parameters():
+        nn.init.zeros_(parameter)
+        parameter.requires_grad_(False)
+
+
+def set_train(model: nn.Module, config: TrainConfig) -> None:
+    """Train mode, but with freeze_stem_bn batch norms stay in eval mode (their scale and shift still learn)."""
+    model.train()
+    if config.freeze_stem_bn:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the training step is compiled: by default on GPUs."""
+    return device.type == "cuda" if config.compile is None else config.compile
+
+
+def build_step(model: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """The `TrainStep` of a model, which stays the caller's; compiled where the config asks for it, and with several
+    ranks in DistributedDataParallel."""
+    criterion = TokenLabelLoss(config.cls_weight, config.dense_weight if config.token_label else 0.0)
+    step: nn.Module = TrainStep(model, criterion, Normalise(config.mean, config.std).to(ranks.device), config.dtype)
+    if compiles(config, ranks.device):
+        step = compiled(step, ranks.device, config.compile_mode)
+    if ranks.world_size == 1:
+        return step
+    # DDP goes around the compiled module: the other way round its own forward breaks the graph. Batch norm's statistics
+    # stay local during an epoch; Ranks.average_buffers brings them together at its end.
+    return DistributedDataParallel(
+        step,
+        gradient_as_bucket_view=True,
+        static_graph=config.accumulate == 1,
+        bucket_cap_mb=config.bucket_mb,
+        **{_BUFFER_SYNC: False},
     )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 import tl_fast
 from tl_fast.system.atomic import write_atomic
 from tl_fast.system.ranks import Ranks
+from tl_fast.system.versions import commit, version
 from tl_fast.training.config import TrainConfig
 
 RECORD = "run.json"
@@ -42,7 +41,7 @@ def _run_id() -> str | None:
     return None if name == "none" else name
 
 
-def _ours(folder: Path, restarts: int) -> bool:
+def began_here(folder: Path, restarts: int) -> bool:
     """Whether this very job, with this very command, began the run in `folder` (and was not refused).
 
     An id of the job says so on any host; somebody may start another command under the same id. Without an id its
@@ -99,8 +98,8 @@ def versions(ranks: Ranks) -> dict[str, str | None]:
     the commit where the package does not lie in a checkout."""
     gpu = ranks.device.type == "cuda"
     name = torch.cuda.get_device_name(ranks.device) if gpu else platform.processor() or platform.machine()
-    packages = {package: _version(package) for package in ("torchvision", "timm", "numba", "numba-cuda", "numpy")}
-    dali = next(filter(None, (_version(f"nvidia-dali-cuda{major}0") for major in (13, 12, 11))), None)
+    packages = {package: version(package) for package in ("torchvision", "timm", "numba", "numba-cuda", "numpy")}
+    dali = next(filter(None, (version(f"nvidia-dali-cuda{major}0") for major in (13, 12, 11))), None)
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpu and torch.distributed.is_nccl_available() else None
     return {
         "tl_fast": tl_fast.__version__,
@@ -113,29 +112,3 @@ def versions(ranks: Ranks) -> dict[str, str | None]:
         "nccl": nccl,
         "device": f"{ranks.world_size} x {name}",
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The checkout's commit, with "-dirty" where files differ from it; None without git or outside a checkout of
-    ours."""
-    root = Path(tl_fast.__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # an installed package must not report the commit of what it happens to lie in
-        return None
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

@@ -1,23 +1,24 @@
-"""Where a run starts: anew, or where a checkpoint left it; that no other run writes there; and the record of every
-start, `run.json`."""
+"""Where a run starts: anew, or where a checkpoint left it."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from tl_fast.beton.samples import Samples
 from tl_fast.system.mistakes import InputError, share
 from tl_fast.system.ranks import Ranks
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
-from tl_fast.training.record import _ours
+from tl_fast.training.learner import Learner
+from tl_fast.training.record import began_here
 
 # A run continued with other values of these would be neither the old run nor a new one.
 FIXED_ON_RESUME = (
@@ -30,7 +31,34 @@ FIXED_ON_RESUME = (
     "seed",
     "steps_per_epoch",
 )
-FRESH = {"global_step": 0, "epoch": 0, "step_in_epoch": 0, "last_validation": {}, "validated": False, "skipped": 0}
+
+
+@dataclass
+class Progress:
+    """How far a run has got. The fields are keys of a checkpoint's meta.json."""
+
+    global_step: int = 0
+    """Steps done over the run."""
+    epoch: int = 0
+    """Epochs done."""
+    step_in_epoch: int = 0
+    """Steps done of the epoch under way."""
+    last_validation: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last validation (`loop.validate`)."""
+    validated: bool = False
+    """Whether they are of the weights of this step."""
+    skipped: int = 0
+    """Steps skipped as not finite, up to this start of the run."""
+
+    def end_step(self) -> None:
+        """One step more, whose weights have not been validated."""
+        self.global_step += 1
+        self.step_in_epoch += 1
+        self.validated = False
+
+    def end_epoch(self) -> None:
+        """The epoch under way is done."""
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
 
 
 def choose(config: TrainConfig, ranks: Ranks) -> Path | None:
@@ -47,17 +75,14 @@ def choose(config: TrainConfig, ranks: Ranks) -> Path | None:
 
 
 def resume(
-    found: Path | None,
+    chosen: Path | None,
     config: TrainConfig,
     ranks: Ranks,
     steps_per_epoch: int,
     data: dict[str, Any],
-    *,
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> dict[str, Any]:
-    """Load the chosen checkpoint on every rank; where to continue, with FRESH's keys. None: FRESH.
+    learner: Learner,
+) -> Progress:
+    """Load the chosen checkpoint, if any, into the learner on every rank; where to continue.
 
     Rank 0 alone reads the files, and passes on what it has read: the others need not see output_dir. On every rank
     raises CheckpointError for a broken checkpoint, and when one of FIXED_ON_RESUME or the `data` (see identify) differs
@@ -72,10 +97,11 @@ def resume(
                     f"{_words(other)}; give every node the same files"
                 )
             )
-    if found is None:
-        return FRESH
+    if chosen is None:
+        return Progress()
+    model, ema, optimizer = learner.model, learner.ema.module, learner.optimizer
     settings = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
-    progress = ranks.on_main(_restore, found, config, steps_per_epoch, data, model, ema, optimizer)
+    progress = ranks.on_main(_restore, chosen, config, steps_per_epoch, data, learner)
     ranks.fill_from_main([*model.state_dict().values(), *ema.state_dict().values()])
     _pass_on_moments(optimizer, ranks)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
@@ -84,20 +110,12 @@ def resume(
 
 
 def _restore(
-    found: Path,
-    config: TrainConfig,
-    steps_per_epoch: int,
-    data: dict[str, Any],
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> dict[str, Any]:
+    chosen: Path, config: TrainConfig, steps_per_epoch: int, data: dict[str, Any], learner: Learner
+) -> Progress:
     """Load a checkpoint that is of this run; where to continue. Raises CheckpointError."""
-    meta = checkpoint.read_meta(found)
-    then, now = (
-        meta["config"] | {"steps_per_epoch": meta["steps_per_epoch"]},
-        config.to_dict() | {"steps_per_epoch": steps_per_epoch},
-    )
+    meta = checkpoint.read_meta(chosen)
+    then = meta["config"] | {"steps_per_epoch": meta["steps_per_epoch"]}
+    now = config.to_dict() | {"steps_per_epoch": steps_per_epoch}
     different = [
         f"{name} {then.get(name)!r} -> {now[name]!r}" for name in FIXED_ON_RESUME if then.get(name) != now[name]
     ]
@@ -105,11 +123,11 @@ def _restore(
         different.append(f"train_data {_words(meta['data'])} -> {_words(data)}")
     if different:
         raise checkpoint.CheckpointError(
-            f"{found} is of another run: {', '.join(different)}. Restore these, choose another output_dir, or "
+            f"{chosen} is of another run: {', '.join(different)}. Restore these, choose another output_dir, or "
             "start from its weights with --init_weights"
         )
-    checkpoint.restore(found, model=model, ema=ema, optimizer=optimizer)
-    return {name: meta[name] for name in FRESH}
+    checkpoint.restore(chosen, model=learner.model, ema=learner.ema.module, optimizer=learner.optimizer)
+    return Progress(**{entry.name: meta[entry.name] for entry in dataclasses.fields(Progress)})
 
 
 def _pass_on_moments(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
@@ -158,7 +176,7 @@ def _choose(config: TrainConfig, restarts: int) -> Path | None:
     folder = Path(config.output_dir) / "checkpoints"
     if folder.is_dir():
         checkpoint.recover(folder)
-    if config.resume == "auto" or (_ours(Path(config.output_dir), restarts) and checkpoint.checkpoints(folder)):
+    if config.resume == "auto" or (began_here(Path(config.output_dir), restarts) and checkpoint.checkpoints(folder)):
         return checkpoint.latest(folder)
     path = checkpoint.find(Path(config.resume)) if config.resume else None
     # A run that starts before them would be pruned against them, and a later --resume auto would take one of theirs.

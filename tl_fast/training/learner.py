@@ -1,0 +1,63 @@
+"""What a run trains, and what trains it: model, moving average, optimiser, learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+
+from tl_fast.system.ranks import Ranks
+from tl_fast.training import checkpoint
+from tl_fast.training.config import TrainConfig
+from tl_fast.training.network import build_network, silence_token_head
+from tl_fast.training.optimiser import build_optimizer, build_schedule
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A bare model on its device, its moving average `ema.module`, and what changes them."""
+
+    model: nn.Module
+    ema: ModelEmaV3
+    optimizer: torch.optim.AdamW
+    schedule: CosineLRScheduler
+
+
+def build_learner(
+    config: TrainConfig, ranks: Ranks, steps_per_epoch: int, *, load_init_weights: bool
+) -> tuple[Learner, list[str]]:
+    """The learner of a config before its first step; remarks for the user: what of init_weights was adapted, and which
+    options have no effect. Every rank calls it."""
+    torch.manual_seed(config.seed)
+    model = ranks.agree(build_network, config)
+    remarks = _load_init_weights(model, config, ranks) if config.init_weights and load_init_weights else []
+    if not config.token_label:
+        silence_token_head(model)
+    on_gpu = ranks.device.type == "cuda"
+    model.to(ranks.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
+    if config.compile_mode != "default" and not on_gpu:
+        remarks.append(f"compile_mode {config.compile_mode} has no effect on the CPU")
+    if config.sync_bn and ranks.world_size == 1:
+        remarks.append("sync_bn has no effect on one rank, whose statistics are everybody's")
+    elif config.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # With these two, timm's warm-up is min(decay, (1 + t) / (10 + t)) at step t, when told step t + 2.
+    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1)
+    optimizer = build_optimizer(model, config)
+    return Learner(model, ema, optimizer, build_schedule(optimizer, config, steps_per_epoch)), remarks
+
+
+def _load_init_weights(model: nn.Module, config: TrainConfig, ranks: Ranks) -> list[str]:
+    """Load init_weights on rank 0, which passes them on: the others need not see the file. Remarks on what was
+    adapted."""
+    remarks = ranks.on_main(lambda: checkpoint.load_weights(model, checkpoint.find(Path(config.init_weights))))
+    ranks.fill_from_main(model.state_dict().values())
+    return remarks
