@@ -4,18 +4,19 @@ to compare them."""
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from tl_fast.system import versions
+from tl_fast.system.versions import version
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,24 +44,9 @@ def stock_ffcv_is_here() -> bool:
 
 
 def commit() -> str:
-    """Of this checkout; where it is a copy without .git, or git is missing, the environment's TLFAST_COMMIT or
-    'unknown'."""
-    if named := os.environ.get("TLFAST_COMMIT"):
-        return named
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-    except OSError:
-        described = ""
-    return described or "unknown"
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """The environment's TLFAST_COMMIT, for a copy without .git, or else this checkout's commit; 'unknown' without
+    either."""
+    return os.environ.get("TLFAST_COMMIT") or versions.commit() or "unknown"
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
