@@ -31,15 +31,18 @@ from rows import ROOT, write_rows
 CONVERT = """
 import json, resource, sys
 from pathlib import Path
-from tl_fast.convert.write import reuse_memory, write_beton
-from tl_fast.convert.selection import Conversion, estimate
+from tl_fast.convert.estimate import estimate
+from tl_fast.convert.options import EncodeOptions
+from tl_fast.convert.selection import Conversion
+from tl_fast.convert.write import write_beton
 from tl_fast.sources import open_source
+from tl_fast.system.memory import reuse_memory
 
 shard, out, workers, decode_check = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
 reuse_memory()
 with open_source(shard) as source:
     conversion = Conversion(source, None, source.order(None))
-    estimate(conversion, max_resolution=None, quality=90, decode_check=decode_check)  # as converters/to_beton.py does
+    estimate(conversion, EncodeOptions(decode_check=decode_check))  # as converters/to_beton.py does
     summary = write_beton(
         out, conversion, class_names=source.class_names, workers=workers, processes=True, decode_check=decode_check
     )

@@ -27,9 +27,11 @@ from small_sources import WNIDS, pack_train, pack_val, pack_webdataset, parquet_
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.verify import verify
-from tl_fast.convert import write as beton_write
+from tl_fast.convert import resumable
+from tl_fast.convert.options import EncodeOptions, RunOptions
 from tl_fast.convert.partial_file import partial_paths
 from tl_fast.convert.processes import Forked
+from tl_fast.convert.run import Inputs, convert
 from tl_fast.convert.selection import Shard
 from tl_fast.labelmaps.format import MapSpec, dequantise, pack, quantise
 from tl_fast.labelmaps.published import PublishedMaps
@@ -94,18 +96,18 @@ def test_every_source_gives_the_same_beton(to_beton: ModuleType, images: ImageFo
         "parquet": [tmp_path / "train-00000.parquet"],
         "webdataset": [tmp_path / "train-{000..002}.tar", "--class-names", names],
     }
-    found = {}
+    packed = {}
     for kind, arguments in sources.items():
         out = tmp_path / f"{kind}.beton"
         assert run(to_beton, arguments[0], out, *arguments[1:], "--label-maps", maps, "--extent", "full") == 0, kind
         assert verify(out, decode=True) == []
-        found[kind] = content(out)
-        assert len(found[kind]) == len(images.ids)
+        packed[kind] = content(out)
+        assert len(packed[kind]) == len(images.ids)
         with BetonReader(out) as reader:
             assert reader.spec == MapSpec(min(5, len(images.class_names)), *SHAPE[1:], len(images.class_names)), kind
-    assert (tmp_path / "folder.beton").read_bytes()[-9000:] != b"" and found["folder"] == found["train tar"]
+    assert (tmp_path / "folder.beton").read_bytes()[-9000:] != b"" and packed["folder"] == packed["train tar"]
     for kind in ("parquet", "webdataset"):  # their ids differ
-        assert sorted(found[kind].values()) == sorted(found["folder"].values()), kind
+        assert sorted(packed[kind].values()) == sorted(packed["folder"].values()), kind
 
 
 def test_val_tar_with_label_list(to_beton: ModuleType, folder: ImageFolder, tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_resume_from_the_command_line(
     bad = sorted(root.rglob("*.JPEG"))[35]
     good = bad.read_bytes()
     bad.write_bytes(good[:-3000])
-    monkeypatch.setattr(beton_write, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(resumable, "COMMIT_SECONDS", 0)
     assert run(to_beton, root, out) == 1
     said = capsys.readouterr().err
     assert str(bad) in said and "35 samples are done; the same command with --resume" in said
@@ -456,16 +458,14 @@ def test_the_converter_closes_what_it_opens(
     assert closed == [maps]
 
 
-def test_no_thread_runs_when_the_workers_are_forked(
-    to_beton: ModuleType, folder: ImageFolder, tmp_path: Path, monkeypatch
-) -> None:
+def test_no_thread_runs_when_the_workers_are_forked(folder: ImageFolder, tmp_path: Path, monkeypatch) -> None:
     """A child has the parent's locks as they were, and none of its threads to release them."""
     threads, enter = [], Forked.__enter__
     monkeypatch.setattr(Forked, "__enter__", lambda self: (threads.append(threading.enumerate()), enter(self))[1])
-    monkeypatch.setattr(beton_write, "usable_cores", lambda: 2)
     before = threading.enumerate()
     terminal = Console(file=io.StringIO(), force_terminal=True)
-    to_beton.convert(folder.root, tmp_path / "out.beton", console=terminal)
+    options = RunOptions(workers=2, processes=True)
+    convert(Inputs(folder.root), tmp_path / "out.beton", EncodeOptions(), options, console=terminal)
     assert threads == [before] and "images/s" in terminal.file.getvalue()
 
 
@@ -587,11 +587,12 @@ def test_names_are_no_markup(
     assert run(to_beton, "verify", out) == 0
 
 
-def test_pixels_are_those_of_the_source(to_beton: ModuleType, originals: ImageFolder, tmp_path: Path) -> None:
+def test_pixels_are_those_of_the_source(originals: ImageFolder, tmp_path: Path) -> None:
     """133 original ImageNet files, greys and 2,400 px ones among them: Pillow shows the same pixels before and after,
     bit for bit."""
     out = tmp_path / "out.beton"
-    summary = to_beton.convert(originals.root, out, workers=2)
+    inputs, options = Inputs(originals.root), RunOptions(workers=2, processes=True)
+    summary = convert(inputs, out, EncodeOptions(), options)
     assert summary.samples == 133 and summary.copied + summary.transcoded == 133 and summary.stripped > 30
     with BetonReader(out) as reader:
         for i, sample_id in enumerate(reader.source_ids):
@@ -600,8 +601,8 @@ def test_pixels_are_those_of_the_source(to_beton: ModuleType, originals: ImageFo
                 for data in (originals.read(i), bytes(reader.jpeg(i)))
             )
             assert sample_id == originals.ids[i] and (before == after).all(), sample_id
-    assert to_beton.convert(originals.root, tmp_path / "fast.beton", decode_check=False).copied == summary.copied
-    assert content(tmp_path / "fast.beton") == content(out)
+    unchecked = convert(inputs, tmp_path / "fast.beton", EncodeOptions(decode_check=False), options)
+    assert unchecked.copied == summary.copied and content(tmp_path / "fast.beton") == content(out)
 
 
 @pytest.mark.slow  # every time: beton/test_beton.py's, of one file

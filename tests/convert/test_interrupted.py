@@ -23,10 +23,9 @@ from small_betons import random_maps
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.verify import verify
-from tl_fast.convert import partial_file
-from tl_fast.convert import write as beton_write
+from tl_fast.convert import partial_file, resumable
 from tl_fast.convert.encode import Sample
-from tl_fast.convert.write import TooManyRejects, write_beton
+from tl_fast.convert.write import CHUNK, TooManyRejects, WriteSummary, write_beton
 from tl_fast.labelmaps.format import MapSpec
 
 SPEC = MapSpec(k=2, height=3, width=4, num_classes=50)
@@ -52,7 +51,7 @@ def make_samples(jpegs: list[bytes], count: int, bad: dict[int, bytes] | None = 
     ]
 
 
-def write(path: Path, samples: list[Sample], **options) -> beton_write.WriteSummary:
+def write(path: Path, samples: list[Sample], **options) -> WriteSummary:
     return write_beton(path, samples, class_names=NAMES, spec=SPEC, page_size=PAGE, **{"workers": 1, **options})
 
 
@@ -79,7 +78,7 @@ def die_at(count: int) -> Callable[[], None]:
 def commits():
     """Every chunk is committed, however slow the disk is: as many calls and records on every machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(beton_write, "COMMIT_SECONDS", 0.0)
+        patch.setattr(resumable, "COMMIT_SECONDS", 0.0)
         patch.setattr(partial_file.PartialFile, "committing", property(lambda self: self.wait() is not None))
         yield
 
@@ -87,7 +86,7 @@ def commits():
 def convert_in_child(
     path: Path, images: list[bytes], count: int, commit_seconds: float, death: int | None, nap: float
 ) -> None:
-    beton_write.COMMIT_SECONDS = commit_seconds
+    resumable.COMMIT_SECONDS = commit_seconds
     samples = make_samples(images, count, bad={17: b"no image"})
     with commits() if death is not None else contextlib.nullcontext():
         if death is not None:
@@ -360,4 +359,4 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
 
     samples = [Sample(str(i), 0, lambda: Image1(buffer.getvalue())) for i in range(2000)]
     write_beton(tmp_path / "out.beton", samples, class_names=["a"], workers=2)
-    assert 0 < most[0] <= beton_write.CHUNK * (2 * 2 + 2)
+    assert 0 < most[0] <= CHUNK * (2 * 2 + 2)

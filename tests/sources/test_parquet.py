@@ -16,7 +16,9 @@ from small_sources import parquet_table, write_parquet
 
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
-from tl_fast.convert.selection import Conversion, estimate
+from tl_fast.convert.estimate import estimate
+from tl_fast.convert.options import EncodeOptions
+from tl_fast.convert.selection import Conversion
 from tl_fast.convert.write import write_beton
 from tl_fast.sources.image_folder import ImageFolder
 from tl_fast.sources.open import open_source
@@ -80,7 +82,7 @@ def test_row_groups_that_were_read_are_given_back(photo_folder, tmp_path, monkey
     """In listed order no more stay in memory than hold the samples that four workers are given ahead."""
     path = write_rows(photo_folder, tmp_path / "s.parquet", 10, rows=800)
     source, most, plain = ParquetSource([str(path)]), [0], ParquetSource._decode
-    estimate(Conversion(source, None, source.order(None)), max_resolution=None, quality=90, decode_check=True)
+    estimate(Conversion(source, None, source.order(None)), EncodeOptions())
     assert not source._cache
 
     def decode(source: ParquetSource, group):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tl_fast.convert import write as beton_write
+from tl_fast.convert.command_line import build_parser
+from tl_fast.convert.options import RunOptions
 from tl_fast.system import cores, ranks
 
 V2 = "29 23 0:26 {root} {mount} rw,nosuid,nodev shared:4 - cgroup2 cgroup2 rw,nsdelegate"
@@ -77,7 +78,7 @@ def test_no_quota_leaves_the_affinity(tmp_path):
 
 
 @pytest.mark.parametrize("affinity, quota, usable", [(64, 4.0, 4), (64, 2.5, 3), (8, 0.25, 1), (2, 16.0, 2)])
-def test_threads_and_workers_stay_within_quota_and_affinity(monkeypatch, tmp_path, to_beton, affinity, quota, usable):
+def test_threads_and_workers_stay_within_quota_and_affinity(monkeypatch, affinity, quota, usable):
     """A container with 4 of 64 cores: the loader's threads, shared among the ranks of the host, and the converter's
     processes."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
@@ -87,7 +88,5 @@ def test_threads_and_workers_stay_within_quota_and_affinity(monkeypatch, tmp_pat
     assert ranks.cores_of_this_rank() == usable
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert ranks.cores_of_this_rank() == max(usable // 2, 1)
-    assert to_beton.build_parser("verify").parse_args(["x.beton"]).workers == usable
-    monkeypatch.setattr(beton_write, "usable_cores", lambda: 0)
-    with pytest.raises(beton_write.BetonError, match="workers 0"):
-        beton_write.write_beton(tmp_path / "x.beton", [], class_names=["a"])
+    assert RunOptions().workers == usable
+    assert build_parser("verify").parse_args(["x.beton"]).workers == usable

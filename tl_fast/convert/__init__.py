@@ -7,6 +7,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "selection": ["Conversion"],
         "encode": ["Sample"],
+        "options": ["EncodeOptions", "RunOptions"],
+        "run": ["Inputs", "convert"],
         "write": ["TooManyRejects", "WriteSummary", "write_beton"],
     },
 )

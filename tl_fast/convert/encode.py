@@ -10,6 +10,7 @@ import numpy as np
 
 from tl_fast.beton.layout import BetonError
 from tl_fast.convert.data_file import Encoded
+from tl_fast.convert.options import EncodeOptions
 from tl_fast.labelmaps.format import MapSpec
 from tl_fast.labelmaps.format import encode as encode_map
 from tl_fast.sources.rejects import FATAL
@@ -19,12 +20,12 @@ from tl_fast.system.crc import crc32
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One input of `write_beton`. `image()` returns the image file's bytes, `label_map()` its packed record; worker
-    threads call both.
+    """One input of `write_beton`. `image()` returns the image file's bytes, `label_map()` the label map's packed
+    record; workers call both.
 
-    source_id: unique in the data set, kept in the file. label: -1 for an unlabelled one, which is a bad sample. origin:
-    what error messages call it (a path, an archive member), by default the id. stamp: changes when the input does (file
-    size and time), so that a resumed run can tell.
+    source_id: unique in the data set, kept in the file. label: -1 for an unlabelled sample, which counts as bad.
+    origin: what error messages call the sample (a path, an archive member), by default the id. stamp: changes when the
+    input does (file size and time), so that a resumed run can tell.
     """
 
     source_id: str
@@ -36,7 +37,7 @@ class Sample:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """What error messages call it."""
         return self.origin or self.source_id
 
 
@@ -52,24 +53,23 @@ class SampleSource(Protocol):
     def __iter__(self) -> Iterator[Sample]: ...
 
 
-def encode(
-    sample: Sample,
-    spec: MapSpec | None,
-    max_resolution: int | None,
-    quality: int,
-    decode_check: bool,
-    row_index: bool = False,
-    exif: str = "ignore",
-) -> Encoded | Exception:
-    """Read, check and encode one sample; the exception, not raised, when the sample is bad. Raises what is no fault of
-    the sample.
+def encode(sample: Sample, spec: MapSpec | None, options: EncodeOptions) -> Encoded | Exception:
+    """Read, check and encode one sample. A bad sample's exception is returned; what is no fault of the sample is
+    raised.
     """
     from tl_fast.convert.image import prepare  # here, since reading a beton needs no image library
     from tl_fast.convert.lossless import TurboJpegMissing
 
     try:
         sample.source_id.encode("utf-8")  # file names may be any bytes
-        image = prepare(sample.image(), max_resolution, quality, decode_check, row_index, exif)
+        image = prepare(
+            sample.image(),
+            max_resolution=options.max_resolution,
+            quality=options.quality,
+            decode_check=options.decode_check,
+            row_index=options.row_index,
+            exif=options.exif,
+        )
         crc, data, score_min, score_step = image.crc, b"", 0.0, 0.0
         if sample.label < 0:
             raise ValueError("has no label")
@@ -77,11 +77,8 @@ def encode(
             if sample.label_map is None:
                 raise ValueError("has no label map")
             record = sample.label_map()
-            data, score_min, score_step = (
-                encode_map(record, spec),
-                float(record["score_min"]),
-                float(record["score_step"]),
-            )
+            data = encode_map(record, spec)
+            score_min, score_step = float(record["score_min"]), float(record["score_step"])
             crc = crc32(data, crc)
     except UnicodeEncodeError:
         return ValueError("its name is not UTF-8; rename it")

@@ -1,5 +1,5 @@
-"""What goes into one beton: which samples of a source, in which order, each with its label map; how much room they
-take; and whether a finished beton is what would be made.
+"""What goes into one beton: which samples of a source, in which order, each with its label map; and whether a finished
+beton is what would be made.
 """
 
 from __future__ import annotations
@@ -8,25 +8,18 @@ import dataclasses
 import functools
 import hashlib
 import os
-import shutil
-import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tl_fast.beton.layout import ALLOCATION, IMAGE, LABEL_MAP, BetonError
+from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
-from tl_fast.convert.encode import Sample, encode
-from tl_fast.convert.write import Encoded
+from tl_fast.convert.encode import Sample
 from tl_fast.labelmaps.published import PublishedMaps, open_label_maps
 from tl_fast.labelmaps.store import LabelMapStore
-from tl_fast.sources.rejects import reason_of
 from tl_fast.sources.source import Source
-
-MARGIN = 1.02  # of the space that is asked for: holes at page ends, and the estimate itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,55 +79,55 @@ class Shard:
 
 
 class Conversion:
-    """The samples of one beton as `write_beton` takes them: sized, iterable; images and label maps are read when a
-    worker asks for them.
+    """The samples of one beton as `write_beton` takes them, with a length, indexable, iterable; images and label maps
+    are read when a worker asks for them.
 
-    places: int64 `[n]`, indices into `source`. map_places: int64 `[n]`, indices into `maps`, -1 where an image has
+    indices: int64 `[n]`, indices into `source`. map_indices: int64 `[n]`, indices into `maps`, -1 where an image has
     none; or None.
     """
 
-    def __init__(self, source: Source, maps: LabelMapStore | PublishedMaps | None, places: np.ndarray) -> None:
-        self.source, self.maps, self.places = source, maps, places
-        self.refused = {} if maps is None else maps.rejects  # place among the maps -> annotation's reason
+    def __init__(self, source: Source, maps: LabelMapStore | PublishedMaps | None, indices: np.ndarray) -> None:
+        self.source, self.maps, self.indices = source, maps, indices
+        self.refused = {} if maps is None else maps.rejects  # index into the maps -> annotation's reason
         self._stamps = source.stamps, None if maps is None else maps.stamps  # made when asked for
-        self.map_places: np.ndarray | None = None
+        self.map_indices: np.ndarray | None = None
         if maps is not None:
-            self.map_places = maps.locate(
-                [source.ids[i] for i in places.tolist()], source.class_names, source.labels[places]
+            self.map_indices = maps.locate(
+                [source.ids[i] for i in indices.tolist()], source.class_names, source.labels[indices]
             )
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self[at] for at in range(len(self)))
+        return (self[number] for number in range(len(self)))
 
-    def __getitem__(self, at: int) -> Sample:
-        i, label_map = int(self.places[at]), None
+    def __getitem__(self, number: int) -> Sample:
+        source, i = self.source, int(self.indices[number])
+        image, label_map = functools.partial(source.read, i), None
         stamp = self._stamps[0][i].tobytes()
-        if self.map_places is not None and (j := int(self.map_places[at])) >= 0:
+        if self.map_indices is not None and (j := int(self.map_indices[number])) >= 0:
             label_map = functools.partial(self.maps.record, j)
             stamp += self._stamps[1][j].tobytes()
-        source = self.source
-        # An image that annotation rejected has no label map, whatever it looks like now: its reason comes first.
-        image = label_map if label_map is not None and j in self.refused else functools.partial(source.read, i)
+            if j in self.refused:  # reading its map raises annotation's reason, whatever the image looks like now
+                image = label_map
         return Sample(source.ids[i], int(source.labels[i]), image, label_map, source.origin(i), stamp.hex())
 
     @property
     def decodes_groups(self) -> bool:
-        """As the source's: `write_beton` reads these in threads."""
+        """Whether reading one image decodes others too, as the source says; `write_beton` then reads in threads."""
         return self.source.decodes_groups
 
     @property
     def without_map(self) -> np.ndarray:
         """Indices into the source of the images that have no label map, int64."""
-        if self.map_places is None:
-            return self.places[:0]
-        return self.places[(self.map_places < 0) | np.isin(self.map_places, list(self.refused))]
+        if self.map_indices is None:
+            return self.indices[:0]
+        return self.indices[(self.map_indices < 0) | np.isin(self.map_indices, list(self.refused))]
 
     def why_without(self, i: int) -> str:
         """Why image i of the source, one of `without_map`, has no label map."""
-        j = int(self.map_places[np.flatnonzero(self.places == i)[0]])
+        j = int(self.map_indices[np.flatnonzero(self.indices == i)[0]])
         return (
             f"has no label map in {self.maps.path}"
             if j < 0
@@ -142,17 +135,17 @@ class Conversion:
         )
 
     def inputs(self) -> dict[str, str | None]:
-        """Digests of what the samples are made from: their ids and labels, in order; sizes and times of the images, and
-        of the label maps.
+        """Digests of the inputs: the samples' ids and labels, in order; sizes and times of the images and of the label
+        maps.
         """
-        ids = "\n".join(self.source.ids[i] for i in self.places.tolist()).encode("utf-8", "surrogateescape")
+        ids = "\n".join(self.source.ids[i] for i in self.indices.tolist()).encode("utf-8", "surrogateescape")
         maps = None
-        if self.map_places is not None:
-            maps = _digest(self._stamps[1][self.map_places], self.map_places < 0)
+        if self.map_indices is not None:
+            maps = _digest(self._stamps[1][self.map_indices], self.map_indices < 0)
         return {
             "ids": _digest(ids),
-            "labels": _digest(self.source.labels[self.places]),
-            "images": _digest(self._stamps[0][self.places]),
+            "labels": _digest(self.source.labels[self.indices]),
+            "images": _digest(self._stamps[0][self.indices]),
             "label_maps": maps,
         }
 
@@ -180,10 +173,10 @@ def difference(
     annotator: dict[str, Any] | None,
     max_rejects: int | None,
 ) -> str | None:
-    """What the finished beton `out` has first that these inputs and options would not give, in words; None: it is what
-    they give.
+    """The first difference, in words, between the finished beton `out` and what these inputs and options would give;
+    None: there is none.
 
-    record: as `write_beton` is told in `conversion`. max_rejects: how many samples may have been left out; None: any
+    record: what `write_beton` gets as `conversion`. max_rejects: how many samples may have been left out; None: any
     number. Raises BetonError when `out` is no beton, or damaged.
     """
     source, spec = conversion.source, None if conversion.maps is None else conversion.maps.spec
@@ -212,7 +205,7 @@ def difference(
 
 
 def _changed(before: dict[str, Any] | None, now: dict[str, Any] | None, *apart: str) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value before, value now) of all keys with different values, but for the keys `apart`."""
+    """(key, value before, value now) of all keys whose values differ, but for the keys `apart`."""
     before, now = before or {}, now or {}
     for key in [*now, *(key for key in before if key not in now)]:
         if key not in apart and before.get(key) != now.get(key):
@@ -220,8 +213,8 @@ def _changed(before: dict[str, Any] | None, now: dict[str, Any] | None, *apart: 
 
 
 def _which(reader: BetonReader, conversion: Conversion) -> str:
-    """The first sample that is new or gone, in words; nothing where only the order differs."""
-    ids = [conversion.source.ids[i] for i in conversion.places.tolist()]
+    """The first sample that is new or gone, in words; '' where only the order differs."""
+    ids = [conversion.source.ids[i] for i in conversion.indices.tolist()]
     now = set(ids)
     if gone := next((name for name in reader.source_ids if name not in now), None):
         return f": {gone} is no longer there"
@@ -278,73 +271,3 @@ def annotator_record(maps: LabelMapStore | PublishedMaps | None) -> dict[str, An
     """What the manifest says about how the maps were made."""
     known_elsewhere = {"class_names", "num_samples", "complete", "spec", "exif"}
     return None if maps is None else {key: value for key, value in maps.manifest.items() if key not in known_elsewhere}
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """What a conversion will do, from `tried` samples: how many of them got which `actions`; `problems` are those that
-    would be rejected.
-
-    size: bytes of the file. seconds: on one core.
-    """
-
-    tried: int
-    actions: Counter[str]
-    problems: list[str]
-    size: int
-    seconds: float
-
-
-def estimate(
-    conversion: Conversion,
-    *,
-    max_resolution: int | None,
-    quality: int,
-    decode_check: bool,
-    row_index: bool = False,
-    exif: str = "ignore",
-    tries: int = 32,
-) -> Estimate:
-    """Convert `tries` samples, evenly spread, to nowhere, and scale by the sizes of the inputs."""
-    spec = None if conversion.maps is None else conversion.maps.spec
-    tried = np.unique(np.linspace(0, len(conversion) - 1, tries).astype(int)).tolist()
-    actions: Counter[str] = Counter()
-    problems, read, written, started = [], 0, 0, time.perf_counter()
-    for at in sorted(tried, key=conversion.places.__getitem__):
-        # What was decoded beside the samples before would stay in memory during the conversion.
-        conversion.source.release(but_for=int(conversion.places[at]))
-        sample = conversion[at]
-        result = encode(sample, spec, max_resolution, quality, decode_check, row_index, exif)
-        if isinstance(result, Encoded):
-            actions[result.image.action] += 1
-            actions["stripped"] += result.image.stripped > 0
-            actions["rotated"] += result.image.rotated
-            read += int(conversion.source.sizes[conversion.places[at]])
-            written += sum(map(len, result.image.parts))
-        else:
-            problems.append(f"{sample.name}: {reason_of(result)}")
-    seconds = (time.perf_counter() - started) / len(tried) * len(conversion)
-    conversion.source.release()
-    images = int(conversion.source.sizes[conversion.places].sum()) * (written / read if read else 1)
-    maps = 0 if spec is None else spec.dtype.itemsize + LABEL_MAP.itemsize + ALLOCATION.itemsize
-    ids = sum(len(conversion.source.ids[i]) for i in conversion.places.tolist())
-    tables = len(conversion) * (maps + IMAGE.itemsize + ALLOCATION.itemsize + 16 + 4) + ids
-    return Estimate(len(tried), actions, problems, int(images + tables), seconds)
-
-
-def free_space(path: Path) -> int:
-    """Bytes that can be written beside `path`, whose folders may not exist yet."""
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def check_space(path: Path, size: int, there: int = 0) -> None:
-    """Raises BetonError unless a file of `size` bytes fits; `there`: bytes of it that an earlier run left."""
-    needed, free = int(size * MARGIN) - there, free_space(path)
-    if needed > free:
-        raise BetonError(
-            f"{path}: needs about {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free; free some, choose another"
-            " folder, limit --max-resolution, or give --no-space-check if you know better"
-        )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -18,25 +17,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any, Self
 
 import tl_fast
-from tl_fast.beton.layout import MAX_INFO, MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonError
+from tl_fast.beton.layout import MAX_INFO, BetonError
 from tl_fast.convert.block_writer import BlockWriter
 from tl_fast.convert.data_file import BetonFile, Encoded
 from tl_fast.convert.encode import Sample, SampleSource, compile_kernels, encode
+from tl_fast.convert.options import EncodeOptions, RunOptions, take_options
 from tl_fast.convert.partial_file import PartialFile
 from tl_fast.convert.processes import Forked, ProcessDied
+from tl_fast.convert.resumable import ResumableWriter
 from tl_fast.labelmaps.format import MapSpec
-from tl_fast.sources.rejects import list_beside, reason_of, reject_lines, write_rejects
-from tl_fast.system.cores import usable_cores
+from tl_fast.sources.rejects import list_beside, reason_of, write_rejects
 from tl_fast.system.threads import ordered_map
 
-PAGE_SIZE = 8 << 20  # ffcv's default, bytes
 CHUNK = 16  # samples per task: handing one to a thread and back costs some 50 µs
-COMMIT_SECONDS = 2.0  # how much work a kill may cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,146 +65,42 @@ class TooManyRejects(BetonError):
     """More samples were rejected than `max_rejects` allows; what was done is kept for a run with `resume`."""
 
 
-COUNTS = (
-    "copied",
-    "transcoded",
-    "re-encoded",
-    "resized",
-    "stripped",
-    "rotated",
-    "row_indexed",
-    "image_bytes",
-    "label_map_bytes",
-)
+Progress = Callable[[int, int, int], None]  # samples taken from the source, samples left out, bytes written
 
 
-class Writer:
-    """One run of `write_beton`: what has been taken from the source, what became of it, and how to go on from there
-    after a kill.
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a beton says of its samples as a whole.
+
+    class_names: name of every label. spec: of the label maps; None: there are none. annotator, conversion: JSON-able
+    records of how the label maps were made and of what was converted.
     """
 
-    def __init__(self, partial: PartialFile, file: BetonFile, class_names: Sequence[str]) -> None:
-        self.partial, self.file, self.class_names = partial, file, class_names
-        self.digest = hashlib.blake2b(digest_size=16)  # of the inputs taken so far
-        self.ids: list[str] = []  # of the samples written
-        self.seen: set[str] = set()  # and of those taken
-        self.rejects: list[dict[str, str]] = []
-        self.counts = dict.fromkeys(COUNTS, 0)
-        self.taken = 0
-        self._committed = (0, 0, 0)  # samples, allocations, rejects
-        self._commit_time = time.monotonic()
+    class_names: Sequence[str]
+    spec: MapSpec | None = None
+    annotator: dict[str, Any] | None = None
+    conversion: dict[str, Any] | None = None
 
-    def restore(self, source: Iterator[Sample]) -> None:
-        """Go on from the last commit. Raises BetonError when the samples up to there are not those of the earlier
-        run.
-        """
-        if not self.partial.records:
-            return
-        head = self.partial.records[-1][0]
-        columns: tuple[list[bytes], ...] = ([], [], [])
-        for part, data in self.partial.records:
-            splits = np.cumsum(part["parts"])
-            for column, start, end in zip(columns, (0, *splits), splits, strict=False):
-                column.append(data[start:end])
-        metadata, allocations, rejects = map(b"".join, columns)
-        self.file.restore(head["size"], metadata, allocations)
-        self.rejects = [json.loads(line) for line in rejects.splitlines()]
-        rejected = {reject["id"] for reject in self.rejects}
-        for sample in itertools.islice(source, head["taken"]):
-            self._take(sample)
-            self.seen.add(sample.source_id)
-            if sample.source_id not in rejected:
-                self.ids.append(sample.source_id)
-        if self.digest.hexdigest() != head["digest"]:
+    def info(self, rejected: int = 0) -> dict[str, Any]:
+        """As it is kept in the file."""
+        info = {"annotator": self.annotator, "class_names": list(self.class_names), "tl_fast": tl_fast.__version__}
+        if self.conversion is not None:
+            info["conversion"] = {**self.conversion, "rejected": rejected}
+        return info
+
+    def check(self, path: Path) -> None:
+        """Raises BetonError naming `path` for what cannot be kept in it."""
+        if self.spec is not None and len(self.class_names) != self.spec.num_classes:
             raise BetonError(
-                f"{self.partial.path}: cannot be resumed, the first {head['taken']} samples (their ids, labels, file"
-                " sizes or times) are not those of the unfinished run; leave --resume out to start over"
+                f"{path}: the label maps know {self.spec.num_classes} classes, the labels {len(self.class_names)};"
+                " token targets and labels must be of the same classes: annotate with --classes (keep the data set's"
+                " classes) or --fit-head (a head for them)"
             )
-        self.counts, self.taken = head["counts"], head["taken"]
-        self._committed = (self.file.samples, self.file.allocated, len(self.rejects))
-
-    def _take(self, sample: Sample) -> None:
-        self.digest.update(f"{sample.source_id}\0{sample.label}\0{sample.stamp}\n".encode("utf-8", "surrogateescape"))
-
-    def checked(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """The samples, as long as nothing is wrong with the data set as a whole."""
-        for sample in samples:
-            if sample.source_id in self.seen:
-                raise BetonError(f"{sample.name}: a second sample with the id {sample.source_id!r}")
-            if not -1 <= sample.label < len(self.class_names):
-                raise BetonError(f"{sample.name}: label {sample.label} is not in 0..{len(self.class_names) - 1}")
-            self.seen.add(sample.source_id)
-            yield sample
-
-    def add(self, sample: Sample, result: Encoded | Exception) -> Exception | None:
-        """Append a sample; what is wrong with it, if something is."""
-        if isinstance(result, Exception):
-            return result
-        if len(self.ids) == len(self.file.metadata):
+        if (size := len(json.dumps(self.info(), ensure_ascii=False).encode("utf-8"))) > MAX_INFO:
             raise BetonError(
-                f"{self.partial.path}: more samples than the {len(self.file.metadata)} announced; the source has"
-                " changed, run again"
+                f"{path}: class names and the annotator's record have {size} bytes, at most {MAX_INFO} are read;"
+                " shorten them"
             )
-        try:
-            self.file.add(result, sample.label)
-        except ValueError as error:
-            return error
-        self.ids.append(sample.source_id)
-        counts, image = self.counts, result.image
-        counts[image.action] += 1
-        counts["stripped"] += image.stripped > 0
-        counts["rotated"] += image.rotated
-        counts["row_indexed"] += image.row_index
-        counts["image_bytes"] += sum(map(len, image.parts))
-        counts["label_map_bytes"] += len(result.label_map)
-        return None
-
-    def took(self, sample: Sample, problem: Exception | None = None) -> None:
-        """The sample is done with; with a `problem` it was left out."""
-        self._take(sample)
-        self.taken += 1
-        if problem is not None:
-            self.rejects.append({"id": sample.source_id, "origin": sample.name, "reason": reason_of(problem)})
-
-    def commit(self) -> None:
-        """Make what was done durable, in the background."""
-        self.file.flush()
-        samples, allocated, rejects = self._committed
-        parts = (
-            self.file.metadata[samples : self.file.samples].tobytes(),
-            self.file.allocations[allocated : self.file.allocated].tobytes(),
-            reject_lines(self.rejects[rejects:]),
-        )
-        head = {
-            "taken": self.taken,
-            "digest": self.digest.hexdigest(),
-            "counts": self.counts,
-            "parts": list(map(len, parts)),
-        }
-        self.partial.commit(self.file.offset, head, b"".join(parts))
-        self._committed = (self.file.samples, self.file.allocated, len(self.rejects))
-        self._commit_time = time.monotonic()
-
-    def commit_at_times(self) -> None:
-        """`commit`, when the last one is old enough and on the disk."""
-        if time.monotonic() - self._commit_time >= COMMIT_SECONDS and not self.partial.committing:
-            self.commit()
-
-    def keep(self, always: bool) -> bool:
-        """The run ends early: commit what was done, unless it is too little to keep. True when another run can go on
-        from it.
-        """
-        with contextlib.suppress(OSError):  # a full disk: then the earlier commits have to do
-            if always or self.partial.resumable:
-                self.commit()
-        return self.partial.resumable
-
-
-def library_versions() -> dict[str, str]:
-    """Of everything that decides which bytes a new encode has."""
-    return {name: importlib.metadata.version(name) for name in ("Pillow", "simplejpeg")} | {
-        "tl_fast": tl_fast.__version__
-    }
 
 
 def write_beton(
@@ -219,183 +111,209 @@ def write_beton(
     spec: MapSpec | None = None,
     annotator: dict[str, Any] | None = None,
     conversion: dict[str, Any] | None = None,
-    workers: int | None = None,
-    processes: bool = False,
-    max_resolution: int | None = None,
-    quality: int = 90,
-    decode_check: bool = True,
-    row_index: bool = False,
-    exif: Literal["ignore", "apply"] = "ignore",
-    page_size: int = PAGE_SIZE,
-    on_error: Literal["stop", "quarantine"] = "stop",
-    max_rejects: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> WriteSummary:
     """Write `samples` (with a `len()`; iterated once, in order) to `path`, in one pass, in bounded memory.
 
     class_names: name of every label; with `spec` as many as the label maps' classes, for token targets and labels are
     of one kind. annotator, conversion: JSON-able records of how the label maps were made and of what was converted,
     kept in the file; a resumed run must have the same, but for conversion["inputs"], as every sample taken is compared
-    by its own stamp. workers: threads, by default one per CPU core this process may use. processes: forked processes
-    instead, which do not wait for each other's GIL; `samples` must then be a sequence, and the bytes of its images and
-    label maps are asked for in those processes. Samples with `decodes_groups` are read by threads in any case.
-    max_resolution, quality, decode_check, row_index, exif: see `tl_fast.convert.image.prepare`. page_size: bytes, a
-    power of two; no sample may be larger. on_error: `stop` at the first bad sample, or `quarantine`: leave it out and
-    list it, a JSON object a line, in `PATH.rejects.jsonl`. max_rejects: how many may be left out. resume: go on from
-    what an unfinished run left (`tl_fast.convert.partial_file`), if it left something. progress: called with the
-    samples taken from the source, those of them left out, and the bytes written. Raises BetonError that names the
+    by its own stamp. progress: called with the samples taken from the source, those of them left out, and the bytes
+    written. options: the fields of `EncodeOptions` (quality, max_resolution, decode_check, row_index, exif) and
+    `RunOptions` (workers, processes, page_size, on_error, max_rejects, overwrite, resume); None is the default.
+
+    With `processes`, `samples` must be a sequence, and the bytes of its images and label maps are asked for in the
+    forked processes; samples with `decodes_groups` are read by threads in any case. Raises BetonError that names the
     sample (the first bad one in the samples' order), TooManyRejects at the end; nothing bears the name `path` then.
     """
-    path, started = Path(path), time.perf_counter()
-    if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
-        raise BetonError(f"page_size {page_size}: must be a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}")
-    if not 1 <= quality <= 100:
-        raise BetonError(f"quality {quality}: must be 1 to 100")
-    if max_resolution is not None and max_resolution < 1:
-        raise BetonError(f"max_resolution {max_resolution}: must be at least 1 pixel")
-    workers = workers if workers is not None else usable_cores()
-    if workers < 1:
-        raise BetonError(f"workers {workers}: must be at least 1")
-    if on_error not in ("stop", "quarantine"):
-        raise BetonError(f"on_error {on_error!r}: must be stop or quarantine")
-    if max_rejects is not None and (max_rejects < 0 or on_error == "stop"):
-        raise BetonError(f"max_rejects {max_rejects}: must be 0 or more, and needs on_error quarantine")
+    encoding, run = take_options(EncodeOptions, options), take_options(RunOptions, options)
+    if options:
+        raise TypeError(f"write_beton() has no option {', '.join(options)}")
+    return write(Path(path), samples, Description(class_names, spec, annotator, conversion), encoding, run, progress)
+
+
+def write(
+    path: Path,
+    samples: SampleSource,
+    description: Description,
+    encoding: EncodeOptions,
+    run: RunOptions,
+    progress: Progress | None = None,
+) -> WriteSummary:
+    """`write_beton`, with the options that travel together as one value each."""
+    started = time.perf_counter()
     if len(samples) == 0:
         raise BetonError(f"{path}: there are no samples to write")
-    if spec is not None and len(class_names) != spec.num_classes:
-        raise BetonError(
-            f"{path}: the label maps know {spec.num_classes} classes, the labels {len(class_names)}; token targets and"
-            " labels must be of the same classes: annotate with --classes (keep the data set's classes) or --fit-head"
-            " (a head for them)"
-        )
+    description.check(path)
+    _check_free(path, run.overwrite)
+    settings = _settings(samples, description, encoding, run)
+    compile_kernels(description.spec)
+    try:
+        with contextlib.ExitStack() as stack:
+            # The encoders first: they fork, before anything has threads and locks.
+            encoders = stack.enter_context(Encoders(samples, description.spec, encoding, run))
+            partial = stack.enter_context(PartialFile(path, settings, run.resume))
+            blocks = stack.enter_context(BlockWriter(partial.handle, partial.partial))
+            file = BetonFile(blocks, len(samples), run.page_size, description.spec)
+            writer, source = ResumableWriter(partial, file, description.class_names), iter(samples)
+            writer.restore(source)
+            resumed = writer.taken
+            try:
+                with contextlib.closing(encoders.results(writer.checked(source), resumed)) as results:
+                    _write_samples(writer, results, run.on_error, progress)
+                _finish(writer, len(samples), description, run.max_rejects)
+            except Exception as error:
+                _keep(writer, error)
+                raise
+    except (OSError, ProcessDied) as error:
+        raise _unfinished(path, error) from error
+    return WriteSummary(
+        samples=len(writer.ids),
+        **{name.replace("-", ""): count for name, count in writer.counts.items()},
+        rejected=len(writer.rejects),
+        resumed=resumed,
+        file_bytes=path.stat().st_size,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
     if path.exists():
         if not overwrite:
             raise BetonError(f"{path} exists; choose another name or give --overwrite")
         if not path.is_file():
             raise BetonError(f"{path} is no regular file; choose another name")
-    settings = {
+
+
+def _settings(
+    samples: SampleSource, description: Description, encoding: EncodeOptions, run: RunOptions
+) -> dict[str, Any]:
+    """All that the bytes depend on but for the samples, for a resumed run to compare."""
+    return {
         # Not as one value: a resumed run says which of them differs.
-        **{key: value for key, value in (conversion or {}).items() if key != "inputs"},
+        **{key: value for key, value in (description.conversion or {}).items() if key != "inputs"},
         "samples": len(samples),
-        "class_names": list(class_names),
-        "label maps": None if spec is None else spec.to_dict(),
-        "annotator": annotator,
-        "max_resolution": max_resolution,
-        "quality": quality,
-        "decode_check": decode_check,
-        "row_index": row_index,
-        "exif": exif,
-        "page_size": page_size,
+        "class_names": list(description.class_names),
+        "label maps": None if description.spec is None else description.spec.to_dict(),
+        "annotator": description.annotator,
+        **dataclasses.asdict(encoding),
+        "page_size": run.page_size,
         "versions": library_versions(),
     }
-    info = {"annotator": annotator, "class_names": list(class_names), "tl_fast": tl_fast.__version__}
-    if conversion is not None:
-        info["conversion"] = conversion
-    if (size := len(json.dumps(info, ensure_ascii=False).encode("utf-8"))) > MAX_INFO:
-        raise BetonError(
-            f"{path}: class names and the annotator's record have {size} bytes, at most {MAX_INFO} are read; shorten"
-            " them"
-        )
-    rejects_path = list_beside(path)
-    processes = processes and not getattr(samples, "decodes_groups", False)
 
-    begun: deque[tuple[Sample, ...]] = deque()
 
-    def tasks(source: Iterable[Sample], start: int) -> Iterator[Sequence]:
-        source = iter(source)
-        while chunk := tuple(itertools.islice(source, CHUNK)):
-            begun.append(chunk)
-            yield range(start, start + len(chunk)) if processes else chunk
-            start += len(chunk)
+def library_versions() -> dict[str, str]:
+    """Of everything that decides which bytes a new encode has."""
+    versions = {name: importlib.metadata.version(name) for name in ("Pillow", "simplejpeg")}
+    return {**versions, "tl_fast": tl_fast.__version__}
 
-    def run(chunk: Iterable[Sample]) -> list[Encoded | Exception]:
-        return [encode(sample, spec, max_resolution, quality, decode_check, row_index, exif) for sample in chunk]
 
-    def run_places(places: range) -> list[Encoded | Exception]:
-        results = run(samples[place] for place in places)
+class Encoders:
+    """The threads or forked processes that read and encode samples."""
+
+    def __init__(self, samples: SampleSource, spec: MapSpec | None, encoding: EncodeOptions, run: RunOptions) -> None:
+        self._samples, self._spec, self._encoding, self._workers = samples, spec, encoding, run.workers
+        forks = run.processes and not getattr(samples, "decodes_groups", False)
+        self._forked = Forked(run.workers, self._encode_range) if forks else None
+
+    def __enter__(self) -> Self:
+        if self._forked is not None:
+            self._forked.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._forked is not None:
+            self._forked.__exit__(*exception)
+
+    def _encode_samples(self, samples: Iterable[Sample]) -> list[Encoded | Exception]:
+        return [encode(sample, self._spec, self._encoding) for sample in samples]
+
+    def _encode_range(self, numbers: range) -> list[Encoded | Exception]:
+        """In a forked process, which has the samples already; exceptions may not survive the way back."""
+        results = self._encode_samples(self._samples[number] for number in numbers)
         return [ValueError(reason_of(result)) if isinstance(result, Exception) else result for result in results]
 
-    compile_kernels(spec)
-    try:
-        with contextlib.ExitStack() as stack:
-            forked = (
-                stack.enter_context(Forked(workers, run_places)) if processes else None
-            )  # before anything has threads and locks
-            partial = stack.enter_context(PartialFile(path, settings, resume))
-            blocks = stack.enter_context(BlockWriter(partial.handle, partial.partial))
-            file = BetonFile(blocks, len(samples), page_size, spec)
-            writer, source = Writer(partial, file, class_names), iter(samples)
-            writer.restore(source)
-            resumed = writer.taken
-            try:
-                chunks = tasks(writer.checked(source), resumed)
-                with contextlib.closing(
-                    forked.map(chunks) if forked else ordered_map(workers, run, chunks, ahead=2)
-                ) as results:
-                    for chunk in results:
-                        for sample, result in zip(begun.popleft(), chunk, strict=True):
-                            problem = writer.add(sample, result)
-                            if problem is not None and on_error == "stop":
-                                raise BetonError(f"{sample.name}: {reason_of(problem)}") from problem
-                            writer.took(sample, problem)
-                        file.list_rows()
-                        writer.commit_at_times()
-                        if progress is not None:
-                            progress(writer.taken, len(writer.rejects), file.offset)
-                if writer.taken != len(samples):
-                    raise BetonError(
-                        f"{path}: {len(samples)} samples were announced, {writer.taken} came; the source has changed,"
-                        " run again"
-                    )
-                if max_rejects is not None and len(writer.rejects) > max_rejects:
-                    raise TooManyRejects(
-                        f"{path}: {len(writer.rejects)} of {len(samples)} samples are bad and --max-rejects allows"
-                        f" {max_rejects}; they are listed in {rejects_path}. Mend them and run again, or allow more and"
-                        " add --resume to finish with what is done"
-                    )
-                if not writer.ids:
-                    raise BetonError(
-                        f"{path}: all {len(samples)} samples are bad, the first: {writer.rejects[0]['reason']}"
-                    )
-                if conversion is not None:
-                    info["conversion"] = {**conversion, "rejected": len(writer.rejects)}
-                file.close(info, writer.ids)
-                write_rejects(rejects_path, writer.rejects)
-                partial.publish()
-            except Exception as error:
-                if isinstance(error, TooManyRejects):
-                    write_rejects(rejects_path, writer.rejects)
-                if writer.keep(always=isinstance(error, TooManyRejects)):
-                    error.add_note(
-                        f"The first {writer.taken:,} samples are done; the same command with --resume goes on from"
-                        " there."
-                    )
-                raise
-    except (OSError, ProcessDied) as error:
-        what = "cannot be written" if isinstance(error, OSError) else "unfinished"
-        remedy = (
-            "free some space or choose another folder" if isinstance(error, OSError) else "run with fewer --workers"
+    def results(self, source: Iterator[Sample], start: int) -> Iterator[Iterable[tuple[Sample, Encoded | Exception]]]:
+        """Chunks of samples from `source`, in order, each sample with what became of it. start: the number of the
+        first. What comes with a chunk holds until the next is asked for.
+        """
+        begun: deque[tuple[Sample, ...]] = deque()
+
+        def tasks() -> Iterator[Sequence]:
+            number = start
+            while chunk := tuple(itertools.islice(source, CHUNK)):
+                begun.append(chunk)
+                yield chunk if self._forked is None else range(number, number + len(chunk))
+                number += len(chunk)
+
+        if self._forked is None:
+            encoded = ordered_map(self._workers, self._encode_samples, tasks(), ahead=2)
+        else:
+            encoded = self._forked.map(tasks())
+        with contextlib.closing(encoded):
+            for results in encoded:
+                yield zip(begun.popleft(), results, strict=True)
+
+
+def _write_samples(
+    writer: ResumableWriter,
+    chunks: Iterable[Iterable[tuple[Sample, Encoded | Exception]]],
+    on_error: str,
+    progress: Progress | None,
+) -> None:
+    for chunk in chunks:
+        for sample, result in chunk:
+            problem = writer.add(sample, result)
+            if problem is None:
+                continue
+            if on_error == "stop":
+                raise BetonError(f"{sample.name}: {reason_of(problem)}") from problem
+            writer.reject(sample, problem)
+        writer.file.list_rows()
+        writer.commit_at_times()
+        if progress is not None:
+            progress(writer.taken, len(writer.rejects), writer.file.offset)
+
+
+def _finish(writer: ResumableWriter, announced: int, description: Description, max_rejects: int | None) -> None:
+    """Close the file and give it its name, if what came is what was announced and enough of it is good."""
+    path, rejects = writer.partial.path, writer.rejects
+    if writer.taken != announced:
+        raise BetonError(
+            f"{path}: {announced} samples were announced, {writer.taken} came; the source has changed, run again"
         )
-        failure = BetonError(f"{path}: {what} ({error}); {remedy}")
-        for note in getattr(error, "__notes__", ()):
-            failure.add_note(note)
-        raise failure from error
-    counts = writer.counts
-    return WriteSummary(
-        samples=len(writer.ids),
-        copied=counts["copied"],
-        transcoded=counts["transcoded"],
-        reencoded=counts["re-encoded"],
-        resized=counts["resized"],
-        stripped=counts["stripped"],
-        rotated=counts["rotated"],
-        row_indexed=counts["row_indexed"],
-        rejected=len(writer.rejects),
-        resumed=resumed,
-        image_bytes=counts["image_bytes"],
-        label_map_bytes=counts["label_map_bytes"],
-        file_bytes=path.stat().st_size,
-        seconds=time.perf_counter() - started,
-    )
+    if max_rejects is not None and len(rejects) > max_rejects:
+        raise TooManyRejects(
+            f"{path}: {len(rejects)} of {announced} samples are bad and --max-rejects allows {max_rejects}; they are"
+            f" listed in {list_beside(path)}. Mend them and run again, or allow more and add --resume to finish with"
+            " what is done"
+        )
+    if not writer.ids:
+        raise BetonError(f"{path}: all {announced} samples are bad, the first: {rejects[0]['reason']}")
+    writer.file.close(description.info(len(rejects)), writer.ids)
+    write_rejects(list_beside(path), rejects)
+    writer.partial.publish()
+
+
+def _keep(writer: ResumableWriter, error: Exception) -> None:
+    """Keep what was done for a resumed run, and have the error say so."""
+    too_many = isinstance(error, TooManyRejects)
+    if too_many:
+        write_rejects(list_beside(writer.partial.path), writer.rejects)
+    if writer.keep(always=too_many):
+        error.add_note(
+            f"The first {writer.taken:,} samples are done; the same command with --resume goes on from there."
+        )
+
+
+def _unfinished(path: Path, error: OSError | ProcessDied) -> BetonError:
+    """The machine's error as one that names the file and the remedy."""
+    if isinstance(error, OSError):
+        text = f"{path}: cannot be written ({error}); free some space or choose another folder"
+    else:
+        text = f"{path}: unfinished ({error}); run with fewer --workers"
+    failure = BetonError(text)
+    for note in getattr(error, "__notes__", ()):
+        failure.add_note(note)
+    return failure

@@ -1,0 +1,81 @@
+"""What a conversion will take: bytes on the disk, and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from tl_fast.beton.layout import ALLOCATION, IMAGE, LABEL_MAP, BetonError
+from tl_fast.convert.data_file import Encoded
+from tl_fast.convert.encode import encode
+from tl_fast.convert.options import EncodeOptions
+from tl_fast.convert.selection import Conversion
+from tl_fast.sources.rejects import reason_of
+
+MARGIN = 1.02  # of the space that is asked for: holes at page ends, and the estimate itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a conversion will do, judged by `tried` samples.
+
+    actions: how many of the tried got which; problems: those of them that would be rejected, and why. size: bytes of
+    the file. seconds: on one core.
+    """
+
+    tried: int
+    actions: Counter[str]
+    problems: list[str]
+    size: int
+    seconds: float
+
+
+def estimate(conversion: Conversion, options: EncodeOptions, tries: int = 32) -> Estimate:
+    """Convert `tries` samples, evenly spread, to nowhere, and scale by the sizes of the inputs."""
+    spec = None if conversion.maps is None else conversion.maps.spec
+    tried = np.unique(np.linspace(0, len(conversion) - 1, tries).astype(int)).tolist()
+    actions: Counter[str] = Counter()
+    problems, read, written, started = [], 0, 0, time.perf_counter()
+    for number in sorted(tried, key=conversion.indices.__getitem__):
+        # What was decoded beside earlier samples would stay in memory during the conversion.
+        conversion.source.release(but_for=int(conversion.indices[number]))
+        sample = conversion[number]
+        result = encode(sample, spec, options)
+        if isinstance(result, Encoded):
+            actions[result.image.action] += 1
+            actions["stripped"] += result.image.stripped > 0
+            actions["rotated"] += result.image.rotated
+            read += int(conversion.source.sizes[conversion.indices[number]])
+            written += sum(map(len, result.image.parts))
+        else:
+            problems.append(f"{sample.name}: {reason_of(result)}")
+    seconds = (time.perf_counter() - started) / len(tried) * len(conversion)
+    conversion.source.release()
+    images = int(conversion.source.sizes[conversion.indices].sum()) * (written / read if read else 1)
+    maps = 0 if spec is None else spec.dtype.itemsize + LABEL_MAP.itemsize + ALLOCATION.itemsize
+    ids = sum(len(conversion.source.ids[i]) for i in conversion.indices.tolist())
+    tables = len(conversion) * (maps + IMAGE.itemsize + ALLOCATION.itemsize + 16 + 4) + ids
+    return Estimate(len(tried), actions, problems, int(images + tables), seconds)
+
+
+def free_space(path: Path) -> int:
+    """Bytes that can be written beside `path`, whose folders may not exist yet."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_space(path: Path, size: int, done: int = 0) -> None:
+    """Raises BetonError unless a file of `size` bytes fits; `done`: bytes of it that an earlier run left."""
+    needed, free = int(size * MARGIN) - done, free_space(path)
+    if needed > free:
+        raise BetonError(
+            f"{path}: needs about {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free; free some, choose another"
+            " folder, limit --max-resolution, or give --no-space-check if you know better"
+        )
