@@ -47,9 +47,8 @@ def test_the_whole_path_runs_twice_into_one_folder(tmp_path):
         pattern = r"demo: val top-1 (\d+\.\d) % \(majority (\d+\.\d) %\), (\d+) images/s, picture at (.+)"
         top1, majority, speed, picture = re.fullmatch(pattern, last).groups()
         assert float(majority) == pytest.approx(100 * 8 / 29, abs=0.1) and 0 <= float(top1) <= 100 and int(speed) > 0
-        assert (
-            control or float(top1) > float(majority) + 15
-        )  # five photos of 29 more than the majority class; 72 % expected
+        # Five photos of 29 more than the majority class; 72 % is expected.
+        assert control or float(top1) > float(majority) + 15
         with Image.open(picture) as sheet:
             assert min(sheet.size) > 400
         figures = json.loads((tmp_path / "report.json").read_text())

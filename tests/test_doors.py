@@ -92,8 +92,8 @@ def test_a_mistake_ends_training_in_one_sentence(tiny, tmp_path, capsys, monkeyp
     monkeypatch.chdir(ROOT)
     options = [word for name, value in changes.items() for word in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(tiny(), tmp_path / "c.yaml"), *options])
-    found, text = mistaken(train.main, capsys)
-    assert found == code and re.search(said, text) and "Traceback" not in text, text
+    status, text = mistaken(train.main, capsys)
+    assert status == code and re.search(said, text) and "Traceback" not in text, text
     assert re.fullmatch(r"train\.py: .+\n", text), text
 
 
@@ -127,8 +127,8 @@ def test_a_mistake_ends_evaluation_in_one_sentence(betons, tmp_path, capsys):
         ([beton, "--checkpoint", str(tmp_path / "weights.pth")], 1, "weights.pth does not say which model it is"),
         ([beton], 2, "--checkpoint"),
     ):
-        found, text = mistaken(functools.partial(evaluate.main, arguments), capsys)
-        assert found == code and said in text and "Traceback" not in text, text
+        status, text = mistaken(functools.partial(evaluate.main, arguments), capsys)
+        assert status == code and said in text and "Traceback" not in text, text
         assert code == 2 or re.fullmatch(r"python -m tl_fast\.evaluate: .+\n", text), text
     with pytest.raises(InputError, match="does not exist"):
         evaluate.main([beton, "--checkpoint", "runs/nowhere", "--traceback"])
@@ -141,8 +141,8 @@ def test_a_mistake_ends_show_in_one_sentence(betons, tmp_path, capsys):
         (["nowhere.beton"], 2, "--out are needed"),
         ([str(betons / "val.beton"), "--out", out, "--ids", "99"], 1, "sample 99 is not in"),
     ):
-        found, text = mistaken(functools.partial(show.main, arguments), capsys)
-        assert found == code and said in text, text
+        status, text = mistaken(functools.partial(show.main, arguments), capsys)
+        assert status == code and said in text, text
         assert code == 2 or re.fullmatch(r"python -m tl_fast\.show: .+\n", text), text
     with pytest.raises(FileNotFoundError, match="nowhere.beton"):
         show.main(["nowhere.beton", "--out", out, "--traceback"])

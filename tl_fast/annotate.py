@@ -21,10 +21,12 @@ from tl_fast.sources.open import add_source_options
 from tl_fast.sources.rejects import add_reject_options
 from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
 
+PROG = "python -m tl_fast.annotate"
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tl_fast.annotate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="folder, tars, parquet files or betons")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the label maps; continued where it exists")
@@ -85,18 +87,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> dict[str, Any]:
     """The command line; returns the manifest. Mistakes end it with one sentence: exit code 2 for what argparse refuses,
-    else 1.
+    else 1. prog: what messages call the command.
     """
-    parser = build_parser()
+    parser = build_parser(prog)
     with one_speaks_for_its_node():
         options = vars(parser.parse_args(arguments))
     with in_a_sentence(parser.prog, options.pop("traceback")):
-        from tl_fast.annotation.run import (
-            AnnotateConfig,
-            annotate,
-        )  # when the command line is in order: it takes seconds
+        # Imported when the command line is in order: it takes seconds.
+        from tl_fast.annotation.run import AnnotateConfig, annotate
 
         return annotate(AnnotateConfig(**options))
 

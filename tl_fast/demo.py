@@ -1,7 +1,6 @@
 """The whole path on the bundled photos: `make demo`, or `python -m tl_fast.demo [--no-token-label] [--seed N]`.
 
-Runs the project's own commands one after the other, printing each, so that it is also the shortest answer to "what do I
-type".
+It runs the project's own commands one after the other and prints each: also the shortest answer to "what do I type".
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from tl_fast.pictures.bundled_photos import FOLDER, annotate_and_pack, run
@@ -29,7 +29,8 @@ def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list
 
     `options` are passed on to train.py.
     """
-    import numpy as np  # these here, because they take seconds
+    # Imported here, because they take seconds.
+    import numpy as np
 
     from tl_fast.beton.reader import BetonReader
     from tl_fast.training.accuracy import evaluate, in_words
@@ -40,22 +41,9 @@ def demo(folder: Path, *, token_label: bool = True, seed: int = 0, options: list
     seconds = annotate_and_pack(folder)
     shutil.rmtree(run_dir, ignore_errors=True)
     picture.unlink(missing_ok=True)
-    seconds["train"] = run(
-        "tl_fast/train.py",
-        "--config",
-        "recipes/demo_photos.yaml",
-        "--train_data",
-        train,
-        "--val_data",
-        val,
-        "--output_dir",
-        run_dir,
-        "--seed",
-        str(seed),
-        "--token_label",
-        str(token_label).lower(),
-        *(options or []),
-    )
+    data = ["--train_data", train, "--val_data", val, "--output_dir", run_dir]
+    settings = ["--seed", str(seed), "--token_label", str(token_label).lower(), *(options or [])]
+    seconds["train"] = run("tl_fast/train.py", "--config", "recipes/demo_photos.yaml", *data, *settings)
     print(f"\n$ python -m tl_fast.evaluate {val} --checkpoint {run_dir}", flush=True)
     result = evaluate(str(val), run_dir)
     print(in_words(result))
@@ -111,21 +99,20 @@ tensorboard), `picture.png` (images with their labels).
 {curve}"""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tl_fast.demo", description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m tl_fast.demo") -> None:
+    """The command line; options that it does not know are train.py's."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument(
         "--no-token-label", dest="token_label", action="store_false", help="the control: train on image labels alone"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for all results (default: runs/demo)")
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
-    arguments, options = parser.parse_known_args()
-    with in_a_sentence("demo", arguments.traceback):
-        figures = demo(arguments.out, token_label=arguments.token_label, seed=arguments.seed, options=options)
-    print(
-        f"\nreport: {arguments.out / 'report.md'}\nloss: {figures['loss'][0]:.3f} -> {figures['loss'][-1]:.3f} "
-        f" {sparkline(figures['loss'])}"
-    )
+    chosen, options = parser.parse_known_args(arguments)
+    with in_a_sentence("demo", chosen.traceback):
+        figures = demo(chosen.out, token_label=chosen.token_label, seed=chosen.seed, options=options)
+    loss = figures["loss"]
+    print(f"\nreport: {chosen.out / 'report.md'}\nloss: {loss[0]:.3f} -> {loss[-1]:.3f}  {sparkline(loss)}")
     print(
         f"demo: val top-1 {figures['top1']:.1f} % (majority {figures['majority']:.1f} %),"
         f" {figures['images_per_second']:.0f} images/s, picture at {figures['picture']}"

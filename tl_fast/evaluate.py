@@ -1,7 +1,6 @@
 """Top-1 and top-5 accuracy of a checkpoint on a beton.
 
-    python -m tl_fast.evaluate FILE.beton --checkpoint runs/x [--raw] [--img-size 288] [--crop-pct 1.0] [--batch-size
-    64]
+    python -m tl_fast.evaluate FILE.beton --checkpoint runs/x [--raw] [--img-size 288] [--crop-pct 1.0]
 
 `--checkpoint` takes a run's folder (its newest checkpoint), a checkpoint folder, or a weights file such as a published
 .pth.tar, for which `--model` is needed. Under torchrun the ranks share the set; every sample counts exactly once. Rank
@@ -18,12 +17,11 @@ from typing import Any
 
 from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
 
+PROG = "python -m tl_fast.evaluate"
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command line: prints the accuracies on the main rank and returns evaluate's dict."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tl_fast.evaluate", description="Top-1 and top-5 accuracy of a checkpoint on a beton."
-    )
+
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Top-1 and top-5 accuracy of a checkpoint on a beton.")
     parser.add_argument("data", nargs="+", help="the beton(s), paths or globs")
     parser.add_argument(
         "--checkpoint",
@@ -31,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         required=True,
         help="a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file",
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
         "--ema", dest="use_ema", action="store_true", default=True, help="the weights' moving average (default)"
     )
-    which.add_argument("--raw", dest="use_ema", action="store_false", help="the weights themselves")
+    weights.add_argument("--raw", dest="use_ema", action="store_false", help="the weights themselves")
     parser.add_argument("--model", help="timm name; needed for files that are not checkpoints of ours")
     parser.add_argument("--img-size", type=int, help="input side in pixels; default: the training's")
     parser.add_argument(
@@ -49,13 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "--decode", choices=("auto", "cpu", "mixed"), default="auto", help="mixed: nvJPEG, on GPUs; auto: the faster"
     )
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> dict[str, Any]:
+    """The command line: prints the accuracies on the main rank and returns evaluate's dict. prog: what messages call
+    the command.
+    """
+    parser = build_parser(prog)
     with one_speaks_for_its_node():
         options = vars(parser.parse_args(arguments))
     with in_a_sentence(parser.prog, options.pop("traceback")):
-        from tl_fast.training.accuracy import (
-            evaluate,
-            in_words,
-        )  # when the command line is in order: it takes seconds
+        # Imported when the command line is in order: it takes seconds.
+        from tl_fast.training.accuracy import evaluate, in_words
 
         result = evaluate(options.pop("data"), options.pop("checkpoint"), **options)
     if int(os.environ.get("RANK", 0)) == 0:

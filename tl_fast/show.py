@@ -1,9 +1,10 @@
-"""Draw a sheet of samples to look at: `python -m tl_fast.show FILE.beton --out picture.png`; a recipe's crops: `...
---recipe lvvit_s`; or the
-curves of a training run: `python -m tl_fast.show RUN_DIR`.
+"""Pictures to look at.
 
-The first is `tl_fast.pictures.sample_sheet`'s, the second `tl_fast.pictures.crop_sheet`'s, the third
-`tl_fast.pictures.curves`'s.
+    python -m tl_fast.show FILE.beton --out picture.png     a sheet of samples (tl_fast.pictures.sample_sheet)
+    python -m tl_fast.show --recipe lvvit_s                 a recipe's crops (tl_fast.pictures.crop_sheet)
+    python -m tl_fast.show RUN_DIR                          the curves of a training run (tl_fast.pictures.curves)
+
+Mistakes end it with one sentence: exit code 2 for the command line, 1 for data and files.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from tl_fast.system.mistakes import in_a_sentence
 
+PROG = "python -m tl_fast.show"
+
 
 def _ids(text: str) -> list[int]:
     try:
@@ -22,11 +25,9 @@ def _ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sample ids such as 1,2,3") from None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a mistake ends it with one line that says what to change, and status 2 where the arguments show
-    it, else 1."""
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tl_fast.show",
+        prog=prog,
         description=(
             "Draw a sheet of a beton's samples with their labels; with --recipe, of crops augmented as that recipe"
             " trains on them; or the curves of a run."
@@ -54,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--samples", type=int, help="how many, spread evenly over the file (default 8, with --recipe 24)"
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--first", type=int, metavar="ID", help="show samples in sequence from this one")
-    which.add_argument("--ids", type=_ids, metavar="1,2,3", help="show these samples (--samples does not count then)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--first", type=int, metavar="ID", help="show samples in sequence from this one")
+    chosen.add_argument("--ids", type=_ids, metavar="1,2,3", help="show these samples (--samples does not count then)")
     parser.add_argument("--epoch", type=int, help="whose crops, flips and operations (default 0)")
     parser.add_argument("--seed", type=int, help="of what is drawn (default 0, or the recipe's)")
     parser.add_argument("--image-size", type=int, help="side of the crops in pixels (default 224, or the recipe's)")
@@ -65,6 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--smoothing", type=float, help="label smoothing of the token targets (default 0, or the recipe's)"
     )
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
+    """The command line; a mistake ends it with one line that says what to change, and status 2 where the arguments show
+    it, else 1. prog: what messages call the command.
+    """
+    parser = build_parser(prog)
     settings = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     show_traceback = settings.pop("traceback")
     recipe, beton, out = (settings.pop(name, None) for name in ("recipe", "beton", "out"))
@@ -72,9 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if recipe is None and not run and (beton is None or out is None):
         parser.error("FILE.beton and --out are needed, or --recipe, or a run's folder")
     if run and settings:
-        parser.error(
-            f"{beton} is a run's folder: {', '.join('--' + name.replace('_', '-') for name in settings)} is for betons"
-        )
+        options = ", ".join("--" + name.replace("_", "-") for name in settings)
+        parser.error(f"{beton} is a run's folder: {options} is for betons")
     with in_a_sentence(parser.prog, show_traceback):  # the imports are here because they take seconds
         if run:
             from tl_fast.pictures.curves import draw_curves

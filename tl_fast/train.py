@@ -10,14 +10,18 @@ it is not done.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
 from tl_fast.training.config import parse_command
 
+PROG = "train.py"
 
-def main() -> None:
-    """The command line; see config.parse_config."""
+
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
+    """The command line; see config.parse_command. prog: what messages call the command."""
     with one_speaks_for_its_node():
-        config, show_traceback = parse_command()
+        config, show_traceback = parse_command(arguments, prog)
     # Imported when the command line is in order: they take seconds.
     from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -28,7 +32,7 @@ def main() -> None:
 
     @record  # so that torchrun prints the traceback of the rank that failed first
     def run() -> int:
-        with in_a_sentence("train.py", show_traceback):
+        with in_a_sentence(prog, show_traceback):
             return train(config)["stopped"]
 
     stopped = run()

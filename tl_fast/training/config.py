@@ -329,10 +329,10 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     return parse_command(arguments)[0]
 
 
-def parse_command(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
+def parse_command(arguments: Sequence[str] | None = None, prog: str = "train.py") -> tuple[TrainConfig, bool]:
     """The config of a command line, as parse_config has it; and whether `--traceback` is given. It then raises
     InputError for values out of range."""
-    parser = _Parser(prog="train.py", description="Train a vision transformer with token labeling from .beton files.")
+    parser = _Parser(prog=prog, description="Train a vision transformer with token labeling from .beton files.")
     parser.add_argument("--config", action="config", help="YAML recipe; later flags and files override earlier ones")
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
     parser.add_class_arguments(TrainConfig)
