@@ -28,8 +28,8 @@ def sized(number: int):
 def test_results_come_in_order_and_whole(monkeypatch, count, slot):
     monkeypatch.setattr(forked, "SLOT", slot)
     with Forked(count, sized) as workers:
-        for number, (found, data) in enumerate(workers.map(range(200))):
-            assert found == number and bytes(data) == bytes([number % 251]) * (number * 37 % 5000)
+        for number, (echoed, data) in enumerate(workers.map(range(200))):
+            assert echoed == number and bytes(data) == bytes([number % 251]) * (number * 37 % 5000)
     assert not any(process.is_alive() for process in workers._processes)
 
 

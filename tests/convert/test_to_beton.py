@@ -77,8 +77,8 @@ def test_photos_with_label_maps(
         assert bytes(reader.jpeg(i)) == (photos / "train" / sample_id).read_bytes()
         assert (reader.widths[i], reader.heights[i]) == Image.open(photos / "train" / sample_id).size
         assert names[reader.labels[i]] == sample_id.split("/")[0]
-        for found, expected in zip((classes[i], scores[i]), unpack(records[sample_id], spec), strict=True):
-            np.testing.assert_array_equal(found, expected)
+        for stored, expected in zip((classes[i], scores[i]), unpack(records[sample_id], spec), strict=True):
+            np.testing.assert_array_equal(stored, expected)
 
     assert to_beton.main(["info", str(out)]) == 0
     text = " ".join(capsys.readouterr().out.split())

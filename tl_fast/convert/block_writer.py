@@ -1,8 +1,7 @@
-"""Consecutive bytes of a large file, written in aligned blocks by a thread of their own, past the page cache where the
-file system can.
+"""Appending to a large file: a thread writes aligned blocks, past the page cache where the file system can.
 
-Through the page cache every byte is copied into fresh pages and waits for the sync at the end: measured, that took more
-CPU time a sample than checking its image. A file of this size would not stay in the cache anyway.
+Through the page cache every byte is copied into fresh pages and waits for the sync at the end. Measured, that took more
+CPU time a sample than checking the sample's image. A file of this size would not stay in the cache anyway.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-ALIGNMENT = 4096  # of memory, place and length; enough for every block device
-BLOCK = 4 << 20
+ALIGNMENT = 4096  # bytes, of memory, offset and length; enough for every block device
+BLOCK = 4 << 20  # bytes
 
 
 def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
-    """`os.pwrite` until everything is written: a disk that fills up takes a part of it first."""
+    """`os.pwrite` until everything is written: a disk that fills up takes only a part at first. Raises OSError."""
     rest = memoryview(data).cast("B")
     while rest:
         written = os.pwrite(handle, rest, offset)
@@ -27,10 +26,10 @@ def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
 
 
 class BlockWriter:
-    """Appends to the open file `handle`, which is at `path`, from `begin(offset)` on. Bytes are in the file after
+    """Appends to the open file `handle`, which lies at `path`, from `begin(offset)` on. Bytes are in the file after
     `flush`, not before.
 
-    Once a write has failed, it and every later call raise that OSError: nothing behind a gap counts as written.
+    Once a write has failed, every later call raises its OSError: nothing behind a gap counts as written.
     """
 
     def __init__(self, handle: int, path: Path) -> None:
@@ -48,7 +47,8 @@ class BlockWriter:
 
     def begin(self, offset: int) -> None:
         """Go on at `offset`; what the file has before it stays."""
-        self._at, self._start, self._filled = 0, offset - offset % ALIGNMENT, offset % ALIGNMENT
+        # One buffer is filled, for the block at `_start`, while the other is being written.
+        self._current, self._start, self._filled = 0, offset - offset % ALIGNMENT, offset % ALIGNMENT
         before = os.pread(self.handle, self._filled, self._start)
         self._views[0][: self._filled] = before + bytes(self._filled - len(before))
 
@@ -57,12 +57,14 @@ class BlockWriter:
         rest = memoryview(data).cast("B")
         while rest:
             taken = min(len(rest), BLOCK - self._filled)
-            self._views[self._at][self._filled : self._filled + taken] = rest[:taken]
+            self._views[self._current][self._filled : self._filled + taken] = rest[:taken]
             rest, self._filled = rest[taken:], self._filled + taken
             if self._filled == BLOCK:
-                self._pending[self._at] = self._pool.submit(self._write_block, self._views[self._at], self._start)
-                self._at, self._start, self._filled = 1 - self._at, self._start + BLOCK, 0
-                self._wait(self._at)
+                self._pending[self._current] = self._pool.submit(
+                    self._write_block, self._views[self._current], self._start
+                )
+                self._current, self._start, self._filled = 1 - self._current, self._start + BLOCK, 0
+                self._wait(self._current)
 
     def _write_block(self, block: memoryview, start: int) -> None:
         written = 0
@@ -75,8 +77,9 @@ class BlockWriter:
         if written < len(block):
             write_all(self.handle, block[written:], start + written)
 
-    def _wait(self, at: int) -> None:
-        pending, self._pending[at] = self._pending[at], None
+    def _wait(self, buffer: int) -> None:
+        """Until the block in that buffer is written."""
+        pending, self._pending[buffer] = self._pending[buffer], None
         try:
             if pending is not None:
                 pending.result()
@@ -87,10 +90,10 @@ class BlockWriter:
 
     def flush(self) -> None:
         """Everything appended is in the file now (not yet on the disk: that takes a sync). Raises OSError."""
-        for at in (1 - self._at, self._at):
-            self._wait(at)
+        for buffer in (1 - self._current, self._current):
+            self._wait(buffer)
         try:
-            write_all(self.handle, self._views[self._at][: self._filled], self._start)
+            write_all(self.handle, self._views[self._current][: self._filled], self._start)
         except OSError as error:
             self._failure = error
             raise

@@ -1,4 +1,4 @@
-"""The bytes of a beton in a file that grows: sample after sample, then the tables (docs/file_format.md)."""
+"""The bytes of a beton, written sample after sample, then the tables (docs/file_format.md)."""
 
 from __future__ import annotations
 
@@ -43,12 +43,15 @@ class Encoded:
     crc: int
 
     def __reduce__(self):
-        """In a third of the time that a frozen dataclass takes."""
+        """Pickled in a third of the time that a frozen dataclass takes."""
         return Encoded, (self.image, self.label_map, self.score_min, self.score_step, self.crc)
 
 
 class BetonFile:
-    """Appends samples to the file of `blocks`, then closes it with tables and header. reserved: samples to come."""
+    """Appends samples to the file of `blocks`, then closes it with tables and header.
+
+    reserved: samples to come, at most. page_size: bytes. spec: of the label maps; None: there are none.
+    """
 
     def __init__(self, blocks: BlockWriter, reserved: int, page_size: int, spec: MapSpec | None) -> None:
         self.blocks, self.page_size, self.spec = blocks, page_size, spec
@@ -69,8 +72,8 @@ class BetonFile:
     def add(self, sample: Encoded, label: int) -> None:
         """Append one sample, all of it in one page: ffcv's process cache maps whole pages and nothing across them.
 
-        Data begins on even addresses, as label maps are uint16. It is in the file after the next `flush`. Raises
-        ValueError when it is too large.
+        JPEG and label map begin at even offsets, as label maps are uint16. The sample is in the file after the next
+        `flush`. Raises ValueError when it is larger than a page.
         """
         jpeg_size, map_size = sum(map(len, sample.image.parts)), len(sample.label_map)
         odd = jpeg_size % 2
@@ -91,15 +94,15 @@ class BetonFile:
         row = (0, sample.image.width, sample.image.height, start), label, sample.crc
         self._allocations.append((number, start, jpeg_size))
         if self.spec is not None:
-            at = start + jpeg_size + odd
+            map_start = start + jpeg_size + odd
             self.blocks.write(b"\0" * odd + sample.label_map)
-            self._allocations.append((number, at, map_size))
-            row = *row[:2], (at, sample.score_min, sample.score_step), row[2]
+            self._allocations.append((number, map_start, map_size))
+            row = *row[:2], (map_start, sample.score_min, sample.score_step), row[2]
         self._rows.append(row)
         self.offset = start + size
 
     def list_rows(self) -> None:
-        """Put what was added into the tables; a few samples at a time, as one by one takes longer."""
+        """Put the samples added since the last call into the tables: one call a sample would take longer."""
         rows, allocations = len(self._rows), len(self._allocations)
         self.metadata[self.samples : self.samples + rows] = self._rows
         self.allocations[self.allocated : self.allocated + allocations] = self._allocations
@@ -107,25 +110,27 @@ class BetonFile:
         self._rows, self._allocations = [], []
 
     def flush(self) -> None:
-        """What was added is in the file and the tables now. Raises OSError."""
+        """Every sample added is in the file and the tables now. Raises OSError."""
         self.blocks.flush()
         self.list_rows()
 
     def restore(self, offset: int, metadata: bytes, allocations: bytes) -> None:
-        """Go on behind the samples with these rows, whose data ends at `offset`."""
+        """Go on behind the samples of these rows and allocations, whose data ends at `offset`."""
         rows, table = np.frombuffer(metadata, self.metadata.dtype), np.frombuffer(allocations, ALLOCATION)
         self.metadata[: len(rows)], self.allocations[: len(table)] = rows, table
         self.offset, self.samples, self.allocated = offset, len(rows), len(table)
         self.blocks.begin(offset)
 
     def close(self, info: dict[str, Any], ids: list[str]) -> None:
-        """Write what follows the data, then what precedes it; until the header is there nothing takes the file for a
-        beton."""
+        """Write the tables behind the data, then the header and table before it: until the header is there nothing
+        takes the file for a beton.
+        """
         self.flush()
         texts = [json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") for value in (info, ids)]
         metadata, allocations = self.metadata[: self.samples].tobytes(), self.allocations[: self.allocated].tobytes()
         starts, end = [], self.offset
-        for part in (*texts, allocations):  # ffcv reads the allocation table to the end of the file, so it must be last
+        # ffcv reads the allocation table to the end of the file, so it must be the last.
+        for part in (*texts, allocations):
             starts.append(end + -end % 8)
             write_all(self.blocks.handle, part, starts[-1])
             end = starts[-1] + len(part)
@@ -133,10 +138,10 @@ class BetonFile:
         header = np.array([(VERSION, len(self.fields), self.page_size, self.samples, starts[2])], HEADER).tobytes()
 
         def head(head_crc: int) -> bytes:
-            index = np.array(
-                [(INDEX_MAGIC, starts[0], len(texts[0]), starts[1], len(texts[1]), *crcs, head_crc)], INDEX
-            )
+            row = (INDEX_MAGIC, starts[0], len(texts[0]), starts[1], len(texts[1]), *crcs, head_crc)
+            index = np.array([row], INDEX)
             self.fields["arguments"][-1, : INDEX.itemsize] = index.view(np.uint8)
             return header + self.fields.tobytes()
 
-        write_all(self.blocks.handle, head(crc32(head(0))) + metadata, 0)  # the CRC is taken with its own place at zero
+        # The CRC-32 of the head covers its own four bytes as zeros.
+        write_all(self.blocks.handle, head(crc32(head(0))) + metadata, 0)

@@ -1,13 +1,12 @@
-"""A large file under construction, of which no more is lost to a kill or a power cut than the last seconds.
+"""A large file under construction: a kill or a power cut loses no more than its last seconds.
 
 The file grows as `.NAME.partial` and takes its final name when it is whole. Beside it `.NAME.journal` says how much of
-it is known to be
-on the disk: the bytes are synced first, then a record is appended and synced. A record is
+the file is known to be on the disk: the bytes are synced first, then a record is appended and synced. A record is
 
     magic 8 bytes, size of its JSON head u32, size of its data u64, CRC-32 of head and data u32, head, data
 
-and a torn one at the end does not count. The first record holds the settings that the bytes depend on, the others what
-the writer says.
+and a torn record at the end does not count. The first record holds the settings that the bytes depend on, the others
+hold what the writer needs to go on.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ class PartialFile:
     resumed, oldest first.
 
     settings: JSON-able; a resumed run must have the same. resume: go on from what an earlier run left, if it left
-    anything; otherwise what it left is dropped. Leaving the `with` block without `publish` keeps the file if there was
-    a commit, and removes it if there was none.
+    anything; without it, that is dropped. Leaving the `with` block without `publish` keeps the file if there was a
+    commit, and removes it if there was none.
     Raises BetonError when another process is writing the file, or the settings differ.
     """
 
@@ -70,23 +69,19 @@ class PartialFile:
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (
-                errno.ENOSYS,
-                errno.EOPNOTSUPP,
-                errno.ENOLCK,
-            ):  # some network file systems have no locks
+            # Some network file systems have no locks.
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise BetonError(
                     f"{self.path}: another process is writing it (it holds {self.partial}); wait for it or stop it"
                 ) from error
-        if (
-            not self.partial.exists() or os.fstat(self.handle).st_ino != self.partial.stat().st_ino
-        ):  # it ended between our open and our lock
+        # The other process may have ended, and renamed the file, between our open and our lock.
+        if not self.partial.exists() or os.fstat(self.handle).st_ino != self.partial.stat().st_ino:
             raise BetonError(
                 f"{self.path}: another process has just written it; run again with --overwrite to replace it"
             )
 
     def _read_journal(self) -> list[tuple[dict[str, Any], bytes]]:
-        """Every whole record whose bytes the partial file has; `_journal_size` is where they end."""
+        """Every whole record whose bytes the partial file has; `_journal_size` is where the last one ends."""
         self._journal_size, limit = 0, os.fstat(self._journal).st_size
         size, records = os.fstat(self.handle).st_size, []
         while self._journal_size + RECORD.size <= limit:
@@ -148,14 +143,14 @@ class PartialFile:
         self._pending = self._pool.submit(run)
 
     def wait(self) -> None:
-        """Until the last commit is on the disk. Raises OSError if it did not get there."""
+        """Wait until the last commit is on the disk. Raises OSError if it did not get there."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def publish(self) -> None:
         """Give the file its final name, with everything on the disk."""
-        with contextlib.suppress(OSError):  # what is synced now matters, not a commit on the way
+        with contextlib.suppress(OSError):  # the sync below counts, not an earlier commit
             self.wait()
         os.fsync(self.handle)
         replace_synced(self.partial, self.path)

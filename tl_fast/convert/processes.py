@@ -1,9 +1,9 @@
-"""A function over many items in forked processes, in order; what its results hold in large buffers comes back through
+"""A function over many items in forked processes, with the results in order; their large buffers come back through
 shared memory.
 
-concurrent.futures' process pool copies every result through a pipe and keeps three threads that compete with the caller
-for its GIL. Here each process has a pipe of its own and the tasks go round in turn, so nothing but the caller's thread
-is needed.
+concurrent.futures' process pool copies every result through a pipe, and its three threads compete with the caller for
+the GIL. Here each process has a pipe of its own and the processes get items in turn, so only the caller's thread is
+needed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-AHEAD = 4  # tasks that a process has got and that are not yet consumed
-SLOT = 8 << 20  # bytes of shared memory for one result; only what is used is allocated. Larger results take the pipe
+AHEAD = 4  # items of a process whose results are not yet consumed
+SLOT = (
+    8 << 20
+)  # bytes of shared memory for one result; pages are allocated at their first use. Larger results are piped
 
 
 class ProcessDied(RuntimeError):
@@ -27,12 +29,12 @@ class ProcessDied(RuntimeError):
 
 
 class Forked:
-    """`count` processes that run `function`, forked when the context is entered: they see what was there then, and
-    nothing later.
+    """`count` processes that run `function`. They are forked when the context is entered, and see the caller's objects
+    as they were then.
 
     function: picklable argument -> picklable result, whose PickleBuffers (pickle protocol 5) arrive as memoryviews that
-    hold until the next result is asked for. What it raises is raised in the caller; to be picklable it must not need
-    more than its message.
+    hold until the next result is asked for. An exception of the function is raised in the caller; it is pickled, so it
+    must be one that its message alone makes.
     """
 
     def __init__(self, count: int, function: Callable[[Any], Any]) -> None:
@@ -71,17 +73,17 @@ class Forked:
 
     @staticmethod
     def _pack(answer: tuple[bool, Any], slot: mmap.mmap) -> tuple[list[int], bytes]:
-        """(sizes of the buffers that were put into `slot`, the rest)."""
+        """(sizes of the buffers that were put into `slot`, the rest of the answer pickled)."""
         buffers: list[pickle.PickleBuffer] = []
         data = pickle.dumps(answer, 5, buffer_callback=buffers.append)
         views = [buffer.raw() for buffer in buffers]
         sizes = [view.nbytes for view in views]
         if sum(sizes) > SLOT:
             return [], pickle.dumps(answer, 5)
-        place = 0
+        start = 0
         for view, size in zip(views, sizes, strict=True):
-            slot[place : place + size] = view
-            place += size
+            slot[start : start + size] = view
+            start += size
         return sizes, data
 
     def map(self, items: Iterable[Any]) -> Iterator[Any]:

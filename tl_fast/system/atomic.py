@@ -1,5 +1,7 @@
-"""Replacing a file whole: readers, and whoever comes after a power cut, see the old file or the new one, never a
-part.
+"""Replacing a file whole: readers, also those after a power cut, see the old file or the new one, never a part.
+
+The one home of os.replace. Checkpoints are folders, which it does not replace: `tl_fast.training.checkpoint` renames
+the old one away first, and uses `sync` of this module.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from typing import BinaryIO
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write(file)` fill a temporary file `.NAME.*.tmp` beside `path`, sync it and give it the name `path`.
 
-    The file's mode is what the umask leaves, as for any new file. What `write` raises is raised, and `path` is as it
-    was. Raises OSError.
+    The file's mode is what the umask leaves, as for any new file. When `write` raises, `path` stays as it was. Raises
+    OSError.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -39,7 +41,7 @@ def replace_synced(temporary: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder on the disk. Raises OSError, but not where a file system has no sync of folders."""
+    """Wait until a file or folder is on the disk. Raises OSError, but not where a file system cannot sync folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
