@@ -198,7 +198,8 @@ def difference(
         for key, before, now in _changed(then, record, "inputs", "rejected"):
             return f"{key} was {before} and is now {now}"
         for key, _, _ in _changed(then["inputs"], record["inputs"]):
-            return f"{_INPUTS[key]} have changed since it was made{_which(reader, conversion) if key == 'ids' else ''}"
+            which = _first_changed(reader, conversion) if key == "ids" else ""
+            return f"{_INPUTS[key]} have changed since it was made{which}"
         if max_rejects is not None and then.get("rejected", 0) > max_rejects:
             return f"{then['rejected']} samples were left out of it, {max_rejects} may be"
     return None
@@ -212,7 +213,7 @@ def _changed(before: dict[str, Any] | None, now: dict[str, Any] | None, *apart: 
             yield key, before.get(key), now.get(key)
 
 
-def _which(reader: BetonReader, conversion: Conversion) -> str:
+def _first_changed(reader: BetonReader, conversion: Conversion) -> str:
     """The first sample that is new or gone, in words; '' where only the order differs."""
     ids = [conversion.source.ids[i] for i in conversion.indices.tolist()]
     now = set(ids)
