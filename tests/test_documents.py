@@ -16,6 +16,7 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG
 EACH_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
+@pytest.mark.slow
 def test_tables_come_from_the_rows():
     """All in one process, which imports torch once."""
     script = """

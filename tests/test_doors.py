@@ -187,7 +187,13 @@ def test_ranks_that_set_up_together_raise_one_mistake(own, others, raised, said)
             "train.py: no beton at nowhere.beton; make one with .*",
             marks=pytest.mark.slow,
         ),
-        ("on one rank", ("--train_data", "train.beton"), 1, r"train.py: rank 1 on \S+: no beton at train.beton; .*"),
+        pytest.param(
+            "on one rank",
+            ("--train_data", "train.beton"),
+            1,
+            r"train.py: rank 1 on \S+: no beton at train.beton; .*",
+            marks=pytest.mark.slow,
+        ),
         ("on the command line", ("--img_size", "100"), 2, "train.py: img_size must be divisible by 16 .*"),
     ],
 )

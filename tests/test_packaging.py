@@ -228,6 +228,7 @@ def import_without(hidden: set[str], modules: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_packing_can_be_imported_without_interop():
     """So no part of the main job needs stock FFCV: the next test hides it from all other modules."""
     import_without({"ffcv", "cv2"}, [*sorted(CONVERT_ONLY), "converters.to_beton"])
@@ -236,6 +237,7 @@ def test_packing_can_be_imported_without_interop():
     assert not INTEROP & {package for file in files for package in imported_packages(file)}
 
 
+@pytest.mark.slow
 def test_a_host_without_extras_can_import_all_of_training():
     modules = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in source_files("tl_fast")]
     modules = [name.removesuffix(".__init__") for name in modules if name not in INTEROP_ONLY | CONVERT_ONLY]

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "kernels": {"plan", "labelmaps", "maths", "system"},
     "pipeline": {"beton", "kernels", "plan", "jpeg", "sources", "maths", "system"},
     "convert": {"beton", "labelmaps", "jpeg", "sources", "system"},
-    "training": {"pipeline", "models", "beton", "plan", "system"},
+    "training": {"pipeline", "models", "beton", "plan", "sources", "system"},
     "annotation": {"training", "labelmaps", "sources", "models", "beton", "system"},
     "pictures": {"pipeline", "training", "models", "beton", "plan", "sources", "maths", "system"},
 }

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("tests-kernels", "tests-loader", "tests-training", "sanitizer", "kernels", "decode", "loader", "training")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_every_stage_is_skipped_with_its_reason(tmp_path):
     environment = os.environ | {"PY": sys.executable, "OUT": str(tmp_path)}

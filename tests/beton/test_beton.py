@@ -152,8 +152,9 @@ def collect(make_loader, seconds: float = 120) -> list[tuple[np.ndarray, ...]]:
     return batches
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stock_ffcv")
-@pytest.mark.parametrize("cache", ["os", pytest.param("process", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cache", ["os", "process"])
 def test_stock_ffcv_loader_reads_image_label_and_map(written: Path, jpegs: list[bytes], cache: str) -> None:
     import ffcv
     import numba

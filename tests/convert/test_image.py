@@ -550,6 +550,7 @@ SEGMENTS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @pytest.mark.filterwarnings("error")
 @given(st.lists(SEGMENTS, max_size=5), st.integers(0, 40), st.sampled_from(["odd", "progressive"]))

@@ -228,6 +228,7 @@ def test_resample_refuses_a_region_that_lacks_pixels_of_the_box(origin, sides):
         resample(np.zeros((10, 10, 3), np.uint8), origin, (20, 20), (0, 0, 9, 9), False, (4, 4))
 
 
+@pytest.mark.slow
 def test_kernels_are_kept_on_disk_under_their_sources_content(tmp_path):
     """A second process loads what the first compiled; changed scalar maths would get a folder of its own."""
     script = (

@@ -374,6 +374,7 @@ def test_resize_pos_embed_is_pillows_bicubic(size):
         close(resized[..., channel], torch.from_numpy(np.array(plane.resize((grid, grid), Image.Resampling.BICUBIC))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports, align",
     [
@@ -383,7 +384,6 @@ def test_resize_pos_embed_is_pillows_bicubic(size):
             "import tl_fast.models.lvvit, torchvision.transforms.v2, tl_fast.system.torchvision_shim",
             True,
             id="lvvit",
-            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -298,7 +298,8 @@ def test_another_world_size_takes_the_samples_in_the_same_order(tiny, job, befor
     assert len(runs[2].records[0]["ids"][0]) == accumulate
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(tiny, job, world_size):
     """At the second checkpoint, within the first epoch. The error names it; from the first one a run goes on to the
     weights of a run without trouble."""

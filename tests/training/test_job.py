@@ -147,6 +147,7 @@ def from_weights(tiny, scattered, tmp_path):
     return dataclasses.replace(tiny(), output_dir="run", init_weights="source", max_steps=7)
 
 
+@pytest.mark.slow
 def test_rank_0_alone_needs_the_runs_folder_and_the_weights_it_starts_from(from_weights, tmp_path, scattered):
     """As on two nodes that share no folder."""
     run = torchrun([str(scattered), *flags(dataclasses.replace(from_weights, max_steps=2), tmp_path / "c.yaml")], 2)
@@ -187,6 +188,7 @@ def test_a_refused_run_stays_refused_when_torchrun_restarts_it(tiny, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_damaged_sample_ends_the_job_within_a_minute_with_its_name(tiny, betons, tmp_path):
     """The rank that has it raises; the other does not wait; torchrun repeats the traceback of the one that failed
     first."""

@@ -386,6 +386,7 @@ def test_evaluation_at_another_size_and_of_bare_weights(tiny, betons, tmp_path, 
         assert named in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plain_python_runs_the_script(tiny, tmp_path):
     """Without torchrun, from the repository's root, with tl_fast/ first on sys.path; flags override the recipe."""
     command = [

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from tl_fast.models.patch import PATCH
 from tl_fast.plan.augment import Augment
+from tl_fast.sources.source import MAX_CLASSES
 from tl_fast.system.mistakes import InputError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the strings below the fields are what --help prints
@@ -279,7 +280,7 @@ _TUPLES = ("mean", "std", "scale", "ratio", "betas")
 # Both ends inclusive; Augment checks its own.
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("img_size", PATCH, 4096),
-    ("num_classes", 1, 65_535),  # label maps hold uint16 classes
+    ("num_classes", 1, MAX_CLASSES),
     ("cls_weight", 0, 1e6),
     ("dense_weight", 0, 1e6),
     ("batch_size", 1, 1 << 24),
