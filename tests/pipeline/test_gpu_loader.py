@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +185,7 @@ def made_on(streams, small_beton):
             regions = [torch.zeros(4, 4, 3, dtype=torch.uint8) for _ in range(2)] if regions is None else regions
             return batches.make(batch_plan, regions, decoded)
 
+        make.plan = batch_plan
         return batches, make
 
     return build
@@ -191,7 +193,7 @@ def made_on(streams, small_beton):
 
 def test_kernels_wait_for_the_decode_and_are_three_launches(streams, made_on):
     batches, make = made_on(3)
-    decoded = batches.decoded()
+    decoded = batches.decode_stream.record_event()
     assert streams.log == [("record", batches.decode_stream, decoded)]
     made = make(decoded=decoded)
     assert streams.log[1:] == [
@@ -259,6 +261,32 @@ def test_a_consumer_that_runs_ahead_is_waited_for_by_the_worker(streams, made_on
     make()
     waited = [event for _, event in streams.calls("synchronize")]
     assert first in waited and second not in waited
+
+
+def test_threads_decode_the_next_batch_while_one_region_of_this_one_takes_long(made_on, monkeypatch):
+    batches, make = made_on(3)
+    monkeypatch.setattr(batches, "decoder", decoder := decode.Decoder(batches.samples, 2, threads=2))
+    region, released, decoded = decoder.region, threading.Event(), []
+
+    def slow_for_one(sample_id, *arguments):
+        if sample_id == 3:
+            assert released.wait(60), "the other thread waits for this one"
+        pixels = region(sample_id, *arguments)
+        decoded.append(int(sample_id))
+        if sample_id == 6:
+            released.set()
+        return pixels
+
+    decoder(np.array([0]), np.zeros((1, 2), int), np.full((1, 2), 4))  # compiled
+    monkeypatch.setattr(decoder, "region", slow_for_one)
+    starts, shapes = np.zeros((2, 2), int), np.full((2, 2), 4)
+    plans = [
+        dataclasses.replace(make.plan, ids=np.array(ids), starts=starts, shapes=shapes) for ids in ([3, 5], [2, 6])
+    ]
+    under_way = [batches.start(batch_plan) for batch_plan in plans]
+    assert [batches.finish(batch).sample_ids.tolist() for batch in under_way] == [[3, 5], [2, 6]]
+    assert decoded == [5, 2, 6, 3]
+    decoder.close()
 
 
 def test_the_worker_thread_keeps_no_batches_alive(made_on):
@@ -343,14 +371,19 @@ def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
 
     def on_the_cpu(device, device_id, **options):
         assert device == "mixed" and device_id == 3
-        return decode_graph("cpu", device_id=None, **options)
+        graph = decode_graph("cpu", device_id=None, **options)
+        return SimpleNamespace(build=graph.build, run=lambda stream, **inputs: graph.run(**inputs))
 
     monkeypatch.setattr(decode, "decode_graph", on_the_cpu)
     decoder = decode.Decoder(samples := Samples(small_beton), 8, 2, "mixed", SimpleNamespace(index=3))
     ids = np.array([2, 0, 7])
     starts, shapes = np.array([[1, 2], [0, 0], [9, 5]]), np.array([[10, 12], [30, 31], [1, 1]])
-    pixels = decoder(ids, starts, shapes)
-    assert len(pixels) == 3
+    events = []
+    stream = SimpleNamespace(record_event=lambda: events.append("decoded") or events)
+    started = decoder.start(ids, starts, shapes, stream)
+    assert events == ["decoded"]  # before the stream gets work of the next batch
+    pixels, event = started()
+    assert event is events and events == ["decoded"] and len(pixels) == 3
     for region, i, (top, left), (height, width) in zip(pixels, ids, starts, shapes, strict=True):
         with Image.open(io.BytesIO(samples.jpeg(i))) as image:
             whole = np.asarray(image.convert("RGB"))
@@ -384,9 +417,13 @@ class Timed:
     def __init__(self, clock: SimpleNamespace, seconds: float):
         self.clock, self.seconds, self.batches, self.closed = clock, seconds, 0, False
 
-    def __call__(self, ids, starts, shapes, stream=None):
+    def __call__(self, ids, starts, shapes):
         self.batches += 1
         self.clock.now += self.seconds * len(ids) * (10 if self.batches <= 2 else 1)
+
+    def start(self, ids, starts, shapes, stream=None):
+        self(ids, starts, shapes)
+        return lambda: ([], None)
 
     def close(self):
         self.closed = True
@@ -433,7 +470,7 @@ def test_auto_measures_at_the_first_batch_and_keeps_the_faster(clock, capsys):
     auto = AutoDecoder(open_decoder, work, announce=True)
     assert auto.way == "auto" and not opened
     for batch in itertools.islice(work(), 3):
-        auto(*batch)
+        auto.start(*batch)()
     assert auto.way == "mixed" and [way for way, _ in opened] == ["cpu", "mixed", "mixed"]
     assert opened[2][1].batches == 3 and [decoder.closed for _, decoder in opened] == [True, True, False]
     assert capsys.readouterr().err.count("tl_fast: decode 'mixed'") == 1

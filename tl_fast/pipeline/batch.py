@@ -85,7 +85,7 @@ class BatchMaker(Protocol):
         """To be called once by the thread that calls `start`."""
 
     def start(self, plan: BatchPlan) -> UnderWay:
-        """Begin to make a batch. May wait for the decode of its JPEGs, never for its kernels."""
+        """Begin to make a batch. nvJPEG may decode it here; nothing waits for the CPU's decoding or for kernels."""
 
     def finish(self, under_way: UnderWay) -> Batch:
         """The batch, ready for the caller; on a GPU for the stream that is current, and the host does not wait."""

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,9 +27,12 @@ from tl_fast.system.mistakes import Mistake
 
 HW_DECODER_LOAD = 0.65  # share of the images for the GPU's JPEG engine, the others go to its cores; DALI's default
 MEASURE_SECONDS = 0.5  # for each way to decode
+PART = 4  # regions that a thread takes from the queue at a time
 GAIN = 1.1  # what nvJPEG must gain to be chosen: its CUDA half takes time from the training step
 
 Work = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  # (ids, starts, shapes) of batch after batch
+# What `Decoder.start` returns: waits for the threads -> the regions' pixels, and the event after which they are there.
+Started = Callable[[], tuple[Sequence, torch.cuda.Event | None]]
 
 
 class DecodeError(Mistake, RuntimeError):
@@ -128,37 +131,58 @@ class Decoder:
         self._threads = ThreadPoolExecutor(threads, "tl_fast-region")
         self._compiled = False
 
-    def __call__(
-        self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None
-    ) -> Sequence:
+    def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Sequence:
         """The regions' pixels, uint8 [h, w, 3] each: tensors of torch, or DALI's for nvJPEG, whose memory is their own.
 
         ids: int64 [B], samples.
         starts, shapes: int64 [B, 2], first pixel and size of each region, (row, column).
-        stream: where the pixels will be used, which is made to wait for them; None: they are there on return.
 
         Raises DecodeError naming the sample, ImportError for 'mixed' without DALI.
         """
+        return self.start(ids, starts, shapes)()[0]
+
+    def start(
+        self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None
+    ) -> Started:
+        """Begin to decode a batch, as `__call__` does; the function returned ends it, in any thread.
+
+        The decoder's threads go through the regions of all batches begun as one queue, so no thread is idle at a
+        batch's end when the next one has begun. nvJPEG decodes in this call.
+
+        stream: what the pixels are uploaded or decoded on; they are there when the event has happened that is returned
+        with them. None: they are there on return, and there is no event.
+        """
         if self.way == "mixed":
-            return self._with_nvjpeg(ids, starts, shapes, stream)
+            pixels = self._with_nvjpeg(ids, starts, shapes, stream)
+            # Recorded now: later the stream may have got work of the next batch.
+            decoded = None if stream is None else stream.record_event()
+            return lambda: (pixels, decoded)
         sizes = 3 * shapes.prod(axis=1)
         ends = np.cumsum(sizes)
         host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self.device is not None)
         packed = host.numpy()
 
-        def decode(part: np.ndarray) -> None:
+        def decode(part: range) -> None:
             for b in part:
                 out = packed[ends[b] - sizes[b] : ends[b]]
                 region = self.region(ids[b], starts[b], shapes[b], out)
                 if not np.may_share_memory(region, out):
                     out[:] = region.reshape(-1)
 
-        self._in_parts(decode, len(ids))
-        if self.device is not None:
-            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-                host = host.to(self.device, non_blocking=stream is not None)
-        regions = zip(ends.tolist(), sizes.tolist(), shapes.tolist(), strict=True)
-        return [host[end - size : end].view(*shape, 3) for end, size, shape in regions]
+        futures = self._start_parts(decode, len(ids))
+
+        def finish() -> tuple[Sequence, torch.cuda.Event | None]:
+            for future in futures:
+                future.result()
+            pixels, decoded = host, None
+            if self.device is not None:
+                with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                    pixels = host.to(self.device, non_blocking=stream is not None)
+                decoded = None if stream is None else stream.record_event()
+            regions = zip(ends.tolist(), sizes.tolist(), shapes.tolist(), strict=True)
+            return [pixels[end - size : end].view(*shape, 3) for end, size, shape in regions], decoded
+
+        return finish
 
     def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """One region's pixels on the host, uint8 [h, w, 3].
@@ -218,22 +242,26 @@ class Decoder:
         pixels.source = regions, jpegs
         return pixels
 
-    def _in_parts(self, work: Callable[[np.ndarray], Any], count: int) -> list:
-        """`work` of the numbers below `count`, shared among the threads -> its results in order; raises what failed."""
-        parts = np.array_split(np.arange(count), min(self.threads, count))
-        # The first time in this thread: numba does not bear two threads that compile one function.
-        results = list((self._threads.map if self._compiled else map)(work, parts))
-        self._compiled = True
-        return results
+    def _start_parts(self, work: Callable[[range], Any], count: int) -> list[Future]:
+        """`work` of the numbers below `count`, a few at a time, on the threads' queue -> its futures in order."""
+        part = min(PART, -(-count // self.threads))
+        futures = []
+        for first in range(0, count, part):
+            futures.append(self._threads.submit(work, range(first, min(first + part, count))))
+            if not self._compiled:  # numba does not bear two threads that compile one function
+                wait(futures)
+                self._compiled = True
+        return futures
 
     def _splice(self, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """JPEGs that show the regions, and the pixel of the stored image that each begins with, int64 [B, 2]. Where the
         beton has a row index the JPEGs are smaller than those stored."""
 
-        def spliced(part: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
+        def spliced(part: range) -> list[tuple[np.ndarray, tuple[int, int]]]:
             return [splice(self.samples.jpeg(ids[b]), starts[b], stops[b]) for b in part]
 
-        jpegs, origins = zip(*itertools.chain.from_iterable(self._in_parts(spliced, len(ids))), strict=True)
+        parts = [future.result() for future in self._start_parts(spliced, len(ids))]
+        jpegs, origins = zip(*itertools.chain.from_iterable(parts), strict=True)
         return list(jpegs), np.array(origins, np.int64)
 
     def _damaged(self, ids: np.ndarray, message: str) -> int | None:
@@ -270,16 +298,16 @@ class AutoDecoder:
         self.way = "auto"
         self._decoder: Decoder | None = None
 
-    def __call__(
+    def start(
         self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None
-    ) -> Sequence:
-        """As `Decoder`."""
+    ) -> Started:
+        """As `Decoder.start`."""
         if self._decoder is None:
             self.way, words = choose(self._open_decoder, self._trial)
             if self._announce:
                 print(f"tl_fast: {words}", file=sys.stderr, flush=True)
             self._decoder = self._open_decoder(self.way)
-        return self._decoder(ids, starts, shapes, stream)
+        return self._decoder.start(ids, starts, shapes, stream)
 
     def close(self) -> None:
         """Close the decoder that was taken."""

@@ -23,7 +23,7 @@ from numba import cuda as numba_cuda
 from tl_fast.kernels import cuda
 from tl_fast.kernels.cuda_device import SIMULATED
 from tl_fast.pipeline.batch import Batch, BatchPlan, UnderWay
-from tl_fast.pipeline.decode import AutoDecoder, Decoder
+from tl_fast.pipeline.decode import AutoDecoder, Decoder, Started
 from tl_fast.pipeline.planner import Planner
 from tl_fast.pipeline.settings import Decoding
 from tl_fast.system.mistakes import InputError
@@ -95,8 +95,9 @@ class GpuBatches:
     ahead: batches whose kernels may be under way at once, and batches handed over that the consumer's stream may not be
         through with, however far the consumer's thread runs ahead.
 
-    `start` decodes in the loader's thread, `make` launches kernels in a worker thread, where it waits for batches that
-    are `ahead` back, and `finish` and `check` belong to the consumer's thread.
+    `start` hands JPEGs to the decoder in the loader's thread (nvJPEG decodes them there). `make` launches kernels in a
+    worker thread, where it waits for the decoder and for batches that are `ahead` back. `finish` and `check` belong to
+    the consumer's thread.
     """
 
     def __init__(self, planner: Planner, device: torch.device, decoding: Decoding, ahead: int):
@@ -131,16 +132,16 @@ class GpuBatches:
         _enter_thread(self.device)
 
     def start(self, plan: BatchPlan) -> UnderWay:
-        """Decode the batch's JPEGs, while the worker thread launches the kernels of the batch before."""
+        """Begin to decode the batch's JPEGs. The worker thread launches its kernels when they are decoded, while the
+        decoder's threads go on with the next batch."""
         if self.decoding.check:
             for i in plan.ids:
                 self.samples.check(i)
-        regions = self.decoder(plan.ids, plan.starts, plan.shapes, self.decode_stream)
-        return UnderWay([self._worker.submit(self.make, plan, regions, self.decoded())])
+        started = self.decoder.start(plan.ids, plan.starts, plan.shapes, self.decode_stream)
+        return UnderWay([self._worker.submit(self._finish_and_make, plan, started)])
 
-    def decoded(self) -> torch.cuda.Event | None:
-        """What `make` is to wait for: that the pixels ordered on `decode_stream` until now are there."""
-        return None if self.decode_stream is None else self.decode_stream.record_event()
+    def _finish_and_make(self, plan: BatchPlan, started: Started) -> Made:
+        return self.make(plan, *started())
 
     def make(self, plan: BatchPlan, regions: Sequence, decoded: torch.cuda.Event | None) -> Made:
         """Upload what a batch needs and launch its kernels, without waiting for them. Waits for batches `ahead` back.

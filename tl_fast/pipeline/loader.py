@@ -97,8 +97,7 @@ class Loader:
         self.token_labels = token_labels and train and self.samples.spec is not None
         self._planner = Planner(self.samples, share, crops, targets if self.token_labels else None, seed, train)
         self._maker = _open_maker(self._planner, decoding, ahead=prefetch + 1)
-        # One thread plans batches and starts them; on a GPU it decodes them too (with threads of the decoder's), while
-        # the kernels of the batch before are launched.
+        # One thread plans batches and starts them. Threads of the maker decode them, without a pause between batches.
         self._driver = ThreadPoolExecutor(1, "tl_fast-decode", self._maker.enter_thread)
         self._epoch, self._start_step = 0, 0
 
