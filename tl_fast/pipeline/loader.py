@@ -50,7 +50,7 @@ class Loader:
     crop_pct: share of the resized image's short side that evaluation keeps, (0, 1].
     token_labels: False leaves the targets out.
     check: compare every sample's CRC-32 as it is read.
-    prefetch: batches made ahead.
+    prefetch: batches under way besides the one that is waited for.
 
     Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was under way. An error in
     any thread is raised by the iteration. The settings are attributes too; `decode` is the way chosen once the first
@@ -151,9 +151,8 @@ class Loader:
         try:
             submit(self.prefetch)
             while pending:
-                batch = self._maker.finish(pending.popleft().result())
-                submit(1)
-                yield batch
+                submit(1)  # before the wait: the threads go on with it where they are done with the batch waited for
+                yield self._maker.finish(pending.popleft().result())
             self._maker.check()
         finally:
             for future in pending:
