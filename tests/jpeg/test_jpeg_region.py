@@ -206,6 +206,10 @@ class Files:
     def jpeg(self, sample_id: int) -> np.ndarray:
         return as_array(self.files[sample_id])
 
+    def jpeg_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        files = [self.jpeg(i) for i in sample_ids]
+        return np.array([file.ctypes.data for file in files]), np.array([file.size for file in files])
+
     def name(self, sample_id: int) -> str:
         return f"sample {sample_id}"
 

@@ -30,6 +30,7 @@ from tl_fast.pipeline import decode, gpu_batches
 from tl_fast.pipeline.decode import AutoDecoder, DecodeError, choose, decode_graph, rate
 from tl_fast.pipeline.loader import Loader
 from tl_fast.pipeline.planner import Planner
+from tl_fast.pipeline.regions import Regions
 from tl_fast.pipeline.settings import Crops, Decoding, Share, Targets
 from tl_fast.plan import records as plan
 
@@ -50,15 +51,21 @@ def with_damaged_map(source: Path, target: Path, sample: int) -> Path:
 # --- in the simulator
 
 
-@pytest.fixture(scope="module")
-def small_beton(photos, tmp_path_factory):
-    """Eight photos made small, label maps of 5 classes, 3 x 3 cells."""
+def small_photos(photos: Path, **options) -> list[bytes]:
+    """Eight photos made small; options: of Pillow's encoder."""
     images = []
     for i, photo in enumerate(sorted(photos.glob("train/*/*.jpg"))[:8]):
         with Image.open(photo) as image:
-            image.convert("RGB").resize((40 + 3 * i, 52 - 2 * i)).save(file := io.BytesIO(), "JPEG", quality=95)
+            small = image.convert("RGB").resize((40 + 3 * i, 52 - 2 * i))
+            small.save(file := io.BytesIO(), "JPEG", quality=95, **options)
         images.append(file.getvalue())
-    return write(tmp_path_factory.mktemp("small") / "small.beton", images, spec=MapSpec(2, 3, 3, 5))
+    return images
+
+
+@pytest.fixture(scope="module")
+def small_beton(photos, tmp_path_factory):
+    """Eight small photos, label maps of 5 classes, 3 x 3 cells."""
+    return write(tmp_path_factory.mktemp("small") / "small.beton", small_photos(photos), spec=MapSpec(2, 3, 3, 5))
 
 
 @pytest.mark.slow
@@ -147,8 +154,10 @@ class Streams:
         return [entry for entry in self.log if entry[0] in names]
 
 
-class Regions(list):
-    """Pixels that can be watched."""
+def two_regions() -> Regions:
+    """Pixels of two regions of 4 x 4, which the GPU's stand-in takes for its own."""
+    pixels = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    return Regions(pixels.data_ptr() + np.array([0, 48]), np.full((2, 2), 4), True, pixels)
 
 
 @pytest.fixture
@@ -158,10 +167,8 @@ def streams(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda tensor, stream: world.log.append(("use", stream, tensor.data_ptr()))
     )
-    pixels = SimpleNamespace(
-        as_cuda_array=lambda span, sync: np.zeros(span.__cuda_array_interface__["shape"], np.uint8)
-    )
-    monkeypatch.setattr(gpu_batches, "numba_cuda", pixels)
+    pixels = np.zeros(1, np.uint8)  # no kernel runs
+    monkeypatch.setattr(gpu_batches, "numba_cuda", SimpleNamespace(as_cuda_array=lambda span, sync: pixels))
     monkeypatch.setattr(cuda_launch, "launch", lambda name, *_: world.log.append(("launch", name)))
     monkeypatch.setattr(cuda_launch, "shared_limit", lambda name: 200 << 10)
     return world
@@ -182,8 +189,7 @@ def made_on(streams, small_beton):
         batch_plan = dataclasses.replace(batch_plan, shapes=np.full((2, 2), 4))
 
         def make(regions=None, decoded=None):
-            regions = [torch.zeros(4, 4, 3, dtype=torch.uint8) for _ in range(2)] if regions is None else regions
-            return batches.make(batch_plan, regions, decoded)
+            return batches.make(batch_plan, two_regions() if regions is None else regions, decoded)
 
         make.plan = batch_plan
         return batches, make
@@ -223,7 +229,7 @@ def test_taking_a_batch_makes_the_stream_wait_and_never_the_host(streams, made_o
 
 def test_pixels_are_kept_until_their_kernels_are_through(streams, made_on):
     batches, make = made_on(3)
-    regions = Regions(torch.zeros(4, 4, 3, dtype=torch.uint8) for _ in range(2))
+    regions = two_regions()
     alive = weakref.ref(regions)
     first = make(regions)
     del regions
@@ -263,22 +269,25 @@ def test_a_consumer_that_runs_ahead_is_waited_for_by_the_worker(streams, made_on
     assert first in waited and second not in waited
 
 
-def test_threads_decode_the_next_batch_while_one_region_of_this_one_takes_long(made_on, monkeypatch):
+def test_threads_decode_the_next_batch_while_one_region_of_this_one_takes_long(made_on, photos, monkeypatch):
+    """Of progressive JPEGs, which are left to Pillow."""
     batches, make = made_on(3)
-    monkeypatch.setattr(batches, "decoder", decoder := decode.Decoder(batches.samples, 2, threads=2))
-    region, released, decoded = decoder.region, threading.Event(), []
+    files = [np.frombuffer(file, np.uint8) for file in small_photos(photos, progressive=True)]
+    places = np.array([(file.ctypes.data, file.size) for file in files])
+    samples = SimpleNamespace(jpeg=files.__getitem__, jpeg_addresses=lambda ids: places[ids].T)
+    monkeypatch.setattr(batches, "decoder", decoder := decode.Decoder(samples, 2, threads=2))
+    with_pillow, released, decoded = decoder._with_pillow, threading.Event(), []
 
     def slow_for_one(sample_id, *arguments):
         if sample_id == 3:
             assert released.wait(60), "the other thread waits for this one"
-        pixels = region(sample_id, *arguments)
+        pixels = with_pillow(sample_id, *arguments)
         decoded.append(int(sample_id))
         if sample_id == 6:
             released.set()
         return pixels
 
-    decoder(np.array([0]), np.zeros((1, 2), int), np.full((1, 2), 4))  # compiled
-    monkeypatch.setattr(decoder, "region", slow_for_one)
+    monkeypatch.setattr(decoder, "_with_pillow", slow_for_one)
     starts, shapes = np.zeros((2, 2), int), np.full((2, 2), 4)
     plans = [
         dataclasses.replace(make.plan, ids=np.array(ids), starts=starts, shapes=shapes) for ids in ([3, 5], [2, 6])
@@ -375,7 +384,7 @@ def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
         return SimpleNamespace(build=graph.build, run=lambda stream, **inputs: graph.run(**inputs))
 
     monkeypatch.setattr(decode, "decode_graph", on_the_cpu)
-    decoder = decode.Decoder(samples := Samples(small_beton), 8, 2, "mixed", SimpleNamespace(index=3))
+    decoder = decode.Decoder(samples := Samples(small_beton), 8, 2, "mixed", SimpleNamespace(index=3, type="cpu"))
     ids = np.array([2, 0, 7])
     starts, shapes = np.array([[1, 2], [0, 0], [9, 5]]), np.array([[10, 12], [30, 31], [1, 1]])
     events = []
@@ -387,8 +396,8 @@ def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
     for region, i, (top, left), (height, width) in zip(pixels, ids, starts, shapes, strict=True):
         with Image.open(io.BytesIO(samples.jpeg(i))) as image:
             whole = np.asarray(image.convert("RGB"))
-        np.testing.assert_array_equal(np.array(region), whole[top : top + height, left : left + width])
-    assert all(np.may_share_memory(jpeg, samples.jpeg(i)) for jpeg, i in zip(pixels.source[1], ids, strict=True))
+        np.testing.assert_array_equal(np.asarray(region), whole[top : top + height, left : left + width])
+    assert all(np.may_share_memory(jpeg, samples.jpeg(i)) for jpeg, i in zip(pixels.memory[1], ids, strict=True))
     graph = decode_graph("cpu", batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
     fed = samples.jpeg(0).copy()
     graph.feed_input("jpegs", [fed])

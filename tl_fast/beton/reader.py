@@ -89,6 +89,11 @@ class BetonReader(BetonTables):
         start = int(self._jpeg_ptr[i])
         return self._bytes[start : start + int(self._jpeg_size[i])]
 
+    def jpeg_addresses(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in memory the JPEGs of the samples `indices` [B] begin, and their sizes in bytes, int64 [B] both. Valid
+        as long as the file is open."""
+        return self._bytes.ctypes.data + self._jpeg_ptr[indices], self._jpeg_size[indices]
+
     def _map_bytes(self, i: int) -> np.ndarray:
         start = int(self._map_ptr[i])
         return self._bytes[start : start + int(self._map_size[i])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,14 @@ class Samples:
         reader, index = self.locate(sample_id)
         return reader.jpeg(index)
 
+    def jpeg_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in memory the samples' JPEGs begin, and their sizes in bytes, int64 [B] both. Valid while the files are
+        open."""
+        addresses, sizes = np.empty(len(sample_ids), np.int64), np.empty(len(sample_ids), np.int64)
+        for reader, chosen, indices in self._by_file(sample_ids):
+            addresses[chosen], sizes[chosen] = reader.jpeg_addresses(indices)
+        return addresses, sizes
+
     def check(self, sample_id: int) -> None:
         """Raise BetonError when the sample's bytes do not have the CRC-32 they were written with."""
         reader, index = self.locate(sample_id)
@@ -76,10 +84,8 @@ class Samples:
             return self.readers[0].label_maps(sample_ids)
         shape = (len(sample_ids), self.spec.k, self.spec.height, self.spec.width)
         classes, scores = np.empty(shape, np.uint16), np.empty(shape, np.float32)
-        files = np.searchsorted(self._starts, sample_ids, side="right") - 1
-        for file in np.unique(files):
-            chosen = np.flatnonzero(files == file)
-            classes[chosen], scores[chosen] = self.readers[file].label_maps(sample_ids[chosen] - self._starts[file])
+        for reader, chosen, indices in self._by_file(sample_ids):
+            classes[chosen], scores[chosen] = reader.label_maps(indices)
         return classes, scores
 
     def raw_label_maps(self, sample_ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -87,13 +93,19 @@ class Samples:
         if len(self.readers) == 1:
             return self.readers[0].raw_label_maps(sample_ids)
         maps, ranges = [np.empty(0, np.uint8)] * len(sample_ids), np.empty((len(sample_ids), 2), np.float32)
-        files = np.searchsorted(self._starts, sample_ids, side="right") - 1
-        for file in np.unique(files):
-            chosen = np.flatnonzero(files == file)
-            file_maps, ranges[chosen] = self.readers[file].raw_label_maps(sample_ids[chosen] - self._starts[file])
+        for reader, chosen, indices in self._by_file(sample_ids):
+            file_maps, ranges[chosen] = reader.raw_label_maps(indices)
             for b, label_map in zip(chosen, file_maps, strict=True):
                 maps[b] = label_map
         return maps, ranges
+
+    def _by_file(self, sample_ids: np.ndarray) -> Iterator[tuple[BetonReader, np.ndarray, np.ndarray]]:
+        """The reader of each file that holds some of the samples, where these stand among them, and their indices in
+        the file."""
+        files = np.searchsorted(self._starts, sample_ids, side="right") - 1
+        for file in np.unique(files):
+            chosen = np.flatnonzero(files == file)
+            yield self.readers[file], chosen, sample_ids[chosen] - self._starts[file]
 
     def map_error(self, sample_id: int, wrong: int) -> BetonError:
         """The error for a sample's damaged label map (`BetonReader.map_error`)."""

@@ -40,7 +40,15 @@ from tl_fast.jpeg.markers import (
     sampling,
 )
 from tl_fast.maths.compile import njit
-from tl_fast.maths.memory import address, load_uint16, load_uint64, store_int16, store_uint16
+from tl_fast.maths.memory import (
+    address,
+    bytes_from,
+    load_uint16,
+    load_uint64,
+    store_int16,
+    store_uint16,
+    take_number,
+)
 
 UNFIT = -1  # a file that is left to other decoders
 STREAM_ROOM = 4096  # bytes behind the data that may be read: an MCU of damaged data takes up to 10 blocks of 216
@@ -76,6 +84,26 @@ def decode_region(data, region, scan, pixels, out):
     if status == OK:
         write_pixels(record, region, area, pixels, starts, strides, out)
     return status
+
+
+@njit
+def decode_regions(taken, jpegs, regions, starts, scan, pixels, out):
+    """Decode region after region that no other thread has taken, until none is left (-1) or one has a status other
+    than OK, as `decode_region` has it -> its number; the caller sees to that region and calls again.
+
+    taken: int64 [1], regions taken so far, by all threads; jpegs: uint64 [B, 2], address and size in bytes of each
+    region's JPEG; regions: int64 [B, 4], as `decode_region` takes one; starts: int64 [B], of each region's pixels in
+    `out`, uint8. scan, pixels: as `decode_region` takes them, large enough for every region.
+    """
+    counter = address(taken)
+    while True:
+        b = np.int64(take_number(counter))
+        if b >= len(regions):
+            return -1
+        data = bytes_from(jpegs[b, 0], jpegs[b, 1])
+        region = (regions[b, 0], regions[b, 1], regions[b, 2], regions[b, 3])
+        if decode_region(data, region, scan, pixels, out[starts[b] :]) != OK:
+            return b
 
 
 @njit

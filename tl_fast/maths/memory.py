@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
 
 VECTOR = ir.VectorType(ir.IntType(8), 32)
 
@@ -25,6 +27,37 @@ def address(typingctx, array):
         )
 
     return types.uint64(array), generate
+
+
+@intrinsic
+def bytes_from(typingctx, start, size):
+    """The `size` bytes from address `start` on as an array, uint8 [size], not writeable. Both uint64."""
+    kind = types.Array(types.uint8, 1, "C", readonly=True)
+
+    def generate(context, builder, signature, arguments):
+        array = make_array(kind)(context, builder)
+        populate_array(
+            array,
+            data=builder.inttoptr(arguments[0], array.data.type),
+            shape=cgutils.pack_array(builder, [arguments[1]]),
+            strides=cgutils.pack_array(builder, [ir.Constant(ir.IntType(64), 1)]),
+            itemsize=ir.Constant(ir.IntType(64), 1),
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return kind(types.uint64, types.uint64), generate
+
+
+@intrinsic
+def take_number(typingctx, counter):
+    """The number at address `counter`, which is one higher afterwards; no other thread gets the same. Both uint64."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.uint64(types.uint64), generate
 
 
 def _raw(kind: types.Type) -> ir.Type:

@@ -13,46 +13,37 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from tl_fast.jpeg.region import RegionDecoder
+from tl_fast.jpeg.region import RegionDecoder, RegionQueue
 from tl_fast.jpeg.restarts import splice
+from tl_fast.pipeline.regions import Regions, Started
 from tl_fast.sources.image import open_rgb
 from tl_fast.system.mistakes import Mistake
 
 HW_DECODER_LOAD = 0.65  # share of the images for the GPU's JPEG engine, the others go to its cores; DALI's default
 MEASURE_SECONDS = 0.5  # for each way to decode
-PART = 4  # regions that a thread takes from the queue at a time
+PART = 4  # JPEGs that a thread splices at a time
 GAIN = 1.1  # what nvJPEG must gain to be chosen: its CUDA half takes time from the training step
 
 Work = Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]  # (ids, starts, shapes) of batch after batch
-# What `Decoder.start` returns: waits for the threads -> the regions' pixels, and the event after which they are there.
-Started = Callable[[], tuple[Sequence, torch.cuda.Event | None]]
 
 
 class DecodeError(Mistake, RuntimeError):
     """An image could not be decoded; the message names the sample and its file."""
 
 
-class _Pixels(list):
-    """Tensors of regions.
-
-    source: what the pixels are made from and lie in. The GPU may still be reading it, so it is kept as long as they
-        are.
-    """
-
-    source: Any
-
-
 class Jpegs(Protocol):
     """What a decoder reads: `tl_fast.beton.samples.Samples`."""
 
     def jpeg(self, sample_id: int) -> np.ndarray: ...
+
+    def jpeg_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
     def name(self, sample_id: int) -> str: ...
 
@@ -131,8 +122,8 @@ class Decoder:
         self._threads = ThreadPoolExecutor(threads, "tl_fast-region")
         self._compiled = False
 
-    def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Sequence:
-        """The regions' pixels, uint8 [h, w, 3] each: tensors of torch, or DALI's for nvJPEG, whose memory is their own.
+    def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Regions:
+        """The regions' pixels.
 
         ids: int64 [B], samples.
         starts, shapes: int64 [B, 2], first pixel and size of each region, (row, column).
@@ -157,21 +148,15 @@ class Decoder:
             # Recorded now: later the stream may have got work of the next batch.
             decoded = None if stream is None else stream.record_event()
             return lambda: (pixels, decoded)
-        sizes = 3 * shapes.prod(axis=1)
-        ends = np.cumsum(sizes)
-        host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self.device is not None)
-        packed = host.numpy()
+        queue = RegionQueue(*self.samples.jpeg_addresses(ids), starts, starts + shapes)
+        host = torch.empty(queue.num_bytes, dtype=torch.uint8, pin_memory=self.device is not None)
+        if not self._compiled:
+            self._region_decoder.compile()
+            self._compiled = True
+        decode = functools.partial(self._decode_queued, queue, ids, starts, shapes, host.numpy())
+        futures = [self._threads.submit(decode) for _ in range(min(self.threads, len(ids)))]
 
-        def decode(part: range) -> None:
-            for b in part:
-                out = packed[ends[b] - sizes[b] : ends[b]]
-                region = self.region(ids[b], starts[b], shapes[b], out)
-                if not np.may_share_memory(region, out):
-                    out[:] = region.reshape(-1)
-
-        futures = self._start_parts(decode, len(ids))
-
-        def finish() -> tuple[Sequence, torch.cuda.Event | None]:
+        def finish() -> tuple[Regions, torch.cuda.Event | None]:
             for future in futures:
                 future.result()
             pixels, decoded = host, None
@@ -179,28 +164,35 @@ class Decoder:
                 with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                     pixels = host.to(self.device, non_blocking=stream is not None)
                 decoded = None if stream is None else stream.record_event()
-            regions = zip(ends.tolist(), sizes.tolist(), shapes.tolist(), strict=True)
-            return [pixels[end - size : end].view(*shape, 3) for end, size, shape in regions], decoded
+            return Regions(pixels.data_ptr() + queue.offsets, shapes, self.device is not None, pixels), decoded
 
         return finish
 
-    def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """One region's pixels on the host, uint8 [h, w, 3].
+    def _decode_queued(
+        self, queue: RegionQueue, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Decode regions of the queue to `out` until it is empty, in one of several threads."""
+        while (b := self._region_decoder.decode_queued(queue, out)) is not None:
+            pixels = self._with_pillow(ids[b], starts[b], shapes[b])
+            out[queue.offsets[b] : queue.offsets[b] + pixels.size] = pixels.reshape(-1)
+
+    def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray) -> np.ndarray:
+        """One region's pixels on the host, uint8 [h, w, 3], in memory that this thread's next call may write again.
 
         start, shape: int64 [2], first pixel and size of the region, (row, column).
-        out: uint8 [h * w * 3], as `RegionDecoder.decode` takes it; not written where Pillow had to decode.
 
         Raises DecodeError naming the sample.
         """
-        jpeg = self.samples.jpeg(sample_id)
-        region = self._region_decoder.decode(jpeg, start, start + shape, out)
-        if region is None:
-            (top, left), (bottom, right) = start, start + shape
-            try:
-                region = np.asarray(open_rgb(jpeg)[0].crop((left, top, right, bottom)))
-            except ValueError as error:
-                raise self._error(sample_id) from error
-        return region
+        region = self._region_decoder.decode(self.samples.jpeg(sample_id), start, start + shape)
+        return self._with_pillow(sample_id, start, shape) if region is None else region
+
+    def _with_pillow(self, sample_id: int, start: np.ndarray, shape: np.ndarray) -> np.ndarray:
+        """As `region`, of a file that our decoder leaves to others."""
+        (top, left), (bottom, right) = start, start + shape
+        try:
+            return np.asarray(open_rgb(self.samples.jpeg(sample_id))[0].crop((left, top, right, bottom)))
+        except ValueError as error:
+            raise self._error(sample_id) from error
 
     def _error(self, sample_id: int) -> DecodeError:
         return DecodeError(
@@ -210,8 +202,8 @@ class Decoder:
 
     def _with_nvjpeg(
         self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None
-    ) -> Sequence:
-        """DALI's tensors of the regions."""
+    ) -> Regions:
+        """The regions' pixels, made by DALI."""
         if self._graph is None:
             # A depth of one is enough: outputs of DALI's dynamic executor own their memory, and the loader prefetches.
             self._graph = decode_graph(
@@ -238,29 +230,24 @@ class Decoder:
                     f"DALI could not decode samples {ids.tolist()}, though each can be decoded alone: {error}"
                 ) from error
             raise self._error(damaged) from error
-        pixels = _Pixels(regions[b] for b in range(len(ids)))
-        pixels.source = regions, jpegs
-        return pixels
-
-    def _start_parts(self, work: Callable[[range], Any], count: int) -> list[Future]:
-        """`work` of the numbers below `count`, a few at a time, on the threads' queue -> its futures in order."""
-        part = min(PART, -(-count // self.threads))
-        futures = []
-        for first in range(0, count, part):
-            futures.append(self._threads.submit(work, range(first, min(first + part, count))))
-            if not self._compiled:  # numba does not bear two threads that compile one function
-                wait(futures)
-                self._compiled = True
-        return futures
+        addresses = np.array([regions[b].data_ptr() for b in range(len(ids))], np.int64)
+        return Regions(addresses, shapes, self.device.type == "cuda", (regions, jpegs))
 
     def _splice(self, ids: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """JPEGs that show the regions, and the pixel of the stored image that each begins with, int64 [B, 2]. Where the
         beton has a row index the JPEGs are smaller than those stored."""
 
-        def spliced(part: range) -> list[tuple[np.ndarray, tuple[int, int]]]:
+        def spliced(first: int) -> list[tuple[np.ndarray, tuple[int, int]]]:
+            part = range(first, min(first + PART, len(ids)))
             return [splice(self.samples.jpeg(ids[b]), starts[b], stops[b]) for b in part]
 
-        parts = [future.result() for future in self._start_parts(spliced, len(ids))]
+        futures = []
+        for first in range(0, len(ids), PART):
+            futures.append(self._threads.submit(spliced, first))
+            if not self._compiled:  # numba does not bear two threads that compile one function
+                wait(futures)
+                self._compiled = True
+        parts = [future.result() for future in futures]
         jpegs, origins = zip(*itertools.chain.from_iterable(parts), strict=True)
         return list(jpegs), np.array(origins, np.int64)
 

@@ -11,7 +11,6 @@ import collections
 import contextlib
 import functools
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,13 @@ import numpy as np
 import torch
 from numba import cuda as numba_cuda
 
+from tl_fast.beton.samples import Samples
 from tl_fast.kernels import cuda
 from tl_fast.kernels.cuda_device import SIMULATED
 from tl_fast.pipeline.batch import Batch, BatchPlan, UnderWay
-from tl_fast.pipeline.decode import AutoDecoder, Decoder, Started
+from tl_fast.pipeline.decode import AutoDecoder, Decoder
 from tl_fast.pipeline.planner import Planner
+from tl_fast.pipeline.regions import Regions, Started
 from tl_fast.pipeline.settings import Decoding
 from tl_fast.system.mistakes import InputError
 
@@ -71,19 +72,6 @@ class Made:
     memory: list[torch.Tensor]
     event: torch.cuda.Event | None
     maps: Maps | None
-
-
-class _Span:
-    """Device memory from an address on, as uint8 [size], for whoever knows the CUDA array interface."""
-
-    def __init__(self, address: int, size: int):
-        self.__cuda_array_interface__ = {
-            "shape": (size,),
-            "typestr": "|u1",
-            "data": (address, True),
-            "strides": None,
-            "version": 3,
-        }
 
 
 class GpuBatches:
@@ -143,15 +131,16 @@ class GpuBatches:
     def _finish_and_make(self, plan: BatchPlan, started: Started) -> Made:
         return self.make(plan, *started())
 
-    def make(self, plan: BatchPlan, regions: Sequence, decoded: torch.cuda.Event | None) -> Made:
+    def make(self, plan: BatchPlan, regions: Regions, decoded: torch.cuda.Event | None) -> Made:
         """Upload what a batch needs and launch its kernels, without waiting for them. Waits for batches `ahead` back.
 
-        regions: the pixels, uint8 [h, w, 3] each, on the device when `decoded` has happened. Everything returned is new
-        memory, written by `stream`.
+        regions: the pixels, on the device when `decoded` has happened. Everything returned is new memory, written by
+        `stream`.
         """
         self._wait_for_old()
-        pixels, offsets = self._pixels(regions, plan.shapes)
-        parts = self._upload_parts(plan, offsets)
+        span, offsets = regions.span()
+        pixels = np.asarray(span) if self.stream is None else numba_cuda.as_cuda_array(span, sync=False)
+        parts = upload_parts(self.samples, plan, offsets)
         size, side = len(plan.ids), self.crops.image_size
         with _launching, torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
             if decoded is not None:
@@ -193,31 +182,6 @@ class GpuBatches:
         memory = [tensor for tensor in (uploaded, images, targets) if tensor is not None]
         return Made(batch, memory, event, None if flags is None else Maps(plan.ids, flags, event))
 
-    def _upload_parts(self, plan: BatchPlan, offsets: np.ndarray) -> dict[str, np.ndarray]:
-        """What the kernels read besides the pixels, and what the batch holds that the host knows.
-
-        offsets: int64 [B], where each region begins among the pixels.
-        """
-        regions = np.zeros(len(plan.ids), cuda.REGION)
-        regions["offset"] = offsets
-        regions["rows"], regions["columns"] = plan.shapes.T
-        regions["top"], regions["left"] = plan.starts.T
-        regions["height"], regions["width"] = plan.heights, plan.widths
-        parts = {
-            "regions": regions,
-            "plans": plan.plans,
-            "ids": plan.ids,
-            "labels": self.samples.labels[plan.ids],
-            **plan.extras,
-        }
-        if plan.affines is not None:
-            maps, parts["ranges"] = self.samples.raw_label_maps(plan.ids)
-            parts["starts"] = np.cumsum([0] + [len(record) for record in maps])
-            parts["maps"] = np.concatenate(maps)
-            parts["affines"] = plan.affines
-            parts["errors"] = np.zeros(len(plan.ids), np.int32)
-        return parts
-
     def _wait_for_old(self) -> None:
         """Forget the batches that are made or consumed. Wait, in this thread alone, until fewer than `ahead` batches
         are not made, and fewer than `ahead` not consumed."""
@@ -226,18 +190,6 @@ class GpuBatches:
                 event, regions = queue.popleft()
                 event.synchronize()
                 del regions
-
-    def _pixels(self, regions: Sequence, shapes: np.ndarray) -> tuple[Any, np.ndarray]:
-        """All regions as one device array uint8 [M], and where in it each begins, int64 [B]. On a GPU without a copy:
-        the array spans whatever lies between them."""
-        sizes = 3 * shapes.prod(axis=1)
-        if self.stream is None:
-            pixels = np.concatenate([np.asarray(regions[b]).reshape(-1) for b in range(len(shapes))])
-            return pixels, np.cumsum(sizes) - sizes
-        addresses = np.array([regions[b].data_ptr() for b in range(len(shapes))], np.int64)
-        base = int(addresses.min())
-        span = _Span(base, int((addresses + sizes).max()) - base)
-        return numba_cuda.as_cuda_array(span, sync=False), addresses - base
 
     def _upload(self, parts: dict[str, np.ndarray]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Arrays -> one uint8 tensor on the device, sent by one copy that nobody waits for, and the bytes of each array
@@ -306,6 +258,32 @@ class GpuBatches:
         self._running.clear()
         self._consumed.clear()
         self.decoder.close()
+
+
+def upload_parts(samples: Samples, plan: BatchPlan, offsets: np.ndarray) -> dict[str, np.ndarray]:
+    """What the kernels read besides the pixels, and what the batch holds that the host knows.
+
+    offsets: int64 [B], where each region begins among the pixels.
+    """
+    regions = np.zeros(len(plan.ids), cuda.REGION)
+    regions["offset"] = offsets
+    regions["rows"], regions["columns"] = plan.shapes.T
+    regions["top"], regions["left"] = plan.starts.T
+    regions["height"], regions["width"] = plan.heights, plan.widths
+    parts = {
+        "regions": regions,
+        "plans": plan.plans,
+        "ids": plan.ids,
+        "labels": samples.labels[plan.ids],
+        **plan.extras,
+    }
+    if plan.affines is not None:
+        maps, parts["ranges"] = samples.raw_label_maps(plan.ids)
+        parts["starts"] = np.cumsum([0] + [len(record) for record in maps])
+        parts["maps"] = np.concatenate(maps)
+        parts["affines"] = plan.affines
+        parts["errors"] = np.zeros(len(plan.ids), np.int32)
+    return parts
 
 
 def _enter_thread(device: torch.device) -> None:

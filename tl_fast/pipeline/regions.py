@@ -1,0 +1,58 @@
+"""The decoded pixels of a batch's regions, wherever they lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Span:
+    """Bytes from an address on, uint8, for whoever knows numpy's or CUDA's array interface.
+
+    address: of the first byte; shape: of the array; on_gpu: whether the address is of a GPU's memory; memory: what is
+    kept as long as the span is.
+    """
+
+    def __init__(self, address: int, shape: tuple[int, ...], on_gpu: bool, memory: Any):
+        interface = {"shape": shape, "typestr": "|u1", "data": (address, False), "strides": None, "version": 3}
+        if on_gpu:
+            self.__cuda_array_interface__ = interface
+        else:
+            self.__array_interface__ = interface
+        self._memory = memory
+
+
+class Regions:
+    """Pixels of regions, uint8 [h, w, 3] each, as long as this object lives. Index b gives region b as a tensor.
+
+    addresses: int64 [B], of each region's first byte.
+    shapes: int64 [B, 2], (rows, columns) of each.
+    on_gpu: whether the pixels are in a GPU's memory.
+    memory: what the pixels lie in, and what they are made from where a GPU may still be reading it.
+    """
+
+    def __init__(self, addresses: np.ndarray, shapes: np.ndarray, on_gpu: bool, memory: Any):
+        self.addresses, self.shapes, self.on_gpu, self.memory = addresses, shapes, on_gpu, memory
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    def __getitem__(self, b: int) -> torch.Tensor:
+        rows, columns = self.shapes[b].tolist()
+        span = Span(int(self.addresses[b]), (rows, columns, 3), self.on_gpu, self.memory)
+        return torch.as_tensor(span if self.on_gpu else np.asarray(span))
+
+    def span(self) -> tuple[Span, np.ndarray]:
+        """One array, uint8 [M], from the first region to the last with whatever lies between them, and where in it each
+        region begins, int64 [B]."""
+        first = int(self.addresses.min())
+        size = int((self.addresses + 3 * self.shapes.prod(axis=1)).max()) - first
+        return Span(first, (size,), self.on_gpu, self.memory), self.addresses - first
+
+
+# What a decoder's `start` returns: waits for the threads -> the regions' pixels, and the event after which they are
+# there.
+Started = Callable[[], tuple[Regions, torch.cuda.Event | None]]
