@@ -48,7 +48,7 @@ def crop_seconds(samples: Samples, planner: Planner, repeats: int = 3) -> np.nda
     """The least time that the crop of each sample takes to decode on one thread, float64 [number of samples]."""
     ids = np.arange(len(samples))
     _, starts, stops = planner.regions(ids, 0)
-    decoder = Decoder(samples, 1, 1)
+    decoder = Decoder(samples, 1)
     seconds = np.full((repeats + 1, len(ids)), np.inf)  # the first time compiles
     for repeat in range(repeats + 1):
         for i in ids:
@@ -87,7 +87,7 @@ class Sleeper(Decoder):
     """
 
     def __init__(self, samples: Samples, threads: int, seconds: np.ndarray):
-        super().__init__(samples, BATCH, threads)
+        super().__init__(samples, threads)
         self.microseconds = (1e6 * seconds).astype(np.uint32)
         self.slept: list[int] = []
 

@@ -29,7 +29,8 @@ from gpu_rows import add_data, beton_of, need_gpu, parser, without_nvjpeg, write
 
 from tl_fast.beton.samples import Samples
 from tl_fast.kernels.geometry import cpu as warp
-from tl_fast.pipeline.decode import Decoder, decoded_regions
+from tl_fast.pipeline.decode import Decoder
+from tl_fast.pipeline.nvjpeg import NvjpegDecoder, decoded_regions
 from tl_fast.plan import records as plan
 
 LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
@@ -128,14 +129,14 @@ def main() -> None:
         }
         contenders: dict[str, tuple[int | None, Callable]] = {}
         for n in arguments.threads:
-            contenders[f"cpu, {n} threads"] = n, functools.partial(Decoder, samples, arguments.batch, n, "cpu", device)
+            contenders[f"cpu, {n} threads"] = n, functools.partial(Decoder, samples, n, device)
         for n in arguments.threads:
             contenders[f"DALI's cpu half, {n} threads"] = (
                 n,
                 functools.partial(DaliCpu, samples, arguments.batch, n, device),
             )
             for load in LOADS:
-                make = functools.partial(Decoder, samples, arguments.batch, n, "mixed", device, load)
+                make = functools.partial(NvjpegDecoder, samples, arguments.batch, n, device, load)
                 contenders[f"mixed, {n} threads, hw_decoder_load {load}"] = n, make
         contenders["torchvision nvJPEG, whole images"] = None, functools.partial(TorchvisionNvjpeg, samples, device)
         failed, missing = False, without_nvjpeg()

@@ -127,7 +127,7 @@ def main() -> None:
         planner = Planner(samples, Share(1), crops, Targets(), seed=0, train=True)
         rng = np.random.default_rng(0)
         batches = [rng.integers(0, len(samples), BATCH) for _ in range(BATCHES)]
-        before, now = OneCallAnImage(samples, BATCH, 1), Decoder(samples, BATCH, 1)
+        before, now = OneCallAnImage(samples, 1), Decoder(samples, 1)
         contenders = {
             "one call a batch, planned before": functools.partial(
                 decode_alone, now, [planner.plan(ids, 0) for ids in batches]

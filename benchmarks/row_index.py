@@ -22,7 +22,8 @@ from rows import ROOT, measure, write_rows
 from tl_fast.convert.image import compile_kernels, prepare
 from tl_fast.jpeg.restarts import splice
 from tl_fast.kernels.geometry.cpu import needed
-from tl_fast.pipeline.decode import Decoder, decode_graph
+from tl_fast.pipeline.decode import Decoder
+from tl_fast.pipeline.nvjpeg import decode_graph
 from tl_fast.plan import Augment
 from tl_fast.plan.records import draw as draw_plans
 
@@ -51,7 +52,7 @@ class OurCrops(Crops):
 
     def __init__(self, jpegs: list[np.ndarray], sizes: np.ndarray, threads: int) -> None:
         super().__init__(jpegs, sizes)
-        self.decoder, self.parts, self.pool = Decoder(self, len(jpegs), 1), threads, ThreadPoolExecutor(threads)
+        self.decoder, self.parts, self.pool = Decoder(self, 1), threads, ThreadPoolExecutor(threads)
 
     def jpeg(self, i: int) -> np.ndarray:
         return self.jpegs[i]

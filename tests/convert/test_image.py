@@ -28,8 +28,10 @@ from tl_fast.jpeg.exif import exif_orientation
 from tl_fast.jpeg.region import RegionDecoder
 from tl_fast.jpeg.restarts import splice
 from tl_fast.pictures import sample_sheet
-from tl_fast.pipeline.decode import DecodeError, Decoder
+from tl_fast.pipeline.decode import Decoder
 from tl_fast.pipeline.loader import Loader
+from tl_fast.pipeline.nvjpeg import NvjpegDecoder
+from tl_fast.pipeline.regions import DecodeError
 from tl_fast.sources.image import FORMATS, TURNS, check_size, open_rgb, read_jpeg_header, tiff_orientation
 
 HEIGHT, WIDTH = 48, 64
@@ -185,14 +187,14 @@ def test_annotator_converter_and_loader_see_the_same_pixels(
     else:
         np.testing.assert_array_equal(encoded[0], seen)
 
-    decoder = Decoder(Samples(tmp_path / "one.beton"), 1, 1)
+    decoder = Decoder(Samples(tmp_path / "one.beton"), 1)
     region = decoder.region(0, np.array([0, 0]), np.array([HEIGHT, WIDTH])).astype(int)
     decoder.close()
     stored = reencoded(seen, 95) if encoded else seen
     difference = np.abs(region - stored)
     assert difference.mean() <= (1.5 if encoded else 0), (difference.mean(), difference.max())
     # Bytes that our decoder leaves to Pillow, as a beton of stock FFCV may hold them.
-    fallback = Decoder(Files([data]), 1, 1)
+    fallback = Decoder(Files([data]), 1)
     np.testing.assert_array_equal(fallback.region(0, np.array([5, 9]), np.array([20, 30])), seen[5:25, 9:39])
     fallback.close()
 
@@ -242,11 +244,13 @@ def test_eps_named_jpg_reaches_no_plugin(tmp_path: Path, monkeypatch: pytest.Mon
     for reader in (open_rgb, jpeg.prepare):
         with pytest.raises(ValueError, match="not an image that can be read"):
             reader(EPS)
-    decoder = Decoder(Files([EPS]), 1, 1)
+    decoder = Decoder(Files([EPS]), 1)
     with pytest.raises(DecodeError, match="cannot decode sample 0"):
         decoder.region(0, np.array([0, 0]), np.array([8, 8]))
-    assert decoder._damaged(np.array([0]), "DALI's message without a number") == 0
     decoder.close()
+    nvjpeg = NvjpegDecoder(Files([EPS]), 1, 1, None)
+    assert nvjpeg._damaged(np.array([0]), "DALI's message without a number") == 0
+    nvjpeg.close()
 
     stored = KINDS["RGB, usual.jpg"][0]
     write_beton(tmp_path / "one.beton", [Sample("one", 0, lambda: stored)], class_names=["class"], workers=1)
@@ -274,7 +278,7 @@ def test_a_small_jpeg_of_many_pixels_takes_no_memory(monkeypatch: pytest.MonkeyP
             open_rgb(bomb)
         with pytest.raises(ValueError, match="damaged JPEG: 13000 × 13000 pixels from|truncated JPEG"):
             jpeg.prepare(bomb)
-        decoder = Decoder(Files([bomb]), 1, 1)
+        decoder = Decoder(Files([bomb]), 1)
         with pytest.raises(DecodeError):
             decoder.region(0, np.array([0, 0]), np.array([13_000, 8]))
         decoder.close()

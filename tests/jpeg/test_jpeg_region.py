@@ -18,7 +18,9 @@ from PIL import Image
 
 from tl_fast.convert.image import prepare
 from tl_fast.jpeg.region import RegionDecoder
-from tl_fast.pipeline.decode import DecodeError, Decoder, decode_graph
+from tl_fast.pipeline.decode import Decoder
+from tl_fast.pipeline.nvjpeg import decode_graph
+from tl_fast.pipeline.regions import DecodeError
 
 PHOTOS = sorted((Path(__file__).parents[1] / "photos").rglob("*.jpg"))
 CANARY = 0xA5
@@ -231,7 +233,7 @@ def test_a_decoder_gives_dalis_pixels_and_pillow_decodes_the_rest():
         jpegs=list(map(as_array, files)), starts=starts.astype(np.int32), shapes=shapes.astype(np.int32)
     )
     for threads in (1, 2):
-        batches = Decoder(Files(files), 16, threads)
+        batches = Decoder(Files(files), threads)
         regions = batches(np.arange(len(files)), starts, shapes)
         for b in range(len(files)):
             np.testing.assert_array_equal(np.asarray(regions[b]), np.asarray(expected[b]))
@@ -243,9 +245,9 @@ def test_a_file_that_nobody_can_decode_is_named():
     files = [PHOTOS[0].read_bytes(), PHOTOS[1].read_bytes()[:300], PHOTOS[2].read_bytes()]
     starts, shapes = np.zeros((3, 2), int), np.full((3, 2), 9)
     with pytest.raises(DecodeError, match="sample 1"):
-        Decoder(Files(files), 3, 1)(np.arange(3), starts, shapes)
+        Decoder(Files(files), 1)(np.arange(3), starts, shapes)
     with pytest.raises(DecodeError, match="sample 1"):
-        Decoder(Files(files), 3, 1).region(1, starts[1], shapes[1])
+        Decoder(Files(files), 1).region(1, starts[1], shapes[1])
 
 
 def test_every_look_up_length_is_met():

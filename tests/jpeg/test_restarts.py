@@ -22,8 +22,9 @@ from tl_fast.convert.encode import Sample
 from tl_fast.convert.write import write_beton
 from tl_fast.jpeg import markers as marks
 from tl_fast.jpeg.restarts import restart_interval, splice
-from tl_fast.pipeline.decode import DecodeError, decode_graph
 from tl_fast.pipeline.loader import Loader
+from tl_fast.pipeline.nvjpeg import decode_graph
+from tl_fast.pipeline.regions import DecodeError
 from tl_fast.plan.records import Augment
 
 jpeg.compile_kernels()

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import gc
 import io
-import itertools
 import os
 import subprocess
 import sys
@@ -26,11 +25,12 @@ from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.samples import Samples
 from tl_fast.kernels import cuda_launch
 from tl_fast.labelmaps.format import MapSpec
-from tl_fast.pipeline import decode, gpu_batches
-from tl_fast.pipeline.decode import AutoDecoder, DecodeError, choose, decode_graph, rate
+from tl_fast.pipeline import choice, gpu_batches, nvjpeg
+from tl_fast.pipeline.decode import Decoder
 from tl_fast.pipeline.loader import Loader
+from tl_fast.pipeline.nvjpeg import NvjpegDecoder, decode_graph
 from tl_fast.pipeline.planner import Planner
-from tl_fast.pipeline.regions import Regions
+from tl_fast.pipeline.regions import DecodeError, Regions
 from tl_fast.pipeline.settings import Crops, Decoding, Share, Targets
 from tl_fast.plan import records as plan
 
@@ -275,7 +275,7 @@ def test_threads_decode_the_next_batch_while_one_region_of_this_one_takes_long(m
     files = [np.frombuffer(file, np.uint8) for file in small_photos(photos, progressive=True)]
     places = np.array([(file.ctypes.data, file.size) for file in files])
     samples = SimpleNamespace(jpeg=files.__getitem__, jpeg_addresses=lambda ids: places[ids].T)
-    monkeypatch.setattr(batches, "decoder", decoder := decode.Decoder(samples, 2, threads=2))
+    monkeypatch.setattr(batches, "decoder", decoder := Decoder(samples, threads=2))
     with_pillow, released, decoded = decoder._with_pillow, threading.Event(), []
 
     def slow_for_one(sample_id, *arguments):
@@ -383,8 +383,8 @@ def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
         graph = decode_graph("cpu", device_id=None, **options)
         return SimpleNamespace(build=graph.build, run=lambda stream, **inputs: graph.run(**inputs))
 
-    monkeypatch.setattr(decode, "decode_graph", on_the_cpu)
-    decoder = decode.Decoder(samples := Samples(small_beton), 8, 2, "mixed", SimpleNamespace(index=3, type="cpu"))
+    monkeypatch.setattr(nvjpeg, "decode_graph", on_the_cpu)
+    decoder = NvjpegDecoder(samples := Samples(small_beton), 8, 2, SimpleNamespace(index=3, type="cpu"))
     ids = np.array([2, 0, 7])
     starts, shapes = np.array([[1, 2], [0, 0], [9, 5]]), np.array([[10, 12], [30, 31], [1, 1]])
     events = []
@@ -409,89 +409,7 @@ def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
     decoder.close()
 
 
-# --- which decoder
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock in place of the machine's that only `Timed` moves."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    return clock
-
-
-class Timed:
-    """A decoder that takes so many seconds an image, and ten times as many for each of its first two batches."""
-
-    def __init__(self, clock: SimpleNamespace, seconds: float):
-        self.clock, self.seconds, self.batches, self.closed = clock, seconds, 0, False
-
-    def __call__(self, ids, starts, shapes):
-        self.batches += 1
-        self.clock.now += self.seconds * len(ids) * (10 if self.batches <= 2 else 1)
-
-    def start(self, ids, starts, shapes, stream=None):
-        self(ids, starts, shapes)
-        return lambda: ([], None)
-
-    def close(self):
-        self.closed = True
-
-
-def work():
-    while True:
-        yield np.arange(4), np.zeros((4, 2), np.int64), np.ones((4, 2), np.int64)
-
-
-@pytest.mark.parametrize("mixed, way", [(0.0004, "mixed"), (0.00089, "mixed"), (0.00095, "cpu"), (0.003, "cpu")])
-def test_the_faster_decoder_is_taken_and_both_rates_are_said(clock, mixed, way):
-    opened = {"cpu": Timed(clock, 0.001), "mixed": Timed(clock, mixed)}
-    chosen, words = choose(opened.get, work)
-    assert chosen == way and f"decode {way!r}" in words
-    assert "cpu 1,000 images/s" in words and f"(nvJPEG) {1 / mixed:,.0f}" in words
-    assert all(decoder.closed for decoder in opened.values()) and 1 <= clock.now <= 1.5
-
-
-def test_without_nvjpeg_the_cpu_decodes_and_the_reason_is_said(clock):
-    class Broken(Timed):
-        def __call__(self, *_):
-            raise RuntimeError("nvjpeg: not supported\nmore")
-
-    opened = {"cpu": Timed(clock, 0.001), "mixed": Broken(clock, 0)}
-    chosen, words = choose(opened.get, work)
-    assert chosen == "cpu" and "nvjpeg: not supported" in words and "more" not in words and opened["mixed"].closed
-
-    class Damaged(Timed):
-        def __call__(self, *_):
-            raise DecodeError("sample 3")
-
-    with pytest.raises(DecodeError, match="sample 3"):
-        choose(lambda way: Damaged(clock, 0), work)
-
-
-def test_auto_measures_at_the_first_batch_and_keeps_the_faster(clock, capsys):
-    opened = []
-
-    def open_decoder(way):
-        opened.append((way, Timed(clock, {"cpu": 0.001, "mixed": 0.0004}[way])))
-        return opened[-1][1]
-
-    auto = AutoDecoder(open_decoder, work, announce=True)
-    assert auto.way == "auto" and not opened
-    for batch in itertools.islice(work(), 3):
-        auto.start(*batch)()
-    assert auto.way == "mixed" and [way for way, _ in opened] == ["cpu", "mixed", "mixed"]
-    assert opened[2][1].batches == 3 and [decoder.closed for _, decoder in opened] == [True, True, False]
-    assert capsys.readouterr().err.count("tl_fast: decode 'mixed'") == 1
-    auto.close()
-    assert opened[2][1].closed
-
-
-def test_a_rate_counts_what_follows_the_warm_up(clock):
-    decoder = Timed(clock, 0.025)
-    assert rate(decoder, work(), seconds=1) == pytest.approx(40) and decoder.batches == 2 + 10
-    with pytest.raises(ValueError, match="more than 2 batches"):
-        rate(decoder, [next(work())])
+# --- settings
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -500,11 +418,21 @@ def test_without_a_gpu_the_device_is_refused_by_name(small_beton):
         Loader(small_beton, 2, device="cuda")
 
 
-def test_mixed_without_dali_is_refused_at_once(small_beton, monkeypatch):
+@pytest.mark.parametrize("way", ["mixed", "hybrid"])
+def test_nvjpeg_without_dali_is_refused_at_once(small_beton, monkeypatch, way):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    decode.graph_definition.cache_clear()
+    nvjpeg.graph_definition.cache_clear()
     with pytest.raises(ImportError, match="pip install nvidia-dali"):
-        Loader(small_beton, 2, device="cuda", decode="mixed")
+        Loader(small_beton, 2, device="cuda", decode=way)
+
+
+def test_a_share_of_nvjpeg_must_be_one_and_needs_hybrid():
+    cuda = torch.device("cuda")
+    for way, share in (("cpu", 0.5), ("hybrid", 1.5), ("hybrid", float("nan"))):
+        with pytest.raises(ValueError, match="hybrid_share must be in 0..1, with decode='hybrid' alone"):
+            Decoding(cuda, way, share)
+    with pytest.raises(ValueError, match="'hybrid' .nvJPEG. with device='cuda' alone"):
+        Decoding(torch.device("cpu"), "hybrid")
 
 
 @pytest.mark.parametrize("load", [-0.1, 1.5, float("nan")])
@@ -701,8 +629,25 @@ def test_a_damaged_jpeg_is_named(photo_beton, decode_way, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_auto_says_what_it_took(photo_beton, capfd):
+def test_auto_says_what_it_took(photo_beton, capfd, monkeypatch):
+    monkeypatch.setattr(choice, "WARM_UP", 1)
+    monkeypatch.setattr(choice, "MEASURED", 2)
     with Loader(photo_beton, 12, image_size=32, grid=2, device="cuda") as loader:
-        next(iter(loader))
+        assert loader.decode == "auto" and len(list(loader)) == 4
         assert loader.decode in (("cpu", "mixed") if HAS_DALI else ("cpu",))
         assert f"decode {loader.decode!r}" in capfd.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+def test_hybrid_decodes_each_sample_always_in_the_same_way(photo_beton):
+    options = dict(image_size=64, grid=4, device="cuda")
+    with (
+        Loader(photo_beton, 12, decode="cpu", **options) as cpu,
+        Loader(photo_beton, 12, decode="hybrid", hybrid_share=0.5, **options) as hybrid,
+    ):
+        for a, b in zip(cpu, hybrid, strict=True):
+            off = (a.images.int() - b.images.int()).abs().float()
+            by_nvjpeg = torch.from_numpy(choice.chosen(a.sample_ids.cpu().numpy(), 0.5)).cuda()
+            assert 0 < by_nvjpeg.sum() < 12 and off[~by_nvjpeg].max() == 0 and off[by_nvjpeg].mean() < 2

@@ -21,9 +21,10 @@ from tl_fast.beton.reader import BetonReader
 from tl_fast.kernels import cpu
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.maths import scalar
+from tl_fast.pipeline import loader as loader_module
 from tl_fast.pipeline import planner
-from tl_fast.pipeline.decode import DecodeError
 from tl_fast.pipeline.loader import Loader
+from tl_fast.pipeline.regions import DecodeError
 from tl_fast.plan import rand_augment
 from tl_fast.plan import records as plan
 from tl_fast.plan.boxes import center_boxes, crop_fractions
@@ -305,6 +306,57 @@ def test_choosing_the_next_epoch_leaves_the_running_one_alone(photo_beton):
             loader.set_epoch(7)
             seen |= {s: image for s, image in zip(batch.sample_ids.tolist(), batch.images, strict=True)}
         assert list(seen) == order and all(torch.equal(seen[s], whole[s][0]) for s in order)
+
+
+def test_the_next_epoch_is_begun_while_this_one_ends(photo_beton):
+    options = dict(image_size=32, grid=2, seed=3)
+    with Loader(photo_beton, 4, **options) as loader:
+        expected = []
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            expected.append(collect(loader))
+    with Loader(photo_beton, 4, prefetch=2, **options) as loader:
+        produced, produce = [], loader._produce
+        loader._produce = lambda ids, epoch: produced.append((epoch, ids.tolist())) or produce(ids, epoch)
+        for epoch in range(3):
+            loader.set_epoch(epoch, next_epoch=epoch + 1 if epoch < 2 else None)
+            seen, order = collect(loader)
+            assert order == expected[epoch][1]
+            assert all(torch.equal(seen[s][0], expected[epoch][0][s][0]) for s in order)
+            begun = [ids for number, ids in produced if number == epoch + 1]
+            following = expected[epoch + 1][1] if epoch < 2 else []
+            assert begun == [following[step : step + 4] for step in range(0, 12, 4)][: 3 if epoch < 2 else 0]
+        assert len(produced) == 3 * len(loader)  # nothing twice
+
+
+def test_a_begun_epoch_that_is_not_wanted_costs_nothing_but_time(photo_beton):
+    before = set(threading.enumerate())
+    with Loader(photo_beton, 4, image_size=32, grid=2) as loader:
+        whole = collect(loader)[1]
+        for chosen, next_epoch, start_step in ((0, 1, 0), (0, 0, 2), (0, 5, 0)):
+            loader.set_epoch(chosen, start_step, next_epoch)
+            assert collect(loader)[1] == whole[4 * start_step :]
+        for _ in loader:  # left early with the next epoch open
+            break
+        assert collect(loader)[1] == whole
+        with pytest.raises(ValueError, match="epoch and next_epoch must be >= 0"):
+            loader.set_epoch(0, next_epoch=-1)
+    assert set(threading.enumerate()) <= before
+
+
+def test_batches_under_way_are_bounded_in_bytes(photo_beton, monkeypatch):
+    def prefetch(**options):
+        with Loader(photo_beton, 4, image_size=32, grid=2, **options) as loader:
+            return loader.prefetch, loader._planner.batch_bytes()
+
+    assert prefetch() == (2, prefetch()[1]) and prefetch(prefetch=7)[0] == 7
+    monkeypatch.setattr(loader_module, "PREFETCH_BYTES", 2 * prefetch()[1] - 1)
+    assert prefetch()[0] == 1
+    monkeypatch.setattr(loader_module, "PREFETCH_BYTES", 1)
+    assert prefetch()[0] == 1
+    with BetonReader(photo_beton) as reader:
+        pixels = 3 * float((reader.heights.astype(float) * reader.widths).mean()) + 3 * 32 * 32
+    assert prefetch()[1] == pytest.approx(4 * (pixels + 4 * 5 * 10), abs=1)
 
 
 def test_shards_are_disjoint_equal_and_cover_the_epoch(photo_beton):

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 
 from tl_fast.pictures import sheet
 from tl_fast.pictures.sheet import GAP, LINE, MARGIN, PANEL, PAPER, SWATCH, Cells, best_of_map, best_of_targets
-from tl_fast.pipeline.decode import DecodeError
 from tl_fast.pipeline.loader import Loader
+from tl_fast.pipeline.regions import DecodeError
 from tl_fast.plan.boxes import crop_fractions
 from tl_fast.sources.image import open_rgb
 

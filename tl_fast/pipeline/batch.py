@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from tl_fast.pipeline.regions import RegionsDecoder
+
 
 @dataclass
 class Batch:
@@ -66,12 +68,6 @@ class UnderWay:
     batch: Batch | None = None
 
 
-class Decodes(Protocol):
-    """What a loader tells about a maker's decoder: the way, 'cpu', 'mixed' or, as long as that is open, 'auto'."""
-
-    way: str
-
-
 class BatchMaker(Protocol):
     """Makes batches of a device's memory: `cpu_batches.CpuBatches` and `gpu_batches.GpuBatches`.
 
@@ -79,7 +75,7 @@ class BatchMaker(Protocol):
     raised there, or, where only the device notices, by `check`.
     """
 
-    decoder: Decodes
+    decoder: RegionsDecoder
 
     def enter_thread(self) -> None:
         """To be called once by the thread that calls `start`."""

@@ -28,7 +28,7 @@ class CpuBatches:
     def __init__(self, planner: Planner, decoding: Decoding):
         self.samples, self.crops, self.targets = planner.samples, planner.crops, planner.targets
         self.decoding = decoding
-        self.decoder = Decoder(self.samples, planner.share.batch_size, decoding.threads)
+        self.decoder = Decoder(self.samples, decoding.threads)
         self.buffers = Buffers()
         self._fill = np.array(self.crops.augment.fill, np.uint8)
         self._workers = ThreadPoolExecutor(decoding.threads, "tl_fast-kernel")

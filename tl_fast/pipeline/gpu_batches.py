@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,9 +22,11 @@ from tl_fast.beton.samples import Samples
 from tl_fast.kernels import cuda
 from tl_fast.kernels.cuda_device import SIMULATED
 from tl_fast.pipeline.batch import Batch, BatchPlan, UnderWay
-from tl_fast.pipeline.decode import AutoDecoder, Decoder
+from tl_fast.pipeline.choice import AutoDecoder, HybridDecoder, OnRank0, call
+from tl_fast.pipeline.decode import Decoder
+from tl_fast.pipeline.nvjpeg import NvjpegDecoder
 from tl_fast.pipeline.planner import Planner
-from tl_fast.pipeline.regions import Regions, Started
+from tl_fast.pipeline.regions import Regions, RegionsDecoder, Started
 from tl_fast.pipeline.settings import Decoding
 from tl_fast.system.mistakes import InputError
 
@@ -45,6 +46,30 @@ def find_device(name: str | torch.device) -> torch.device:
             f"device {str(name)!r}: this machine has {count} CUDA devices that torch can use; use device='cpu'"
         )
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def open_decoder(
+    planner: Planner, device: torch.device | None, decoding: Decoding, on_rank_0: OnRank0
+) -> RegionsDecoder:
+    """The decoder of a way. device: the CUDA device; None for the simulator, whose pixels stay on the host.
+
+    Evaluation decodes on the CPU unless 'mixed' is asked for, so that its figures do not depend on a measurement.
+    """
+    samples, batch_size, threads = planner.samples, planner.share.batch_size, decoding.threads
+    way = decoding.way if device is not None and (planner.train or decoding.way == "mixed") else "cpu"
+
+    def open_nvjpeg(threads: int = threads) -> NvjpegDecoder:
+        return NvjpegDecoder(samples, batch_size, threads, device, decoding.hw_decoder_load)
+
+    if way == "mixed":
+        return open_nvjpeg()
+    cpu, announce = Decoder(samples, threads, device), planner.share.rank == 0
+    if way == "auto":
+        return AutoDecoder(cpu, open_nvjpeg, planner.trial, on_rank_0, announce)
+    if way == "hybrid":
+        nvjpeg = open_nvjpeg(max(threads // 4, 1))  # the other cores decode
+        return HybridDecoder(cpu, nvjpeg, decoding.hybrid_share, planner.trial, on_rank_0, announce)
+    return cpu
 
 
 @dataclass
@@ -82,28 +107,20 @@ class GpuBatches:
     decoding: way, threads, and whether samples are checked.
     ahead: batches whose kernels may be under way at once, and batches handed over that the consumer's stream may not be
         through with, however far the consumer's thread runs ahead.
+    on_rank_0: of `decode="auto"` and `decode="hybrid"`, as `AutoDecoder` takes it.
 
     `start` hands JPEGs to the decoder in the loader's thread (nvJPEG decodes them there). `make` launches kernels in a
     worker thread, where it waits for the decoder and for batches that are `ahead` back. `finish` and `check` belong to
     the consumer's thread.
     """
 
-    def __init__(self, planner: Planner, device: torch.device, decoding: Decoding, ahead: int):
+    def __init__(
+        self, planner: Planner, device: torch.device, decoding: Decoding, ahead: int, on_rank_0: OnRank0 = call
+    ):
         self.samples, self.crops, self.targets = planner.samples, planner.crops, planner.targets
         self.device, self.decoding, self.ahead = device, decoding, ahead
         on_gpu = device.type == "cuda"
-        open_decoder = functools.partial(
-            Decoder,
-            self.samples,
-            planner.share.batch_size,
-            decoding.threads,
-            device=device if on_gpu else None,  # the simulator's pixels stay on the host
-            hw_decoder_load=decoding.hw_decoder_load,
-        )
-        way = decoding.way if on_gpu else "cpu"
-        self.decoder: Decoder | AutoDecoder = (
-            AutoDecoder(open_decoder, planner.trial, planner.share.rank == 0) if way == "auto" else open_decoder(way)
-        )
+        self.decoder = open_decoder(planner, device if on_gpu else None, decoding, on_rank_0)
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         # A stream apart, so that kernels never wait for the decode of a later batch.
         self.decode_stream = torch.cuda.Stream(device) if on_gpu else None

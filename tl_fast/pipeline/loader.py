@@ -10,6 +10,7 @@ import collections
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,43 @@ import torch
 
 from tl_fast.beton.samples import Samples
 from tl_fast.pipeline.batch import Batch, BatchMaker, UnderWay
+from tl_fast.pipeline.choice import OnRank0, call
 from tl_fast.pipeline.cpu_batches import CpuBatches
-from tl_fast.pipeline.decode import HW_DECODER_LOAD
+from tl_fast.pipeline.nvjpeg import HW_DECODER_LOAD
 from tl_fast.pipeline.planner import Planner
 from tl_fast.pipeline.settings import Crops, Decoding, Share, Targets
 from tl_fast.plan.augment import Augment
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import cores_of_this_rank
+
+PREFETCH_BYTES = 2 << 30  # of the batches under way, about
+MOST_PREFETCH = {"cpu": 2, "cuda": 4}  # batches; on a GPU single large images must not stop 16 threads
+
+
+@dataclass
+class _Epoch:
+    """An epoch that is iterated, or about to be.
+
+    number: as `set_epoch` takes it.
+    order: of the samples, int64 [number of samples].
+    steps: that are not begun.
+    pending: of the steps that are.
+    """
+
+    number: int
+    order: Future[np.ndarray]
+    steps: Iterator[int]
+    pending: collections.deque[Future[UnderWay]] = field(default_factory=collections.deque)
+
+    def cancel(self) -> None:
+        """Begin nothing more, and wait for what is under way."""
+        self.steps = iter(())
+        for future in self.pending:
+            future.cancel()
+        for future in self.pending:
+            if not future.cancelled() and future.exception() is None:
+                wait(future.result().futures)
+        self.pending.clear()
 
 
 class Loader:
@@ -42,21 +73,28 @@ class Loader:
     threads: decode and kernel threads; None for this rank's share of the cores.
     device: where batches are made and delivered, 'cpu' or a CUDA device ('cuda': torch's current one). A CUDA device's
         batches are ready for the stream that is current when they are taken.
-    decode: 'cpu', 'mixed' (nvJPEG, on CUDA devices alone) or 'auto'. On a CUDA device 'auto' decodes for a second in
-        both ways when the first batch is made, takes the faster and says so on stderr (rank 0).
+    decode: 'cpu', on CUDA devices also 'mixed' (nvJPEG), 'hybrid' (both at once, each its share of the samples) or
+        'auto': 'cpu' as long as the cores keep up with whoever takes the batches, else the faster of 'cpu' and 'mixed'.
+        That is measured during the first steps, and said on stderr (rank 0). Evaluation decodes on the CPU unless
+        'mixed' is asked for.
+    hybrid_share: of the samples that nvJPEG decodes under 'hybrid', 0..1; None: in proportion to both rates, which are
+        measured before the first batch. Which samples these are depends on their ids and the share alone.
     hw_decoder_load: share of the images that nvJPEG gives to the GPU's JPEG engine, 0..1.
     rank, world_size: this rank takes its part of every global batch.
+    on_rank_0: calls a function on rank 0 alone and returns its result on every rank, so that rank 0 decides about
+        'auto' and 'hybrid' for all; every rank calls it at the same batch. None: every rank decides for itself.
     smoothing: label smoothing of the targets, [0, 1).
     crop_pct: share of the resized image's short side that evaluation keeps, (0, 1].
     token_labels: False leaves the targets out.
     check: compare every sample's CRC-32 as it is read.
-    prefetch: batches under way besides the one that is waited for.
+    prefetch: batches under way besides the one that is waited for; None: 4 on a CUDA device and 2 on the CPU, but fewer
+        (1 at least) where they would take more than 2 GiB.
 
     Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was under way. An error in
-    any thread is raised by the iteration. The settings are attributes too; `decode` is the way chosen once the first
-    batch is made.
+    any thread is raised by the iteration. The settings are attributes too.
 
-    Raises ValueError or FileNotFoundError for settings or files that cannot work, ImportError for 'mixed' without DALI.
+    Raises ValueError or FileNotFoundError for settings or files that cannot work, ImportError for 'mixed' and 'hybrid'
+    without DALI.
     """
 
     def __init__(
@@ -73,38 +111,51 @@ class Loader:
         threads: int | None = None,
         device: str | torch.device = "cpu",
         decode: str = "auto",
+        hybrid_share: float | None = None,
         hw_decoder_load: float = HW_DECODER_LOAD,
         rank: int = 0,
         world_size: int = 1,
+        on_rank_0: OnRank0 | None = None,
         smoothing: float = 0.1,
         crop_pct: float = 0.9,
         token_labels: bool = True,
         check: bool = False,
-        prefetch: int = 2,
+        prefetch: int | None = None,
     ):
         share = Share(batch_size, rank, world_size)
         crops = Crops(image_size, augment or Augment(), crop_pct)
         targets = Targets(grid, smoothing, geometry)
-        decoding = Decoding(torch.device(device), decode, hw_decoder_load, threads or cores_of_this_rank(), check)
-        if prefetch < 1:
+        threads = threads or cores_of_this_rank()
+        decoding = Decoding(torch.device(device), decode, hybrid_share, hw_decoder_load, threads, check)
+        if prefetch is not None and prefetch < 1:
             raise InputError(f"prefetch must be at least 1 batch, got prefetch={prefetch}")
         self.samples = Samples(paths)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.image_size, self.augment, self.crop_pct = image_size, crops.augment, crop_pct
         self.grid, self.smoothing, self.geometry = grid, smoothing, geometry
-        self.hw_decoder_load, self.threads, self.check = hw_decoder_load, decoding.threads, check
-        self.seed, self.train, self.prefetch = seed, train, prefetch
+        self.hw_decoder_load, self.threads, self.check = hw_decoder_load, threads, check
+        self.seed, self.train = seed, train
         self.token_labels = token_labels and train and self.samples.spec is not None
         self._planner = Planner(self.samples, share, crops, targets if self.token_labels else None, seed, train)
-        self._maker = _open_maker(self._planner, decoding, ahead=prefetch + 1)
+        self.prefetch = prefetch or max(
+            min(PREFETCH_BYTES // self._planner.batch_bytes(), MOST_PREFETCH[decoding.device.type]), 1
+        )
+        self._maker = _open_maker(self._planner, decoding, self.prefetch + 1, on_rank_0 or call)
         # One thread plans batches and starts them. Threads of the maker decode them, without a pause between batches.
         self._driver = ThreadPoolExecutor(1, "tl_fast-decode", self._maker.enter_thread)
-        self._epoch, self._start_step = 0, 0
+        self._drawer = ThreadPoolExecutor(1, "tl_fast-order")  # of an epoch's order, while the one before is iterated
+        self._epoch, self._start_step, self._next_epoch = 0, 0, None
+        self._prepared: _Epoch | None = None
 
     @property
     def decode(self) -> str:
-        """How JPEGs are decoded: 'cpu', 'mixed' (nvJPEG) or, until the first batch has decided, 'auto'."""
+        """How JPEGs are decoded: 'cpu', 'mixed' (nvJPEG), 'hybrid' or, until the first steps have decided, 'auto'."""
         return self._maker.decoder.way
+
+    @property
+    def hybrid_share(self) -> float | None:
+        """Share of the samples that nvJPEG decodes under 'hybrid'; None for other ways, and as long as it is open."""
+        return getattr(self._maker.decoder, "share", None)
 
     @property
     def num_classes(self) -> int:
@@ -115,11 +166,18 @@ class Loader:
         """Steps of one whole epoch; the same on every rank when training."""
         return len(self._planner)
 
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch of the next iteration, and the step in it to start from (for resuming)."""
-        if epoch < 0 or not 0 <= start_step <= len(self):
-            raise InputError(f"epoch must be >= 0 and start_step in 0..{len(self)}, got {epoch} and {start_step}")
-        self._epoch, self._start_step = epoch, start_step
+    def set_epoch(self, epoch: int, start_step: int = 0, next_epoch: int | None = None) -> None:
+        """Choose the epoch of the next iteration, and the step in it to start from (for resuming).
+
+        next_epoch: the epoch that is iterated after it, from its first step on. Its order is drawn, and its first
+        batches are made, while this one ends. None: not known.
+        """
+        if epoch < 0 or not 0 <= start_step <= len(self) or (next_epoch or 0) < 0:
+            raise InputError(
+                f"epoch and next_epoch must be >= 0 and start_step in 0..{len(self)}, got {epoch}, {next_epoch} and "
+                f"{start_step}"
+            )
+        self._epoch, self._start_step, self._next_epoch = epoch, start_step, next_epoch
 
     def draw(self, sample_ids: np.ndarray) -> np.ndarray:
         """The plans of these samples in the chosen epoch, PLAN records [B]."""
@@ -138,28 +196,52 @@ class Loader:
         return batch
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self._epoch  # set_epoch while this runs is for the next iteration
-        order = self._planner.order(epoch)
-        steps = iter(range(self._start_step, len(self)))
-        pending: collections.deque[Future] = collections.deque()
-
-        def submit(count: int) -> None:
-            for step in itertools.islice(steps, count):
-                pending.append(self._driver.submit(self._produce, self._planner.ids(order, step), epoch))
-
+        # set_epoch while this runs is for the next iteration
+        chosen, next_epoch = (self._epoch, self._start_step), self._next_epoch
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and chosen != (prepared.number, 0):
+            prepared.cancel()
+            prepared = None
+        epochs = [prepared or self._open(*chosen)]
+        if next_epoch is not None:
+            epochs.append(self._open(next_epoch, 0))
+        pending = epochs[0].pending
         self._maker.forget()  # what an iteration that was left early delivered
+        self._maker.decoder.begin()
         try:
-            submit(self.prefetch)
+            self._fill(epochs)
             while pending:
-                submit(1)  # before the wait: the threads go on with it where they are done with the batch waited for
-                yield self._maker.finish(pending.popleft().result())
+                yield self._take(pending.popleft())
+                # Before the wait: the threads go on with them where they are done with the batch waited for.
+                self._fill(epochs)
             self._maker.check()
+            if next_epoch is not None:
+                self._prepared = epochs.pop()
         finally:
-            for future in pending:
-                future.cancel()
-            for future in pending:
-                if not future.cancelled() and future.exception() is None:
-                    wait(future.result().futures)
+            for epoch in epochs:
+                epoch.cancel()
+
+    def _take(self, future: Future[UnderWay]) -> Batch:
+        """Wait for a batch. The iteration keeps no reference to it."""
+        batch = self._maker.finish(future.result())
+        self._maker.decoder.taken(len(batch.images))
+        return batch
+
+    def _open(self, epoch: int, start_step: int) -> _Epoch:
+        order = self._drawer.submit(self._planner.order, epoch)
+        return _Epoch(epoch, order, iter(range(start_step, len(self))))
+
+    def _fill(self, epochs: list[_Epoch]) -> None:
+        """Begin batches of the first epoch, then of the one behind it, until the next one and `prefetch` are under
+        way."""
+        room = self.prefetch + 1 - sum(len(epoch.pending) for epoch in epochs)
+        for epoch in epochs:
+            for step in itertools.islice(epoch.steps, room):
+                epoch.pending.append(self._driver.submit(self._produce_step, epoch, step))
+                room -= 1
+
+    def _produce_step(self, epoch: _Epoch, step: int) -> UnderWay:
+        return self._produce(self._planner.ids(epoch.order.result(), step), epoch.number)
 
     def _produce(self, ids: np.ndarray, epoch: int) -> UnderWay:
         """Plan a batch and start to make it."""
@@ -167,6 +249,9 @@ class Loader:
 
     def close(self) -> None:
         """Stop the threads and close the files. The loader cannot be used afterwards."""
+        if self._prepared is not None:
+            self._prepared.cancel()
+        self._drawer.shutdown(wait=True, cancel_futures=True)
         self._driver.shutdown(wait=True, cancel_futures=True)
         self._maker.close()
         self.samples.close()
@@ -178,10 +263,10 @@ class Loader:
         self.close()
 
 
-def _open_maker(planner: Planner, decoding: Decoding, ahead: int) -> BatchMaker:
+def _open_maker(planner: Planner, decoding: Decoding, ahead: int, on_rank_0: OnRank0) -> BatchMaker:
     """What makes batches on the device; ahead: batches that may be under way there at once."""
     if decoding.device.type == "cpu":
         return CpuBatches(planner, decoding)
     from tl_fast.pipeline import gpu_batches  # here: numba's CUDA half takes a while to import
 
-    return gpu_batches.GpuBatches(planner, gpu_batches.find_device(decoding.device), decoding, ahead)
+    return gpu_batches.GpuBatches(planner, gpu_batches.find_device(decoding.device), decoding, ahead, on_rank_0)

@@ -56,6 +56,12 @@ class Planner:
         samples_of_rank = len(range(self.share.rank, len(self.samples), self.share.world_size))
         return -(-samples_of_rank // self.share.batch_size)
 
+    def batch_bytes(self) -> int:
+        """About what a batch takes on its way: decoded pixels, of whole images at most, images and token targets."""
+        pixels = 3 * float((self.samples.heights * self.samples.widths).mean()) + 3 * self.crops.image_size**2
+        targets = 0 if self.targets is None else 4 * (1 + self.targets.grid**2) * self.samples.num_classes
+        return int(self.share.batch_size * (pixels + targets)) + 1
+
     def order(self, epoch: int) -> np.ndarray:
         """The order of all ranks' samples in an epoch, int64 [number of samples]."""
         if self.train:

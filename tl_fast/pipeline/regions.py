@@ -1,12 +1,35 @@
-"""The decoded pixels of a batch's regions, wherever they lie in memory."""
+"""The decoded pixels of a batch's regions, wherever they lie in memory, and what a decoder of them is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from tl_fast.system.mistakes import Mistake
+
+
+class DecodeError(Mistake, RuntimeError):
+    """An image could not be decoded; the message names the sample and its file."""
+
+    @classmethod
+    def of(cls, samples: Jpegs, sample_id: int) -> DecodeError:
+        return cls(
+            f"cannot decode {samples.name(sample_id)}: the JPEG is damaged; "
+            "check the beton with `converters/to_beton.py verify FILE --decode` and convert again"
+        )
+
+
+class Jpegs(Protocol):
+    """What a decoder reads: `tl_fast.beton.samples.Samples`."""
+
+    def jpeg(self, sample_id: int) -> np.ndarray: ...
+
+    def jpeg_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def name(self, sample_id: int) -> str: ...
 
 
 class Span:
@@ -56,3 +79,42 @@ class Regions:
 # What a decoder's `start` returns: waits for the threads -> the regions' pixels, and the event after which they are
 # there.
 Started = Callable[[], tuple[Regions, torch.cuda.Event | None]]
+
+
+class RegionsDecoder(Protocol):
+    """Decodes regions of a data set's images, batch after batch.
+
+    way: how, as `pipeline.Loader` takes `decode`.
+
+    One thread at a time may ask for batches.
+    """
+
+    way: str
+
+    def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Regions:
+        """The regions' pixels.
+
+        ids: int64 [B], samples.
+        starts, shapes: int64 [B, 2], first pixel and size of each region, (row, column).
+
+        Raises DecodeError naming the sample.
+        """
+        return self.start(ids, starts, shapes)()[0]
+
+    def start(
+        self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None
+    ) -> Started:
+        """Begin to decode a batch, as `__call__` does; the function returned ends it, in any thread.
+
+        stream: what the pixels are uploaded or decoded on; they are there when the event has happened that is returned
+        with them. None: they are there on return, and there is no event.
+        """
+
+    def begin(self) -> None:
+        """An iteration over the data begins; called in the thread that takes the batches."""
+
+    def taken(self, images: int) -> None:
+        """A batch of so many images was taken; called in the thread that takes the batches."""
+
+    def close(self) -> None:
+        """Stop the threads and let go of the memory."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from tl_fast.pipeline.decode import HW_DECODER_LOAD, graph_definition
+from tl_fast.pipeline.nvjpeg import HW_DECODER_LOAD, graph_definition
 from tl_fast.plan.augment import Augment
 from tl_fast.plan.boxes import GEOMETRIES
 from tl_fast.system.mistakes import InputError
 
-DECODES = ("auto", "cpu", "mixed")
+DECODES = ("auto", "cpu", "mixed", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,18 @@ class Decoding:
     """Where batches are made, and how their JPEGs are decoded.
 
     device: 'cpu' or a CUDA device.
-    way: 'cpu', 'mixed' (nvJPEG, on CUDA devices alone) or 'auto', the faster of the two.
+    way: 'cpu', on CUDA devices also 'mixed' (nvJPEG), 'hybrid' (both at once) or 'auto' ('cpu' or 'mixed').
+    hybrid_share: of the samples that nvJPEG decodes under 'hybrid', 0..1; None: measured.
     hw_decoder_load: share of the images that nvJPEG gives to the GPU's JPEG engine, 0..1.
     threads: that decode and, on the CPU, run the kernels.
     check: whether every sample's CRC-32 is compared as it is read.
 
-    Raises ImportError for 'mixed' without DALI.
+    Raises ImportError for 'mixed' and 'hybrid' without DALI.
     """
 
     device: torch.device
     way: str = "auto"
+    hybrid_share: float | None = None
     hw_decoder_load: float = HW_DECODER_LOAD
     threads: int = 1
     check: bool = False
@@ -104,12 +106,18 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.device.type not in ("cpu", "cuda"):
             raise InputError(f"device must be 'cpu' or a CUDA device, got {str(self.device)!r}")
-        if self.way not in DECODES or (self.way == "mixed" and self.device.type == "cpu"):
+        needs_gpu = self.way in ("mixed", "hybrid")
+        if self.way not in DECODES or (needs_gpu and self.device.type == "cpu"):
             raise InputError(
-                f"decode must be one of {DECODES}, 'mixed' (nvJPEG) with device='cuda' alone; got "
+                f"decode must be one of {DECODES}, 'mixed' and 'hybrid' (nvJPEG) with device='cuda' alone; got "
                 f"{self.way!r}, device={str(self.device)!r}"
+            )
+        if self.hybrid_share is not None and not (self.way == "hybrid" and 0 <= self.hybrid_share <= 1):
+            raise InputError(
+                f"hybrid_share must be in 0..1, with decode='hybrid' alone; got "
+                f"{self.hybrid_share}, decode={self.way!r}"
             )
         if not 0 <= self.hw_decoder_load <= 1:
             raise InputError(f"hw_decoder_load must be in 0..1, got {self.hw_decoder_load}")
-        if self.way == "mixed":
+        if needs_gpu:
             graph_definition()  # without DALI an error now, not in a thread when the first batch is made
