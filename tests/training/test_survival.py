@@ -36,7 +36,7 @@ MOMENTS = {
     "writing a checkpoint": (0, 4),  # those of steps 2, 4, 5 and 6
     "renaming a checkpoint": (0, 4),
     "pruning checkpoints": (0, 2),
-    "in validation": (1, 3),  # of the second epoch, on weights and EMA
+    "in validation": (1, 2),  # of the second epoch
     "writing the log": (0, 9),
 }
 CASES = list(itertools.product((signal.SIGTERM, signal.SIGINT, signal.SIGKILL), MOMENTS, (1, 2)))

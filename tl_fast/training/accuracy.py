@@ -1,17 +1,17 @@
-"""Accuracy of a model on a beton's samples, over all ranks; and which data a model can be used with."""
+"""Accuracy of models on a beton's samples, over all ranks; and which data a model can be used with."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from tl_fast.models.normalise import Normalise, autocast
 from tl_fast.pipeline.batch import Batch
@@ -24,29 +24,54 @@ from tl_fast.training.network import build_network
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, batches: Iterable[Batch], ranks: Ranks, config: TrainConfig) -> dict[str, float]:
-    """Evaluate over all ranks: `top1`, `top5` in percent, `loss` (mean cross-entropy in nats), `samples`.
+def accuracy(
+    models: Sequence[nn.Module], batches: Iterable[Batch], ranks: Ranks, config: TrainConfig
+) -> list[dict[str, float]]:
+    """Evaluate models over all ranks, all of them on each batch. Of each model: `top1`, `top5` in percent, `loss` (mean
+    cross-entropy in nats), `samples`.
 
     `batches` are this rank's share; ranks may differ in their number. The last, partial batch counts in full. With
-    fewer than 5 classes top5 is 100 by definition. `model` is put in eval mode and back. Raises ValueError when there
-    are no samples.
+    fewer than 5 classes top5 is 100 by definition. The models are put in eval mode and back. Raises ValueError when
+    there are no samples.
     """
-    was_training = model.training
-    model.eval()
     normalise = Normalise(config.mean, config.std).to(ranks.device)
-    totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # top-1 hits, top-5 hits, summed loss, samples
-    for batch in batches:
-        labels = batch.labels.to(ranks.device, non_blocking=True)
-        with autocast(ranks.device, config.dtype):
-            logits = model(normalise(batch.images.to(ranks.device, non_blocking=True))).float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B,5]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.ones_like(labels).sum()]).double()
-    model.train(was_training)
-    top1, top5, loss, samples = ranks.sum(totals).tolist()
+    # Of each model: top-1 hits, top-5 hits, summed loss, samples.
+    totals = torch.zeros(len(models), 4, dtype=torch.float64, device=ranks.device)
+    with _in_eval_mode(models):
+        for batch in batches:
+            labels = batch.labels.to(ranks.device, non_blocking=True)
+            images = normalise(batch.images.to(ranks.device, non_blocking=True))
+            for model, sums in zip(models, totals, strict=True):
+                with autocast(ranks.device, config.dtype):
+                    logits = model(images).float()
+                sums += _count(logits, labels)
+    return [_shares(*sums) for sums in ranks.sum(totals).tolist()]
+
+
+def _count(logits: Tensor, labels: Tensor) -> Tensor:
+    """Top-1 hits, top-5 hits, summed loss and number of a batch, float64 [4]; logits float32 [B,C], labels int64
+    [B]."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B,5]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.ones_like(labels).sum()]).double()
+
+
+def _shares(top1: float, top5: float, loss: float, samples: float) -> dict[str, float]:
     if samples == 0:
         raise InputError("no samples to evaluate")
     return {"top1": 100 * top1 / samples, "top5": 100 * top5 / samples, "loss": loss / samples, "samples": int(samples)}
+
+
+@contextlib.contextmanager
+def _in_eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
 
 
 def check_labels(loader: Loader, num_classes: int) -> None:
@@ -123,7 +148,7 @@ def evaluate(
         remarks = ranks.on_main(checkpoint.load_weights, network, path, use_ema)
         ranks.fill_from_main(network.state_dict().values())
         start = time.perf_counter()
-        result = accuracy(network.to(ranks.device), loader, ranks, config)
+        (result,) = accuracy([network.to(ranks.device)], loader, ranks, config)
         if result["samples"] != len(loader.samples):
             raise RuntimeError(
                 f"evaluated {result['samples']} of {len(loader.samples)} samples: the loader's sharding is broken"

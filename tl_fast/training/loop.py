@@ -294,13 +294,14 @@ def validate(
     """Accuracy of both sets of weights over all ranks: val_top1_raw, val_top5_raw, val_loss_raw, val_top1_ema, ...
     (percent, nats).
 
-    Ends early, with figures of no meaning, when a signal arrives.
+    Both run on a batch once it is decoded. Ends early, with figures of no meaning, when a signal arrives.
     """
-    result = {}
-    for name, module in (("raw", model), ("ema", ema)):
-        values = accuracy(module, agreement.until_stopped(loader), ranks, config)
-        result |= {f"val_{key}_{name}": values[key] for key in ("top1", "top5", "loss")}
-    return result
+    raw, averaged = accuracy((model, ema), agreement.until_stopped(loader), ranks, config)
+    return {
+        f"val_{key}_{name}": values[key]
+        for name, values in (("raw", raw), ("ema", averaged))
+        for key in ("top1", "top5", "loss")
+    }
 
 
 @contextlib.contextmanager
