@@ -522,7 +522,8 @@ def test_a_compiled_run_is_the_eager_one_and_compiles_once(tiny, betons, tmp_pat
         )
         before = counters["stats"]["unique_graphs"]
         rows.append(read_rows(Path(training.train(config)["metrics"])))
-    assert len(graphs) == 20 and set(graphs[:10]) == {before} and set(graphs[10:]) == {before + 1}, graphs
+    # The step, and after the first epoch validation's way from pixels to logits.
+    assert graphs == [before] * 10 + [before + 1] * 5 + [before + 2] * 5
     assert len(boxes) > 5 and len({row["lr"] for row in rows[0] if row["kind"] == "train"}) == 10
     for eager, other in zip(gradients[False][0], gradients[True][0], strict=True):
         torch.testing.assert_close(other, eager, rtol=1e-3, atol=1e-5)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tl_fast.models.normalise import Normalise, autocast
+from tl_fast.models.step import compiled
 from tl_fast.pipeline.batch import Batch
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.mistakes import InputError
@@ -23,28 +24,57 @@ from tl_fast.training.config import TrainConfig
 from tl_fast.training.network import build_network
 
 
+class Classifier:
+    """A model as it is evaluated: uint8 images [B,3,H,W] to logits, float32 [B,C].
+
+    Args:
+        model: an LVViT on `device`; it stays the caller's.
+        batch_size: the number of images, in a whole batch, that the way from pixels to logits is compiled for at its
+            first use; None: for none. Batches of other sizes, such as the last one, run eagerly: each size would have
+            to be compiled by itself.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, device: torch.device, batch_size: int | None = None
+    ) -> None:
+        self.model, self._batch_size = model, batch_size
+        self._eager = _Logits(model, Normalise(config.mean, config.std).to(device), config.dtype)
+        # Not in the config's compile_mode: CUDA graphs would hold memory of their own between validations.
+        self._compiled = None if batch_size is None else compiled(self._eager, device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (self._compiled if len(images) == self._batch_size else self._eager)(images)
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module, normalise: Normalise, dtype: str) -> None:
+        super().__init__()
+        self.model, self.normalise, self.dtype = model, normalise, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        inputs = self.normalise(images)
+        with autocast(images.device, self.dtype):
+            logits = self.model(inputs)
+        return logits.float()
+
+
 @torch.inference_mode()
-def accuracy(
-    models: Sequence[nn.Module], batches: Iterable[Batch], ranks: Ranks, config: TrainConfig
-) -> list[dict[str, float]]:
-    """Evaluate models over all ranks, all of them on each batch. Of each model: `top1`, `top5` in percent, `loss` (mean
-    cross-entropy in nats), `samples`.
+def accuracy(classifiers: Sequence[Classifier], batches: Iterable[Batch], ranks: Ranks) -> list[dict[str, float]]:
+    """Evaluate classifiers over all ranks, all of them on each batch. Of each one: `top1`, `top5` in percent, `loss`
+    (mean cross-entropy in nats), `samples`.
 
     `batches` are this rank's share; ranks may differ in their number. The last, partial batch counts in full. With
     fewer than 5 classes top5 is 100 by definition. The models are put in eval mode and back. Raises ValueError when
     there are no samples.
     """
-    normalise = Normalise(config.mean, config.std).to(ranks.device)
-    # Of each model: top-1 hits, top-5 hits, summed loss, samples.
-    totals = torch.zeros(len(models), 4, dtype=torch.float64, device=ranks.device)
-    with _in_eval_mode(models):
+    # Of each classifier: top-1 hits, top-5 hits, summed loss, samples.
+    totals = torch.zeros(len(classifiers), 4, dtype=torch.float64, device=ranks.device)
+    with _in_eval_mode([classifier.model for classifier in classifiers]):
         for batch in batches:
+            images = batch.images.to(ranks.device, non_blocking=True)
             labels = batch.labels.to(ranks.device, non_blocking=True)
-            images = normalise(batch.images.to(ranks.device, non_blocking=True))
-            for model, sums in zip(models, totals, strict=True):
-                with autocast(ranks.device, config.dtype):
-                    logits = model(images).float()
-                sums += _count(logits, labels)
+            for classifier, sums in zip(classifiers, totals, strict=True):
+                sums += _count(classifier(images), labels)
     return [_shares(*sums) for sums in ranks.sum(totals).tolist()]
 
 
@@ -148,7 +178,8 @@ def evaluate(
         remarks = ranks.on_main(checkpoint.load_weights, network, path, use_ema)
         ranks.fill_from_main(network.state_dict().values())
         start = time.perf_counter()
-        (result,) = accuracy([network.to(ranks.device)], loader, ranks, config)
+        classifier = Classifier(network.to(ranks.device), config, ranks.device)
+        (result,) = accuracy([classifier], loader, ranks)
         if result["samples"] != len(loader.samples):
             raise RuntimeError(
                 f"evaluated {result['samples']} of {len(loader.samples)} samples: the loader's sharding is broken"

@@ -27,7 +27,7 @@ from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.records import mix_box
 from tl_fast.system.ranks import Ranks, join
 from tl_fast.training import checkpoint
-from tl_fast.training.accuracy import accuracy
+from tl_fast.training.accuracy import Classifier, accuracy
 from tl_fast.training.config import TrainConfig, save_config
 from tl_fast.training.data import check_data, make_loaders
 from tl_fast.training.learner import Learner, build_learner
@@ -98,6 +98,8 @@ def _run(
     begun = saved_step = progress.global_step
     # What a step calls; validation, moving average and checkpoints use the bare model.
     network = build_step(model, config, ranks)
+    whole = val_loader.batch_size if val_loader is not None and compiles(config, ranks.device) else None
+    classifiers = [Classifier(module, config, ranks.device, whole) for module in (model, ema.module)]
     ranks.on_main(_record_start, config, begun, facts["versions"], _resolved(config, ranks, train_loader))
     guard = NonFinite(ranks, config.non_finite, config.max_skipped, folder, samples.name, progress.skipped)
 
@@ -115,7 +117,7 @@ def _run(
             unsaved, improved = saved_step != progress.global_step, False
             if progress.global_step and not agreement.now():
                 if val_loader is not None and _validation_is_due(config, progress, end):
-                    metrics = validate(model, ema.module, val_loader, ranks, config, agreement)
+                    metrics = validate(*classifiers, val_loader, ranks, agreement)
                     if not agreement.now():  # else the metrics are of a part of the set
                         progress.last_validation, progress.validated, unsaved = metrics, True, True
                         improved = ranks.on_main(_is_best, folder / "checkpoints", progress.global_step, metrics)
@@ -289,17 +291,17 @@ def smoothed_one_hot(labels: Tensor, config: TrainConfig) -> Tensor:
 
 
 def validate(
-    model: nn.Module, ema: nn.Module, loader: Loader, ranks: Ranks, config: TrainConfig, agreement: Agreement
+    raw: Classifier, averaged: Classifier, loader: Loader, ranks: Ranks, agreement: Agreement
 ) -> dict[str, float]:
-    """Accuracy of both sets of weights over all ranks: val_top1_raw, val_top5_raw, val_loss_raw, val_top1_ema, ...
-    (percent, nats).
+    """Accuracy of the weights and of their moving average over all ranks: val_top1_raw, val_top5_raw, val_loss_raw,
+    val_top1_ema, ... (percent, nats).
 
     Both run on a batch once it is decoded. Ends early, with figures of no meaning, when a signal arrives.
     """
-    raw, averaged = accuracy((model, ema), agreement.until_stopped(loader), ranks, config)
+    results = accuracy((raw, averaged), agreement.until_stopped(loader), ranks)
     return {
         f"val_{key}_{name}": values[key]
-        for name, values in (("raw", raw), ("ema", averaged))
+        for name, values in zip(("raw", "ema"), results, strict=True)
         for key in ("top1", "top5", "loss")
     }
 
