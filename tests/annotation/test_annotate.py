@@ -178,9 +178,8 @@ def test_checkpoint_means_a_runs_folder_a_checkpoints_or_a_file(tmp_path):
     optimizer = torch.optim.SGD(network.parameters())
     with pytest.raises(AnnotateError, match="run does not exist"):
         build_annotator("lvvit_t", checkpoint=tmp_path / "run", img_size=64)
-    saved = checkpoint.save(
-        tmp_path / "run" / "checkpoints", model=network, ema=network, optimizer=optimizer, meta={"global_step": 3}
-    )
+    state = checkpoint.snapshot(model=network, ema=network, optimizer=optimizer, meta={"global_step": 3})
+    saved = checkpoint.save(tmp_path / "run" / "checkpoints", state)
     for path in (tmp_path / "run", saved, saved / "ema.safetensors"):
         loaded = build_annotator("lvvit_t", checkpoint=path, img_size=64)
         torch.testing.assert_close(loaded.network.aux_head.weight, network.aux_head.weight, rtol=0, atol=0)

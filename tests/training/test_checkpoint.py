@@ -37,7 +37,7 @@ def write(folder, step: int, top1: float | None = None, seed: int = 0):
     model, ema, optimizer = trained(seed)
     metrics = {} if top1 is None else {"val_top1_ema": top1, "val_top1_raw": top1 - 1}
     meta = {"global_step": step, "epoch": step // 10, "step_in_epoch": 0, "config": {}, "metrics": metrics}
-    return checkpoint.save(folder, model=model, ema=ema, optimizer=optimizer, meta=meta)
+    return checkpoint.save(folder, checkpoint.snapshot(model=model, ema=ema, optimizer=optimizer, meta=meta))
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -47,9 +47,8 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_restore_brings_back_everything(tmp_path):
     model, ema, optimizer = trained(1)
     model.to(memory_format=torch.channels_last)
-    path = checkpoint.save(
-        tmp_path, model=model, ema=ema, optimizer=optimizer, meta={"global_step": 7, "epoch": 1, "step_in_epoch": 2}
-    )
+    meta = {"global_step": 7, "epoch": 1, "step_in_epoch": 2}
+    path = checkpoint.save(tmp_path, checkpoint.snapshot(model=model, ema=ema, optimizer=optimizer, meta=meta))
     other_model, other_ema, other_optimizer = trained(2)
     assert not same(model, other_model)
     meta = checkpoint.restore(path, model=other_model, ema=other_ema, optimizer=other_optimizer)
@@ -278,7 +277,8 @@ def test_moments_take_the_layout_of_the_weights_that_they_are_restored_to(tmp_pa
 
     model, optimizer = make(there)
     step(model, optimizer, 1)
-    path = checkpoint.save(tmp_path, model=model, ema=model, optimizer=optimizer, meta={"global_step": 1})
+    state = checkpoint.snapshot(model=model, ema=model, optimizer=optimizer, meta={"global_step": 1})
+    path = checkpoint.save(tmp_path, state)
     other, other_optimizer = make(here)
     checkpoint.restore(path, model=other, ema=make(here)[0], optimizer=other_optimizer)
     for pair in ((model, optimizer), (other, other_optimizer)):

@@ -556,7 +556,7 @@ def test_sync_bn_converts_batch_norm_before_the_step_is_compiled(tiny, monkeypat
     config, ranks = dataclasses.replace(tiny(compile=True), num_classes=4), Alone(0, world_size, torch.device("cpu"))
     loader, _ = training.make_loaders(config, ranks)
     with pytest.raises(Made) as caught:
-        training._run(dataclasses.replace(config, sync_bn=sync_bn, device="auto"), ranks, loader, None, None)
+        training._run(dataclasses.replace(config, sync_bn=sync_bn, device="auto"), ranks, loader, None, None, None)
     norms = [
         module for module in caught.value.args[0].modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
     ]

@@ -12,11 +12,13 @@ a run is a function of (seed, step, rank), so progress alone resumes it exactly.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import os
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +43,55 @@ class CheckpointError(WeightsError):
     """A checkpoint that cannot be used; names the file and what is wrong with it."""
 
 
-def save(
-    folder: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]
-) -> Path:
-    """Write `folder/step-<meta["global_step"]>` atomically and return its path.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in host memory of its own: training may go on while it is written.
 
-    `meta` is JSON: at least `global_step`, `epoch`, `step_in_epoch` (where to continue), `config`, `metrics`. An
-    existing checkpoint of the same step is replaced. A failure leaves earlier checkpoints as they were; raises OSError
-    naming the folder when it cannot be written.
+    model, ema: weights and buffers by name, contiguous. optimizer: an optimiser's state dict. meta: JSON, at least
+    `global_step`, `epoch`, `step_in_epoch` (where to continue), `config`, `metrics`.
+    """
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    meta: dict[str, Any]
+
+
+def snapshot(*, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> Snapshot:
+    """Copy what a checkpoint is to hold; waits for the device. Raises TypeError for a `meta` that is not JSON."""
+    state = optimizer.state_dict()
+    moments = {
+        index: {name: torch.empty_like(value, device="cpu").copy_(value) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return Snapshot(
+        _contiguous_copies(model.state_dict()),
+        _contiguous_copies(ema.state_dict()),
+        copy.deepcopy({**state, "state": {}}) | {"state": moments},
+        json.loads(json.dumps(meta)),  # as it will be read: tuples as lists
+    )
+
+
+def save(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `folder/step-<global_step>` atomically and return its path.
+
+    An existing checkpoint of the same step is replaced. A failure leaves earlier checkpoints as they were; raises
+    OSError naming the folder when it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
-    final = path_of(folder, meta["global_step"])
+    final = path_of(folder, snapshot.meta["global_step"])
     temporary, replaced = folder / f"{_TEMPORARY}{final.name}", folder / f"{_REPLACED}{final.name}"
     temporary.mkdir()
     try:
-        safetensors.torch.save_file(_plain(model.state_dict()), temporary / MODEL)
-        safetensors.torch.save_file(_plain(ema.state_dict()), temporary / EMA)
-        torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
+        safetensors.torch.save_file(snapshot.model, temporary / MODEL)
+        safetensors.torch.save_file(snapshot.ema, temporary / EMA)
+        torch.save(snapshot.optimizer, temporary / OPTIMIZER)
         files = {
             name: {"bytes": (temporary / name).stat().st_size, "crc32": _crc32(temporary / name)}
             for name in (MODEL, EMA, OPTIMIZER)
         }
-        # As it will be read: tuples as lists.
-        content = json.loads(json.dumps({"format": FORMAT, **meta, "files": files}))
+        content = {"format": FORMAT, **snapshot.meta, "files": files}
         (temporary / META).write_text(json.dumps(content | {"crc32": _meta_crc32(content)}, indent=1))
         for path in (*temporary.iterdir(), temporary):
             sync(path)
@@ -275,9 +302,9 @@ def load_weights(model: nn.Module, path: Path, use_ema: bool = True) -> list[str
     return remarks + weights.fit(model, state, path)
 
 
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _contiguous_copies(state: dict[str, Tensor]) -> dict[str, Tensor]:
     # safetensors holds no strides (channels-last)
-    return {key: value.detach().contiguous().cpu() for key, value in state.items()}
+    return {key: torch.empty(value.shape, dtype=value.dtype).copy_(value) for key, value in state.items()}
 
 
 def _meta_crc32(meta: dict[str, Any]) -> int:

@@ -28,6 +28,7 @@ from tl_fast.plan.records import mix_box
 from tl_fast.system.ranks import Ranks, join
 from tl_fast.training import checkpoint
 from tl_fast.training.accuracy import Classifier, accuracy
+from tl_fast.training.checkpoint_writer import CheckpointWriter
 from tl_fast.training.config import TrainConfig, save_config
 from tl_fast.training.data import check_data, make_loaders
 from tl_fast.training.learner import Learner, build_learner
@@ -67,13 +68,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config = dataclasses.replace(config, num_classes=config.num_classes or train_loader.num_classes)
         ranks.agree(check_data, config, train_loader, val_loader)
         ranks.on_main(stack.enter_context, sole_writer(Path(config.output_dir)))
+        # Left before the lock is: it waits for the checkpoint being written.
+        writer = stack.enter_context(CheckpointWriter(Path(config.output_dir) / "checkpoints", config.keep))
         # Innermost, so that a failing process takes signals as any other while the rest is torn down.
         agreement = Agreement(ranks, stack.enter_context(StopSignals()), config.checkpoint_minutes)
-        return _run(config, ranks, train_loader, val_loader, agreement)
+        return _run(config, ranks, train_loader, val_loader, writer, agreement)
 
 
 def _run(
-    config: TrainConfig, ranks: Ranks, train_loader: Loader, val_loader: Loader | None, agreement: Agreement
+    config: TrainConfig,
+    ranks: Ranks,
+    train_loader: Loader,
+    val_loader: Loader | None,
+    writer: CheckpointWriter,
+    agreement: Agreement,
 ) -> dict[str, Any]:
     """`train` on loaders that fit the config. `progress` alone says how far the run is; the other names of the set-up
     keep their values, but for `saved_step`, the step of the newest checkpoint."""
@@ -120,11 +128,11 @@ def _run(
                     metrics = validate(*classifiers, val_loader, ranks, agreement)
                     if not agreement.now():  # else the metrics are of a part of the set
                         progress.last_validation, progress.validated, unsaved = metrics, True, True
-                        improved = ranks.on_main(_is_best, folder / "checkpoints", progress.global_step, metrics)
+                        improved = ranks.on_main(_is_best, writer, progress.global_step, metrics)
                         top1 = f"{metrics['val_top1_ema']:.1f} % (EMA), {metrics['val_top1_raw']:.1f} % (raw)"
                         log.row("val", progress.global_step, progress.epoch, metrics, f"val top-1 {top1}")
             if unsaved and (agreement.now() or _checkpoint_is_due(config, progress, end, improved)):
-                _save(config, ranks, learner, progress, guard, facts)
+                _save(writer, ranks, learner, progress, guard, facts)
                 agreement.saved()
                 saved_step = progress.global_step
             if progress.global_step >= end or agreement.now():
@@ -163,11 +171,12 @@ def _run(
 
                     # Save within an epoch
                     every = config.checkpoint_steps
+                    writer.check()
                     due = agreement.after_step() or every is not None and progress.global_step % every == 0
                     within = progress.step_in_epoch < steps_per_epoch and progress.global_step < end
                     if due and within and not agreement.stop:
                         with meter.saving():
-                            _save(config, ranks, learner, progress, guard, facts)
+                            _save(writer, ranks, learner, progress, guard, facts)
                             agreement.saved()
                         saved_step = progress.global_step
             if progress.step_in_epoch == steps_per_epoch:
@@ -176,6 +185,7 @@ def _run(
 
         # End
         agreement.finish()
+        ranks.on_main(writer.wait)
         if ranks.main and progress.global_step > begun:
             # The loader decides about decode "auto" with its first batch.
             complete_record(folder, _resolved(config, ranks, train_loader))
@@ -240,19 +250,22 @@ def _arguments(
 
 
 def _save(
-    config: TrainConfig, ranks: Ranks, learner: Learner, progress: Progress, guard: NonFinite, facts: dict[str, Any]
+    writer: CheckpointWriter,
+    ranks: Ranks,
+    learner: Learner,
+    progress: Progress,
+    guard: NonFinite,
+    facts: dict[str, Any],
 ) -> None:
-    """Write the checkpoint of this moment, with metrics if they are of these weights. Every rank calls it. facts: what
-    meta.json holds besides progress."""
+    """Begin to write the checkpoint of this moment, with metrics if they are of these weights. Every rank calls it.
+    facts: what meta.json holds besides progress."""
     model, ema = learner.model, learner.ema.module
     ranks.average_buffers(model, ema)
     if not ranks.main:
         return
     metrics = progress.last_validation if progress.validated else {}
     meta = {**dataclasses.asdict(progress), "skipped": guard.skipped, "metrics": metrics, **facts}
-    folder = Path(config.output_dir) / "checkpoints"
-    path = checkpoint.save(folder, model=model, ema=ema, optimizer=learner.optimizer, meta=meta)
-    checkpoint.prune(path, config.keep)
+    writer.save(model=model, ema=ema, optimizer=learner.optimizer, meta=meta)
 
 
 def _summary(
@@ -324,10 +337,11 @@ def deterministic() -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[1:]
 
 
-def _is_best(folder: Path, step: int, metrics: dict[str, float]) -> bool:
+def _is_best(writer: CheckpointWriter, step: int, metrics: dict[str, float]) -> bool:
     """Whether metrics just found are better than those of every checkpoint before this step; the others are what the
-    run fell back from."""
-    best = checkpoint.best(folder, checkpoint.path_of(folder, step - 1))
+    run fell back from. Waits for the one being written."""
+    writer.wait()
+    best = checkpoint.best(writer.folder, checkpoint.path_of(writer.folder, step - 1))
     return best is None or checkpoint.score({"metrics": metrics}) > checkpoint.score(checkpoint.read_meta(best))
 
 
