@@ -12,7 +12,7 @@ import dataclasses
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tl_fast.training.accuracy import Classifier, accuracy
 from tl_fast.training.checkpoint_writer import CheckpointWriter
 from tl_fast.training.config import TrainConfig, save_config
 from tl_fast.training.data import check_data, make_loaders
+from tl_fast.training.kept_batches import KeptBatches
 from tl_fast.training.learner import Learner, build_learner
 from tl_fast.training.lock import sole_writer
 from tl_fast.training.meter import Meter
@@ -108,6 +109,7 @@ def _run(
     network = build_step(model, config, ranks)
     whole = val_loader.batch_size if val_loader is not None and compiles(config, ranks.device) else None
     classifiers = [Classifier(module, config, ranks.device, whole) for module in (model, ema.module)]
+    validation = None if val_loader is None else KeptBatches(val_loader)
     ranks.on_main(_record_start, config, begun, facts["versions"], _resolved(config, ranks, train_loader))
     guard = NonFinite(ranks, config.non_finite, config.max_skipped, folder, samples.name, progress.skipped)
 
@@ -124,8 +126,8 @@ def _run(
             # Between epochs, or where a run starts or ends: validate and save what is due
             unsaved, improved = saved_step != progress.global_step, False
             if progress.global_step and not agreement.now():
-                if val_loader is not None and _validation_is_due(config, progress, end):
-                    metrics = validate(*classifiers, val_loader, ranks, agreement)
+                if validation is not None and _validation_is_due(config, progress, end):
+                    metrics = validate(*classifiers, validation, ranks, agreement)
                     if not agreement.now():  # else the metrics are of a part of the set
                         progress.last_validation, progress.validated, unsaved = metrics, True, True
                         improved = ranks.on_main(_is_best, writer, progress.global_step, metrics)
@@ -304,14 +306,14 @@ def smoothed_one_hot(labels: Tensor, config: TrainConfig) -> Tensor:
 
 
 def validate(
-    raw: Classifier, averaged: Classifier, loader: Loader, ranks: Ranks, agreement: Agreement
+    raw: Classifier, averaged: Classifier, batches: Iterable[Batch], ranks: Ranks, agreement: Agreement
 ) -> dict[str, float]:
     """Accuracy of the weights and of their moving average over all ranks: val_top1_raw, val_top5_raw, val_loss_raw,
     val_top1_ema, ... (percent, nats).
 
     Both run on a batch once it is decoded. Ends early, with figures of no meaning, when a signal arrives.
     """
-    results = accuracy((raw, averaged), agreement.until_stopped(loader), ranks)
+    results = accuracy((raw, averaged), agreement.until_stopped(batches), ranks)
     return {
         f"val_{key}_{name}": values[key]
         for name, values in zip(("raw", "ema"), results, strict=True)
