@@ -61,12 +61,18 @@ def snapshot(*, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimiz
     """Copy what a checkpoint is to hold; waits for the device. Raises TypeError for a `meta` that is not JSON."""
     state = optimizer.state_dict()
     moments = {
-        index: {name: torch.empty_like(value, device="cpu").copy_(value) for name, value in values.items()}
-        for index, values in state["state"].items()
+        index: {name: _on_host(value) for name, value in values.items()} for index, values in state["state"].items()
     }
+    # safetensors holds no strides (channels-last).
+    weights, averages = (
+        {name: _on_host(value, torch.contiguous_format) for name, value in module.state_dict().items()}
+        for module in (model, ema)
+    )
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # copies into pinned memory do not make the host wait
     return Snapshot(
-        _contiguous_copies(model.state_dict()),
-        _contiguous_copies(ema.state_dict()),
+        weights,
+        averages,
         copy.deepcopy({**state, "state": {}}) | {"state": moments},
         json.loads(json.dumps(meta)),  # as it will be read: tuples as lists
     )
@@ -302,9 +308,10 @@ def load_weights(model: nn.Module, path: Path, use_ema: bool = True) -> list[str
     return remarks + weights.fit(model, state, path)
 
 
-def _contiguous_copies(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors holds no strides (channels-last)
-    return {key: torch.empty(value.shape, dtype=value.dtype).copy_(value) for key, value in state.items()}
+def _on_host(tensor: Tensor, layout: torch.memory_format = torch.preserve_format) -> Tensor:
+    """A copy in host memory, pinned where the tensor is a GPU's; torch keeps pinned memory for the next copy."""
+    host = torch.empty_like(tensor, device="cpu", memory_format=layout, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _meta_crc32(meta: dict[str, Any]) -> int:
