@@ -1,5 +1,6 @@
 """The loader: image and label map aligned, batches that depend on (seed, epoch, step) alone, errors that surface."""
 
+import contextlib
 import gc
 import io
 import os
@@ -308,6 +309,13 @@ def test_choosing_the_next_epoch_leaves_the_running_one_alone(photo_beton):
         assert list(seen) == order and all(torch.equal(seen[s], whole[s][0]) for s in order)
 
 
+def whole_of(loader):
+    """As many batches as the loader has; it is not asked for the end."""
+    with contextlib.closing(iter(loader)) as batches:
+        for _ in range(len(loader)):
+            yield next(batches)
+
+
 def test_the_next_epoch_is_begun_while_this_one_ends(photo_beton):
     options = dict(image_size=32, grid=2, seed=3)
     with Loader(photo_beton, 4, **options) as loader:
@@ -320,13 +328,29 @@ def test_the_next_epoch_is_begun_while_this_one_ends(photo_beton):
         loader._produce = lambda ids, epoch: produced.append((epoch, ids.tolist())) or produce(ids, epoch)
         for epoch in range(3):
             loader.set_epoch(epoch, next_epoch=epoch + 1 if epoch < 2 else None)
-            seen, order = collect(loader)
+            seen, order = collect(whole_of(loader) if epoch else loader)
             assert order == expected[epoch][1]
             assert all(torch.equal(seen[s][0], expected[epoch][0][s][0]) for s in order)
-            begun = [ids for number, ids in produced if number == epoch + 1]
-            following = expected[epoch + 1][1] if epoch < 2 else []
-            assert begun == [following[step : step + 4] for step in range(0, 12, 4)][: 3 if epoch < 2 else 0]
-        assert len(produced) == 3 * len(loader)  # nothing twice
+            begun = len(loader._prepared.pending) if loader._prepared else 0
+            assert begun == (3, 2, 0)[epoch]  # one more where the end was asked for
+        # Nothing is made twice.
+        assert produced == [
+            (epoch, expected[epoch][1][4 * step : 4 * step + 4]) for epoch in range(3) for step in range(len(loader))
+        ]
+
+
+def test_an_epoch_may_end_before_all_its_steps(photo_beton):
+    with Loader(photo_beton, 4, image_size=32, grid=2, seed=3) as loader:
+        whole = collect(loader)[1]
+        loader.set_epoch(1)
+        next_whole = collect(loader)[1]
+        loader.set_epoch(0, 1, stop_step=5, next_epoch=1)
+        assert collect(loader)[1] == whole[4:20]
+        assert loader._prepared.choice == (1, 0, 5)
+        loader.set_epoch(1, stop_step=5)
+        assert collect(loader)[1] == next_whole[:20]
+        with pytest.raises(ValueError, match="start_step <= stop_step <= 6, got epoch=0, start_step=3, stop_step=2"):
+            loader.set_epoch(0, 3, stop_step=2)
 
 
 def test_a_begun_epoch_that_is_not_wanted_costs_nothing_but_time(photo_beton):
@@ -334,7 +358,7 @@ def test_a_begun_epoch_that_is_not_wanted_costs_nothing_but_time(photo_beton):
     with Loader(photo_beton, 4, image_size=32, grid=2) as loader:
         whole = collect(loader)[1]
         for chosen, next_epoch, start_step in ((0, 1, 0), (0, 0, 2), (0, 5, 0)):
-            loader.set_epoch(chosen, start_step, next_epoch)
+            loader.set_epoch(chosen, start_step, next_epoch=next_epoch)
             assert collect(loader)[1] == whole[4 * start_step :]
         for _ in loader:  # left early with the next epoch open
             break
@@ -607,7 +631,7 @@ def test_settings_that_cannot_work_are_refused(photo_beton, options, message):
 def test_epochs_and_steps_outside_their_range_are_refused(photo_beton):
     with Loader(photo_beton, 4, image_size=32) as loader:
         for epoch, step in ((-1, 0), (0, 7), (0, -1)):
-            with pytest.raises(ValueError, match="start_step in 0..6"):
+            with pytest.raises(ValueError, match="start_step <= stop_step <= 6"):
                 loader.set_epoch(epoch, step)
         with pytest.raises(ValueError, match="sample ids"):
             loader.batch(np.array([24]))

@@ -128,6 +128,7 @@ def test_the_record_says_what_auto_came_to(tiny):
         "compile": False,
         "threads": 1,
         "decode": "cpu",
+        "hybrid_share": None,
     }
     assert start["config"]["decode"] == "cpu" and {
         "torch",

@@ -35,13 +35,13 @@ MOST_PREFETCH = {"cpu": 2, "cuda": 4}  # batches; on a GPU single large images m
 class _Epoch:
     """An epoch that is iterated, or about to be.
 
-    number: as `set_epoch` takes it.
+    choice: number of the epoch, its first step and the one behind its last.
     order: of the samples, int64 [number of samples].
     steps: that are not begun.
     pending: of the steps that are.
     """
 
-    number: int
+    choice: tuple[int, int, int]
     order: Future[np.ndarray]
     steps: Iterator[int]
     pending: collections.deque[Future[UnderWay]] = field(default_factory=collections.deque)
@@ -144,7 +144,7 @@ class Loader:
         # One thread plans batches and starts them. Threads of the maker decode them, without a pause between batches.
         self._driver = ThreadPoolExecutor(1, "tl_fast-decode", self._maker.enter_thread)
         self._drawer = ThreadPoolExecutor(1, "tl_fast-order")  # of an epoch's order, while the one before is iterated
-        self._epoch, self._start_step, self._next_epoch = 0, 0, None
+        self.set_epoch(0)
         self._prepared: _Epoch | None = None
 
     @property
@@ -166,22 +166,26 @@ class Loader:
         """Steps of one whole epoch; the same on every rank when training."""
         return len(self._planner)
 
-    def set_epoch(self, epoch: int, start_step: int = 0, next_epoch: int | None = None) -> None:
-        """Choose the epoch of the next iteration, and the step in it to start from (for resuming).
+    def set_epoch(
+        self, epoch: int, start_step: int = 0, stop_step: int | None = None, next_epoch: int | None = None
+    ) -> None:
+        """Choose the epoch of the next iteration, and the steps of it.
 
-        next_epoch: the epoch that is iterated after it, from its first step on. Its order is drawn, and its first
-        batches are made, while this one ends. None: not known.
+        start_step: the first one (for resuming); stop_step: the one behind the last, None for all.
+        next_epoch: the epoch that is iterated after it, from its first step to `stop_step`. Its order is drawn, and its
+        first batches are made, while this one ends. None: not known.
         """
-        if epoch < 0 or not 0 <= start_step <= len(self) or (next_epoch or 0) < 0:
+        stop = len(self) if stop_step is None else stop_step
+        if not (0 <= start_step <= stop <= len(self) and 0 <= epoch and 0 <= (next_epoch or 0)):
             raise InputError(
-                f"epoch and next_epoch must be >= 0 and start_step in 0..{len(self)}, got {epoch}, {next_epoch} and "
-                f"{start_step}"
+                f"epoch and next_epoch must be >= 0 and 0 <= start_step <= stop_step <= {len(self)}, got "
+                f"epoch={epoch}, start_step={start_step}, stop_step={stop_step}, next_epoch={next_epoch}"
             )
-        self._epoch, self._start_step, self._next_epoch = epoch, start_step, next_epoch
+        self._choice, self._next_epoch = (epoch, start_step, stop), next_epoch
 
     def draw(self, sample_ids: np.ndarray) -> np.ndarray:
         """The plans of these samples in the chosen epoch, PLAN records [B]."""
-        return self._planner.draw(sample_ids, self._epoch)
+        return self._planner.draw(sample_ids, self._choice[0])
 
     def batch(self, sample_ids: np.ndarray) -> Batch:
         """These samples as the chosen epoch has them, at most `batch_size` of them; for looking at, not for
@@ -191,20 +195,19 @@ class Loader:
             raise InputError(
                 f"sample ids must be 1..{self.batch_size} numbers in 0..{len(self.samples) - 1}, got {sample_ids}"
             )
-        batch = self._maker.finish(self._driver.submit(self._produce, ids, self._epoch).result())
+        batch = self._maker.finish(self._driver.submit(self._produce, ids, self._choice[0]).result())
         self._maker.check()
         return batch
 
     def __iter__(self) -> Iterator[Batch]:
-        # set_epoch while this runs is for the next iteration
-        chosen, next_epoch = (self._epoch, self._start_step), self._next_epoch
+        choice, next_epoch = self._choice, self._next_epoch  # set_epoch while this runs is for the next iteration
         prepared, self._prepared = self._prepared, None
-        if prepared is not None and chosen != (prepared.number, 0):
+        if prepared is not None and prepared.choice != choice:
             prepared.cancel()
             prepared = None
-        epochs = [prepared or self._open(*chosen)]
+        epochs = [prepared or self._open(choice)]
         if next_epoch is not None:
-            epochs.append(self._open(next_epoch, 0))
+            epochs.append(self._open((next_epoch, 0, choice[2])))
         pending = epochs[0].pending
         self._maker.forget()  # what an iteration that was left early delivered
         self._maker.decoder.begin()
@@ -214,12 +217,22 @@ class Loader:
                 yield self._take(pending.popleft())
                 # Before the wait: the threads go on with them where they are done with the batch waited for.
                 self._fill(epochs)
-            self._maker.check()
-            if next_epoch is not None:
-                self._prepared = epochs.pop()
+        except GeneratorExit:
+            if not pending:  # who has all batches need not ask for another one
+                self._end(epochs)
+            raise
+        else:
+            self._end(epochs)
         finally:
             for epoch in epochs:
                 epoch.cancel()
+
+    def _end(self, epochs: list[_Epoch]) -> None:
+        """All batches of the first epoch are taken: keep what is begun of the one behind it. Raises what the device
+        found wrong."""
+        self._maker.check()
+        if len(epochs) > 1:
+            self._prepared = epochs.pop()
 
     def _take(self, future: Future[UnderWay]) -> Batch:
         """Wait for a batch. The iteration keeps no reference to it."""
@@ -227,9 +240,9 @@ class Loader:
         self._maker.decoder.taken(len(batch.images))
         return batch
 
-    def _open(self, epoch: int, start_step: int) -> _Epoch:
-        order = self._drawer.submit(self._planner.order, epoch)
-        return _Epoch(epoch, order, iter(range(start_step, len(self))))
+    def _open(self, choice: tuple[int, int, int]) -> _Epoch:
+        order = self._drawer.submit(self._planner.order, choice[0])
+        return _Epoch(choice, order, iter(range(*choice[1:])))
 
     def _fill(self, epochs: list[_Epoch]) -> None:
         """Begin batches of the first epoch, then of the one behind it, until the next one and `prefetch` are under
@@ -241,7 +254,7 @@ class Loader:
                 room -= 1
 
     def _produce_step(self, epoch: _Epoch, step: int) -> UnderWay:
-        return self._produce(self._planner.ids(epoch.order.result(), step), epoch.number)
+        return self._produce(self._planner.ids(epoch.order.result(), step), epoch.choice[0])
 
     def _produce(self, ids: np.ndarray, epoch: int) -> UnderWay:
         """Plan a batch and start to make it."""

@@ -144,9 +144,11 @@ class TrainConfig:
     """
     threads: int | None = None
     """Loader threads per rank; null: the loader's choice."""
-    decode: Literal["auto", "cpu", "mixed"] = "auto"
-    """Where JPEGs are decoded: cpu, or mixed (nvJPEG, with device cuda alone); auto: on a GPU the faster, measured at
-    the start, else cpu."""
+    decode: Literal["auto", "cpu", "mixed", "hybrid"] = "auto"
+    """Where JPEGs are decoded: cpu, with device cuda also mixed (nvJPEG) or hybrid (both at once); auto: cpu as long as
+    the cores keep up with the step, else the faster of cpu and mixed, measured in the first steps."""
+    hybrid_share: float | None = None
+    """Share of the samples that nvJPEG decodes with decode hybrid, 0..1; null: measured at the start."""
 
     resume: str | None = None
     """auto: continue output_dir's newest intact checkpoint, if any; a path: a run's folder (its newest checkpoint) or a

@@ -40,9 +40,11 @@ def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | No
         seed=config.seed,
         threads=config.threads,
         decode=config.decode,
+        hybrid_share=config.hybrid_share,
         device=ranks.device,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        on_rank_0=ranks.on_main,
     )
     train_loader = Loader(
         config.train_data,

@@ -141,7 +141,13 @@ def _run(
                 break
 
             # Epoch
-            train_loader.set_epoch(progress.epoch, progress.step_in_epoch * config.accumulate)
+            goes_on = progress.global_step + steps_per_epoch - progress.step_in_epoch < end
+            train_loader.set_epoch(
+                progress.epoch,
+                start_step=progress.step_in_epoch * config.accumulate,
+                stop_step=steps_per_epoch * config.accumulate,
+                next_epoch=progress.epoch + 1 if goes_on else None,
+            )
             set_train(model, config)
             with meter.epoch(train_loader):
                 while progress.step_in_epoch < steps_per_epoch and progress.global_step < end and not agreement.stop:
@@ -189,7 +195,7 @@ def _run(
         agreement.finish()
         ranks.on_main(writer.wait)
         if ranks.main and progress.global_step > begun:
-            # The loader decides about decode "auto" with its first batch.
+            # The loader decides about decode "auto" in the first steps.
             complete_record(folder, _resolved(config, ranks, train_loader))
         summary = _summary(folder, ranks, progress, meter, guard, agreement.stop)
         if agreement.stop:
@@ -208,6 +214,7 @@ def _resolved(config: TrainConfig, ranks: Ranks, train_loader: Loader) -> dict[s
         "compile": compiles(config, ranks.device),
         "threads": train_loader.threads,
         "decode": train_loader.decode,
+        "hybrid_share": train_loader.hybrid_share,
     }
 
 

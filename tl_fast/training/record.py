@@ -83,7 +83,7 @@ def write_record(
 
 
 def complete_record(folder: Path, resolved: dict[str, Any]) -> None:
-    """Replace what the last start has `resolved`: the loader decides about `decode` when it makes its first batch."""
+    """Replace what the last start has `resolved`: the loader decides about `decode` in the first steps."""
     *earlier, last = read_record(folder)
     _write_starts(folder, [*earlier, last | {"resolved": resolved}])
 
