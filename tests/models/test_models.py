@@ -43,11 +43,15 @@ def tiny():
 
 @pytest.fixture
 def tiny_model(tiny) -> LVViT:
+    return golden_model(tiny)
+
+
+def golden_model(tiny, **changes) -> LVViT:
+    """The golden file's model with its published weights; `changes` are further arguments."""
     config = dict(tiny["config"])
-    assert (
-        config.pop("patch_size") == 16 and config.pop("p_emb") == "4_2"
-    )  # what LVViT always is: patch 16, the 4-layer stem
-    model = LVViT(**config)
+    # What LVViT always is: patch 16, the 4-layer stem
+    assert config.pop("patch_size") == 16 and config.pop("p_emb") == "4_2"
+    model = LVViT(**config, **changes)
     model.load_state_dict(
         {name.removeprefix("weights."): value for name, value in tiny.items() if name.startswith("weights.")}
     )
@@ -87,6 +91,33 @@ def test_train_mode_equals_the_golden_file(tiny, tiny_model, as_tensor):
     cls_logits, token_logits = freeze_norms(tiny_model)(tiny["image"], box)
     close(cls_logits, tiny["train_cls_logits"])
     close(token_logits, tiny["train_token_logits"])
+
+
+def compare_with_golden(tiny, tolerance=1e-4, **switches):
+    """Evaluation and training's outputs of the golden model, built with `switches`."""
+    model = golden_model(tiny, **switches)
+    with torch.no_grad():
+        close(model(tiny["image"]), tiny["eval_logits"], tolerance)
+        close(model.forward_features(tiny["image"]), tiny["features"], tolerance)
+    cls_logits, token_logits = freeze_norms(model)(tiny["image"], tiny["mix_box"])
+    close(cls_logits, tiny["train_cls_logits"], tolerance)
+    close(token_logits, tiny["train_token_logits"], tolerance)
+
+
+def test_a_stem_of_space_to_depth_equals_the_golden_file(tiny):
+    compare_with_golden(tiny, stem_space_to_depth=True)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_space_to_depth_is_the_convolution_with_equal_gradients(layout):
+    stem = small(stem_space_to_depth=True).patch_embed.double()
+    x = torch.randn(3, 3, 32, 48, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    pairs = []
+    for out in (stem._conv1_space_to_depth(x), stem.conv1(x)):
+        assert out.is_contiguous(memory_format=layout)
+        pairs.append([out, *torch.autograd.grad(out.square().sum(), [x, stem.conv1.weight])])
+    for actual, expected in zip(*pairs, strict=True):
+        close(actual, expected, 1e-10)
 
 
 @pytest.mark.parametrize("name", SIZES)

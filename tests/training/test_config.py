@@ -73,6 +73,14 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
         ({"max_skipped": -1}, "max_skipped"),
         ({"bucket_mb": 0.0}, "bucket_mb"),
         ({"timeout_minutes": 0.0}, "timeout_minutes"),
+        (
+            {"compile_mode": "fastest"},
+            "compile_mode must be one of 'default'.*'max-autotune-no-cudagraphs', got 'fastest'",
+        ),
+        (
+            {"stem_space_to_depth": True, "model_kwargs": {"stem_space_to_depth": True}},
+            "set stem_space_to_depth itself",
+        ),
     ],
 )
 def test_values_out_of_range_are_named(bad, named):

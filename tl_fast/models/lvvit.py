@@ -61,10 +61,15 @@ def _box_mask(mix_box: MixBox, grid: tuple[int, int], device: torch.device) -> T
 
 class ConvStem(nn.Module):
     """Published 4-layer patch embedding: three convolutions at half resolution, then an 8x8 projection.
-    [B,3,H,W] -> [B,D,H/16,W/16]."""
+    [B,3,H,W] -> [B,D,H/16,W/16].
 
-    def __init__(self, in_chans: int, width: int, embed_dim: int) -> None:
+    `space_to_depth` computes the first convolution, 7x7 with stride 2 over 3 channels, as the same sums with 4x4 and
+    stride 1 over the 12 channels of 2x2 pixels. Its weights keep their shape.
+    """
+
+    def __init__(self, in_chans: int, width: int, embed_dim: int, space_to_depth: bool = False) -> None:
         super().__init__()
+        self.space_to_depth = space_to_depth
         self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -74,10 +79,22 @@ class ConvStem(nn.Module):
         self.proj = nn.Conv2d(width, embed_dim, PATCH // 2, stride=PATCH // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self._conv1_space_to_depth(x) if self.space_to_depth else self.conv1(x)
+        x = F.relu(self.bn1(x), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         x = F.relu(self.bn3(self.conv3(x)), inplace=True)
         return self._project(x)
+
+    def _conv1_space_to_depth(self, x: Tensor) -> Tensor:
+        """`conv1` over 2x2 pixels at a time: [B,3,H,W] -> [B,W,H/2,W/2], in the memory layout of x."""
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(x, 2)  # [B,12,H/2,W/2]
+        # A first row and column of zeros makes the 7x7 kernel 8x8, that is 4x4 cells of 2x2 pixels.
+        weight = F.pixel_unshuffle(F.pad(self.conv1.weight, (1, 0, 1, 0)), 2)  # [W,12,4,4]
+        if channels_last:  # pixel_unshuffle leaves this layout
+            x = x.contiguous(memory_format=torch.channels_last)
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(F.pad(x, (2, 1, 2, 1)), weight)
 
     def _project(self, x: Tensor) -> Tensor:
         """`proj` as one matrix product, as its patches do not overlap: [B,W,8h,8w] -> [B,D,h,w], channels-last in
@@ -216,6 +233,7 @@ class LVViT(nn.Module):
         num_classes: C; 0 makes both heads the identity, and eval mode then returns the class token [B,D].
         drop_path_rate: drop path of the last block; it grows linearly from 0 in the first.
         in_chans: channels of the input.
+        stem_space_to_depth: the stem's first convolution as in `ConvStem`; the same function of the same weights.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -234,6 +252,7 @@ class LVViT(nn.Module):
         num_classes: int = 1000,
         drop_path_rate: float = 0.0,
         in_chans: int = 3,
+        stem_space_to_depth: bool = False,
     ) -> None:
         super().__init__()
         self.img_size = height, width = to_2tuple(img_size)
@@ -254,7 +273,7 @@ class LVViT(nn.Module):
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(self.grid_size), embed_dim))
-        self.patch_embed = ConvStem(in_chans, stem_width, embed_dim)
+        self.patch_embed = ConvStem(in_chans, stem_width, embed_dim, stem_space_to_depth)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, rate, skip_lam)
             for rate in calculate_drop_path_rates(drop_path_rate, depth)

@@ -29,7 +29,7 @@ def build_network(config: TrainConfig) -> nn.Module:
         grid=config.grid,
         num_classes=config.num_classes,
         drop_path=config.drop_path,
-        options=config.model_kwargs,
+        options=config.model_options,
     )
 
 
