@@ -196,8 +196,10 @@ def test_a_first_bucket_larger_than_the_others_is_refused(tiny):
 
 
 def test_what_has_no_effect_is_said(tiny, capsys):
-    training.train(tiny(max_steps=1, compile_mode="max-autotune-no-cudagraphs"))
-    assert "compile_mode max-autotune-no-cudagraphs has no effect on the CPU" in capsys.readouterr().out
+    training.train(tiny(max_steps=1, compile_mode="max-autotune-no-cudagraphs", residual_dtype="bfloat16"))
+    said = capsys.readouterr().out
+    assert "compile_mode max-autotune-no-cudagraphs has no effect on the CPU" in said
+    assert "residual_dtype bfloat16 has no effect" in said
 
 
 def test_a_label_below_0_is_refused_with_its_sample(tiny, tmp_path):

@@ -205,9 +205,9 @@ class Block(nn.Module):
         if not self.training or isinstance(self.drop_path, nn.Identity):
             return x + layer(norm(x)) / self.skip_lam
         index, scales = self.drop_path.draw(x.shape[0], x.device)
-        scales = (scales / self.skip_lam).to(x.dtype)
+        scales = scales / self.skip_lam  # float32: rounded to bfloat16 they would all be wrong by the same share
         if index is None:
-            return x + layer(norm(x)) * scales
+            return (x + layer(norm(x)) * scales).to(x.dtype)
         kept = len(index)
         # Of every sample: its row in the branch; `kept` for a dropped one, which then reads any row, masked.
         row = torch.full((x.shape[0],), kept, device=x.device)
@@ -234,6 +234,9 @@ class LVViT(nn.Module):
         drop_path_rate: drop path of the last block; it grows linearly from 0 in the first.
         in_chans: channels of the input.
         stem_space_to_depth: the stem's first convolution as in `ConvStem`; the same function of the same weights.
+        residual_dtype: of the stream from block to block under bfloat16 autocast. "float32": class token and position
+            embeddings, which are float32, promote it; "bfloat16": their sum is rounded to what the stem returns.
+            Without autocast either is the weights' dtype.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -253,6 +256,7 @@ class LVViT(nn.Module):
         drop_path_rate: float = 0.0,
         in_chans: int = 3,
         stem_space_to_depth: bool = False,
+        residual_dtype: str = "float32",
     ) -> None:
         super().__init__()
         self.img_size = height, width = to_2tuple(img_size)
@@ -266,6 +270,9 @@ class LVViT(nn.Module):
             raise ValueError(f"skip_lam {skip_lam} must be positive")
         if num_classes < 0:
             raise ValueError(f"num_classes {num_classes} must be 0 (no heads) or positive")
+        if residual_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"residual_dtype {residual_dtype!r} must be 'float32' or 'bfloat16'")
+        self.residual_dtype = residual_dtype
         self.grid_size = height // PATCH, width // PATCH
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -333,7 +340,10 @@ class LVViT(nn.Module):
     def _encode(self, x: Tensor) -> Tensor:
         """Transformer: patch embeddings [B,D,h,w] -> class and patch tokens after the final norm [B,1+N,D]."""
         x = x.flatten(2).transpose(1, 2)  # [B,N,D], a view when the stem ran channels-last
+        dtype = x.dtype
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
+        if self.residual_dtype == "bfloat16":
+            x = x.to(dtype)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         return self.norm(x)

@@ -14,6 +14,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
+from tl_fast.models.normalise import resolved_dtype
 from tl_fast.system.ranks import Ranks
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
@@ -45,6 +46,8 @@ def build_learner(
     model.to(ranks.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
     if config.compile_mode != "default" and not on_gpu:
         remarks.append(f"compile_mode {config.compile_mode} has no effect on the CPU")
+    if config.residual_dtype != "float32" and resolved_dtype(ranks.device, config.dtype) == "float32":
+        remarks.append(f"residual_dtype {config.residual_dtype} has no effect: without autocast all is float32")
     if config.sync_bn and ranks.world_size == 1:
         remarks.append("sync_bn has no effect on one rank, whose statistics are everybody's")
     elif config.sync_bn:
