@@ -289,13 +289,70 @@ def test_drop_path_drops_each_sample_with_its_rate_and_keeps_the_mean(batch, rat
     drop, kept_most, draws = DropPath(rate), math.ceil(batch * (1 - rate)), 4000
     scale_of = torch.zeros(draws, batch)
     for row in scale_of:
-        index, scales = drop.draw(batch, row.device)
+        index, scales, _ = drop.draw(batch, row.device)
         assert scales.shape == (kept_most, 1, 1) and (index is None) == (kept_most == batch)
         row[torch.arange(batch) if index is None else index] = scales.view(-1)
     close(scale_of.unique(), torch.tensor([0, 1 / (1 - rate)]))
     noise = (rate / (1 - rate) / draws) ** 0.5  # the mean scale's standard deviation, of one sample
     assert (scale_of.mean(0) - 1).abs().max() < 4.5 * noise
     assert ((scale_of == 0).float().mean(0) - rate).abs().max() < 4.5 * (rate * (1 - rate) / draws) ** 0.5
+
+
+@pytest.mark.parametrize("batch", [2, 7, 64])
+def test_one_draw_for_all_blocks_drops_with_each_ones_rate(batch):
+    torch.manual_seed(0)
+    model, draws = small(depth=4, drop_path_rate=0.6), 3000  # 0, 0.2, 0.4, 0.6
+    scale_of = torch.zeros(draws, 3, 2, batch)
+    for drawn in scale_of:
+        kept = model._draw_all(batch, drawn.device)
+        assert list(kept) == [1, 2, 3]
+        for block, branches in kept.items():
+            for branch, (index, scales, position) in enumerate(branches):
+                assert len(scales) == math.ceil(batch * (1 - 0.2 * block)) and (index is None) == (len(scales) == batch)
+                samples = torch.arange(batch) if index is None else index
+                assert index is None or torch.equal(position[index], torch.arange(len(index)))
+                drawn[block - 1, branch, samples] = scales.view(-1)
+    for block, scales in enumerate(scale_of.unbind(1), 1):
+        rate = 0.2 * block
+        close(scales.unique(), torch.tensor([0, 1 / (1 - rate)]))
+        assert (scales.mean(0) - 1).abs().max() < 4.5 * (rate / (1 - rate) / draws) ** 0.5
+        assert ((scales == 0).float().mean(0) - rate).abs().max() < 4.5 * (rate * (1 - rate) / draws) ** 0.5
+    # Branches are independent: a sample dropped in one is no more likely to be dropped in another.
+    first_sample = (scale_of[..., 0] == 0).float().flatten(1)  # [draws, 6 branches]
+    assert (first_sample.T.corrcoef() - torch.eye(6)).abs().max() < 4.5 / draws**0.5
+
+
+def test_blocks_use_one_draw_for_all_as_they_use_their_own(monkeypatch):
+    """The same draws given to both ways: equal outputs and gradients."""
+    images, results = torch.randn(9, 3, 64, 96), []
+    changes = dict(depth=4, drop_path_rate=0.6)
+    given = small(**changes)._draw_all(9, images.device)
+    queue = [kept for branches in given.values() for kept in branches]
+    with monkeypatch.context() as patch:
+        patch.setattr(DropPath, "draw", lambda self, batch, device: queue.pop(0))
+        results.append(outputs_and_gradients(small(**changes), images))
+        assert not queue
+    for checkpointing in (False, True):
+        model = small(**changes, drop_path_batched=True)
+        model.set_grad_checkpointing(checkpointing)
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "_draw_all", lambda batch, device: given)
+            results.append(outputs_and_gradients(model, images))
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            close(actual, expected, 1e-6)
+    # Nothing replaced: `small` seeds, so the draw is the one given above; block by block it is another.
+    batched, single = (outputs_and_gradients(small(**changes, drop_path_batched=b), images)[0] for b in (True, False))
+    close(batched, results[0][0], 1e-6)
+    assert (single - batched).abs().max() > 1e-3
+    plain, batched = (outputs_and_gradients(small(drop_path_batched=b), images) for b in (False, True))
+    assert all(torch.equal(*pair) for pair in zip(plain, batched, strict=True))  # no rate, nothing to draw
+
+
+def outputs_and_gradients(model: LVViT, images: torch.Tensor) -> list[torch.Tensor]:
+    cls_logits, token_logits = freeze_norms(model)(images)
+    (cls_logits.square().sum() + token_logits.square().sum()).backward()
+    return [cls_logits, token_logits, *(p.grad for p in model.parameters())]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -310,7 +367,7 @@ def test_skipping_the_dropped_equals_multiplying_them_by_zero(monkeypatch, dtype
     parameters = [x, *block.parameters()]
     gradients = torch.autograd.grad(out.square().sum(), parameters)
     expected, layers = x, [(block.norm1, block.attn), (block.norm2, block.mlp)]
-    for (index, scales), (norm, layer) in zip(drawn, layers, strict=True):
+    for (index, scales, _), (norm, layer) in zip(drawn, layers, strict=True):
         assert len(index) == 5
         scale_of = torch.zeros(9, 1, 1, dtype=dtype).index_copy(0, index, scales.to(dtype))
         expected = expected + layer(norm(expected)) * scale_of / 2
@@ -346,18 +403,21 @@ def test_gradient_checkpointing_changes_no_gradient():
         close(checkpointed, plain, 1e-5)
 
 
-def test_one_graph_serves_every_tensor_box():
-    model, counter = small(drop_path_rate=0.1).train(), CompileCounter()
+@pytest.mark.parametrize("batched", [False, True])
+def test_one_graph_serves_every_tensor_box(batched):
+    torch._dynamo.reset()
+    model, counter = small(drop_path_rate=0.1, drop_path_batched=batched).train(), CompileCounter()
     compiled, images = torch.compile(model, backend=counter, fullgraph=True), torch.randn(2, 3, 64, 96)
     for box in BOXES:
         compiled(images, torch.tensor(box))
     assert counter.frame_count == 1
 
 
-def test_no_value_is_read_on_the_host():
+@pytest.mark.parametrize("batched", [False, True])
+def test_no_value_is_read_on_the_host(batched):
     """Meta tensors have no values, so a read of the box (or of anything else) raises."""
     with torch.device("meta"):
-        cls_logits, token_logits = small(drop_path_rate=0.1).train()(
+        cls_logits, token_logits = small(drop_path_rate=0.6, drop_path_batched=batched).train()(
             torch.empty(2, 3, 64, 96), torch.empty(4, dtype=torch.int32)
         )
     assert cls_logits.shape == (2, 5) and token_logits.shape == (2, 24, 5)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from tl_fast.models.patch import PATCH
 
 MixBox = Tensor | Sequence[int]  # (top, left, bottom, right) in tokens, the end exclusive
-# What drop path keeps in one branch: int64 [K] samples or None for all, their float32 scales [K,1,1].
-Kept = tuple[Tensor | None, Tensor]
-# The drop path rate from which a branch computes only the samples it keeps. On a GPU a gather and a scatter must first
-# be earned back: an estimate from memory traffic, not yet measured there.
+# The drop path rate from which a branch computes only the samples it keeps, where branches are drawn one by one. On a
+# GPU a gather and a scatter must first be earned back: an estimate from memory traffic, not yet measured there.
 SKIP_FROM = {"cpu": 0.0, "cuda": 0.1}
 
 __all__ = ["LVViT", "resize_pos_embed"]
@@ -142,6 +141,17 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class Kept(NamedTuple):
+    """What drop path keeps in one residual branch: K of the B samples."""
+
+    index: Tensor | None
+    """int64 [K], the samples; None for all."""
+    scales: Tensor
+    """float32 [K,1,1], their factors."""
+    position: Tensor | None
+    """int64 [B], where in `index` each sample is; K or more for a dropped one. None where `index` is."""
+
+
 class DropPath(nn.Module):
     """Which samples of a batch a residual branch keeps. Dropped samples are not computed; the rate is that of the
     published stochastic depth.
@@ -161,11 +171,30 @@ class DropPath(nn.Module):
 
     def draw(self, batch: int, device: torch.device) -> Kept:
         """One branch's draw, from torch's generator of `device`."""
+        kept = self._kept(batch) if self.drop_prob >= SKIP_FROM.get(device.type, 0.0) else batch
+        scales = self._scales(torch.rand((kept, 1, 1), device=device), batch)
+        if kept == batch:
+            return Kept(None, scales, None)
+        index = torch.rand(batch, device=device).argsort()[:kept]
+        position = torch.full((batch,), kept, device=device)
+        return Kept(index, scales, position.index_copy(0, index, torch.arange(kept, device=device)))
+
+    def draw_from(self, order: Tensor, position: Tensor, uniform: Tensor) -> Kept:
+        """One branch's draw from random numbers made for many branches: `order`, a permutation of the B samples, its
+        inverse `position`, and B numbers `uniform` in [0, 1)."""
+        batch = len(order)
+        kept = self._kept(batch)
+        scales = self._scales(uniform[:kept].view(-1, 1, 1), batch)
+        return Kept(None, scales, None) if kept == batch else Kept(order[:kept], scales, position)
+
+    def _kept(self, batch: int) -> int:
+        """K: the fewest samples among which the survivors can be."""
+        return math.ceil(batch * (1 - self.drop_prob))
+
+    def _scales(self, uniform: Tensor, batch: int) -> Tensor:
+        """The factors of K kept samples from as many numbers in [0, 1): some 0, so that the rate is exact."""
         survive = 1 - self.drop_prob
-        kept = math.ceil(batch * survive) if self.drop_prob >= SKIP_FROM.get(device.type, 0.0) else batch
-        scales = torch.rand((kept, 1, 1), device=device) < survive * batch / kept
-        index = torch.rand(batch, device=device).argsort()[:kept] if kept < batch else None
-        return index, scales / survive
+        return (uniform < survive * batch / len(uniform)) / survive
 
 
 class _Rows(torch.autograd.Function):
@@ -201,24 +230,23 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def _residual(self, x: Tensor, norm: nn.Module, layer: nn.Module) -> Tensor:
+    def _residual(self, x: Tensor, norm: nn.Module, layer: nn.Module, drawn: Kept | None) -> Tensor:
         if not self.training or isinstance(self.drop_path, nn.Identity):
             return x + layer(norm(x)) / self.skip_lam
-        index, scales = self.drop_path.draw(x.shape[0], x.device)
+        index, scales, position = drawn or self.drop_path.draw(x.shape[0], x.device)
         scales = scales / self.skip_lam  # float32: rounded to bfloat16 they would all be wrong by the same share
         if index is None:
             return (x + layer(norm(x)) * scales).to(x.dtype)
         kept = len(index)
-        # Of every sample: its row in the branch; `kept` for a dropped one, which then reads any row, masked.
-        row = torch.full((x.shape[0],), kept, device=x.device)
-        row = row.index_copy(0, index, torch.arange(kept, device=x.device))  # [B]
-        mask, row = (row < kept).view(-1, 1, 1).to(x.dtype), row.clamp(max=kept - 1)  # [B,1,1], [B]
+        # A dropped sample reads any row of the branch, masked.
+        mask, row = (position < kept).view(-1, 1, 1).to(x.dtype), position.clamp(max=kept - 1)  # [B,1,1], [B]
         branch = (layer(norm(_Rows.apply(x, index, row, mask))) * scales).to(x.dtype)  # [K,1+N,D]
         return torch.addcmul(x, _Rows.apply(branch, row, index, None), mask)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._residual(x, self.norm1, self.attn)
-        return self._residual(x, self.norm2, self.mlp)
+    def forward(self, x: Tensor, drawn: tuple[Kept | None, Kept | None] = (None, None)) -> Tensor:
+        """`drawn`: what drop path keeps in the two branches; None: drawn here."""
+        x = self._residual(x, self.norm1, self.attn, drawn[0])
+        return self._residual(x, self.norm2, self.mlp, drawn[1])
 
 
 class LVViT(nn.Module):
@@ -237,6 +265,8 @@ class LVViT(nn.Module):
         residual_dtype: of the stream from block to block under bfloat16 autocast. "float32": class token and position
             embeddings, which are float32, promote it; "bfloat16": their sum is rounded to what the stem returns.
             Without autocast either is the weights' dtype.
+        drop_path_batched: draw drop path for all branches in one operation, and skip the dropped samples at any rate;
+            else every branch draws for itself, and skips from a rate that depends on the device.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -257,6 +287,7 @@ class LVViT(nn.Module):
         in_chans: int = 3,
         stem_space_to_depth: bool = False,
         residual_dtype: str = "float32",
+        drop_path_batched: bool = False,
     ) -> None:
         super().__init__()
         self.img_size = height, width = to_2tuple(img_size)
@@ -273,6 +304,7 @@ class LVViT(nn.Module):
         if residual_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"residual_dtype {residual_dtype!r} must be 'float32' or 'bfloat16'")
         self.residual_dtype = residual_dtype
+        self.drop_path_batched = drop_path_batched
         self.grid_size = height // PATCH, width // PATCH
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -344,9 +376,27 @@ class LVViT(nn.Module):
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
         if self.residual_dtype == "bfloat16":
             x = x.to(dtype)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
+        draws = self._draw_all(x.shape[0], x.device) if self.drop_path_batched and self.training else {}
+        for number, block in enumerate(self.blocks):
+            arguments = x, draws.get(number, (None, None))  # drawn outside: a checkpointed block runs twice
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
         return self.norm(x)
+
+    def _draw_all(self, batch: int, device: torch.device) -> dict[int, tuple[Kept, Kept]]:
+        """What drop path keeps in both branches of every block that has a rate, by the block's number."""
+        rates = {n: block.drop_path for n, block in enumerate(self.blocks) if isinstance(block.drop_path, DropPath)}
+        if not rates:
+            return {}
+        shuffle, uniform = torch.rand((2, 2 * len(rates), batch), device=device).unbind()  # each [branches,B]
+        order = shuffle.argsort(1)
+        branches = list(zip(order, order.argsort(1), uniform, strict=True))
+        return {
+            number: (drop_path.draw_from(*branches[2 * i]), drop_path.draw_from(*branches[2 * i + 1]))
+            for i, (number, drop_path) in enumerate(rates.items())
+        }
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised images [B,3,H,W] -> class token and patch tokens after the final norm [B,1+N,D], without

@@ -53,6 +53,9 @@ class TrainConfig:
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the residual stream between blocks under bfloat16 autocast. bfloat16 halves its memory traffic. Not yet
     measured on a GPU."""
+    drop_path_batched: bool = False
+    """Draw drop path for all blocks in one operation, and skip dropped samples at any rate; false: block by block, on a
+    GPU from rate 0.1. Not yet measured on a GPU."""
     freeze_stem_bn: bool = False
     """Keep the conv stem's batch norms on their running statistics (fine-tuning; comparing world sizes)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -293,7 +296,7 @@ class TrainConfig:
 
 
 # Fields that say how the model computes; its constructor's arguments have the same names.
-_MODEL_SWITCHES = ("stem_space_to_depth", "residual_dtype")
+_MODEL_SWITCHES = ("stem_space_to_depth", "residual_dtype", "drop_path_batched")
 # Arguments of the model's constructor that have a field of their own: the constructor's name -> ours.
 _MODEL_FIELDS = {
     "img_size": "img_size",
