@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 
@@ -106,6 +107,12 @@ def compare_with_golden(tiny, tolerance=1e-4, **switches):
 
 def test_a_stem_of_space_to_depth_equals_the_golden_file(tiny):
     compare_with_golden(tiny, stem_space_to_depth=True)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+def test_attention_backends_equal_the_golden_file(tiny, backend):
+    with sdpa_kernel(backend):
+        compare_with_golden(tiny)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

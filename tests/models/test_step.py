@@ -25,7 +25,7 @@ from timm.utils import ModelEmaV3
 from tl_fast.models.loss import TokenLabelLoss, soft_cross_entropy
 from tl_fast.models.lvvit import LVViT
 from tl_fast.models.normalise import Normalise
-from tl_fast.models.step import TrainStep, compiled
+from tl_fast.models.step import TrainStep, compiled, usable_attention_backends
 from tl_fast.plan.records import mix_box
 
 BATCH, GRID, CLASSES = 4, 4, 50
@@ -43,10 +43,11 @@ def published():
     return module
 
 
-def make_step(**changes) -> TrainStep:
+def make_step(attention_backend: str = "default", **changes) -> TrainStep:
     torch.manual_seed(0)
     model = LVViT(**{**SIZE, "drop_path_rate": 0.5, **changes}).train()
-    return TrainStep(model, TokenLabelLoss(1.0, 0.5), Normalise((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    normalise = Normalise((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    return TrainStep(model, TokenLabelLoss(1.0, 0.5), normalise, attention_backend=attention_backend)
 
 
 def inputs(seed: int = 0, classes: int = CLASSES) -> dict[str, Tensor]:
@@ -216,6 +217,45 @@ def test_erasing_is_the_same_in_the_graph():
     without = step(**{name: value for name, value in batch.items() if name not in ("erase_boxes", "noise")})[0]
     torch.testing.assert_close(graph, eager)
     assert (without - eager).abs() > 20 * (graph - eager).abs()
+
+
+def attention_nodes(loss: Tensor) -> set[str]:
+    """The names of attention's nodes in the graph of a loss."""
+    names, nodes, seen = set(), [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            nodes += [parent for parent, _ in node.next_functions]
+    return {name for name in names if "Attention" in name}
+
+
+def test_the_attention_backend_computes_attention():
+    """Equal but for the order of sums; "math" is made of products and a softmax, "flash" is one operation."""
+    batch, results = inputs(), {}
+    for name in ("default", "math", "flash"):
+        step = make_step(name, drop_path_rate=0.0)
+        loss, _ = step(**batch)
+        assert bool(attention_nodes(loss)) is (name != "math")
+        loss.backward()
+        results[name] = [loss.detach(), *(p.grad for p in step.parameters())]
+    for name in ("math", "flash"):
+        for actual, expected in zip(results[name], results["default"], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention_backend", ["math", "flash"])
+def test_the_attention_backend_breaks_no_graph(attention_backend):
+    torch._dynamo.reset()
+    batch, step = inputs(), make_step(attention_backend, drop_path_rate=0.0)
+    graph = torch.compile(step, backend="aot_eager", fullgraph=True)(**batch)[0]
+    torch.testing.assert_close(graph, step(**batch)[0])
+
+
+def test_usable_attention_backends_of_the_cpu():
+    for dtype in ("auto", "bfloat16"):
+        assert usable_attention_backends(torch.device("cpu"), dtype, 17, 16) == ["flash", "math"]
 
 
 @pytest.mark.gpu

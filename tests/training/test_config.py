@@ -77,6 +77,7 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
             {"compile_mode": "fastest"},
             "compile_mode must be one of 'default'.*'max-autotune-no-cudagraphs', got 'fastest'",
         ),
+        ({"attention_backend": "fused"}, "attention_backend must be one of .*'cudnn'.*'fused'"),
         (
             {"stem_space_to_depth": True, "model_kwargs": {"stem_space_to_depth": True}},
             "set stem_space_to_depth itself",

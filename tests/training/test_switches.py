@@ -31,6 +31,7 @@ def run(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
         pytest.param({"dtype": "bfloat16"}, {"residual_dtype": "bfloat16"}, 0.01, id="residual_dtype"),
         # Other samples are dropped: 0.08.
         pytest.param({}, {"drop_path_batched": True}, 0.15, id="drop_path_batched"),
+        pytest.param({}, {"attention_backend": "math"}, 1e-4, id="attention_backend"),
     ],
 )
 def test_a_short_run_follows_the_one_without_the_switch(tiny, base, switches, tolerance):
@@ -47,3 +48,10 @@ def test_a_run_may_go_on_with_other_switches(tiny):
     """They change no weight's name or shape, so a checkpoint fits with them and without."""
     training.train(tiny(max_steps=2))
     assert training.train(tiny(max_steps=4, resume="auto", stem_space_to_depth=True))["steps"] == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("backend", ["cudnn", "efficient"])
+def test_an_attention_backend_that_the_device_lacks_is_refused_at_the_start(tiny, backend):
+    with pytest.raises(ValueError, match=f"attention_backend '{backend}'.*cpu.*16 channels.*default, flash, math"):
+        training.train(tiny(device="auto", attention_backend=backend))

@@ -10,14 +10,40 @@ Shapes: B images, N patch tokens, C classes.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_fast.models.erase import erase
 from tl_fast.models.loss import TokenLabelLoss
-from tl_fast.models.normalise import Normalise, autocast
+from tl_fast.models.normalise import Normalise, autocast, resolved_dtype
+
+# What may compute attention, by the names of the config's attention_backend; besides "default", torch's own choice.
+ATTENTION_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def usable_attention_backends(device: torch.device, dtype: str, tokens: int, head_dim: int) -> list[str]:
+    """The ATTENTION_BACKENDS that run forward and backward on `device` for a sequence of `tokens` and heads of
+    `head_dim` channels, in the type that the config's `dtype` means there."""
+    qkv = torch.zeros((3, 1, 1, tokens, head_dim), device=device, dtype=getattr(torch, resolved_dtype(device, dtype)))
+    usable = []
+    for name, backend in ATTENTION_BACKENDS.items():
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings(action="ignore"):  # torch warns of its reasons
+            q, k, v = qkv.clone().requires_grad_().unbind()
+            with sdpa_kernel(backend):
+                F.scaled_dot_product_attention(q, k, v).sum().backward()
+            usable.append(name)
+    return usable
 
 
 class TrainStep(nn.Module):
@@ -28,11 +54,21 @@ class TrainStep(nn.Module):
         criterion: the loss.
         normalise: uint8 images to float32.
         dtype: autocast type of the model: "float32", "bfloat16", or "auto" (see `normalise.autocast`).
+        attention_backend: "default", or one of ATTENTION_BACKENDS, without which torch then raises RuntimeError. Not
+            for a model with gradient checkpointing, which computes attention again outside this module.
     """
 
-    def __init__(self, model: nn.Module, criterion: TokenLabelLoss, normalise: Normalise, dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: TokenLabelLoss,
+        normalise: Normalise,
+        dtype: str = "auto",
+        attention_backend: str = "default",
+    ) -> None:
         super().__init__()
         self.model, self.criterion, self.normalise, self.dtype = model, criterion, normalise, dtype
+        self.attention_backend = attention_backend
 
     def forward(
         self,
@@ -55,9 +91,14 @@ class TrainStep(nn.Module):
         inputs = self.normalise(images)
         if erase_boxes is not None:
             inputs = erase(inputs, erase_boxes, noise)
-        with autocast(images.device, self.dtype):
+        with autocast(images.device, self.dtype), self._attention():
             cls_logits, token_logits = self.model(inputs, mix_box)
         return self.criterion(cls_logits, token_logits, targets, mix_box, ground_truth, with_terms=True)
+
+    def _attention(self) -> contextlib.AbstractContextManager:
+        if self.attention_backend == "default":
+            return contextlib.nullcontext()
+        return sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend])
 
 
 def compiled(step: nn.Module, device: torch.device, mode: str = "default") -> Callable:

@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tl_fast.models.build import build_model
 from tl_fast.models.loss import TokenLabelLoss
 from tl_fast.models.normalise import Normalise
-from tl_fast.models.step import TrainStep, compiled
+from tl_fast.models.step import TrainStep, compiled, usable_attention_backends
+from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks
 from tl_fast.training.config import TrainConfig
 
@@ -55,11 +56,26 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
     return device.type == "cuda" if config.compile is None else config.compile
 
 
+def _check_attention(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    if config.attention_backend == "default":
+        return
+    head_dim = model.embed_dim // model.blocks[0].attn.num_heads
+    usable = usable_attention_backends(device, config.dtype, model.pos_embed.shape[1], head_dim)
+    if config.attention_backend not in usable:
+        raise InputError(
+            f"attention_backend {config.attention_backend!r} does not run on {device.type} with dtype {config.dtype}"
+            f" and {head_dim} channels a head: set {', '.join(('default', *usable))}"
+        )
+
+
 def build_step(model: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
     """The `TrainStep` of a model, which stays the caller's; compiled where the config asks for it, and with several
-    ranks in DistributedDataParallel."""
+    ranks in DistributedDataParallel. Every rank calls it; raises InputError where a rank lacks the attention
+    backend."""
+    ranks.agree(_check_attention, model, config, ranks.device)
     criterion = TokenLabelLoss(config.cls_weight, config.dense_weight if config.token_label else 0.0)
-    step: nn.Module = TrainStep(model, criterion, Normalise(config.mean, config.std).to(ranks.device), config.dtype)
+    normalise = Normalise(config.mean, config.std).to(ranks.device)
+    step: nn.Module = TrainStep(model, criterion, normalise, config.dtype, config.attention_backend)
     if compiles(config, ranks.device):
         step = compiled(step, ranks.device, config.compile_mode)
     if ranks.world_size == 1:
