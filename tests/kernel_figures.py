@@ -14,11 +14,17 @@ from numba import cuda, types
 from tl_fast.kernels.cuda_launch import KERNELS
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
-ARCHITECTURES = ((8, 0), (9, 0))
+# sm_90a is what an H100 or H200 runs; its code runs nowhere else.
+ARCHITECTURES = ((8, 0), (9, 0), (9, 0, "a"))
 BEGIN, END = "<!-- figures: python -m tests.kernel_figures -->\n", "<!-- end of figures -->\n"
 
 
-def ptx(name: str, architecture: tuple[int, int]) -> str:
+def target(architecture: tuple) -> str:
+    """What ptxas calls it: sm_80."""
+    return "sm_" + "".join(map(str, architecture))
+
+
+def ptx(name: str, architecture: tuple) -> str:
     kernel = KERNELS[name]
     signature = types.void(*kernel.arguments)
     device = mock.Mock(compute_capability=architecture)
@@ -29,11 +35,11 @@ def ptx(name: str, architecture: tuple[int, int]) -> str:
     return text
 
 
-def assemble(text: str, architecture: tuple[int, int], folder: Path) -> dict[str, int]:
+def assemble(text: str, architecture: tuple, folder: Path) -> dict[str, int]:
     """ptxas's registers, static shared memory, stack frame and spilled bytes."""
     source, binary = folder / "kernel.ptx", folder / "kernel.cubin"
     source.write_text(text)
-    command = ["ptxas", f"-arch=sm_{architecture[0]}{architecture[1]}", "-v", source, "-o", binary]
+    command = ["ptxas", f"-arch={target(architecture)}", "-v", source, "-o", binary]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     patterns = {
         "registers": r"Used (\d+) registers",
@@ -51,7 +57,7 @@ def occupancy(registers: int, threads: int) -> int:
 
 def table() -> list[tuple[str, str, int, int, int, int, int]]:
     """Rows of docs/kernels.md: (kernel, architecture, registers, static shared memory, stack, spilled, blocks)."""
-    pattern = r"^\| ([^|]+?) \| (sm_\d+) " + r"\| (\d+) " * 5 + r"\|$"
+    pattern = r"^\| ([^|]+?) \| (sm_\d+a?) " + r"\| (\d+) " * 5 + r"\|$"
     rows = re.findall(pattern, DOCUMENT.read_text(), re.M)
     return [(name, architecture, *map(int, figures)) for name, architecture, *figures in rows]
 
@@ -68,7 +74,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 figures = assemble(ptx(name, architecture), architecture, Path(folder))
             blocks = occupancy(figures["registers"], kernel.bounds[0])
-            row = name, f"sm_{architecture[0]}{architecture[1]}", *figures.values(), blocks
+            row = name, target(architecture), *figures.values(), blocks
             lines.append(f"| {' | '.join(map(str, row))} |")
             print(lines[-1], flush=True)
     text = DOCUMENT.read_text()

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for sm_80 and sm_90 without a GPU: no double precision, no local memory, and
+"""Every CUDA kernel compiles for sm_80, sm_90 and sm_90a without a GPU: no double precision, no local memory, and
 docs/kernels.md says what it takes."""
 
 import re
@@ -22,16 +22,16 @@ SLACK = 8  # registers more than the table says, as another compiler may take
         # Every time what the loader launches, for the newest architecture.
         pytest.param(
             name,
-            (a, b),
-            id=f"{name}, sm_{a}{b}",
-            marks=() if (a, b) == CASES[-1][1] and name in LAUNCHED else pytest.mark.slow,
+            architecture,
+            id=f"{name}, {kernel_figures.target(architecture)}",
+            marks=() if architecture == CASES[-1][1] and name in LAUNCHED else pytest.mark.slow,
         )
-        for name, (a, b) in CASES
+        for name, architecture in CASES
     ],
 )
 def test_kernel_compiles_lean(name, architecture, tmp_path):
     text = kernel_figures.ptx(name, architecture)
-    assert f".target sm_{architecture[0]}{architecture[1]}" in text and ".visible .entry" in text
+    assert f".target {kernel_figures.target(architecture)}\n" in text and ".visible .entry" in text
     doubles = [line.strip() for line in text.splitlines() if re.search(r"\.f64\b", line)]
     assert not doubles, doubles[:3]
     assert not re.search(r"^\s*\.local", text, re.M), "local memory"
@@ -44,7 +44,7 @@ def test_kernel_compiles_lean(name, architecture, tmp_path):
         pytest.skip("PTX checked; ptxas, for registers and spills, is not on PATH (it comes with the CUDA toolkit)")
     figures = kernel_figures.assemble(text, architecture, tmp_path)
     assert figures["spilled"] == figures["stack"] == 0, figures
-    (row,) = [row for row in kernel_figures.table() if row[:2] == (name, f"sm_{architecture[0]}{architecture[1]}")]
+    (row,) = [row for row in kernel_figures.table() if row[:2] == (name, kernel_figures.target(architecture))]
     assert abs(figures["registers"] - row[2]) <= SLACK and abs(figures["shared"] - row[3]) <= 256, (
         f"docs/kernels.md has {row}, ptxas {figures}: run python -m tests.kernel_figures"
     )
@@ -53,4 +53,6 @@ def test_kernel_compiles_lean(name, architecture, tmp_path):
 
 
 def test_the_table_lists_every_kernel():
-    assert sorted(row[:2] for row in kernel_figures.table()) == sorted((name, f"sm_{a}{b}") for name, (a, b) in CASES)
+    assert sorted(row[:2] for row in kernel_figures.table()) == sorted(
+        (name, kernel_figures.target(architecture)) for name, architecture in CASES
+    )
