@@ -3,18 +3,27 @@
 #
 #   benchmarks/gpu_check.sh [--images FOLDER | --beton FILE] [--samples 4096]
 #
-# PY is the python to use, OUT where JSON rows and logs go (default benchmarks/results/gpu), STAGES which to run ("tests-kernels tests-loader tests-training
-# sanitizer kernels decode loader training"), TLFAST_COMMIT the commit where this is a copy without .git. Ends with a summary, and with status 1 when a stage failed. What cannot run here is skipped with its reason.
+# PY: the python to use. OUT: where rows.jsonl, to which every stage appends, and a log a stage go (default benchmarks/results/gpu). STAGES: which to run, in this
+# order: "first tests-kernels kernels training loader decode tests-training tests-loader sanitizer"; "first" takes a minute, and says whether the others can
+# run. LIMIT: seconds a stage. TLFAST_COMMIT: the commit, where this is a copy without .git.
+# Where a command may take ten minutes only, docs/benchmarks.md has the stages in parts. Ends with a summary, and with status 1 when a stage failed. What cannot run here
+# is skipped with its reason.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PY=${PY:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 OUT=${OUT:-benchmarks/results/gpu}
-STAGES=${STAGES:-tests-kernels tests-loader tests-training sanitizer kernels decode loader training}
+STAGES=${STAGES:-first tests-kernels kernels training loader decode tests-training tests-loader sanitizer}
 LIMIT=${LIMIT:-470} # seconds a stage
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 outcomes=()
 failed=0
+
+# numba-cuda finds libNVVM in pip's nvidia-nvvm by itself, and a CUDA toolkit's through CUDA_HOME.
+nvcc=$(readlink -f "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)")
+for toolkit in "${CUDA_HOME:-}" "${nvcc%/bin/nvcc}" /usr/local/cuda /usr/local/cuda-*; do
+    if [ -d "$toolkit/nvvm/lib64" ]; then export CUDA_HOME=$toolkit; break; fi
+done
 
 no_gpu=""
 "$PY" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)'
@@ -46,13 +55,20 @@ stage() { # name, command...
     fi
 }
 
-for tests in tests-kernels tests-loader tests-training sanitizer; do
-    stage $tests "$PY" benchmarks/gpu_tests.py $tests --limit $((LIMIT - 20)) --results "$OUT/tests.jsonl"
-done
-stage kernels "$PY" benchmarks/gpu_kernels.py --results "$OUT/kernels.jsonl"
-stage decode "$PY" benchmarks/gpu_decode.py --results "$OUT/decode.jsonl" "$@"
-stage loader "$PY" benchmarks/gpu_loader.py --results "$OUT/loader.jsonl" "$@"
-stage training "$PY" benchmarks/gpu_train.py --results "$OUT/train.jsonl" "$@"
+bench() { # stage, file, argument...
+    local name=$1 file=$2
+    shift 2
+    stage "$name" "$PY" "benchmarks/$file" --results "$OUT/rows.jsonl" "$@"
+}
+tests() { stage "$1" "$PY" benchmarks/gpu_tests.py "$1" --limit $((LIMIT - 20)) --results "$OUT/rows.jsonl"; }
+
+bench first gpu_first.py
+tests tests-kernels
+bench kernels gpu_kernels.py
+bench training gpu_train.py "$@"
+bench loader gpu_loader.py "$@"
+bench decode gpu_decode.py "$@"
+for name in tests-training tests-loader sanitizer; do tests $name; done
 
 echo "== summary"
 "$PY" benchmarks/gpu_rows.py "$OUT" || failed=1

@@ -5,7 +5,7 @@ torchvision's nvJPEG?
 
 All decode what random resized crops to 224 px need, DALI's nvJPEG with several shares of the images for the hardware
 engine; torchvision decodes whole images. Pixels are on the GPU when the clock stops. Rows go to
-benchmarks/results/gpu/decode.jsonl.
+benchmarks/results/gpu/rows.jsonl.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def rates(decode: Callable, work: Iterator, seconds: float, warm_up: int = 3) ->
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0], "decode")
+    options = parser(__doc__.splitlines()[0])
     add_data(options)
     options.add_argument("--batch", type=int, default=256)
     cores = len(os.sched_getaffinity(0))

@@ -8,7 +8,7 @@ beton. Bytes are those of the output and of the maps, each once; the copy counts
 torch: scatter into dense maps, torchvision's RoIAlign, softmax, smoothing, all on the GPU. Images: regions of 500 x 375
 images to 224 px; bytes are those of the decoded regions and of the output. Every kernel is compared with its CPU twin
 first: its rows say whether it `matches`, and if one does not, the program ends with a failing status. --small runs each
-kernel once on few samples, for compute-sanitizer. Rows go to benchmarks/results/gpu/kernels.jsonl.
+kernel once on few samples, for compute-sanitizer. Rows go to benchmarks/results/gpu/rows.jsonl.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def images_match(
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0], "kernels")
+    options = parser(__doc__.splitlines()[0])
     options.add_argument("--batch", type=int, default=256)
     options.add_argument("--small", action="store_true", help="each kernel once, on few samples, without figures")
     arguments = options.parse_args()

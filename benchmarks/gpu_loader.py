@@ -4,7 +4,7 @@
 
 A consumer that does nothing but wait for its batches' kernels; images/s of groups of ten batches, after a warm-up.
 'auto' is what the loader chooses by itself (the row says what). 'mixed' is skipped where DALI or nvJPEG is missing.
-Rows go to benchmarks/results/gpu/loader.jsonl.
+Rows go to benchmarks/results/gpu/rows.jsonl.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import time
 from collections.abc import Iterator
 
 import torch
-from gpu_rows import add_data, beton_of, need_gpu, parser, without_nvjpeg, write_row
+from gpu_rows import add_data, beton_of, mean_bytes, need_gpu, parser, without_nvjpeg, write_row
 
 from tl_fast.pipeline.batch import Batch
+from tl_fast.pipeline.choice import MEASURED, WARM_UP
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.augment import Augment
 
@@ -26,20 +27,20 @@ RECIPES = {
     "crop + flip": Augment(),
     "full recipe": Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25),
 }
-WAYS = ("cpu", "mixed", "auto")
+WAYS = ("cpu", "mixed", "hybrid", "auto")
 GROUP = 10
 
 
 def endless(loader: Loader) -> Iterator[Batch]:
     for epoch in itertools.count():
-        loader.set_epoch(epoch)
+        loader.set_epoch(epoch, next_epoch=epoch + 1)
         yield from loader
 
 
 def rates(loader: Loader, seconds: float) -> list[float]:
     values: list[float] = []
     batches = endless(loader)
-    for _ in range(2 * GROUP):
+    for _ in range(WARM_UP + MEASURED + GROUP):  # 'auto' has decided by then
         next(batches)
     torch.cuda.synchronize()
     stop = time.perf_counter() + seconds
@@ -54,7 +55,7 @@ def rates(loader: Loader, seconds: float) -> list[float]:
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0], "loader")
+    options = parser(__doc__.splitlines()[0])
     add_data(options)
     options.add_argument("--batch", type=int, default=256)
     options.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -64,10 +65,10 @@ def main() -> None:
     with beton_of(arguments) as path:
         if path is None:
             return
-        failed, missing = False, without_nvjpeg()
+        failed, missing, size = False, without_nvjpeg(), mean_bytes(path)
         for recipe, augment in RECIPES.items():
             for way in WAYS:
-                if way == "mixed" and missing:
+                if way in ("mixed", "hybrid") and missing:
                     print(f"{recipe}, {way}: skipped: {missing}", flush=True)
                     continue
                 try:
@@ -75,7 +76,7 @@ def main() -> None:
                         path, arguments.batch, threads=arguments.threads, augment=augment, device="cuda", decode=way
                     ) as loader:
                         values = rates(loader, arguments.seconds)
-                        chosen, count = loader.decode, len(loader.samples)
+                        chosen, share, count = loader.decode, loader.hybrid_share, len(loader.samples)
                 except (ImportError, RuntimeError) as error:
                     print(f"{recipe}, {way}: FAILED: {str(error).splitlines()[0]}", flush=True)
                     failed = True
@@ -87,9 +88,11 @@ def main() -> None:
                     values,
                     "images/s",
                     decode=chosen,
+                    hybrid_share=share,
                     threads=arguments.threads,
                     batch=arguments.batch,
                     samples=count,
+                    mean_bytes=size,
                     images=(arguments.beton or arguments.images).name,
                 )
     sys.exit(failed)

@@ -1,7 +1,9 @@
 """What the GPU benchmarks share: their data, CUDA events, JSON rows, and the summary that benchmarks/gpu_check.sh ends
 with.
 
-python benchmarks/gpu_rows.py [benchmarks/results/gpu]    prints every stage's newest rows and what they say of the bars
+    python benchmarks/gpu_rows.py [FOLDER ...]
+
+prints the newest rows of all the folders (benchmarks/results/gpu) together, and what they say of the bars.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import torch
 from PIL import Image
 from rows import ROOT, commit, percentiles, version
 
+from tl_fast.beton.reader import BetonReader
 from tl_fast.labelmaps.format import MapSpec, pack
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
@@ -40,10 +43,10 @@ def need_gpu() -> None:
         sys.exit(0)
 
 
-def parser(description: str, name: str) -> argparse.ArgumentParser:
+def parser(description: str) -> argparse.ArgumentParser:
     """The options that every GPU benchmark has."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--results", type=Path, default=RESULTS / f"{name}.jsonl")
+    options.add_argument("--results", type=Path, default=RESULTS / "rows.jsonl")
     return options
 
 
@@ -182,16 +185,28 @@ def write_row(
     return row
 
 
-def newest(folder: Path) -> dict[tuple, dict]:
-    """The last row of every (benchmark, contender), and model and size where a row has them, of a folder's .jsonl
-    files."""
-    found = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        for row in map(json.loads, file.read_text().splitlines()):
-            found[row["benchmark"], row["contender"], *(row[name] for name in ("model", "size") if name in row)] = row
-    return found
+def mean_bytes(path: Path) -> int:
+    """Bytes of a beton's JPEGs, on average."""
+    with BetonReader(path) as reader:
+        return round(float(reader.jpeg_sizes.mean()))
 
 
+def newest(folders: Iterable[Path]) -> dict[tuple, dict]:
+    """The newest row, by its date, of every (benchmark, contender), and model and size where a row has them, of the
+    folders' .jsonl files. Of rows of one second the last one counts."""
+    rows = [
+        json.loads(line)
+        for folder in folders
+        for file in sorted(folder.glob("*.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
+    rows.sort(key=lambda row: datetime.datetime.fromisoformat(row["date"]))
+    return {(row["benchmark"], row["contender"], *(row[n] for n in ("model", "size") if n in row)): row for row in rows}
+
+
+# Bytes of an image on average, from which a rate of decoding says something about the bars: ImageNet's have 110,000,
+# and smaller ones decode faster.
+ORIGINAL_BYTES = 60_000
 BARS = (
     ("targets, share of copy bandwidth", ("kernels", "token targets, float32: share of the copy"), 0.70, "at least"),
     ("targets, times torch on the GPU", ("kernels", "token targets, float32: times torch"), 30, "at least"),
@@ -209,11 +224,16 @@ BARS = (
 )
 
 
+def needs_originals(key: tuple) -> bool:
+    """Whether a row's figure depends on how long its images take to decode."""
+    benchmark, contender, *_ = key
+    return benchmark in ("decode", "loader") or "fed" in contender
+
+
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("folder", type=Path, nargs="?", default=RESULTS)
-    folder = options.parse_args().folder
-    rows = newest(folder)
+    options = argparse.ArgumentParser(description="Print the newest rows, and what they say of the bars.")
+    options.add_argument("folders", type=Path, nargs="*", default=[RESULTS], metavar="FOLDER")
+    rows = newest(options.parse_args().folders)
     for (benchmark, *names), row in rows.items():
         print(
             f"{benchmark:10} {', '.join(map(str, names)):64} {row['median']:12,.4g} {row['unit']:9} ({row['p20']:,.4g}"
@@ -223,7 +243,11 @@ def main() -> None:
         if key not in rows:
             print(f"bar: {name}: {sense} {bar:g}: not measured")
             continue
-        value = rows[key]["median"]
+        value, size = rows[key]["median"], rows[key].get("mean_bytes")
+        if needs_originals(key) and (size or 0) < ORIGINAL_BYTES:
+            said = "images of unknown size" if size is None else f"images of {size:,} bytes on average"
+            print(f"bar: {name}: not stated: measured on {said}, and {ORIGINAL_BYTES:,} or more are needed")
+            continue
         met = value >= bar if sense == "at least" else value <= bar
         print(
             f"bar: {name}: {sense} {bar:g} {rows[key]['unit']}: {value:g}, {'met' if met else 'NOT met'} on"

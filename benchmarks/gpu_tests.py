@@ -3,7 +3,7 @@
     python benchmarks/gpu_tests.py tests-kernels|tests-loader|tests-training|sanitizer
 
 A row's figure is the seconds it took; passed, failed, errors and skipped count tests, for the sanitizer errors alone.
-Ends with the status of what ran. Rows go to benchmarks/results/gpu/tests.jsonl.
+Ends with the status of what ran. Rows go to benchmarks/results/gpu/rows.jsonl.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def outcomes(report: Path) -> tuple[dict[str, int], Counter[str]]:
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0], "tests")
+    options = parser(__doc__.splitlines()[0])
     options.add_argument("stage", choices=[*GROUPS, "tests-training", "sanitizer"])
     options.add_argument("--limit", type=float, default=450, help="seconds")
     arguments = options.parse_args()

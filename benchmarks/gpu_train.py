@@ -4,7 +4,7 @@ published style?
     python benchmarks/gpu_train.py [--images FOLDER | --beton FILE] [--samples 4096] [--models lvvit_s:224]
 
 benchmarks/train.py's contenders in a selection that ends within a stage of gpu_check.sh. Rows go to
-benchmarks/results/gpu/train.jsonl.
+benchmarks/results/gpu/rows.jsonl.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rows import ROOT
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0], "train")
+    options = parser(__doc__.splitlines()[0])
     add_data(options)
     options.add_argument("--models", nargs="+", default=["lvvit_s:224"], metavar="NAME:SIZE")
     options.add_argument("--batch", type=int, default=256)

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("tests-kernels", "tests-loader", "tests-training", "sanitizer", "kernels", "decode", "loader", "training")
+STAGES = (
+    "first",
+    "tests-kernels",
+    "kernels",
+    "training",
+    "loader",
+    "decode",
+    "tests-training",
+    "tests-loader",
+    "sanitizer",
+)
 
 
 @pytest.mark.slow
@@ -31,7 +41,7 @@ def test_without_a_gpu_every_stage_is_skipped_with_its_reason(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_a_benchmark_says_so():
     """All of them in one process, which imports torch once."""
-    commands = ["gpu_kernels", "gpu_decode", "gpu_loader", "gpu_train", "gpu_tests sanitizer"]
+    commands = ["gpu_first", "gpu_kernels", "gpu_decode", "gpu_loader", "gpu_train", "gpu_tests sanitizer"]
     script = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
@@ -46,7 +56,10 @@ for command in {commands}:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{command.split()[0]}: skipped: no CUDA device" for command in commands]
+    first, *others = done.stdout.splitlines()
+    assert first.startswith("gpu_first: python: ") and "skipped: no CUDA device" in others
+    expected = [f"{command.split()[0]}: skipped: no CUDA device" for command in commands[1:]]
+    assert others[-len(expected) :] == expected
 
 
 def test_a_python_without_torch_is_an_error_not_a_missing_gpu(tmp_path):
@@ -92,7 +105,7 @@ esac
         and "skipped" not in said["training"]
     )
     log = (tmp_path / "out" / "training.log").read_text()
-    assert "gpu_train.py" in log and f"--results {tmp_path}/out/train.jsonl --samples 64" in log
+    assert "gpu_train.py" in log and f"--results {tmp_path}/out/rows.jsonl --samples 64" in log
     assert f"gpu_rows.py {tmp_path}/out" in done.stdout  # the summary, after all of them
 
 
@@ -177,45 +190,112 @@ for line in sys.stdin:
         assert found == {"a": [["a", ["a"]]] * 2, "b": [["b", ["b", "bad"]]] * 2}
 
 
-def test_the_summary_compares_the_newest_rows_with_the_bars(benchmark, tmp_path):
-    def row(benchmark: str, contender: str, median: float, unit: str) -> str:
-        values = {
-            "benchmark": benchmark,
-            "contender": contender,
-            "median": median,
-            "p20": median,
-            "p80": median,
-            "unit": unit,
-            "device": "a GPU",
-        }
-        return json.dumps(values) + "\n"
+@pytest.fixture
+def summary(tmp_path):
+    """A function: rows, each a dict, in a folder of each name -> what the summary says, by bar."""
 
-    share = "token targets, float32: share of the copy"
-    (tmp_path / "kernels.jsonl").write_text(
-        row("kernels", share, 0.5, "")
-        + row("kernels", share, 0.75, "")
-        + row("kernels", "images, crop + flip", 1.5, "ms")
+    def summarise(**folders: list[dict]) -> dict[str, str]:
+        for name, rows in folders.items():
+            (tmp_path / name).mkdir()
+            for number, row in enumerate(rows):
+                common = {"p20": row["median"], "p80": row["median"], "device": "a GPU", "date": "2026-11-27T10:00:00Z"}
+                with (tmp_path / name / f"{number % 2}.jsonl").open("a") as file:
+                    file.write(json.dumps(common | row) + "\n")
+        command = [sys.executable, ROOT / "benchmarks" / "gpu_rows.py", *(tmp_path / name for name in folders)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return {line.split(": ")[1]: line for line in done.stdout.splitlines() if line.startswith("bar:")}
+
+    return summarise
+
+
+SHARE = {"benchmark": "kernels", "contender": "token targets, float32: share of the copy", "unit": ""}
+LOADER = {"benchmark": "loader", "contender": "crop + flip, auto", "unit": "images/s", "median": 9300}
+
+
+def test_the_summary_compares_the_newest_rows_of_all_folders_with_the_bars(summary):
+    images = {"benchmark": "kernels", "contender": "images, crop + flip", "unit": "ms", "median": 1.5}
+    small = {"benchmark": "train", "contender": "tl_fast, compiled", "unit": "images/s", "size": 224}
+    said = summary(
+        newer=[SHARE | {"median": 0.5, "date": "2026-11-27T12:00:00+02:00"}, images],
+        older=[SHARE | {"median": 0.75, "date": "2026-11-27T11:00:00+00:00"}, SHARE | {"median": 0.6}],
+        training=[small | {"model": "lvvit_s", "median": 9300.5}, small | {"model": "lvvit_t", "median": 20000}],
     )
-    (tmp_path / "loader.jsonl").write_text(row("loader", "crop + flip, auto", 9000, "images/s"))
-    rates = {"lvvit_s": [9300.5], "lvvit_t": [20000.0]}
-    for model, values in rates.items():
-        benchmark("rows").write_rows(
-            tmp_path / "train.jsonl",
-            "train",
-            {"tl_fast, compiled": values},
-            "images/s",
-            ("torch",),
-            model=model,
-            size=224,
-            device="a GPU",
-        )
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "gpu_rows.py", tmp_path], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    bars = [line for line in done.stdout.splitlines() if line.startswith("bar:")]
-    said = {line.split(": ")[1]: line for line in bars}
     assert "0.75, met on a GPU" in said["targets, share of copy bandwidth"]
-    assert "NOT met" in said["256 images, crop + flip"] and "NOT met" in said["loader, crop + flip"]
-    assert "not measured" in said["loader, full recipe"]
-    assert "9300.5, met" in said["training LV-ViT-S at 224 px"] and "tl_fast, compiled, lvvit_t, 224" in done.stdout
+    assert "NOT met" in said["256 images, crop + flip"] and "not measured" in said["loader, crop + flip"]
+    assert "9300.5, met" in said["training LV-ViT-S at 224 px"]
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        (None, "not stated: measured on images of unknown size"),
+        (59_999, "not stated: measured on images of 59,999 bytes on average, and 60,000 or more are needed"),
+        (60_000, "9300, met on a GPU"),
+    ],
+)
+def test_bars_of_decoding_are_stated_from_original_images_alone(summary, size, expected):
+    fed = {"benchmark": "train", "contender": "tl_fast, compiled, fed from a beton", "unit": "images/s"}
+    columns = {} if size is None else {"mean_bytes": size}
+    said = summary(rows=[LOADER | columns, fed | columns | {"model": "lvvit_s", "size": 224, "median": 9300}])
+    assert expected in said["loader, crop + flip"] and expected in said["training LV-ViT-S at 224 px, fed"]
+
+
+FIRST = f"""
+import sys
+for name in ("nvidia.dali", "ffcv", "jsonargparse", "pyarrow", "simplejpeg"):
+    sys.modules[name] = None
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
+import torch
+import gpu_first
+"""
+
+
+def run_first(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", FIRST + code]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_first_stages_kernel_equals_its_twin_in_the_simulator():
+    """Without DALI, ffcv and jsonargparse, as the next one."""
+    printed = run_first("print(gpu_first.kernel_differs_by(torch.device('cpu')))", NUMBA_ENABLE_CUDASIM="1")
+    assert float(printed.split()[-1]) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_first_stages_compiled_step_equals_the_eager_one():
+    difference, seconds = run_first("print(*gpu_first.step_differs_by(torch.device('cpu')))").split()[-2:]
+    assert float(difference) < 1e-3 and float(seconds) > 0
+
+
+def test_the_first_stage_finds_libnvvm(benchmark, monkeypatch, tmp_path):
+    first = benchmark("gpu_first")
+    (tmp_path / "nvvm" / "lib64").mkdir(parents=True)
+    library = tmp_path / "nvvm" / "lib64" / "libnvvm.so.4"
+    library.touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert first.libnvvm() == str(library)
+    library.unlink()
+    assert first.libnvvm() != str(library)
+
+
+def test_gpu_check_finds_the_toolkit(tmp_path):
+    """By nvcc, where CUDA_HOME is not set or has no libNVVM."""
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "nvvm" / "lib64").mkdir(parents=True)
+    (toolkit / "bin").mkdir()
+    nvcc, python = toolkit / "bin" / "nvcc", tmp_path / "python"
+    nvcc.touch()
+    python.write_text('#!/bin/sh\necho "CUDA_HOME=$CUDA_HOME"\n')
+    nvcc.chmod(0o755)
+    python.chmod(0o755)
+    for home in ("", str(tmp_path)):
+        environment = os.environ | {"PY": str(python), "OUT": str(tmp_path / "out"), "STAGES": "first"}
+        environment |= {"PATH": f"{toolkit / 'bin'}:{os.environ['PATH']}", "CUDA_HOME": home}
+        done = subprocess.run(
+            [ROOT / "benchmarks" / "gpu_check.sh"], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert f"CUDA_HOME={toolkit}\n" in done.stdout, done.stdout

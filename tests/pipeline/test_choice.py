@@ -127,12 +127,15 @@ def test_auto_follows_rank_0(auto):
     assert decoder.way == "mixed" and len(asked) == 1 and len(opened) == 1 and opened[0].batches == 0
 
 
-def test_auto_measures_within_one_iteration(auto):
-    decoder, _, _, take = auto(1.0)
-    for _ in range(3):
+def test_auto_measures_nothing_between_iterations(auto, clock, capsys):
+    decoder, cpu, opened, take = auto(0.003)
+    for _ in range(4):
         decoder.begin()
-        take(WARM_UP + MEASURED - 1, busy=0.1)
-    assert decoder.way == "auto"
+        take((WARM_UP + MEASURED) // 4, busy=0.95)
+        clock.now += 10  # validation
+        cpu.busy_seconds += 1  # the next epoch's first batches
+    assert decoder.way == "cpu" and len(opened) == 1
+    assert "95% busy at the step's 1,000 images/s" in capsys.readouterr().err
 
 
 def test_without_nvjpeg_the_cpu_decodes_and_the_reason_is_said(auto, clock, capsys):

@@ -74,8 +74,7 @@ class AutoDecoder(RegionsDecoder):
 
     way: 'auto' until that is known, then 'cpu' or 'mixed'.
 
-    Measured are `MEASURED` batches of one iteration, after `WARM_UP` others. An iteration that ends before that decides
-    nothing.
+    Measured are `MEASURED` batches after `WARM_UP` others, without the time between iterations.
     """
 
     def __init__(
@@ -91,7 +90,8 @@ class AutoDecoder(RegionsDecoder):
         self._on_rank_0, self._announce = on_rank_0, announce
         self._decoder: RegionsDecoder = cpu
         self._taken = self._images = 0
-        self._begin = self._busy = 0.0
+        self._seconds = self._busy_seconds = 0.0
+        self._last = time.perf_counter(), 0.0  # the clock, and how long the CPU's decoder had been busy by then
 
     def start(
         self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None
@@ -99,16 +99,18 @@ class AutoDecoder(RegionsDecoder):
         return self._decoder.start(ids, starts, shapes, stream)
 
     def begin(self) -> None:
-        self._taken = 0
+        self._last = time.perf_counter(), self._cpu.busy_seconds
 
     def taken(self, images: int) -> None:
         if self.way != "auto":
             return
+        (before, busy_before), self._last = self._last, (time.perf_counter(), self._cpu.busy_seconds)
         self._taken += 1
-        self._images += images
-        if self._taken == WARM_UP:
-            self._images, self._begin, self._busy = 0, time.perf_counter(), self._cpu.busy_seconds
-        elif self._taken == WARM_UP + MEASURED:
+        if self._taken > WARM_UP:
+            self._images += images
+            self._seconds += self._last[0] - before
+            self._busy_seconds += self._last[1] - busy_before
+        if self._taken == WARM_UP + MEASURED:
             self.way, words = self._on_rank_0(self._choose)
             if self._announce:
                 print(f"tl_fast: {words}", file=sys.stderr, flush=True)
@@ -117,8 +119,8 @@ class AutoDecoder(RegionsDecoder):
 
     def _choose(self) -> tuple[str, str]:
         """'cpu' or 'mixed', and the measurement in words."""
-        seconds, threads = time.perf_counter() - self._begin, self._cpu.threads
-        busy, on_cpu = (self._cpu.busy_seconds - self._busy) / (threads * seconds), self._images / seconds
+        threads, on_cpu = self._cpu.threads, self._images / self._seconds
+        busy = self._busy_seconds / (threads * self._seconds)
         measured = f"{threads} threads are {busy:.0%} busy at the step's {on_cpu:,.0f} images/s"
         if busy < COVERED:
             return "cpu", f"decode 'cpu': {measured}"
