@@ -14,6 +14,7 @@ import torch
 SETTINGS = {
     "recipe": {"augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random", "erase": 0.5}, "seed": 3},
     "plain": {"seed": 1, "geometry": "published", "check": True},
+    "bfloat16": {"seed": 1, "targets_dtype": "bfloat16"},
     "validation": {"train": False},
 }
 COMMON = {"batch_size": 3, "image_size": 16, "grid": 2, "threads": 1}
@@ -32,7 +33,8 @@ def run(beton: str, device: str) -> dict[str, np.ndarray]:
             for number, batch in enumerate(loader):
                 for field in fields(Batch):
                     if (value := getattr(batch, field.name)) is not None:
-                        found[f"{name}/{number}/{field.name}"] = value.numpy()
+                        half = value.dtype == torch.bfloat16  # numpy knows no such type
+                        found[f"{name}/{number}/{field.name}"] = (value.float() if half else value).numpy()
     return found
 
 

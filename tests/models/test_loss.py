@@ -48,6 +48,22 @@ def test_value_and_gradients_equal_the_golden_file(golden_loss, inputs, case, as
     close(token_logits.grad, golden_loss[f"{case}.grad_tokens"])
 
 
+@pytest.mark.parametrize("case", ["nomix", "mix", "nomix_gt", "mix_gt"])
+def test_bfloat16_targets_are_rounded_and_nothing_else(golden_loss, inputs, case):
+    """Near the golden file; and equal, gradients included, to the float32 loss of the rounded targets."""
+    cls_logits, token_logits, targets = inputs
+    cls_logits.requires_grad_(), token_logits.requires_grad_()
+    criterion = TokenLabelLoss(dense_weight=float(golden_loss[f"{case}.dense_weight"]))
+    truth, results = golden_loss["ground_truth"] if case.endswith("_gt") else None, []
+    for rounded in (targets.bfloat16(), targets.bfloat16().float()):
+        loss = criterion(cls_logits, token_logits, rounded, golden_loss[f"{case}.mix_box"], truth)
+        results.append([loss, *torch.autograd.grad(loss, (cls_logits, token_logits))])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True)) and loss.dtype == torch.float32
+    golden = [golden_loss[f"{case}.{name}"] for name in ("loss", "grad_cls", "grad_tokens")]
+    for actual, expected, tolerance in zip(results[0], golden, (1e-3, 4e-3, 4e-3), strict=True):
+        assert (actual - expected).abs().max() < tolerance * expected.abs().max()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [*(pytest.param(case, marks=pytest.mark.matrix) for case in ("nomix", "mix", "nomix_gt")), "mix_gt"]

@@ -260,6 +260,17 @@ def test_images_and_targets_are_those_of_the_plan(photo_beton, photo_files):
             np.testing.assert_allclose(seen[sample][1].numpy(), expected, atol=2e-5)
 
 
+def test_bfloat16_targets_are_the_float32_ones_rounded(photo_beton):
+    settings = dict(image_size=32, grid=3, seed=5, threads=2)
+    with (
+        Loader(photo_beton, 24, **settings) as loader,
+        Loader(photo_beton, 24, **settings, targets_dtype="bfloat16") as rounding,
+    ):
+        for batch, rounded in zip(loader, rounding, strict=True):
+            assert rounded.targets.dtype == torch.bfloat16 and batch.targets.dtype == torch.float32
+            assert torch.equal(rounded.targets, batch.targets.bfloat16()) and torch.equal(rounded.images, batch.images)
+
+
 def test_published_geometry_crops_the_labels_across_the_diagonal(photo_beton):
     """The same pixels; the label map cropped at (left, top) of its own extent, as the published code does."""
     with (
@@ -616,6 +627,7 @@ def test_a_loader_that_is_dropped_ends_its_threads(photo_beton):
         ({"device": "mps"}, "device must be"),
         ({"device": "cuda:99"}, "CUDA devices that torch can use"),
         ({"geometry": "diagonal"}, "geometry"),
+        ({"targets_dtype": "float16"}, "targets_dtype must be float32 or bfloat16, got 'float16'"),
         ({"decode": "mixed"}, "with device='cuda' alone"),
         ({"decode": "gpu"}, "decode must be one of"),
         ({"crop_pct": 0.0}, "crop_pct"),

@@ -134,8 +134,9 @@ class TokenLabelLoss(nn.Module):
         Args:
             cls_logits: [B,C], of MixToken's mixed images when `mix_box` is given.
             token_logits: [B,N,C], already un-mixed (as `LVViT` returns them).
-            targets: probabilities [B,1+N,C], class target first; or [B,C], which then is the target of the class token
-                and of every patch token, as published for data without label maps.
+            targets: probabilities [B,1+N,C], class target first, float32 or bfloat16 (sums are float32); or [B,C],
+                which then is the target of the class token and of every patch token, as published for data without
+                label maps.
             mix_box: (top, left, bottom, right) in tokens, a tensor [4] or four ints; its share of the tokens is the
                 share of the batch-flipped class target in the mixed one.
             ground_truth: [B,C] smoothed one-hot; mixes the truth into the class target before MixToken does.

@@ -83,7 +83,8 @@ class TrainStep(nn.Module):
 
         Args:
             images: uint8 [B,3,H,W].
-            targets: [B,1+N,C] or [B,C]; mix_box: integer [4]; ground_truth: [B,C] - see `TokenLabelLoss`.
+            targets: [B,1+N,C] or [B,C], float32 or bfloat16; mix_box: integer [4]; ground_truth: [B,C] - see
+                `TokenLabelLoss`.
             erase_boxes, noise: int32 [B,4] and int64 [B], see `erase.erase`; both or neither.
 
         Raises ValueError for shapes that do not fit.

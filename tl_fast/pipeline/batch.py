@@ -18,8 +18,8 @@ class Batch:
 
     images: uint8 [B, 3, H, W], RGB, not normalised.
     labels: int64 [B].
-    targets: float32 [B, 1+N, C], the class token's first, then the tokens' row by row; None in evaluation and without
-        label maps.
+    targets: float32 or bfloat16 [B, 1+N, C], the class token's first, then the tokens' row by row; None in evaluation
+        and without label maps.
     sample_ids: int64 [B], position in the concatenation of the betons.
     erase: int32 [B, 4] = (top, left, height, width) in pixels, the boxes of random erasing, height 0 for none. Erasing
         is left to the training device (`tl_fast.models.erase`). None without random erasing.

@@ -43,19 +43,22 @@ class CpuBatches:
         images = self.buffers.take((size, 3, self.crops.image_size, self.crops.image_size), np.uint8)
         parts = [range(first, size, threads) for first in range(min(threads, size))]
         futures = self._share(functools.partial(self._augment, plan, images), parts)
-        targets = None
+        delivered = None
         if plan.affines is not None:
             shape = (size, 1 + self.targets.grid**2, self.samples.num_classes)
             targets = self.buffers.take(shape, np.float32)
+            delivered = torch.from_numpy(targets)
+            if self.targets.dtype == "bfloat16":  # which numpy does not know
+                delivered = torch.from_numpy(self.buffers.take(shape, np.uint16)).view(torch.bfloat16)
             maps = self.samples.label_maps(plan.ids)
             bounds = np.linspace(0, size, len(parts) + 1).astype(int)
             slices = [slice(first, stop) for first, stop in itertools.pairwise(bounds)]
-            futures += self._share(functools.partial(self._token_targets, plan, *maps, targets), slices)
+            futures += self._share(functools.partial(self._token_targets, plan, *maps, targets, delivered), slices)
         self._compiled = True
         batch = Batch(
             images=torch.from_numpy(images),
             labels=torch.from_numpy(self.samples.labels[plan.ids]),
-            targets=None if targets is None else torch.from_numpy(targets),
+            targets=delivered,
             sample_ids=torch.from_numpy(np.ascontiguousarray(plan.ids)),
             **{name: torch.from_numpy(values) for name, values in plan.extras.items()},
         )
@@ -71,9 +74,16 @@ class CpuBatches:
             cpu.augment(region, *plan.starts[b], plan.heights[b], plan.widths[b], plan.plans[b], self._fill, images[b])
 
     def _token_targets(
-        self, plan: BatchPlan, classes: np.ndarray, scores: np.ndarray, targets: np.ndarray, part: slice
+        self,
+        plan: BatchPlan,
+        classes: np.ndarray,
+        scores: np.ndarray,
+        targets: np.ndarray,
+        delivered: torch.Tensor,
+        part: slice,
     ) -> None:
-        """Write these samples' token targets."""
+        """Write these samples' token targets into `targets`, float32, and round them into `delivered` where it is
+        bfloat16; else both are one memory."""
         cpu.warped_targets(
             classes[part],
             scores[part],
@@ -85,6 +95,8 @@ class CpuBatches:
             # What is beyond a square map is image, of which the map's edge says most.
             cut=self.samples.spec.extent == "full",
         )
+        if delivered.dtype != torch.float32:
+            delivered[part] = torch.from_numpy(targets[part])
 
     def _share(self, kernel: Callable, parts: Sequence) -> list[Future]:
         """`kernel(part)` on the worker threads. The first time one part runs alone, because numba does not bear two

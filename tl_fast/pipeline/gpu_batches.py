@@ -171,7 +171,7 @@ class GpuBatches:
             targets = flags = event = None
             if plan.affines is not None:
                 shape = (size, 1 + self.targets.grid**2, self.samples.num_classes)
-                targets = torch.empty(shape, dtype=torch.float32, device=self.device)
+                targets = torch.empty(shape, dtype=getattr(torch, self.targets.dtype), device=self.device)
                 errors = up["errors"].view(torch.int32)
                 spec = self.samples.spec
                 cuda.packed_targets(

@@ -84,6 +84,7 @@ class Loader:
     on_rank_0: calls a function on rank 0 alone and returns its result on every rank, so that rank 0 decides about
         'auto' and 'hybrid' for all; every rank calls it at the same batch. None: every rank decides for itself.
     smoothing: label smoothing of the targets, [0, 1).
+    targets_dtype: "float32" or "bfloat16"; they are computed in float32.
     crop_pct: share of the resized image's short side that evaluation keeps, (0, 1].
     token_labels: False leaves the targets out.
     check: compare every sample's CRC-32 as it is read.
@@ -117,6 +118,7 @@ class Loader:
         world_size: int = 1,
         on_rank_0: OnRank0 | None = None,
         smoothing: float = 0.1,
+        targets_dtype: str = "float32",
         crop_pct: float = 0.9,
         token_labels: bool = True,
         check: bool = False,
@@ -124,7 +126,7 @@ class Loader:
     ):
         share = Share(batch_size, rank, world_size)
         crops = Crops(image_size, augment or Augment(), crop_pct)
-        targets = Targets(grid, smoothing, geometry)
+        targets = Targets(grid, smoothing, geometry, targets_dtype)
         threads = threads or cores_of_this_rank()
         decoding = Decoding(torch.device(device), decode, hybrid_share, hw_decoder_load, threads, check)
         if prefetch is not None and prefetch < 1:

@@ -67,11 +67,13 @@ class Targets:
     grid: tokens a side, at least 1.
     smoothing: label smoothing, [0, 1).
     geometry: "correct", or "published" to crop label maps where the published code does.
+    dtype: "float32", or "bfloat16" to round them.
     """
 
     grid: int = 14
     smoothing: float = 0.1
     geometry: str = "correct"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.grid < 1:
@@ -80,6 +82,8 @@ class Targets:
             raise InputError(f"smoothing must be in [0, 1), got {self.smoothing}")
         if self.geometry not in GEOMETRIES:
             raise InputError(f"geometry must be one of {GEOMETRIES}, got {self.geometry!r}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"targets_dtype must be float32 or bfloat16, got {self.dtype!r}")
 
 
 @dataclass(frozen=True)

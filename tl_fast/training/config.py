@@ -146,6 +146,9 @@ class TrainConfig:
     attention_backend: Literal["default", "flash", "cudnn", "efficient", "math"] = "default"
     """What computes attention in a training step; default: torch's choice. One that the device lacks is refused at the
     start. Not yet measured on a GPU."""
+    targets_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the token targets that the loader hands to the step, unused without token_label. The loss adds up in
+    float32 either way. Not yet measured on a GPU."""
     deterministic: bool = False
     """Only operations with the same result every time, on GPUs at a price in speed. (On the CPU runs repeat bit for bit
     anyway.)"""

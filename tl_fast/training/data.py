@@ -52,6 +52,7 @@ def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | No
         augment=config.augment,
         geometry=config.geometry,
         smoothing=config.smoothing,
+        targets_dtype=config.targets_dtype,
         token_labels=config.token_label,
         **common,
     )
