@@ -21,7 +21,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 # isort: split
 import timm
 
-from tl_fast.models.lvvit import Block, DropPath, LVViT, resize_pos_embed
+from tl_fast.models.lvvit import Block, DropPath, LVViT, Mlp, resize_pos_embed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = json.loads((GOLDEN / "lvvit_state_dict_shapes.json").read_text())
@@ -109,6 +109,18 @@ def test_a_stem_of_space_to_depth_equals_the_golden_file(tiny):
     compare_with_golden(tiny, stem_space_to_depth=True)
 
 
+def test_the_tanh_gelu_is_near_the_golden_file(tiny):
+    """The golden file's activations are small, where the two hardly differ: 1.1e-5 in the features. A layer with larger
+    ones shows which of them is computed, and the stated bound."""
+    compare_with_golden(tiny, gelu="tanh")
+    exact, tanh = Mlp(1, 1), Mlp(1, 1, gelu="tanh")
+    x = torch.linspace(-8, 8, 10_001).view(-1, 1)
+    for mlp in (exact, tanh):
+        mlp.fc1 = mlp.fc2 = torch.nn.Identity()
+    close(exact(x), x * torch.special.ndtr(x), 1e-5)
+    assert 4.7e-4 < (exact(x) - tanh(x)).abs().max() < 4.8e-4
+
+
 @pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 def test_attention_backends_equal_the_golden_file(tiny, backend):
     with sdpa_kernel(backend):
@@ -173,6 +185,7 @@ def test_any_size_divisible_by_16(size):
         (dict(num_classes=-1), "-1"),
         (dict(skip_lam=0.0), "skip_lam"),
         (dict(residual_dtype="float16"), "residual_dtype 'float16'"),
+        (dict(gelu="erf"), "gelu 'erf'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(changes, message):

@@ -77,6 +77,9 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
             {"compile_mode": "fastest"},
             "compile_mode must be one of 'default'.*'max-autotune-no-cudagraphs', got 'fastest'",
         ),
+        ({"gelu": "erf"}, "gelu must be one of 'exact', 'tanh', got 'erf'"),
+        ({"residual_dtype": "float16"}, "residual_dtype must be one of 'float32', 'bfloat16'"),
+        ({"targets_dtype": "float16"}, "targets_dtype must be one of 'float32', 'bfloat16'"),
         ({"attention_backend": "fused"}, "attention_backend must be one of .*'cudnn'.*'fused'"),
         (
             {"stem_space_to_depth": True, "model_kwargs": {"stem_space_to_depth": True}},

@@ -32,6 +32,7 @@ def run(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
         # Other samples are dropped: 0.08.
         pytest.param({}, {"drop_path_batched": True}, 0.15, id="drop_path_batched"),
         pytest.param({}, {"attention_backend": "math"}, 1e-4, id="attention_backend"),
+        pytest.param({}, {"gelu": "tanh"}, 1e-3, id="gelu"),
         pytest.param({}, {"targets_dtype": "bfloat16"}, 0.01, id="targets_dtype"),
     ],
 )

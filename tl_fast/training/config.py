@@ -56,6 +56,9 @@ class TrainConfig:
     drop_path_batched: bool = False
     """Draw drop path for all blocks in one operation, and skip dropped samples at any rate; false: block by block, on a
     GPU from rate 0.1. Not yet measured on a GPU."""
+    gelu: Literal["exact", "tanh"] = "exact"
+    """GELU of the blocks; tanh: an approximation, off by at most 4.8e-4. Evaluation uses the one trained with. Not yet
+    measured on a GPU."""
     freeze_stem_bn: bool = False
     """Keep the conv stem's batch norms on their running statistics (fine-tuning; comparing world sizes)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -302,7 +305,7 @@ class TrainConfig:
 
 
 # Fields that say how the model computes; its constructor's arguments have the same names.
-_MODEL_SWITCHES = ("stem_space_to_depth", "residual_dtype", "drop_path_batched")
+_MODEL_SWITCHES = ("stem_space_to_depth", "residual_dtype", "drop_path_batched", "gelu")
 # Arguments of the model's constructor that have a field of their own: the constructor's name -> ours.
 _MODEL_FIELDS = {
     "img_size": "img_size",
