@@ -92,6 +92,25 @@ def test_values_out_of_range_are_named(bad, named):
         TrainConfig(**{"train_data": "x.beton", **bad})
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_every_mode_of_torch_compile_is_accepted(mode):
+    """Those without CUDA graphs together with accumulation, too."""
+    assert parse_config(["--train_data", "x.beton", "--compile_mode", mode]).compile_mode == mode
+    accumulating = {"train_data": "x.beton", "compile_mode": mode, "accumulate": 2}
+    if mode in ("default", "max-autotune-no-cudagraphs"):
+        assert TrainConfig(**accumulating).compile_mode == mode
+    else:
+        with pytest.raises(ValueError, match="accumulate 2"):
+            TrainConfig(**accumulating)
+
+
+def test_a_recipe_that_names_no_switch_computes_as_before():
+    config = TrainConfig(train_data="x.beton", model_kwargs={"depth": 2})
+    assert config.model_options == {"depth": 2}
+    switches = dict(stem_space_to_depth=True, residual_dtype="bfloat16", drop_path_batched=True, gelu="tanh")
+    assert TrainConfig(train_data="x.beton", **switches).model_options == switches
+
+
 def test_a_bad_value_on_the_command_line_ends_with_its_name(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--train_data", "x.beton", "--img_size", "100"])
