@@ -59,7 +59,7 @@ class Planner:
     def batch_bytes(self) -> int:
         """About what a batch takes on its way: decoded pixels, of whole images at most, images and token targets."""
         pixels = 3 * float((self.samples.heights * self.samples.widths).mean()) + 3 * self.crops.image_size**2
-        size = 2 if self.targets is not None and self.targets.dtype == "bfloat16" else 4
+        size = 2 if self.targets is not None and self.targets.dtype == "bfloat16" else 4  # bytes
         targets = 0 if self.targets is None else size * (1 + self.targets.grid**2) * self.samples.num_classes
         return int(self.share.batch_size * (pixels + targets)) + 1
 
