@@ -4,7 +4,7 @@
 #   benchmarks/gpu_check.sh [--images FOLDER | --beton FILE] [--samples 4096]
 #
 # PY: the python to use. OUT: where rows.jsonl, to which every stage appends, and a log a stage go (default benchmarks/results/gpu). STAGES: which to run, in this
-# order: "first tests-kernels kernels training loader decode tests-training tests-loader sanitizer"; "first" takes a minute, and says whether the others can
+# order: "first tests-kernels kernels profile training sweep loader decode tests-training tests-loader sanitizer"; "first" takes a minute, and says whether the others can
 # run. LIMIT: seconds a stage. TLFAST_COMMIT: the commit, where this is a copy without .git.
 # Where a command may take ten minutes only, docs/benchmarks.md has the stages in parts. Ends with a summary, and with status 1 when a stage failed. What cannot run here
 # is skipped with its reason.
@@ -12,7 +12,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PY=${PY:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 OUT=${OUT:-benchmarks/results/gpu}
-STAGES=${STAGES:-first tests-kernels kernels training loader decode tests-training tests-loader sanitizer}
+STAGES=${STAGES:-first tests-kernels kernels profile training sweep loader decode tests-training tests-loader sanitizer}
 LIMIT=${LIMIT:-470} # seconds a stage
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -65,7 +65,9 @@ tests() { stage "$1" "$PY" benchmarks/gpu_tests.py "$1" --limit $((LIMIT - 20)) 
 bench first gpu_first.py
 tests tests-kernels
 bench kernels gpu_kernels.py
+bench profile gpu_profile.py
 bench training gpu_train.py "$@"
+bench sweep gpu_profile.py --sweep
 bench loader gpu_loader.py "$@"
 bench decode gpu_decode.py "$@"
 for name in tests-training tests-loader sanitizer; do tests $name; done

@@ -172,7 +172,7 @@ def write_row(
         "p80": p80,
         "rounds": len(values),
         **facts,
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "cores": len(os.sched_getaffinity(0)),
         "cuda": torch.version.cuda,
         "versions": {package: version(package) for package in PACKAGES},

@@ -11,17 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = (
-    "first",
-    "tests-kernels",
-    "kernels",
-    "training",
-    "loader",
-    "decode",
-    "tests-training",
-    "tests-loader",
-    "sanitizer",
-)
+MEASURING = ("kernels", "profile", "training", "sweep", "loader", "decode")
+STAGES = ("first", "tests-kernels", *MEASURING, "tests-training", "tests-loader", "sanitizer")
 
 
 @pytest.mark.slow
@@ -41,7 +32,16 @@ def test_without_a_gpu_every_stage_is_skipped_with_its_reason(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_a_benchmark_says_so():
     """All of them in one process, which imports torch once."""
-    commands = ["gpu_first", "gpu_kernels", "gpu_decode", "gpu_loader", "gpu_train", "gpu_tests sanitizer"]
+    commands = [
+        "gpu_first",
+        "gpu_kernels",
+        "gpu_profile",
+        "gpu_profile --sweep",
+        "gpu_decode",
+        "gpu_loader",
+        "gpu_train",
+        "gpu_tests sanitizer",
+    ]
     script = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
