@@ -192,15 +192,15 @@ def mean_bytes(path: Path) -> int:
 
 
 def newest(folders: Iterable[Path]) -> dict[tuple, dict]:
-    """The newest row, by its date, of every (benchmark, contender), and model and size where a row has them, of the
-    folders' .jsonl files. Of rows of one second the last one counts."""
+    """Of the folders' .jsonl files the newest row of every (benchmark, contender), and model and size where a row has
+    them, by its run or else its date. Of rows of one second the last one counts."""
     rows = [
         json.loads(line)
         for folder in folders
         for file in sorted(folder.glob("*.jsonl"))
         for line in file.read_text().splitlines()
     ]
-    rows.sort(key=lambda row: datetime.datetime.fromisoformat(row["date"]))
+    rows.sort(key=lambda row: datetime.datetime.fromisoformat(row.get("run", row["date"])).astimezone())
     return {(row["benchmark"], row["contender"], *(row[n] for n in ("model", "size") if n in row)): row for row in rows}
 
 

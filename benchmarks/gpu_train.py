@@ -30,9 +30,8 @@ def main() -> None:
         print(f"skipped: training needs what is not installed ({error})")
         return
     with beton_of(arguments) as beton:
-        contenders = ["tl_fast, compiled", train.FED, "tl_fast, compiled, CUDA graphs", "published style, eager"]
-        if beton is None:
-            contenders.remove(train.FED)
+        with_beton = [] if beton is None else [train.FED, train.BESIDE]
+        contenders = ["tl_fast, compiled", *with_beton, "tl_fast, compiled, CUDA graphs", "published style, eager"]
         command = [
             sys.executable,
             str(ROOT / "benchmarks" / "train.py"),

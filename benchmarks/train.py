@@ -7,7 +7,9 @@
 Every contender is a process of its own. On the CPU all take turns, a round of --steps steps at a time; on a GPU, whose
 memory holds one, each makes all its rounds before the next one starts, and one that fails costs its own rows alone.
 Synthetic batches lie on the device; --beton adds a contender that is fed by the loader, decoding, LV-ViT-S's whole
-augmentation and targets included, on a GPU by the loader's half there. A step is what train.py does: normalise, erase,
+augmentation and targets included, on a GPU by the loader's half there. A further one has a synthetic batch, while a
+thread takes the loader's batches as fast as they come and drops them: what it loses is disturbance; what the fed one
+loses more than that is waiting. A step is what train.py does: normalise, erase,
 forward, loss, backward, clipping, AdamW, moving average, a MixToken box of its own; the published one neither erases
 nor clips, and reads its loss on the host. Weights are float32, on a GPU autocast to bfloat16, for all. Our processes
 keep malloc's memory, as train.py does; the published style runs with and without that. Times of a step are split by the
@@ -29,6 +31,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +45,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 # isort: split
 import published_step
 import timm
+from gpu_rows import mean_bytes
 from rows import ROOT, write_rows
 from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,6 +67,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "train.jsonl"
 PHASES = ("data", "forward", "backward", "update")  # update: clipping, optimiser, moving average, reading the loss
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16 FLOP/s, NVIDIA's data sheets
 FED = "tl_fast, compiled, fed from a beton"
+BESIDE = "tl_fast, compiled, beside a loader whose batches are dropped"
 CPU_CONTENDERS = (
     "tl_fast, compiled",
     "tl_fast, eager",
@@ -189,9 +194,40 @@ class Published:
 def batches(loader: Loader) -> Iterator[tuple[Tensor, ...]]:
     """What a step takes of the loader's batches, without end; they lie on its device."""
     for epoch in itertools.count():
-        loader.set_epoch(epoch)
+        loader.set_epoch(epoch, next_epoch=epoch + 1)
         for batch in loader:
             yield batch.images, batch.targets, batch.erase, batch.noise
+
+
+class Dropped:
+    """Takes a loader's batches in a thread, as fast as they come, and drops them.
+
+    images: taken so far.
+    """
+
+    def __init__(self, loader: Loader, device: torch.device) -> None:
+        self.images, self._error, self._stop = 0, None, threading.Event()
+        # A stream of its own, so that the step's does not wait for the batches.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = threading.Thread(target=self._take, args=(batches(loader),), daemon=True)
+        self._thread.start()
+
+    def _take(self, feed: Iterator[tuple[Tensor, ...]]) -> None:
+        try:
+            with torch.cuda.stream(self._stream), contextlib.closing(feed):
+                while not self._stop.is_set():
+                    self.images += len(next(feed)[0])
+        except Exception as error:  # raised where the step runs
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what ended the thread."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 def work(options: argparse.Namespace) -> None:
@@ -204,8 +240,8 @@ def work(options: argparse.Namespace) -> None:
         if options.worker.startswith("tl_fast") or "keeps memory" in options.worker:
             reuse_memory()
     torch.manual_seed(0), np.random.seed(0)
-    loader = feed = None
-    if options.worker == FED:
+    loader = feed = dropped = None
+    if options.worker in (FED, BESIDE):
         loader = Loader(
             options.beton,
             options.batch,
@@ -215,7 +251,11 @@ def work(options: argparse.Namespace) -> None:
             device=device,
             augment=RECIPE,
         )
-        options.classes, feed = loader.num_classes, batches(loader)
+        options.classes = loader.num_classes
+        if options.worker == FED:
+            feed = batches(loader)
+        else:
+            dropped = Dropped(loader, device)
     model = timm.create_model(
         options.model, img_size=options.size, num_classes=options.classes, drop_path_rate=DROP_PATH
     ).train()
@@ -229,7 +269,7 @@ def work(options: argparse.Namespace) -> None:
         clock = Clock(device)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start, dropped_before = time.perf_counter(), dropped.images if dropped else 0
         for _ in range(steps):
             clock.mark()
             tensors = data or next(feed)
@@ -239,7 +279,12 @@ def work(options: argparse.Namespace) -> None:
             number += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return {"seconds": time.perf_counter() - start, "phases": clock.seconds()}
+        seconds = time.perf_counter() - start
+        figures = {"seconds": seconds, "phases": clock.seconds()}
+        if dropped:
+            dropped.check()
+            figures["dropped"] = (dropped.images - dropped_before) / seconds
+        return figures
 
     run(options.warm_up)
     graphs = counters["unique_graphs"]
@@ -255,6 +300,8 @@ def work(options: argparse.Namespace) -> None:
         if loader is not None:
             figures["decode"] = loader.decode
         print(json.dumps(figures), file=answers, flush=True)
+    if dropped is not None:
+        dropped.close()
     if loader is not None:
         loader.close()
 
@@ -345,7 +392,9 @@ def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
     """All contenders on one model; writes their rows and returns which failed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     torch.set_num_threads(options.threads)
-    names = options.contenders or list(GPU_CONTENDERS if gpu else CPU_CONTENDERS) + [FED] * bool(options.beton)
+    with_beton = [FED, BESIDE] if options.beton else []
+    names = options.contenders or [*(GPU_CONTENDERS if gpu else CPU_CONTENDERS), *with_beton]
+    facts = {"mean_bytes": mean_bytes(options.beton)} if options.beton else {}
     command = [sys.executable, __file__, "--model", model, "--size", str(size)]
     for flag in ("batch", "steps", "warm_up", "threads", "classes", "loader_threads", "beton"):
         if getattr(options, flag) is not None:
@@ -370,7 +419,8 @@ def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
                 "mfu": round(statistics.median(rates[name]) * per_image / top, 4),
                 "memory_mb": turns[-1]["memory"] // 1_000_000,
                 "recompiled": turns[-1]["recompiled"],
-                **({"decode": turns[-1]["decode"]} if "decode" in turns[-1] else {}),
+                **({"decode": turns[-1]["decode"], **facts} if "decode" in turns[-1] else {}),
+                **({"dropped": round(statistics.median(t["dropped"] for t in turns))} if name == BESIDE else {}),
             }
         rows += write_rows(
             options.results,
@@ -394,7 +444,8 @@ def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
             split = ", ".join(f"{phase} {ms:.1f}" for phase, ms in row["ms"].items())
             print(
                 f"{ours['median'] / row['median']:6.2f} times: {ours['contender']} / {row['contender']}; ms {split};"
-                f" MFU {row['mfu']:.1%}; {row['memory_mb']:,} MB; recompiled {row['recompiled']}",
+                f" MFU {row['mfu']:.1%}; {row['memory_mb']:,} MB; recompiled {row['recompiled']}"
+                + (f"; {row['dropped']:,} images/s dropped" if "dropped" in row else ""),
                 flush=True,
             )
     return failed

@@ -5,7 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +193,31 @@ for line in sys.stdin:
         assert found == {"a": [["a", ["a"]]] * 2, "b": [["b", ["b", "bad"]]] * 2}
 
 
+def test_dropped_batches_are_counted_and_their_errors_passed_on(benchmark):
+    train = benchmark("train")
+    damaged = threading.Event()
+
+    class Batches:
+        def set_epoch(self, epoch, next_epoch):
+            assert next_epoch == epoch + 1
+
+        def __iter__(self):
+            for _ in range(5):
+                if damaged.is_set():
+                    raise RuntimeError("sample 3 is damaged")
+                yield SimpleNamespace(images=torch.zeros(3, 1), targets=None, erase=None, noise=None)
+
+    dropped = train.Dropped(Batches(), torch.device("cpu"))
+    while dropped.images < 30:
+        dropped.check()
+        time.sleep(0.001)
+    damaged.set()
+    dropped._thread.join(60)
+    with pytest.raises(RuntimeError, match="sample 3 is damaged"):
+        dropped.check()
+    dropped.close()
+
+
 @pytest.fixture
 def summary(tmp_path):
     """A function: rows, each a dict, in a folder of each name -> what the summary says, by bar."""
@@ -219,7 +247,11 @@ def test_the_summary_compares_the_newest_rows_of_all_folders_with_the_bars(summa
     said = summary(
         newer=[SHARE | {"median": 0.5, "date": "2026-11-27T12:00:00+02:00"}, images],
         older=[SHARE | {"median": 0.75, "date": "2026-11-27T11:00:00+00:00"}, SHARE | {"median": 0.6}],
-        training=[small | {"model": "lvvit_s", "median": 9300.5}, small | {"model": "lvvit_t", "median": 20000}],
+        training=[
+            small | {"model": "lvvit_s", "median": 9300.5, "date": "2026-11-27", "run": "2026-11-27T10:00:00+00:00"},
+            small | {"model": "lvvit_s", "median": 9100.0, "date": "2026-11-26"},
+            small | {"model": "lvvit_t", "median": 20000},
+        ],
     )
     assert "0.75, met on a GPU" in said["targets, share of copy bandwidth"]
     assert "NOT met" in said["256 images, crop + flip"] and "not measured" in said["loader, crop + flip"]
