@@ -75,6 +75,41 @@ class TorchvisionNvjpeg:
         pass
 
 
+class NvImageCodec:
+    """nvImageCodec by itself, of the regions alone, called as a `Decoder`. On the CPU its CPU decoder, for the test.
+
+    load: share of the images for the GPU's JPEG engine, 0..1; its cores decode the others.
+    """
+
+    def __init__(self, samples: Samples, threads: int, device: torch.device, load: float):
+        from nvidia import nvimgcodec
+
+        self.samples, self.codec, self.device = samples, nvimgcodec, device
+        kinds = [nvimgcodec.CPU_ONLY]
+        if device.type == "cuda":
+            kinds = [nvimgcodec.HW_GPU_ONLY] * (load > 0) + [nvimgcodec.GPU_ONLY, nvimgcodec.HYBRID_CPU_GPU]
+        number = device.index if device.type == "cuda" else nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY
+        loads = {nvimgcodec.HW_GPU_ONLY: load}
+        backends = [nvimgcodec.Backend(kind, load_hint=loads.get(kind, 1.0)) for kind in kinds]
+        self.decoder = nvimgcodec.Decoder(device_id=number, max_num_cpu_threads=threads, backends=backends)
+        self.params = nvimgcodec.DecodeParams(apply_exif_orientation=False, sample_format=nvimgcodec.SampleFormat.I_RGB)
+
+    def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> list:
+        streams = []
+        for i, start, stop in zip(ids, starts.tolist(), (starts + shapes).tolist(), strict=True):
+            view = self.codec.CodeStreamView(region=self.codec.Region(*start, *stop))
+            streams.append(self.codec.CodeStream(self.samples.jpeg(i)).get_sub_code_stream(view))
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        images = self.decoder.decode(streams, params=self.params, cuda_stream=stream)
+        missing = [int(i) for i, image in zip(ids, images, strict=True) if image is None]
+        if missing:
+            raise RuntimeError(f"nvImageCodec could not decode samples {missing[:5]}")
+        return images
+
+    def close(self) -> None:
+        self.decoder = None
+
+
 def batches(samples: Samples, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Random resized crops as training draws them, epoch after epoch: ids, first pixels and shapes, without end."""
     if len(samples) < batch:
@@ -138,6 +173,10 @@ def main() -> None:
             for load in LOADS:
                 make = functools.partial(NvjpegDecoder, samples, arguments.batch, n, device, load)
                 contenders[f"mixed, {n} threads, hw_decoder_load {load}"] = n, make
+        for load in LOADS:
+            n = max(arguments.threads)
+            make = functools.partial(NvImageCodec, samples, n, device, load)
+            contenders[f"nvImageCodec, {n} threads, load of the engine {load}"] = n, make
         contenders["torchvision nvJPEG, whole images"] = None, functools.partial(TorchvisionNvjpeg, samples, device)
         failed, missing = False, without_nvjpeg()
         for name, (threads, make) in contenders.items():
