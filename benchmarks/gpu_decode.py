@@ -1,10 +1,10 @@
-"""How many crops/s reach the GPU decoded: by our decoder or DALI's on the CPU, by nvJPEG, of whole images by
-torchvision's nvJPEG?
+"""How many crops/s reach the GPU decoded: by our decoder or DALI's on the CPU, by DALI's nvJPEG, by nvImageCodec alone,
+of whole images by torchvision's nvJPEG?
 
     python benchmarks/gpu_decode.py [--images FOLDER | --beton FILE] [--samples 4096] [--batch 256] [--threads 4 8 16]
 
-All decode what random resized crops to 224 px need, DALI's nvJPEG with several shares of the images for the hardware
-engine; torchvision decodes whole images. Pixels are on the GPU when the clock stops. Rows go to
+All decode what random resized crops to 224 px need, nvJPEG and nvImageCodec with several shares of the images for the
+hardware engine; torchvision decodes whole images. Pixels are on the GPU when the clock stops. Rows go to
 benchmarks/results/gpu/rows.jsonl.
 """
 

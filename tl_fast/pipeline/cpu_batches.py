@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -39,9 +39,11 @@ class CpuBatches:
 
     def start(self, plan: BatchPlan) -> UnderWay:
         """Start the decoding and the kernels of one batch."""
-        size, threads = len(plan.ids), self.decoding.threads
+        size, threads = len(plan.ids), min(self.decoding.threads, len(plan.ids))
         images = self.buffers.take((size, 3, self.crops.image_size, self.crops.image_size), np.uint8)
-        parts = [range(first, size, threads) for first in range(min(threads, size))]
+        # Each thread takes the next sample that none has taken; the first one is a part of its own for `_share`.
+        queue = iter(range(size))
+        parts = [itertools.islice(queue, 1), *[queue] * threads]
         futures = self._share(functools.partial(self._augment, plan, images), parts)
         delivered = None
         if plan.affines is not None:
@@ -51,7 +53,7 @@ class CpuBatches:
             if self.targets.dtype == "bfloat16":  # which numpy does not know
                 delivered = torch.from_numpy(self.buffers.take(shape, np.uint16)).view(torch.bfloat16)
             maps = self.samples.label_maps(plan.ids)
-            bounds = np.linspace(0, size, len(parts) + 1).astype(int)
+            bounds = np.linspace(0, size, threads + 1).astype(int)
             slices = [slice(first, stop) for first, stop in itertools.pairwise(bounds)]
             futures += self._share(functools.partial(self._token_targets, plan, *maps, targets, delivered), slices)
         self._compiled = True
@@ -64,7 +66,7 @@ class CpuBatches:
         )
         return UnderWay(futures, batch)
 
-    def _augment(self, plan: BatchPlan, images: np.ndarray, part: range) -> None:
+    def _augment(self, plan: BatchPlan, images: np.ndarray, part: Iterator[int]) -> None:
         """Decode these samples and write their images."""
         for b in part:
             if self.decoding.check:

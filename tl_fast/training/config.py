@@ -247,6 +247,14 @@ class TrainConfig:
             raise InputError(
                 "ground_truth mixes the image label into the token labels' class target: it needs token_label true"
             )
+        if self.decode != "hybrid" and self.hybrid_share is not None:
+            raise InputError(
+                f"hybrid_share {self.hybrid_share} has no effect with decode {self.decode}: set decode hybrid"
+            )
+        if self.deterministic and self.decode == "hybrid" and self.hybrid_share is None:
+            raise InputError(
+                "deterministic needs a hybrid_share with decode hybrid: else it is measured at every start"
+            )
         if self.warmup_epochs > self.epochs:
             raise InputError(f"warmup_epochs is part of epochs: {self.warmup_epochs} > {self.epochs}")
         if self.peak_lr < max(self.min_lr, self.warmup_lr):
@@ -328,6 +336,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("cooldown_epochs", 0, 1 << 20),
     ("warmup_epochs", 0, 1 << 20),
     ("max_steps", 1, 1 << 40),
+    ("hybrid_share", 0, 1),
     ("lr", 1e-12, 1e3),
     ("lr_base_batch", 1, 1 << 24),
     ("min_lr", 0, 1e3),
