@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU to be shown, in stages of less than 8 minutes; one that fails does not stop the next.
+# Everything that needs a GPU to be shown, in stages; one that fails does not stop the next.
 #
 #   benchmarks/gpu_check.sh [--images FOLDER | --beton FILE] [--samples 4096]
 #
-# PY: the python to use. OUT: where rows.jsonl, to which every stage appends, and a log a stage go (default benchmarks/results/gpu). STAGES: which to run, in this
-# order: "first tests-kernels kernels profile training sweep loader decode tests-training tests-loader sanitizer"; "first" takes a minute, and says whether the others can
-# run. LIMIT: seconds a stage. TLFAST_COMMIT: the commit, where this is a copy without .git.
-# Where a command may take ten minutes only, docs/benchmarks.md has the stages in parts. Ends with a summary, and with status 1 when a stage failed. What cannot run here
-# is skipped with its reason.
+# PY: the python to use.
+# OUT: where rows.jsonl, to which every stage appends, and a log a stage go (default benchmarks/results/gpu).
+# STAGES: which to run, in the order of the default below. "first" takes a minute and says whether the others can run.
+# SWITCHES: which of the sweep's switches, comma-separated, as `gpu_profile.py --sweep` names them (default all).
+# LIMIT: seconds a stage.
+# TLFAST_COMMIT: the commit, where this is a copy without .git.
+#
+# Where a command may take ten minutes only, docs/benchmarks.md has the stages in parts. Ends with a summary, and with
+# status 1 when a stage failed. What cannot run here is skipped with its reason.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PY=${PY:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -67,7 +71,8 @@ tests tests-kernels
 bench kernels gpu_kernels.py
 bench profile gpu_profile.py
 bench training gpu_train.py "$@"
-bench sweep gpu_profile.py --sweep
+IFS=, read -ra switches <<< "${SWITCHES:-}"
+bench sweep gpu_profile.py --sweep "${switches[@]}"
 bench loader gpu_loader.py "$@"
 bench decode gpu_decode.py "$@"
 for name in tests-training tests-loader sanitizer; do tests $name; done

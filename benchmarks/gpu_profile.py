@@ -55,6 +55,15 @@ MODEL, SIZE, CLASSES = "lvvit_s", 224, 1000
 WARM_UP, PROFILED, ROUNDS, STEPS = 8, 5, 5, 20  # steps, steps, groups of steps, steps a group
 SWITCHES: dict[str, dict[str, Any]] = {
     "as it is": {},
+    # Those that do not exclude one another, together.
+    "all": {
+        "stem_space_to_depth": True,
+        "residual_dtype": "bfloat16",
+        "drop_path_batched": True,
+        "gelu": "tanh",
+        "targets_dtype": "bfloat16",
+        "compile_mode": "max-autotune-no-cudagraphs",
+    },
     "stem_space_to_depth": {"stem_space_to_depth": True},
     "residual_dtype bfloat16": {"residual_dtype": "bfloat16"},
     "drop_path_batched": {"drop_path_batched": True},
@@ -65,15 +74,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "targets_dtype bfloat16": {"targets_dtype": "bfloat16"},
     "compile_mode max-autotune-no-cudagraphs": {"compile_mode": "max-autotune-no-cudagraphs"},
     "compile_mode reduce-overhead": {"compile_mode": "reduce-overhead"},
-}
-# Together: those that do not exclude one another.
-SWITCHES["all"] = {
-    "stem_space_to_depth": True,
-    "residual_dtype": "bfloat16",
-    "drop_path_batched": True,
-    "gelu": "tanh",
-    "targets_dtype": "bfloat16",
-    "compile_mode": "max-autotune-no-cudagraphs",
 }
 
 

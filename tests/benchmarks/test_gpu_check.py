@@ -90,7 +90,7 @@ case "$*" in
 esac
 """)
     stub.chmod(0o755)
-    environment = os.environ | {"PY": str(stub), "OUT": str(tmp_path / "out")}
+    environment = os.environ | {"PY": str(stub), "OUT": str(tmp_path / "out"), "SWITCHES": "as it is,gelu tanh"}
     done = subprocess.run(
         [ROOT / "benchmarks" / "gpu_check.sh", "--samples", "64"],
         env=environment,
@@ -109,6 +109,7 @@ esac
     )
     log = (tmp_path / "out" / "training.log").read_text()
     assert "gpu_train.py" in log and f"--results {tmp_path}/out/rows.jsonl --samples 64" in log
+    assert (tmp_path / "out" / "sweep.log").read_text().endswith(" --sweep as it is gelu tanh\n")
     assert f"gpu_rows.py {tmp_path}/out" in done.stdout  # the summary, after all of them
 
 
