@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ KERNELS = {
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas",
         "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn",
         "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>",
+        "triton_tem_fused_addmm_12",
         "aten::addmm",
         "aten::mm",
     ),
@@ -48,10 +50,18 @@ KERNELS = {
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>",
         "aten::_foreach_lerp_",
     ),
-    "copies": ("Memcpy DtoD (Device -> Device)", "Memset (Device)", "aten::copy_"),
+    "copies": (
+        "Memcpy DtoD (Device -> Device)",
+        "Memset (Device)",
+        "void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float, false, true>",
+        "void cudnn::ops::convertTensor_kernel<float, __nv_bfloat16>",
+        "aten::copy_",
+    ),
     "elementwise": (
         "triton_poi_fused_gelu_7",
         "triton_red_fused_add_sum_3",
+        "triton_poi_fused__to_copy_convolution_0",
+        "triton_poi_fused__scaled_dot_product_flash_attention_7",
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>",
         "void at::native::(anonymous namespace)::distribution_elementwise_grid_stride_kernel<float, 4>",
         "aten::gelu",
@@ -69,6 +79,16 @@ def profile(monkeypatch):
 @pytest.mark.parametrize("kind, kernel", [(kind, kernel) for kind, names in KERNELS.items() for kernel in names])
 def test_the_kind_of_a_kernel_is_read_from_its_name(profile, kind, kernel):
     assert profile.kind_of(kernel) == kind
+
+
+def test_changes_of_layout_are_told_from_kernels_in_a_layout(profile):
+    changes = [
+        "void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float, false, true>",
+        "void cudnn::ops::convertTensor_kernel<float, __nv_bfloat16>",
+        "triton_poi_fused__to_copy_convolution_0",
+    ]
+    others = [*KERNELS["convolution"], *KERNELS["norm"], *KERNELS["GEMM"], "triton_poi_fused_gelu_7"]
+    assert [name for name in [*changes, *others] if re.search(profile.LAYOUT, name, re.IGNORECASE)] == changes
 
 
 def test_a_small_step_is_profiled_on_the_cpu(profile):
@@ -135,4 +155,4 @@ def test_the_table_of_a_profile(profile, capsys):
     profile.show(row, 256)
     said = capsys.readouterr().out
     assert "GEMM           20.000 ms   50.0% of the step" in said and "no kernel       6.000 ms   15.0%" in said
-    assert "181 TFLOP/s, 302 during products" in said and "changes of layout: none" in said
+    assert "181 TFLOP/s, 302 during products" in said and "may hold one: none" in said
