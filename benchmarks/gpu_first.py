@@ -102,7 +102,7 @@ def step_differs_by(device: torch.device) -> tuple[float, float]:
     torch.manual_seed(0)
     size, grid, classes, batch = 64, 4, 10, 8
     options = {"embed_dim": 64, "depth": 2, "num_heads": 2, "stem_width": 16}
-    model = build_model("lvvit_t", img_size=size, grid=grid, num_classes=classes, drop_path=0.0, options=options)
+    model = build_model("lvvit_t", img_size=size, num_classes=classes, options=options)
     model.to(device)
     normalise = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).to(device)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)

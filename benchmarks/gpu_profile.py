@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -101,8 +102,8 @@ class Step:
         self.network = build_step(self.learner.model, self.config, self.ranks)
         self.learner.schedule.step_update(500)  # before, the learning rate is 0
         set_train(self.learner.model, self.config)
-        grid, size = self.config.grid, self.config.img_size
-        targets = torch.rand((batch, 1 + grid**2, classes), device=device).softmax(2)
+        size, tokens = self.config.img_size, math.prod(self.learner.model.grid_size)
+        targets = torch.rand((batch, 1 + tokens, classes), device=device).softmax(2)
         boxes = torch.zeros((batch, 4), dtype=torch.int32, device=device)
         boxes[::4] = size // 3  # every fourth image is erased, as the recipe has it
         self.arguments = (

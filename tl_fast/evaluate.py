@@ -39,6 +39,11 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser.add_argument(
         "--crop-pct", type=float, help="centre crop's share of the resized side; default: the training's"
     )
+    parser.add_argument(
+        "--eval-token-weight",
+        type=float,
+        help="what the maximum of the token logits counts beside the class logits; default: the training's",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images per step and rank")
     parser.add_argument("--threads", type=int, help="loader threads per rank")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -254,8 +254,13 @@ def test_the_attention_backend_breaks_no_graph(attention_backend):
 
 
 def test_usable_attention_backends_of_the_cpu():
+    model = LVViT(**SIZE).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     for dtype in ("auto", "bfloat16"):
-        assert usable_attention_backends(torch.device("cpu"), dtype, 17, 16) == ["flash", "math"]
+        assert usable_attention_backends(model, SIZE["img_size"], torch.device("cpu"), dtype) == ["flash", "math"]
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.gpu

@@ -564,7 +564,7 @@ def test_command_line_of_a_recipe(full, tmp_path, capsys, monkeypatch):
     bad = {
         "--recipe lvvit_q": "there is no recipe 'lvvit_q'; known are demo_photos,",
         "--recipe lvvit_s --ids 99": "sample 99 is not in",
-        "--recipe lvvit_s --image-size 100": "img_size must be divisible by 16",
+        "--recipe lvvit_s --image-size 100": "multiples of 16",
         "--recipe lvvit_s --out x.txt": "use .png",
         "": "FILE.beton and --out are needed, or --recipe",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,9 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     "bad, named",
     [
-        ({"img_size": 100}, "img_size.*16.*100"),
+        ({"img_size": 8}, "img_size.*16.*8"),
+        ({"pretrained": True, "init_weights": "w.pth"}, "pretrained would be overwritten by init_weights w.pth"),
+        ({"eval_token_weight": -0.5}, "eval_token_weight must be in"),
         ({"batch_size": 0}, r"batch_size.*\[1, .*0"),
         ({"batch_size": 6, "accumulate": 4}, "batch_size 6.*accumulate 4"),
         ({"smoothing": 1.0}, "smoothing.*1.0"),
@@ -95,6 +98,12 @@ def test_values_out_of_range_are_named(bad, named):
         TrainConfig(**{"train_data": "x.beton", **bad})
 
 
+def test_a_config_of_tuples_is_stored_as_its_yaml_reads():
+    config = TrainConfig(train_data="x.beton", model_kwargs={"depths": (1, 2)})
+    assert config.to_dict()["model_kwargs"] == {"depths": [1, 2]} and config.to_dict()["betas"] == [0.9, 0.999]
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 def test_every_mode_of_torch_compile_is_accepted(mode):
     """Those without CUDA graphs together with accumulation, too."""
@@ -116,8 +125,8 @@ def test_a_recipe_that_names_no_switch_computes_as_before():
 
 def test_a_bad_value_on_the_command_line_ends_with_its_name(capsys):
     with pytest.raises(SystemExit):
-        parse_config(["--train_data", "x.beton", "--img_size", "100"])
-    assert "img_size must be divisible by 16" in capsys.readouterr().err
+        parse_config(["--train_data", "x.beton", "--img_size", "8"])
+    assert "img_size must be in [16, 4096]" in capsys.readouterr().err
 
 
 def test_saved_config_reads_back(tmp_path):

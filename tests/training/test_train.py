@@ -171,10 +171,13 @@ def test_without_token_labels_only_the_class_token_learns(tiny, betons):
         ({"num_classes": 10}, r"train\.beton has 4 classes, the model 10"),
         ({"batch_size": 512}, "512"),
         (
-            {"model": "vit_tiny_patch16_224", "model_kwargs": {}},
-            "vit_tiny_patch16_224' is a VisionTransformer, which has no token labeling.*lvvit_t",
+            {"model": "pit_ti_224", "model_kwargs": {}},
+            "pit_ti_224 at 64 px takes no token labels: its features .* one for all of it",
         ),
-        ({"model": "resnet_of_dreams"}, "resnet_of_dreams.*lvvit_t"),
+        ({"model": "resnet_of_dreams"}, "resnet_of_dreams' is not known to timm; near it: .*resnet"),
+        ({"img_size": 100}, "lvvit_t at 100 px.*multiples of 16"),
+        ({"model": "mobilenetv3_small_050", "model_kwargs": {"depth": 3}}, "mobilenetv3_small_050.*depth"),
+        ({"model": "ghostnet_050", "model_kwargs": {}, "drop_path": 0.1}, "set drop_path 0, this model has none"),
         ({"model_kwargs": {"embed_width": 3}}, "embed_width"),
         ({"batch_size": 16, "accumulate": 16}, "mix_token mixes .* leaves one"),
         pytest.param(

@@ -1,4 +1,4 @@
-"""LV-ViT, the token-labeling loss and the training step."""
+"""LV-ViT, a token head on any timm model, the token-labeling loss and the training step."""
 
 import lazy_loader
 
@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "loss": ["TokenLabelLoss"],
         "lvvit": ["LVViT"],
         "step": ["TrainStep"],
+        "token_label": ["TokenLabelModel", "backbone_state_dict"],
     },
 )

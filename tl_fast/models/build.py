@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
@@ -12,41 +15,74 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 import timm
 
 from tl_fast.models.lvvit import LVViT
+from tl_fast.models.token_label import TokenLabelModel
 from tl_fast.system.mistakes import InputError
 
-_MODELS = "lvvit_t, lvvit_s, lvvit_m and lvvit_l exist"
+ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")  # how timm's names of models outside its registry begin
 
 
 def build_model(
     name: str,
     *,
     img_size: int,
-    grid: int,
     num_classes: int,
     drop_path: float = 0.0,
     options: dict[str, Any] | None = None,
-) -> nn.Module:
-    """The model `name`, randomly initialised from torch's generator.
+    eval_token_weight: float | None = None,
+) -> LVViT | TokenLabelModel:
+    """The model `name`, randomly initialised from torch's generator: an LVViT, or any other timm model with a token
+    head.
 
-    img_size: pixels a side; grid: tokens a side that its labels are made for; num_classes: C; drop_path: rate of the
-    last block, 0..1; options: further arguments of the model's constructor.
-    Raises InputError naming a bad argument, or a model without a token head for each of grid x grid tokens.
+    img_size: pixels a side; num_classes: C; drop_path: rate of the last block, 0..1 (timm's drop_path_rate); options:
+    further arguments of the model's constructor; eval_token_weight: of the token logits' maximum in evaluation; None:
+    0.5 for LV-ViT and VOLO, as published, else 0.
+    Raises InputError naming a bad argument, or what of the model's features gives no token for each cell of a grid.
     """
-    options = options or {}
+    check_name(name)
+    arguments = {**(options or {}), "num_classes": num_classes, "drop_path_rate": drop_path}
     try:
-        model = timm.create_model(name, img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path, **options)
-    except (TypeError, ValueError, ArithmeticError) as error:  # the constructor does not have such arguments, or values
-        raise InputError(f"model {name} with model_kwargs {options}: {error}") from error
-    except RuntimeError as error:  # timm's "Unknown model"
-        raise InputError(f"model {name!r}: {error}; {_MODELS}") from error
-    if not isinstance(model, LVViT):
-        raise InputError(
-            f"model {name!r} is a {type(model).__name__}, which has no token labeling (a head "
-            f"for patch tokens, MixToken): {_MODELS}"
-        )
-    if model.grid_size != (grid, grid):
-        raise InputError(
-            f"model {name!r} has a grid of {model.grid_size} tokens, the label maps are cut to "
-            f"{grid}x{grid} for img_size {img_size}: {_MODELS}"
-        )
-    return model
+        try:
+            network = create(name, img_size, **arguments)
+        except TypeError as error:  # timm's only sign that a model has no drop path
+            if drop_path or "'drop_path_rate'" not in str(error):
+                raise
+            del arguments["drop_path_rate"]
+            network = create(name, img_size, **arguments)
+        if isinstance(network, LVViT):
+            network.eval_token_weight = 0.5 if eval_token_weight is None else eval_token_weight
+            return network
+        anew = functools.partial(create, name, img_size, **arguments)
+        return TokenLabelModel(network, img_size, eval_token_weight, anew)
+    except InputError as error:
+        raise InputError(f"model {name} at {img_size} px takes no token labels: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError, AttributeError, OSError) as error:
+        hint = ": set drop_path 0, this model has none" if "'drop_path_rate'" in str(error) else ""
+        given = f" with model_kwargs {options}" if options else ""
+        raise InputError(f"model {name} at {img_size} px{given}: {error}{hint}") from error
+
+
+def token_grid(name: str, *, img_size: int, options: dict[str, Any] | None = None) -> tuple[int, int]:
+    """Tokens (high, wide) of the model at an image size. No weights are made. Raises InputError as build_model does."""
+    with torch.device("meta"):
+        return build_model(name, img_size=img_size, num_classes=1, options=options).grid_size
+
+
+def create(name: str, img_size: int | None, **arguments: Any) -> nn.Module:
+    """timm.create_model, with img_size (pixels a side) for those models that are built for one."""
+    if img_size is not None:
+        try:
+            return timm.create_model(name, img_size=img_size, **arguments)
+        except TypeError as error:  # timm's only sign that a model, such as a CNN, takes any size
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(name, **arguments)
+
+
+def check_name(name: str, others: tuple[str, ...] = ()) -> None:
+    """Raises InputError for a name that timm does not know, nor is among `others`, with the names that are near it."""
+    if name.startswith(ELSEWHERE) or timm.is_model(name) or name in others:
+        return
+    near = difflib.get_close_matches(name, [*others, *timm.list_models()], n=4, cutoff=0.5)
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    beside = f" neither among {', '.join(others)} nor" if others else " not"
+    raise InputError(f"model {name!r} is{beside} known to timm{hint}")

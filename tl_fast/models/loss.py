@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tl_fast.models.lvvit import MixBox
+from tl_fast.models.mix_token import MixBox
 
 CHUNK = 1 << 19  # logits that the eager path looks at at a time: 2 MB of float32, which stay in the cache
 

@@ -11,7 +11,6 @@ Shapes: B images, D channels, h x w the token grid, N = h * w tokens, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,37 +24,14 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from tl_fast.models.mix_token import MixBox, box_mask
 from tl_fast.models.patch import PATCH
 
-MixBox = Tensor | Sequence[int]  # (top, left, bottom, right) in tokens, the end exclusive
 # The drop path rate from which a branch computes only the samples it keeps, where branches are drawn one by one. On a
 # GPU a gather and a scatter must first be earned back: an estimate from memory traffic, not yet measured there.
 SKIP_FROM = {"cpu": 0.0, "cuda": 0.1}
 
 __all__ = ["LVViT", "resize_pos_embed"]
-
-
-def _box_mask(mix_box: MixBox, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Boolean [h,w], true inside the box. A tensor box stays on its device and is not looked at: no host sync, no
-    recompile."""
-    height, width = grid
-    if isinstance(mix_box, Tensor):
-        if mix_box.shape != (4,):
-            raise ValueError(
-                f"mix_box has shape {tuple(mix_box.shape)}; expected (4,): top, left, bottom, right in tokens"
-            )
-        top, left, bottom, right = mix_box.to(device).unbind()
-    else:
-        if len(mix_box) != 4:
-            raise ValueError(f"mix_box has {len(mix_box)} numbers; expected 4: top, left, bottom, right in tokens")
-        top, left, bottom, right = mix_box
-        if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
-            raise ValueError(
-                f"mix_box {tuple(mix_box)} is not (top, left, bottom, right) within the {height}x{width} token grid"
-            )
-    rows = torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
-    return ((rows >= top) & (rows < bottom)).unsqueeze(1) & ((columns >= left) & (columns < right))
 
 
 class ConvStem(nn.Module):
@@ -271,11 +247,13 @@ class LVViT(nn.Module):
         drop_path_batched: draw drop path for all branches in one operation, and skip the dropped samples at any rate;
             else every branch draws for itself, and skips from a rate that depends on the device.
         gelu: "exact", as published, or "tanh", an approximation that is off by at most 4.8e-4.
+        eval_token_weight: what the maximum of the token logits counts in evaluation, beside the class logits.
 
     Raises ValueError naming the argument that does not fit.
     """
 
     num_prefix_tokens = 1  # timm's word for the class token in front of `forward_features`' patch tokens
+    can_mix_tokens = True  # every image size that the constructor takes is whole patches
 
     def __init__(
         self,
@@ -293,6 +271,7 @@ class LVViT(nn.Module):
         residual_dtype: str = "float32",
         drop_path_batched: bool = False,
         gelu: str = "exact",
+        eval_token_weight: float = 0.5,
     ) -> None:
         super().__init__()
         self.img_size = height, width = to_2tuple(img_size)
@@ -312,6 +291,7 @@ class LVViT(nn.Module):
             raise ValueError(f"gelu {gelu!r} must be 'exact' or 'tanh'")
         self.residual_dtype = residual_dtype
         self.drop_path_batched = drop_path_batched
+        self.eval_token_weight = eval_token_weight
         self.grid_size = height // PATCH, width // PATCH
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -347,8 +327,12 @@ class LVViT(nn.Module):
         return {"pos_embed", "cls_token"}
 
     def get_classifier(self) -> nn.Module:
-        """The class token's head; the tokens' is `aux_head`."""
+        """The class token's head."""
         return self.head
+
+    def get_token_head(self) -> nn.Module:
+        """The head of every patch token."""
+        return self.aux_head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace both heads by new ones for `num_classes` (0: identities), on the old ones' device and dtype. timm's
@@ -411,11 +395,15 @@ class LVViT(nn.Module):
         return self._encode(self._patches(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features [B,1+N,D] -> logits [B,C]: class logits + 0.5 * max over token logits; the class token [B,D] when
-        `pre_logits`."""
+        """Features [B,1+N,D] -> logits [B,C]: class logits + `eval_token_weight` * max over token logits; the class
+        token [B,D] when `pre_logits`."""
         if pre_logits or not self.num_classes:
             return x[:, 0]
-        return self.head(x[:, 0]) + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+        return self.head(x[:, 0]) + self.eval_token_weight * self.token_logits(x).amax(1)
+
+    def token_logits(self, x: Tensor) -> Tensor:
+        """Features [B,1+N,D] -> logits of the patch tokens [B,N,C]."""
+        return self.aux_head(x[:, 1:])
 
     def forward(self, x: Tensor, mix_box: MixBox | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Classify images [B,3,H,W] (float, normalised).
@@ -433,7 +421,7 @@ class LVViT(nn.Module):
                 "mix_box is given in eval mode, where nothing is mixed; call model.train() or leave it out"
             )
         x = self._patches(x)
-        inside = None if mix_box is None else _box_mask(mix_box, self.grid_size, x.device)
+        inside = None if mix_box is None else box_mask(mix_box, self.grid_size, x.device)
         if inside is not None:
             x = torch.where(inside, x.flip(0), x)
         x = self._encode(x)

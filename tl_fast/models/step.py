@@ -15,13 +15,12 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_fast.models.erase import erase
 from tl_fast.models.loss import TokenLabelLoss
-from tl_fast.models.normalise import Normalise, autocast, resolved_dtype
+from tl_fast.models.normalise import Normalise, autocast
 
 # What may compute attention, by the names of the config's attention_backend; besides "default", torch's own choice.
 ATTENTION_BACKENDS = {
@@ -32,17 +31,18 @@ ATTENTION_BACKENDS = {
 }
 
 
-def usable_attention_backends(device: torch.device, dtype: str, tokens: int, head_dim: int) -> list[str]:
-    """The ATTENTION_BACKENDS that run forward and backward on `device` for a sequence of `tokens` and heads of
-    `head_dim` channels, in the type that the config's `dtype` means there."""
-    qkv = torch.zeros((3, 1, 1, tokens, head_dim), device=device, dtype=getattr(torch, resolved_dtype(device, dtype)))
-    usable = []
+def usable_attention_backends(model: nn.Module, img_size: int, device: torch.device, dtype: str) -> list[str]:
+    """The ATTENTION_BACKENDS with which `model` runs forward and backward on `device`, on images of `img_size` pixels a
+    side in the type that the config's `dtype` means there."""
+    images = torch.zeros((2, 3, img_size, img_size), device=device, requires_grad=True)
+    was_training, usable = model.training, []
+    model.eval()  # batch norm's statistics stay as they are
     for name, backend in ATTENTION_BACKENDS.items():
         with contextlib.suppress(RuntimeError), warnings.catch_warnings(action="ignore"):  # torch warns of its reasons
-            q, k, v = qkv.clone().requires_grad_().unbind()
-            with sdpa_kernel(backend):
-                F.scaled_dot_product_attention(q, k, v).sum().backward()
+            with sdpa_kernel(backend), autocast(device, dtype):
+                torch.autograd.grad(model(images).sum(), images)
             usable.append(name)
+    model.train(was_training)
     return usable
 
 
@@ -50,7 +50,7 @@ class TrainStep(nn.Module):
     """Forward pass and loss of one batch.
 
     Args:
-        model: an LVViT; it stays the caller's, for the optimiser, the moving average and checkpoints.
+        model: a model of `build_model`; it stays the caller's, for the optimiser, the moving average and checkpoints.
         criterion: the loss.
         normalise: uint8 images to float32.
         dtype: autocast type of the model: "float32", "bfloat16", or "auto" (see `normalise.autocast`).

@@ -11,7 +11,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
+import timm
+
+from tl_fast.models.build import check_name
 from tl_fast.models.lvvit import resize_pos_embed
+from tl_fast.models.token_label import BACKBONE, TokenLabelModel
 from tl_fast.system.mistakes import InputError
 
 _HEADS = ("head.", "aux_head.")
@@ -55,11 +62,14 @@ def read_file(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], list
 
 
 def fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> list[str]:
-    """Load a state dict into an LV-ViT; remarks on what was adapted, to be shown to the user.
+    """Load a state dict into a model of `build_model`; remarks on what was adapted, to be shown to the user.
 
     Position embeddings are resized to the model's grid. Heads of another class count are left out, so the model keeps
-    its own. path: where the weights come from, for messages. Raises WeightsError when anything else does not fit.
+    its own. A TokenLabelModel takes its own names and those of its backbone alone, as timm knows them.
+    path: where the weights come from, for messages. Raises WeightsError when anything else does not fit.
     """
+    if isinstance(model, TokenLabelModel):
+        return _fit_token_label_model(model, state, path)
     remarks: list[str] = []
     state, own = dict(state), model.state_dict()
     position = state.get("pos_embed")
@@ -92,3 +102,97 @@ def fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> list[str]:
             f"{path} does not fit {type(model).__name__}: missing {missing[:5]}, unexpected {sorted(unexpected)[:5]}"
         )
     return remarks
+
+
+def _fit_token_label_model(model: TokenLabelModel, state: dict[str, Tensor], path: Path) -> list[str]:
+    """`fit`, by way of a backbone made for the state's class count: timm's own loader renames what other code saved and
+    resizes what depends on the image size."""
+    of_backbone = {key.removeprefix(BACKBONE): value for key, value in state.items() if key.startswith(BACKBONE)}
+    of_token_head = {key.removeprefix("token_head."): state[key] for key in state if key.startswith("token_head.")}
+    of_backbone = of_backbone or state
+    heads = _heads(model.backbone)
+    classes = class_count(of_backbone, heads) or 0
+    overlay = dict(state_dict=dict(of_backbone), num_classes=classes, source="", custom_load=False, label_offset=0)
+    name = type(model.backbone).__name__
+    try:
+        donor = model.create_backbone(pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError, ValueError, AssertionError) as error:  # raised where names or shapes differ
+        raise WeightsError(f"{path} does not fit {name}: {error}") from error
+    remarks = _take_backbone(model, donor, classes, str(path))
+    resized = [
+        f"{key} from {list(of_backbone[key].shape)} to {list(value.shape)}"
+        for key, value in donor.state_dict().items()
+        if key in of_backbone and of_backbone[key].shape != value.shape
+    ]
+    if resized:
+        remarks.append(f"{path}: resized {resized[0]}" + (f", and {len(resized) - 1} more" if resized[1:] else ""))
+    if not model.has_own_token_head:
+        if of_token_head and of_token_head["weight"].shape == model.token_head.weight.shape:
+            model.token_head.load_state_dict(of_token_head)
+        else:
+            remarks.append(f"{path}: holds no token head for {model.num_classes} classes, so that one starts anew")
+    return remarks
+
+
+def load_pretrained(model: nn.Module, name: str) -> list[str]:
+    """Load timm's pretrained weights into a model of `build_model`, from timm's cache or the hub; remarks for the user.
+
+    Raises InputError where there are none, or none can be had.
+    """
+    if not isinstance(model, TokenLabelModel):
+        raise InputError(f"model {name}: no hub holds weights for it; set init_weights to a file instead of pretrained")
+    try:
+        # With as many classes as the weights have: timm then compares all names and shapes.
+        classes = model.backbone.pretrained_cfg["num_classes"]
+        donor = model.create_backbone(pretrained=True, num_classes=classes)
+    except Exception as error:  # downloading raises many types (OSError, httpx, hub errors): there are no weights
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise InputError(
+            f"model {name}: pretrained weights cannot be had ({type(error).__name__}: {reason}). Download them where"
+            " there is a network (timm keeps them in the folder that HF_HOME names), or set init_weights to a file"
+        ) from error
+    return _take_backbone(model, donor, classes, f"{name}'s pretrained weights")
+
+
+def heads_of(name: str) -> tuple[str, ...]:
+    """Names of the classifiers, of class and tokens, in timm's model `name`. Raises InputError for an unknown one."""
+    check_name(name)
+    with torch.device("meta"):
+        return _heads(timm.create_model(name))
+
+
+def class_count(state: dict[str, Tensor], heads: tuple[str, ...]) -> int | None:
+    """Classes of the first of `heads` that a state dict holds, a TokenLabelModel's too; None when it holds none."""
+    names = [f"{prefix}{head}.weight" for head in heads for prefix in ("", BACKBONE)]
+    return next((state[name].shape[0] for name in names if name in state), None)
+
+
+def _heads(network: nn.Module) -> tuple[str, ...]:
+    """`heads_of` a network: those that timm states, else the one of the class."""
+    names = getattr(network, "pretrained_cfg", {}).get("classifier")
+    if not names:
+        names = [name for name, module in network.named_modules() if module is network.get_classifier()]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _take_backbone(model: TokenLabelModel, donor: nn.Module, classes: int, origin: str) -> list[str]:
+    """Copy the weights of a network of the same kind; classifiers only if they are for the same classes."""
+    heads = tuple(f"{name}." for name in _heads(model.backbone))
+    given, own = donor.state_dict(), model.backbone.state_dict()
+    if classes != model.num_classes:
+        given = {key: value for key, value in given.items() if not key.startswith(heads)}
+    wrong = [
+        key for key in own if not key.startswith(heads) and (key not in given or given[key].shape != own[key].shape)
+    ]
+    if wrong:
+        raise WeightsError(
+            f"{origin} does not fit {type(model.backbone).__name__}: {wrong[:5]} missing, or of other shape"
+        )
+    model.backbone.load_state_dict(given, strict=classes == model.num_classes)
+    names = ", ".join(heads).replace(".,", ",").removesuffix(".")
+    if classes == model.num_classes:
+        return [f"{origin}: kept {names} ({classes} classes)"]
+    return [
+        f"{origin}: left out {names} ({classes or 'no'} classes), as the model has {model.num_classes} classes: these"
+        " heads keep their initial weights"
+    ]

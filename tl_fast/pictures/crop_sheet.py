@@ -30,6 +30,7 @@ from tl_fast.plan.augment import INTERPOLATIONS
 from tl_fast.plan.rand_augment import OPS
 from tl_fast.system.mistakes import InputError
 from tl_fast.training.config import TrainConfig, parse_config
+from tl_fast.training.network import square_grid
 
 RECIPES = bundled_photos.ROOT / "recipes"
 SAMPLES = 24
@@ -91,7 +92,7 @@ def show_recipe(
         data,
         1,
         image_size=config.img_size,
-        grid=config.grid if grid is None else grid,
+        grid=square_grid(config) if grid is None else grid,
         augment=config.augment,
         seed=config.seed,
         geometry=config.geometry,

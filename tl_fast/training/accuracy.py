@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tl_fast.models.normalise import Normalise, autocast
 from tl_fast.models.step import compiled
+from tl_fast.models.weights import class_count, heads_of
 from tl_fast.pipeline.batch import Batch
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.mistakes import InputError
@@ -28,7 +29,7 @@ class Classifier:
     """A model as it is evaluated: uint8 images [B,3,H,W] to logits, float32 [B,C].
 
     Args:
-        model: an LVViT on `device`; it stays the caller's.
+        model: a model of `build_model` on `device`; it stays the caller's.
         batch_size: the number of images, in a whole batch, that the way from pixels to logits is compiled for at its
             first use; None: for none. Batches of other sizes, such as the last one, run eagerly: each size would have
             to be compiled by itself.
@@ -136,6 +137,7 @@ def evaluate(
     model: str | None = None,
     img_size: int | None = None,
     crop_pct: float | None = None,
+    eval_token_weight: float | None = None,
     batch_size: int = 64,
     threads: int | None = None,
     device: str = "auto",
@@ -149,20 +151,20 @@ def evaluate(
         weights: a run's folder, a checkpoint folder, or a weights file (then `model`, a timm name, is needed).
         use_ema: the moving average where the file has one, else the raw weights.
         img_size, crop_pct: pixels and share; None: those of the checkpoint's training (224 and 0.9 for a bare file).
+        eval_token_weight: what the maximum of the token logits counts beside the class logits; None: as in training.
         batch_size: images per step and rank.
         decode: where JPEGs are decoded, as `pipeline.Loader` takes it; nvJPEG's pixels differ a little from the CPU's.
 
     Raises CheckpointError, FileNotFoundError or ValueError naming what does not fit.
     """
     with join(device) as ranks, contextlib.ExitStack() as stack:
-        changes = {"model": model, "img_size": img_size, "crop_pct": crop_pct}
+        changes = dict(model=model, img_size=img_size, crop_pct=crop_pct, eval_token_weight=eval_token_weight)
         path, config, trained_classes = ranks.on_main(_open, weights, use_ema, dtype, changes)
         loader = ranks.agree(
             lambda: Loader(
                 data,
                 batch_size,
                 image_size=config.img_size,
-                grid=config.grid,
                 train=False,
                 threads=threads,
                 crop_pct=config.crop_pct,
@@ -211,15 +213,17 @@ def _open(
     path = checkpoint.find(weights)
     meta = checkpoint.read_meta(path) if path.is_dir() else {}
     if not meta and changes["model"] is None:
-        raise InputError(f"{path} does not say which model it is: give --model (lvvit_t, lvvit_s, lvvit_m or lvvit_l)")
+        raise InputError(f"{path} does not say which model it is: give --model (lvvit_s, say, or any name of timm's)")
     values = meta["config"] if meta else {"train_data": "unused: evaluation only"}
     values |= {name: value for name, value in changes.items() if value is not None}
     config = TrainConfig.from_dict(values | {"dtype": dtype, "drop_path": 0.0, "resume": None})
     if config.num_classes is None:  # a bare file: its head says
         state, _ = checkpoint.read_weights(path, use_ema)
-        if "head.weight" not in state:
-            raise InputError(f"{path} has no head.weight, so no class count: it is not a classifier")
-        config = dataclasses.replace(config, num_classes=state["head.weight"].shape[0])
+        heads = heads_of(config.model)
+        classes = class_count(state, heads)
+        if classes is None:
+            raise InputError(f"{path} has no {heads[0]}.weight, so no class count: it is no classifier {config.model}")
+        config = dataclasses.replace(config, num_classes=classes)
     return path, config, meta.get("class_names")
 
 

@@ -14,7 +14,6 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from tl_fast.models.patch import PATCH
 from tl_fast.plan.augment import Augment
 from tl_fast.sources.source import MAX_CLASSES
 from tl_fast.system.mistakes import InputError
@@ -35,18 +34,25 @@ class TrainConfig:
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. Rank 0 alone reads and writes it."""
 
     model: str = "lvvit_s"
-    """timm model name: lvvit_t, lvvit_s, lvvit_m or lvvit_l."""
+    """timm model name: lvvit_t, lvvit_s, lvvit_m or lvvit_l, or any other one whose features are a grid; hf-hub: and
+    local-dir: names too."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the model's constructor, e.g. {embed_dim: 32, depth: 2} for a tiny one."""
     img_size: int = 224
-    """Side of the square input in pixels, divisible by 16."""
+    """Side of the square input in pixels; a multiple of the model's patch, 16 in LV-ViT."""
     num_classes: int | None = None
     """Number of classes; null: the train beton's."""
     init_weights: str | None = None
     """Weights to start from: a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file (a
     published .pth.tar, a state dict, safetensors); null: random."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights of the model, out of timm's cache or the hub; rank 0 alone fetches them."""
+    eval_token_weight: float | None = None
+    """Weight of the token logits' maximum beside the class logits in evaluation; null: 0.5 for LV-ViT and VOLO, as
+    published, else 0."""
     drop_path: float = 0.1
-    """Drop path rate of the last block, 0..1; it grows linearly with depth. Paper: 0.1 T and S, 0.2 M, 0.3 L."""
+    """Drop path rate of the last block, 0..1 (timm's drop_path_rate); 0 for models that have none. Paper: 0.1 T and S,
+    0.2 M, 0.3 L."""
     stem_space_to_depth: bool = False
     """The stem's first convolution (7x7, stride 2) as 4x4 with stride 1 over cells of 2x2 pixels: equal sums, the same
     weights. Not yet measured on a GPU."""
@@ -236,8 +242,8 @@ class TrainConfig:
             raise InputError(
                 f"init_weights {self.init_weights} would be overwritten by resume {self.resume}: choose one of them"
             )
-        if self.img_size % PATCH:
-            raise InputError(f"img_size must be divisible by {PATCH} (the patch), got {self.img_size}")
+        if self.pretrained and self.init_weights:
+            raise InputError(f"pretrained would be overwritten by init_weights {self.init_weights}: choose one of them")
         if self.batch_size % self.accumulate:
             raise InputError(f"batch_size {self.batch_size} must be divisible by accumulate {self.accumulate}")
         if self.cls_weight == 0 and (self.dense_weight == 0 or not self.token_label):
@@ -294,14 +300,9 @@ class TrainConfig:
         """Epochs of schedule and cooldown together."""
         return self.epochs + self.cooldown_epochs
 
-    @property
-    def grid(self) -> int:
-        """Tokens a side."""
-        return self.img_size // PATCH
-
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, as JSON and YAML hold them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return _plain(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -312,6 +313,13 @@ class TrainConfig:
         return cls(**{k: tuple(v) if k in _TUPLES and v is not None else v for k, v in values.items()})
 
 
+def _plain(value: Any) -> Any:
+    """Tuples as lists, in whatever holds them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
 # Fields that say how the model computes; its constructor's arguments have the same names.
 _MODEL_SWITCHES = ("stem_space_to_depth", "residual_dtype", "drop_path_batched", "gelu")
 # Arguments of the model's constructor that have a field of their own: the constructor's name -> ours.
@@ -319,6 +327,7 @@ _MODEL_FIELDS = {
     "img_size": "img_size",
     "num_classes": "num_classes",
     "drop_path_rate": "drop_path",
+    "eval_token_weight": "eval_token_weight",
     **{name: name for name in _MODEL_SWITCHES},
 }
 # Fields with a fixed set of values, and these values.
@@ -326,8 +335,9 @@ _CHOICES = {name: get_args(hint) for name, hint in get_type_hints(TrainConfig).i
 _TUPLES = ("mean", "std", "scale", "ratio", "betas")
 # Both ends inclusive; Augment checks its own.
 _RANGES: tuple[tuple[str, float, float], ...] = (
-    ("img_size", PATCH, 4096),
+    ("img_size", 16, 4096),
     ("num_classes", 1, MAX_CLASSES),
+    ("eval_token_weight", 0, 1e6),
     ("cls_weight", 0, 1e6),
     ("dense_weight", 0, 1e6),
     ("batch_size", 1, 1 << 24),

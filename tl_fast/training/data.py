@@ -7,7 +7,7 @@ from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks
 from tl_fast.training.accuracy import check_labels
 from tl_fast.training.config import TrainConfig
-from tl_fast.training.network import compiles
+from tl_fast.training.network import compiles, square_grid
 
 
 def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | None]:
@@ -36,7 +36,7 @@ def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | No
         )
     common = dict(
         image_size=config.img_size,
-        grid=config.grid,
+        grid=square_grid(config),
         seed=config.seed,
         threads=config.threads,
         decode=config.decode,

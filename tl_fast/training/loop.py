@@ -156,7 +156,7 @@ def _run(
                     seed_step(config.seed, step, ranks.rank)
                     learner.schedule.step_update(step)
                     guard.keep(model)
-                    box = _draw_box(config, progress, ranks.device)
+                    box = _draw_box(config, progress, model, ranks.device)
                     for number in range(1, config.accumulate + 1):
                         batch = meter.fetch()
                         arguments = _arguments(batch, box, config, ranks.device)
@@ -236,11 +236,11 @@ def _checkpoint_is_due(config: TrainConfig, progress: Progress, end: float, impr
     return progress.global_step == end or between_epochs
 
 
-def _draw_box(config: TrainConfig, progress: Progress, device: torch.device) -> Tensor | None:
+def _draw_box(config: TrainConfig, progress: Progress, model: nn.Module, device: torch.device) -> Tensor | None:
     """MixToken's box for the next step, [4] on the device; None without MixToken."""
-    if not config.mix_token:
+    if not (config.mix_token and model.can_mix_tokens):
         return None
-    box = mix_box(config.seed, progress.epoch, progress.step_in_epoch, config.grid)
+    box = mix_box(config.seed, progress.epoch, progress.step_in_epoch, model.grid_size[0])
     return torch.from_numpy(box).to(device, non_blocking=True)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tl_fast.models.build import build_model
+from tl_fast.models.build import build_model, token_grid
 from tl_fast.models.loss import TokenLabelLoss
 from tl_fast.models.normalise import Normalise
 from tl_fast.models.step import TrainStep, compiled, usable_attention_backends
@@ -27,17 +27,26 @@ def build_network(config: TrainConfig) -> nn.Module:
     return build_model(
         config.model,
         img_size=config.img_size,
-        grid=config.grid,
         num_classes=config.num_classes,
         drop_path=config.drop_path,
         options=config.model_options,
+        eval_token_weight=config.eval_token_weight,
     )
 
 
+def square_grid(config: TrainConfig) -> int:
+    """Tokens a side of the config's model, which its label maps are cut to. Raises InputError as `build_network` does,
+    and for a grid that is not square."""
+    height, width = token_grid(config.model, img_size=config.img_size, options=config.model_options)
+    if height != width:
+        raise InputError(f"model {config.model} has {height}x{width} tokens, and label maps are cut to square grids")
+    return height
+
+
 def silence_token_head(model: nn.Module) -> None:
-    """Zero and freeze the token head: untrained, its maximum would be noise in the eval logits (class + 0.5 * max over
-    tokens)."""
-    for parameter in model.aux_head.parameters():
+    """Zero and freeze the token head: untrained, its maximum would be noise in the eval logits, as far as it counts
+    there."""
+    for parameter in model.get_token_head().parameters():
         nn.init.zeros_(parameter)
         parameter.requires_grad_(False)
 
@@ -59,12 +68,11 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
 def _check_attention(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
     if config.attention_backend == "default":
         return
-    head_dim = model.embed_dim // model.blocks[0].attn.num_heads
-    usable = usable_attention_backends(device, config.dtype, model.pos_embed.shape[1], head_dim)
+    usable = usable_attention_backends(model, config.img_size, device, config.dtype)
     if config.attention_backend not in usable:
         raise InputError(
-            f"attention_backend {config.attention_backend!r} does not run on {device.type} with dtype {config.dtype}"
-            f" and {head_dim} channels a head: set {', '.join(('default', *usable))}"
+            f"attention_backend {config.attention_backend!r} does not run model {config.model} on {device.type} with"
+            f" dtype {config.dtype}: set {', '.join(('default', *usable))}"
         )
 
 

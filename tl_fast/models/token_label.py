@@ -1,0 +1,172 @@
+"""A token head on any timm model, trained with MixToken.
+
+The class logits are the backbone's own (`forward_head`). Its tokens go through the same head, one by one, up to the
+classifier; there the token head takes over. A backbone that has a token head of its own (VOLO's `aux_head`) keeps it.
+
+Shapes: B images, D channels, h x w the token grid, N = h * w tokens, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
+from timm.layers import to_2tuple
+from timm.models import group_parameters
+
+from tl_fast.models.mix_token import MixBox, box_mask
+from tl_fast.models.token_layout import (
+    TokenLayoutError,
+    classify_cells,
+    features_of_zeros,
+    output_stride,
+    token_layout,
+    trial,
+)
+
+BACKBONE = "backbone."  # in front of the backbone's names in a TokenLabelModel's
+
+
+class TokenLabelModel(nn.Module):
+    """A timm model with a head for every token of its last features.
+
+    Args:
+        backbone: the network; its classifier stays its own.
+        img_size: side, or (height, width), of the input in pixels.
+        eval_token_weight: what the maximum of the token logits counts in evaluation, beside the class logits. None: 0.5
+            for a backbone with a token head of its own, as published, else 0.
+        create: makes such a backbone anew from timm's keyword arguments (`pretrained`, ...), for weights from files.
+
+    After construction: `grid_size` (h, w), `num_classes` C, `can_mix_tokens`: whether the grid divides the image into
+    whole patches, as MixToken needs it, and `has_own_token_head`: whether the tokens' head is the backbone's.
+
+    Raises TokenLayoutError for features that are no grid, or are another one in training than in evaluation, and
+    ValueError for a backbone without classifier.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        img_size: int | tuple[int, int],
+        eval_token_weight: float | None = None,
+        create: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.create_backbone = backbone, create
+        self.img_size = height, width = to_2tuple(img_size)
+        self.num_classes: int = backbone.num_classes
+        if self.num_classes < 1:
+            raise ValueError(f"the backbone classifies {self.num_classes} classes; token labels need at least 1")
+        with trial(backbone, training=False):
+            features = features_of_zeros(backbone, self.img_size)
+            self._layout = token_layout(backbone, features)
+            cells = self._layout.cells(self._layout.tokens(features))
+            channels = classify_cells(backbone, cells, pre_logits=True).shape[1]
+        with trial(backbone, training=True):
+            in_training = features_of_zeros(backbone, self.img_size)
+        if in_training.shape != features.shape:
+            raise TokenLayoutError(
+                f"its features are {list(in_training.shape)} in training and {list(features.shape)} in evaluation: it"
+                " drops tokens"
+            )
+        self.grid_size = self._layout.grid
+        stride = output_stride(backbone)
+        self.can_mix_tokens = stride is None or (height, width) == tuple(side * stride for side in self.grid_size)
+        self.can_mix_tokens &= height % self.grid_size[0] == 0 and width % self.grid_size[1] == 0
+
+        self.has_own_token_head = isinstance(getattr(backbone, "aux_head", None), nn.Linear)
+        if not self.has_own_token_head:
+            self.token_head = nn.Linear(channels, self.num_classes)
+            nn.init.trunc_normal_(self.token_head.weight, std=0.02)
+            nn.init.zeros_(self.token_head.bias)
+        published = 0.5 if self.has_own_token_head else 0.0
+        self.eval_token_weight = published if eval_token_weight is None else eval_token_weight
+
+    def get_token_head(self) -> nn.Linear:
+        """The tokens' classifier."""
+        return self.backbone.aux_head if self.has_own_token_head else self.token_head
+
+    def get_classifier(self) -> nn.Module:
+        """The class logits' classifier, the backbone's own."""
+        return self.backbone.get_classifier()
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters besides norms and biases that the optimiser must not decay: the backbone's."""
+        names = getattr(self.backbone, "no_weight_decay", set)()
+        return {BACKBONE + name for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
+        """timm's layer groups: the backbone's own, and the token head last. Raises AttributeError for a backbone that
+        states none."""
+        layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
+        return lambda name: (layers.get(name.removeprefix(BACKBONE), max(layers.values())),)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised images [B,3,H,W] -> the backbone's features, without MixToken."""
+        return self.backbone.forward_features(x)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features -> logits [B,C] as evaluation has them, or what the classifier takes, [B,D]."""
+        if pre_logits or not self.eval_token_weight:
+            return self._class_logits(features) if not pre_logits else self.backbone.forward_head(features, True)
+        return self._class_logits(features) + self.eval_token_weight * self.token_logits(features).amax(1)
+
+    def token_logits(self, features: Tensor, inside: Tensor | None = None) -> Tensor:
+        """Features -> logits of the tokens [B,N,C]. inside: boolean [h,w], the tokens that MixToken took from the
+        batch-flipped batch, whose logits are put back to the image they came from."""
+        tokens = self._layout.tokens(features)
+        if inside is not None:
+            # The head acts on each token alone: un-mixing its inputs equals un-mixing its outputs.
+            tokens = torch.where(inside.view(1, -1, 1), tokens.flip(0), tokens)
+        rows = classify_cells(self.backbone, self._layout.cells(tokens), pre_logits=True)
+        return self.get_token_head()(rows).unflatten(0, tokens.shape[:2])
+
+    def _class_logits(self, features: Tensor) -> Tensor:
+        if self.has_own_token_head:  # whose forward_head adds the tokens' maximum
+            return self.get_classifier()(self.backbone.forward_head(features, pre_logits=True))
+        return self.backbone.forward_head(features)
+
+    def forward(self, x: Tensor, mix_box: MixBox | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Classify images [B,3,H,W] (float, normalised).
+
+        Eval mode returns logits [B,C]. Train mode returns (class logits [B,C], token logits [B,N,C]), tokens row by
+        row. `mix_box` (train mode only) switches MixToken on: inside the box the pixels of the batch-flipped batch
+        replace the image's own. It is (top, left, bottom, right) in tokens, ends exclusive; give it as an integer
+        tensor [4] on the model's device so that a new box neither recompiles nor synchronises. Where patches overlap,
+        or attention is windowed, tokens at the box's border see both images.
+
+        Raises ValueError for a malformed box, a box in eval mode, or where `can_mix_tokens` is false.
+        """
+        inside = None
+        if mix_box is not None:
+            if not self.training:
+                raise ValueError(
+                    "mix_box is given in eval mode, where nothing is mixed; call model.train() or leave it out"
+                )
+            if not self.can_mix_tokens:
+                raise ValueError(
+                    f"mix_box is given, but {self.grid_size} tokens do not divide {self.img_size} pixels into patches"
+                )
+            inside = box_mask(mix_box, self.grid_size, x.device)
+            stride = self.img_size[0] // self.grid_size[0], self.img_size[1] // self.grid_size[1]
+            x = torch.where(box_mask(mix_box, self.grid_size, x.device, stride), x.flip(0), x)
+        features = self.forward_features(x)
+        if not self.training:
+            return self.forward_head(features)
+        return self._class_logits(features), self.token_logits(features, inside)
+
+
+def backbone_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The weights that stock `timm.create_model(...).load_state_dict` takes strictly: of a TokenLabelModel the
+    backbone's, of an LVViT all."""
+    return (model.backbone if isinstance(model, TokenLabelModel) else model).state_dict()
