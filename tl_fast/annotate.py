@@ -3,6 +3,7 @@
     python -m tl_fast.annotate IMAGES OUT --model efficientnet-lite0 [--img-size 288]   the annotator's own classes
     python -m tl_fast.annotate IMAGES OUT --model NAME --classes auto           of them, those of the data set (wnids)
     python -m tl_fast.annotate IMAGES OUT --model NAME --fit-head             a linear probe for the data set's classes
+    python -m tl_fast.annotate IMAGES OUT --checkpoint runs/x                   a model of ours, by its token head
     torchrun --nproc_per_node 8 -m tl_fast.annotate IMAGES OUT --model NAME     the parts shared by 8 processes
 
 IMAGES: what conversion takes (a folder of class folders, ImageNet's tars as downloaded, WebDataset or parquet shards),
@@ -40,12 +41,14 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     add_reject_options(group)
     group = parser.add_argument_group("the annotator")
-    group.add_argument("--model", required=True, help="efficientnet-lite0|1|2 (bundled), or any timm name")
+    group.add_argument(
+        "--model", help="efficientnet-lite0|1|2 (bundled), or any timm name; not needed with a run's --checkpoint"
+    )
     group.add_argument(
         "--checkpoint",
         type=Path,
-        help="weights for --model: a run's folder (its newest checkpoint), a checkpoint's folder, or a "
-        "weights file; default: the model's own",
+        help="weights: a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file; a model "
+        "trained with token labels annotates with its token head; default: the model's own",
     )
     group.add_argument("--num-classes", type=int, help="classes of the checkpoint's head; default: as the head says")
     group.add_argument(

@@ -28,8 +28,10 @@ from tl_fast.annotation.weights import build_annotator
 from tl_fast.labelmaps import store as map_store
 from tl_fast.labelmaps.format import MapSpec, unpack
 from tl_fast.labelmaps.store import LabelMapStore
+from tl_fast.models.build import build_model
 from tl_fast.sources.image_folder import ImageFolderError, list_images
 from tl_fast.training import checkpoint
+from tl_fast.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -507,3 +509,52 @@ def test_flat_folder_has_no_classes_to_keep_or_fit(tmp_path, few):
                 few, tmp_path / "maps", "resnet18", checkpoint=tmp_path / "w.pth", num_classes=0, img_size=64
             )
         )
+
+
+def test_a_model_trained_here_annotates_with_its_token_head(tmp_path, photos):
+    """With its run's size, mean, deviation and class names; and of classes the data set's are picked."""
+    names = ["animal", "fish", "monument", "tool"]
+    model = build_model("vit_tiny_patch16_224", img_size=96, num_classes=4, options={"depth": 2}, eval_token_weight=0.5)
+    options = dict(img_size=96, model_kwargs={"depth": 2}, eval_token_weight=0.5, mean=(0.4,) * 3, std=(0.3,) * 3)
+    config = TrainConfig(train_data="none", model="vit_tiny_patch16_224", num_classes=4, **options)
+    meta = {"global_step": 3, "config": config.to_dict(), "class_names": names}
+    optimizer = torch.optim.SGD(model.parameters())
+    checkpoint.save(
+        tmp_path / "teacher" / "checkpoints",
+        checkpoint.snapshot(model=model, ema=model, optimizer=optimizer, meta=meta),
+    )
+    teacher = build_annotator(checkpoint=tmp_path / "teacher")
+    assert teacher.grid == (6, 6) and teacher.name == "vit_tiny_patch16_224" and teacher.class_names == names
+    assert teacher.preprocessing.img_size == 96 and teacher.preprocessing.std == (0.3,) * 3
+    images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    with torch.inference_mode():
+        dense, pooled = teacher(images)
+        inputs = (images / 255 - 0.4) / 0.3
+        tokens = model.token_logits(model.eval().forward_features(inputs))
+        torch.testing.assert_close(dense.flatten(2).mT, tokens, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pooled, model(inputs), rtol=1e-4, atol=1e-5)
+    assert build_annotator(checkpoint=tmp_path / "teacher", img_size=128).grid == (8, 8)
+
+    with pytest.raises(AnnotateError, match="is of model vit_tiny_patch16_224, not of resnet18: leave --model out"):
+        build_annotator("resnet18", checkpoint=tmp_path / "teacher")
+    saved = checkpoint.find(tmp_path / "teacher")
+    with pytest.raises(AnnotateError, match="model.safetensors does not say which model it is: give --model"):
+        build_annotator(checkpoint=saved / "model.safetensors")
+    with pytest.raises(AnnotateError, match="no model is given"):
+        build_annotator()
+
+    common = dict(checkpoint=tmp_path / "teacher", workers=1, device="cpu")
+    manifest = annotate(AnnotateConfig(images=photos / "train", out=tmp_path / "maps", **common))
+    assert (
+        manifest["model"] == "vit_tiny_patch16_224" and manifest["class_names"] == names and "pooled_top1" in manifest
+    )
+    renamed = tmp_path / "renamed"  # the same classes, of which two have swapped places
+    renamed.mkdir()
+    for name, folder in {"animal": "animal", "fish": "tool", "tool": "fish"}.items():
+        os.symlink(photos / "train" / name, renamed / folder)
+    swapped = annotate(AnnotateConfig(images=renamed, out=tmp_path / "picked", classes="auto", **common))
+    assert swapped["kept_classes"] == [0, 1, 3] and swapped["class_names"] == ["animal", "fish", "tool"]
+    (tmp_path / "other").mkdir()
+    os.symlink(photos / "train" / "fish", tmp_path / "other" / "whale")
+    with pytest.raises(AnnotateError, match="'whale' is no class of its run"):
+        annotate(AnnotateConfig(images=tmp_path / "other", out=tmp_path / "refused", classes="auto", **common))

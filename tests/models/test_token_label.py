@@ -170,10 +170,10 @@ def test_construction_leaves_no_trace():
 @pytest.mark.parametrize(
     "name, options, img_size, named",
     [
-        ("pit_ti_224", {}, 64, "pit_ti_224 at 64 px takes no token labels: its features .* one for all of it"),
+        ("pit_ti_224", {}, 64, "pit_ti_224 at 64 px takes no token labels: its features .* a single token"),
         ("coat_tiny", {}, 64, "coat_tiny .*no single map or sequence"),
         ("crossvit_tiny_240", {}, 240, "crossvit_tiny_240 .*no single map or sequence"),
-        ("resnet18", {}, 32, r"resnet18 .*\[2, 512, 1, 1\] have no place in the image"),
+        ("resnet18", {}, 32, r"resnet18 .*\[2, 512, 1, 1\] are a single token"),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, 64, "in training and .* in evaluation: it drops tokens"),
         ("vit_tiny_patch16_224", {"embed_width": 3}, 64, "embed_width"),
         ("vit_tinny_patch16_224", {}, 64, "vit_tinny_patch16_224' is not known to timm; near it: vit_tiny_patch16_224"),

@@ -172,7 +172,7 @@ def test_without_token_labels_only_the_class_token_learns(tiny, betons):
         ({"batch_size": 512}, "512"),
         (
             {"model": "pit_ti_224", "model_kwargs": {}},
-            "pit_ti_224 at 64 px takes no token labels: its features .* one for all of it",
+            "pit_ti_224 at 64 px takes no token labels: its features .* a single token",
         ),
         ({"model": "resnet_of_dreams"}, "resnet_of_dreams' is not known to timm; near it: .*resnet"),
         ({"img_size": 100}, "lvvit_t at 100 px.*multiples of 16"),

@@ -3,7 +3,8 @@
 It can be any timm model whose features are a grid: CNNs, transformers with or without prefix tokens, channels-last
 hierarchies. Each cell goes through the model's own head as if it were the whole image. So whatever the head does after
 pooling (norms, hidden layers) is done to the cell, too. For a head that pools and then is linear, the mean of the
-cells' logits is the image's logits. Token heads (LV-ViT, VOLO) classify their tokens directly.
+cells' logits is the image's logits. A network with a token head (LV-ViT, VOLO, any model trained with token labels)
+classifies the cells with that one.
 
 Shapes: B images, D channels, H x W cells, P prefix tokens, C classes, S input side in pixels.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 from timm.data.transforms import str_to_pil_interp
 
 import tl_fast.models.lvvit  # noqa: F401  registers lvvit_* with timm
+from tl_fast.models.token_label import backbone_of, token_head
+from tl_fast.models.token_layout import classify_cells, token_layout
 from tl_fast.sources.image import open_rgb
 from tl_fast.system.mistakes import InputError
 
@@ -52,8 +54,8 @@ class Annotator(nn.Module):
     """A frozen classifier that also classifies every cell.
 
     network: a timm model. preprocessing: how its input is made. name, source: the model's name and where its weights
-    come from, for the record. device, dtype: where and in what type the features are computed; the head always runs in
-    float32.
+    come from, for the record. class_names: of the network's classes, where its weights came with them. device, dtype:
+    where and in what type the features are computed; the head always runs in float32.
 
     After construction: `grid` (H, W), `feature_size` (D of `pre_logits`), `num_classes` (C of `forward`; 0 for a
     network without classifier, which needs `set_probe`). `keep_classes` or `set_probe` change what `forward`
@@ -67,6 +69,7 @@ class Annotator(nn.Module):
         *,
         name: str,
         source: str,
+        class_names: list[str] | None = None,
         device: torch.device,
         dtype: str = "float32",
     ) -> None:
@@ -75,6 +78,7 @@ class Annotator(nn.Module):
         # AnnotateConfig.batch_size).
         self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.preprocessing, self.name, self.source, self.device, self.dtype = preprocessing, name, source, device, dtype
+        self.class_names = class_names
         self.register_buffer(
             "mean", torch.tensor(preprocessing.mean, device=device).view(1, -1, 1, 1), persistent=False
         )
@@ -86,8 +90,9 @@ class Annotator(nn.Module):
         try:
             with torch.inference_mode():
                 features = self.features(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
-                cells, self.grid = self._cells(features)
-                dense = self._on_cells(cells, self.grid, pre_logits=self.num_classes == 0)
+                self._layout = token_layout(backbone_of(network), features)
+                self.grid = self._layout.grid
+                dense = self._on_tokens(features, pre_logits=self.num_classes == 0)
                 self.feature_size = self.pre_logits(features).shape[-1]
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
             raise AnnotateError(
@@ -107,12 +112,7 @@ class Annotator(nn.Module):
         low = DTYPES[self.dtype]
         with torch.autocast(self.device.type, dtype=low) if low else contextlib.nullcontext():
             features = self.network.forward_features(x)
-        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise AnnotateError(
-                f"model {self.name}: its features are no single map of cells but {type(features).__name__} "
-                f"{tuple(getattr(features, 'shape', ()))}; choose a CNN or a plain or hierarchical vision transformer"
-            )
-        return features.float()
+        return features.float() if isinstance(features, Tensor) else features
 
     def pre_logits(self, features: Tensor) -> Tensor:
         """Features → what the classifier sees of the whole image, `[B, D]`."""
@@ -121,11 +121,10 @@ class Annotator(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 RGB `[B, 3, S, S]` → logits of the cells `[B, C, H, W]` and of the image `[B, C]`, float32."""
         features = self.features(images)
-        cells, grid = self._cells(features)
         if self.probe is not None:
-            dense = self._on_cells(cells, grid, pre_logits=True).movedim(1, -1)  # [B, H, W, D]
+            dense = self._on_tokens(features, pre_logits=True).movedim(1, -1)  # [B, H, W, D]
             return self.probe(dense).movedim(-1, 1), self.probe(self.pre_logits(features))
-        dense, pooled = self._on_cells(cells, grid, pre_logits=False), self.network.forward_head(features)
+        dense, pooled = self._on_tokens(features, pre_logits=False), self.network.forward_head(features)
         return (dense, pooled) if self.kept is None else (dense[:, self.kept], pooled[:, self.kept])
 
     def keep_classes(self, indices: list[int]) -> None:
@@ -146,50 +145,14 @@ class Annotator(nn.Module):
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _cells(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """One single-cell feature map per cell, in the layout that the head takes, and (H, W).
-
-        The first dimension is B·H·W, row by row.
-        """
-        if features.ndim == 4:
-            if getattr(self.network, "output_fmt", "NCHW") != "NHWC":
-                features = features.permute(0, 2, 3, 1)  # [B, H, W, D]
-                cells = features.reshape(-1, features.shape[-1], 1, 1)
-            else:
-                cells = features.reshape(-1, 1, 1, features.shape[-1])
-            return cells, (features.shape[1], features.shape[2])
-        total = features.shape[1]
-        prefix = getattr(self.network, "num_prefix_tokens", None)
-        grid = getattr(getattr(self.network, "patch_embed", None), "grid_size", None)
-        if grid is not None and 0 <= total - math.prod(grid) <= 16 and prefix in (None, total - math.prod(grid)):
-            prefix = total - math.prod(grid)
-        else:  # no patch grid, or one that later stages thin out: square input, square grid
-            if prefix is None:
-                prefix = next((p for p in range(3) if math.isqrt(total - p) ** 2 == total - p), 0)
-            grid = (math.isqrt(total - prefix),) * 2
-        if math.prod(grid) != total - prefix or total < 2:  # a single token is a class token: PiT keeps nothing else
-            raise AnnotateError(
-                f"model {self.name}: {total} tokens, {prefix} of them before the patches, form no grid; "
-                "choose another model or a larger --img-size"
-            )
-        tokens = features[:, prefix:].reshape(-1, 1, features.shape[2])
-        # A head takes the class token, or pools over the tokens behind the prefix. With the cell as each of the 1 + P
-        # tokens, both give the cell.
-        return tokens.expand(-1, 1 + prefix, -1), (grid[0], grid[1])
-
-    def _on_cells(self, cells: Tensor, grid: tuple[int, int], pre_logits: bool) -> Tensor:
-        """The head, or all of it before the classifier, on every cell: `[B, C or D, H, W]`."""
-        token_head = getattr(self.network, "aux_head", None)
-        if isinstance(token_head, nn.Linear) and not pre_logits:
-            out = token_head(cells[:, 0])
-        else:
-            out = self.network.forward_head(cells, pre_logits=pre_logits)
-        if out.ndim != 2 or len(out) != len(cells):
-            raise AnnotateError(
-                f"model {self.name}: its head gives shape {tuple(out.shape)} for {len(cells)} cells; choose another"
-                " model"
-            )
-        return out.reshape(-1, *grid, out.shape[1]).movedim(-1, 1)
+    def _on_tokens(self, features: Tensor, pre_logits: bool) -> Tensor:
+        """The token head on every token, or else the classifier; with pre_logits what either takes: `[B, C or D, H,
+        W]`."""
+        head = None if pre_logits else token_head(self.network)
+        cells = self._layout.cells(self._layout.tokens(features))
+        rows = classify_cells(self.network, cells, pre_logits=pre_logits or head is not None)
+        rows = rows if head is None else head(rows)
+        return rows.reshape(-1, *self.grid, rows.shape[1]).movedim(-1, 1)
 
 
 def squash(data: bytes, preprocessing: Preprocessing, exif: str = "ignore") -> tuple[np.ndarray, int]:

@@ -12,6 +12,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from tl_fast.annotation.annotator import AnnotateError, Annotator
+from tl_fast.models.token_label import backbone_of
 from tl_fast.sources.source import Source
 
 
@@ -33,20 +34,22 @@ def class_indices(classes: str, names: list[str], annotator: Annotator) -> list[
         if not isinstance(wanted, dict) or (lacking := [name for name in names if name not in wanted]):
             missing = f"; {lacking} are missing" if isinstance(wanted, dict) else ""
             raise AnnotateError(f"{classes} must map every class{missing}")
-    wnids = imagenet_wnids(annotator)
+    known = named_classes(annotator)
     indices = []
     for name in names:
         value = wanted[name]
         if isinstance(value, str):
-            if value not in wnids:
-                why = "is not a wnid of the annotator's"
-                if not wnids:
+            if value not in known:
+                why = (
+                    "is not a wnid of the annotator's" if annotator.class_names is None else "is no class of its run's"
+                )
+                if not known:
                     why = "cannot be looked up: the annotator's classes are no ImageNet list"
                 raise AnnotateError(
                     f"class {name!r}: {value!r} {why}; give --classes a JSON file {{class name: index}}, or use "
                     "--fit-head"
                 )
-            value = wnids[value]
+            value = known[value]
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < annotator.num_classes:
             raise AnnotateError(f"class {name!r}: {value!r} is no class index in 0..{annotator.num_classes - 1}")
         if value in indices:
@@ -58,9 +61,12 @@ def class_indices(classes: str, names: list[str], annotator: Annotator) -> list[
     return indices
 
 
-def imagenet_wnids(annotator: Annotator) -> dict[str, int]:
-    """wnid → index for a network with one of timm's ImageNet class lists, else empty."""
-    subset = infer_imagenet_subset(annotator.network)
+def named_classes(annotator: Annotator) -> dict[str, int]:
+    """Class name → index: the names that the weights came with, else wnids for a network with one of timm's ImageNet
+    class lists, else empty."""
+    if annotator.class_names is not None:
+        return {name: index for index, name in enumerate(annotator.class_names)}
+    subset = infer_imagenet_subset(backbone_of(annotator.network))
     return {wnid: index for index, wnid in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
 
 
@@ -69,11 +75,9 @@ def name_classes(images: Source, annotator: Annotator, chosen: bool) -> tuple[li
 
     Only then an accuracy makes sense. chosen: the maps are of the images' classes, by `classes` or `fit_head`.
     """
-    wnids = imagenet_wnids(annotator)
+    names = list(named_classes(annotator))
     if images.class_names:
-        same_count = len(images.class_names) == annotator.num_classes and (
-            not wnids or list(wnids) == images.class_names
-        )
-        if chosen or same_count:
+        same = names == images.class_names if names else len(images.class_names) == annotator.num_classes
+        if chosen or same:
             return images.class_names, True
-    return (list(wnids) if len(wnids) == annotator.num_classes else None), False
+    return (names if len(names) == annotator.num_classes else None), False

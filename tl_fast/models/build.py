@@ -67,6 +67,14 @@ def token_grid(name: str, *, img_size: int, options: dict[str, Any] | None = Non
         return build_model(name, img_size=img_size, num_classes=1, options=options).grid_size
 
 
+def without_weights(name: str) -> nn.Module:
+    """timm's model at its own size on the meta device: to ask for names and shapes. Raises InputError for an unknown
+    name."""
+    check_name(name)
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
 def create(name: str, img_size: int | None, **arguments: Any) -> nn.Module:
     """timm.create_model, with img_size (pixels a side) for those models that are built for one."""
     if img_size is not None:

@@ -8,8 +8,8 @@ Shapes: B images, D channels, h x w the token grid, N = h * w tokens, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class TokenLabelModel(nn.Module):
             self._layout = token_layout(backbone, features)
             cells = self._layout.cells(self._layout.tokens(features))
             channels = classify_cells(backbone, cells, pre_logits=True).shape[1]
+        if math.prod(self._layout.grid) < 2:
+            raise TokenLayoutError(f"its features {list(features.shape)} are a single token for the whole image")
         with trial(backbone, training=True):
             in_training = features_of_zeros(backbone, self.img_size)
         if in_training.shape != features.shape:
@@ -80,7 +82,7 @@ class TokenLabelModel(nn.Module):
         self.can_mix_tokens = stride is None or (height, width) == tuple(side * stride for side in self.grid_size)
         self.can_mix_tokens &= height % self.grid_size[0] == 0 and width % self.grid_size[1] == 0
 
-        self.has_own_token_head = isinstance(getattr(backbone, "aux_head", None), nn.Linear)
+        self.has_own_token_head = token_head(backbone) is not None
         if not self.has_own_token_head:
             self.token_head = nn.Linear(channels, self.num_classes)
             nn.init.trunc_normal_(self.token_head.weight, std=0.02)
@@ -166,7 +168,20 @@ class TokenLabelModel(nn.Module):
         return self._class_logits(features), self.token_logits(features, inside)
 
 
-def backbone_state_dict(model: nn.Module) -> dict[str, Any]:
+def backbone_of(model: nn.Module) -> nn.Module:
+    """timm's network in a model: of a TokenLabelModel its backbone, else the model."""
+    return model.backbone if isinstance(model, TokenLabelModel) else model
+
+
+def backbone_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The weights that stock `timm.create_model(...).load_state_dict` takes strictly: of a TokenLabelModel the
     backbone's, of an LVViT all."""
-    return (model.backbone if isinstance(model, TokenLabelModel) else model).state_dict()
+    return backbone_of(model).state_dict()
+
+
+def token_head(network: nn.Module) -> nn.Module | None:
+    """The head that a network classifies its tokens with; None for one without."""
+    if hasattr(network, "get_token_head"):
+        return network.get_token_head()
+    own = getattr(network, "aux_head", None)
+    return own if isinstance(own, nn.Linear) else None

@@ -70,12 +70,10 @@ def token_layout(network: nn.Module, features: Tensor) -> TokenLayout:
     if features.ndim == 4:
         channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
         height, width = features.shape[1:3] if channels_last else features.shape[2:4]
-        layout = TokenLayout((height, width), channels_last=channels_last)
-    else:
-        layout = _of_sequence(network, features.shape[1])
-    if math.prod(layout.grid) < 2:
-        raise TokenLayoutError(f"its features {list(features.shape)} have no place in the image: one for all of it")
-    return layout
+        return TokenLayout((height, width), channels_last=channels_last)
+    if features.shape[1] < 2:  # a class token: PiT keeps nothing else
+        raise TokenLayoutError(f"its features {list(features.shape)} are a single token for the whole image")
+    return _of_sequence(network, features.shape[1])
 
 
 def _of_sequence(network: nn.Module, total: int) -> TokenLayout:

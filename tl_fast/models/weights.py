@@ -11,12 +11,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
-
-# isort: split
-import timm
-
-from tl_fast.models.build import check_name
 from tl_fast.models.lvvit import resize_pos_embed
 from tl_fast.models.token_label import BACKBONE, TokenLabelModel
 from tl_fast.system.mistakes import InputError
@@ -110,8 +104,7 @@ def _fit_token_label_model(model: TokenLabelModel, state: dict[str, Tensor], pat
     of_backbone = {key.removeprefix(BACKBONE): value for key, value in state.items() if key.startswith(BACKBONE)}
     of_token_head = {key.removeprefix("token_head."): state[key] for key in state if key.startswith("token_head.")}
     of_backbone = of_backbone or state
-    heads = _heads(model.backbone)
-    classes = class_count(of_backbone, heads) or 0
+    classes = class_count(of_backbone, heads(model.backbone)) or 0
     overlay = dict(state_dict=dict(of_backbone), num_classes=classes, source="", custom_load=False, label_offset=0)
     name = type(model.backbone).__name__
     try:
@@ -154,21 +147,15 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
     return _take_backbone(model, donor, classes, f"{name}'s pretrained weights")
 
 
-def heads_of(name: str) -> tuple[str, ...]:
-    """Names of the classifiers, of class and tokens, in timm's model `name`. Raises InputError for an unknown one."""
-    check_name(name)
-    with torch.device("meta"):
-        return _heads(timm.create_model(name))
+def class_count(state: dict[str, Tensor], names: tuple[str, ...]) -> int | None:
+    """Classes of the first classifier among `names` (`heads`) that a state dict holds, a TokenLabelModel's too; None
+    when it holds none."""
+    keys = [f"{prefix}{name}.weight" for name in names for prefix in ("", BACKBONE)]
+    return next((state[key].shape[0] for key in keys if key in state), None)
 
 
-def class_count(state: dict[str, Tensor], heads: tuple[str, ...]) -> int | None:
-    """Classes of the first of `heads` that a state dict holds, a TokenLabelModel's too; None when it holds none."""
-    names = [f"{prefix}{head}.weight" for head in heads for prefix in ("", BACKBONE)]
-    return next((state[name].shape[0] for name in names if name in state), None)
-
-
-def _heads(network: nn.Module) -> tuple[str, ...]:
-    """`heads_of` a network: those that timm states, else the one of the class."""
+def heads(network: nn.Module) -> tuple[str, ...]:
+    """Names of a timm network's classifiers, of class and tokens: those that timm states, else of the class alone."""
     names = getattr(network, "pretrained_cfg", {}).get("classifier")
     if not names:
         names = [name for name, module in network.named_modules() if module is network.get_classifier()]
@@ -177,19 +164,19 @@ def _heads(network: nn.Module) -> tuple[str, ...]:
 
 def _take_backbone(model: TokenLabelModel, donor: nn.Module, classes: int, origin: str) -> list[str]:
     """Copy the weights of a network of the same kind; classifiers only if they are for the same classes."""
-    heads = tuple(f"{name}." for name in _heads(model.backbone))
+    of_heads = tuple(f"{name}." for name in heads(model.backbone))
     given, own = donor.state_dict(), model.backbone.state_dict()
     if classes != model.num_classes:
-        given = {key: value for key, value in given.items() if not key.startswith(heads)}
+        given = {key: value for key, value in given.items() if not key.startswith(of_heads)}
     wrong = [
-        key for key in own if not key.startswith(heads) and (key not in given or given[key].shape != own[key].shape)
+        key for key in own if not key.startswith(of_heads) and (key not in given or given[key].shape != own[key].shape)
     ]
     if wrong:
         raise WeightsError(
             f"{origin} does not fit {type(model.backbone).__name__}: {wrong[:5]} missing, or of other shape"
         )
     model.backbone.load_state_dict(given, strict=classes == model.num_classes)
-    names = ", ".join(heads).replace(".,", ",").removesuffix(".")
+    names = ", ".join(of_heads).replace(".,", ",").removesuffix(".")
     if classes == model.num_classes:
         return [f"{origin}: kept {names} ({classes} classes)"]
     return [

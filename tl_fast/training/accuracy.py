@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tl_fast.models.build import without_weights
 from tl_fast.models.normalise import Normalise, autocast
 from tl_fast.models.step import compiled
-from tl_fast.models.weights import class_count, heads_of
+from tl_fast.models.weights import class_count, heads
 from tl_fast.pipeline.batch import Batch
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.mistakes import InputError
@@ -219,10 +220,10 @@ def _open(
     config = TrainConfig.from_dict(values | {"dtype": dtype, "drop_path": 0.0, "resume": None})
     if config.num_classes is None:  # a bare file: its head says
         state, _ = checkpoint.read_weights(path, use_ema)
-        heads = heads_of(config.model)
-        classes = class_count(state, heads)
+        names = heads(without_weights(config.model))
+        classes = class_count(state, names)
         if classes is None:
-            raise InputError(f"{path} has no {heads[0]}.weight, so no class count: it is no classifier {config.model}")
+            raise InputError(f"{path} has no {names[0]}.weight, so no class count: it is no classifier {config.model}")
         config = dataclasses.replace(config, num_classes=classes)
     return path, config, meta.get("class_names")
 
