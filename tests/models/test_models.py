@@ -20,6 +20,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 
 # isort: split
 import timm
+from timm.models import group_parameters
 
 from tl_fast.models.lvvit import Block, DropPath, LVViT, Mlp, resize_pos_embed
 
@@ -158,6 +159,17 @@ def test_timm_registration():
     assert model.default_cfg["mean"] == (0.485, 0.456, 0.406) and model.default_cfg["crop_pct"] == 0.9
     with pytest.raises(ValueError, match="--checkpoint"):
         timm.create_model("lvvit_t", pretrained=True)
+
+
+def test_layer_groups_go_from_the_stem_to_the_heads():
+    model = small()
+    groups = group_parameters(model, model.group_matcher())
+    depth = len(model.blocks)
+    assert list(groups) == list(range(depth + 2))
+    parts = [{name.split(".")[0] for name in groups[0]}, {name.split(".")[0] for name in groups[depth + 1]}]
+    assert parts == [{"cls_token", "pos_embed", "patch_embed"}, {"norm", "head", "aux_head"}]
+    for block in range(depth):
+        assert groups[1 + block] == [f"blocks.{block}.{name}" for name, _ in model.blocks[block].named_parameters()]
 
 
 def test_no_weight_decay_names_exist():

@@ -60,6 +60,8 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
         ({"num_classes": 70_000}, "num_classes.*65535"),
         ({"crop_pct": 1.5}, "crop_pct"),
         ({"betas": (0.9, 1.0)}, "betas"),
+        ({"layer_decay": 0.0}, r"layer_decay must be in \[1e-06, 1\], got 0.0"),
+        ({"layer_decay": 1.5}, "layer_decay.*1.5"),
         ({"train_data": ""}, "train_data"),
         ({"token_label": False, "ground_truth": True}, "ground_truth"),
         ({"token_label": False, "cls_weight": 0.0}, "nothing to train on"),

@@ -326,6 +326,11 @@ class LVViT(nn.Module):
         """Parameters besides norms and biases that the optimiser must not decay."""
         return {"pos_embed", "cls_token"}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Layer groups from the input to the heads, by patterns of parameter names, as timm's models give them: stem
+        and embeddings, every block, the final norm and the heads (named by no pattern) last. timm's signature."""
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": r"^blocks\.(\d+)"}
+
     def get_classifier(self) -> nn.Module:
         """The class token's head."""
         return self.head

@@ -131,6 +131,9 @@ class TrainConfig:
     """Learning rate of step 0, not scaled. Source: published code."""
     weight_decay: float = 0.05
     """AdamW's decay; none on norms, biases, class token and position embeddings."""
+    layer_decay: float | None = None
+    """Learning rate of a layer group as a share of the next one's, above 0 to 1 (fine-tuning); null: one rate for all.
+    The last group, the heads, has lr itself. Source: BEiT (arXiv 2106.08254), groups as in timm."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moment decays. Source: torch default, as published."""
     eps: float = 1e-8
@@ -352,6 +355,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("min_lr", 0, 1e3),
     ("warmup_lr", 0, 1e3),
     ("weight_decay", 0, 1e3),
+    ("layer_decay", 1e-6, 1),
     ("eps", 1e-30, 1),
     ("clip_grad", 1e-12, math.inf),
     ("seed", 0, (1 << 63) - 1),

@@ -58,7 +58,7 @@ def build_learner(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # With these two, timm's warm-up is min(decay, (1 + t) / (10 + t)) at step t, when told step t + 2.
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1)
-    optimizer = build_optimizer(model, config)
+    optimizer = ranks.agree(build_optimizer, model, config)
     return Learner(model, ema, optimizer, build_schedule(optimizer, config, steps_per_epoch)), remarks
 
 

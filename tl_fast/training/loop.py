@@ -37,6 +37,7 @@ from tl_fast.training.lock import sole_writer
 from tl_fast.training.meter import Meter
 from tl_fast.training.network import build_step, compiles, set_train
 from tl_fast.training.nonfinite import NonFinite
+from tl_fast.training.optimiser import highest_lr
 from tl_fast.training.record import complete_record, versions, write_record
 from tl_fast.training.resume import Progress, choose, identify, resume
 from tl_fast.training.runlog import RunLog
@@ -166,7 +167,7 @@ def _run(
                             (loss / config.accumulate).backward()
                         meter.add_loss(loss.detach(), terms)
                     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-                    bad = meter.add_step(step, progress.epoch, optimizer.param_groups[0]["lr"], norm)
+                    bad = meter.add_step(step, progress.epoch, highest_lr(optimizer), norm)
                     if bad is not None:
                         guard.restore(model, bad)
                         optimizer.found_inf = bad  # what torch's GradScaler sets: the fused step then changes nothing

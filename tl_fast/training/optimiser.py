@@ -8,21 +8,41 @@ from torch import nn
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 
 # isort: split
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 
+from tl_fast.system.mistakes import InputError
 from tl_fast.training.config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; no decay on norms, biases, class token and position embeddings."""
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    """AdamW over the trainable parameters; no decay on norms, biases, class token and position embeddings.
+
+    With layer_decay every parameter group has an `lr_scale`, by which the schedule multiplies its rates. The model's
+    layer groups are those of its `group_matcher()`, as timm's models have it. Raises InputError for a model without.
+    """
+    # timm's models without such parameters have no such method.
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    if config.layer_decay is None:
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=spared)
+    elif hasattr(model, "group_matcher"):
+        groups = param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
+    else:
+        raise InputError(
+            f"layer_decay {config.layer_decay}: model {config.model!r} ({type(model).__name__}) has no layer groups (no"
+            " group_matcher): set layer_decay null"
+        )
     return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def highest_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The largest learning rate of all parameter groups: the schedule's own, as the last layers have it."""
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> CosineLRScheduler:
     """Per-step lr, a function of the global step alone: linear warm-up, cosine to min_lr over `epochs`, min_lr
-    after."""
+    after. A parameter group with an `lr_scale` gets that share of it at every step."""
     return CosineLRScheduler(
         optimizer,
         t_initial=config.epochs * steps_per_epoch,

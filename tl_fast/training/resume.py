@@ -27,6 +27,7 @@ FIXED_ON_RESUME = (
     "img_size",
     "num_classes",
     "token_label",
+    "layer_decay",
     "batch_size",
     "seed",
     "steps_per_epoch",
