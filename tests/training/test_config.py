@@ -61,6 +61,7 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
         ({"crop_pct": 1.5}, "crop_pct"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"layer_decay": 0.0}, r"layer_decay must be in \[1e-06, 1\], got 0.0"),
+        ({"freeze": 0}, "freeze 0 would freeze nothing: set null"),
         ({"layer_decay": 1.5}, "layer_decay.*1.5"),
         ({"train_data": ""}, "train_data"),
         ({"token_label": False, "ground_truth": True}, "ground_truth"),

@@ -68,7 +68,7 @@ def watch(record: dict[str, Any]) -> None:
         return allreduce_hook(state, bucket)
 
     def clip(parameters, *arguments):
-        parameters = list(parameters)
+        parameters = [p for p in parameters if p.grad is not None]
         record["storages"].append(len({p.grad.untyped_storage().data_ptr() for p in parameters}))
         record["grads"] = [p.grad.clone() for p in parameters]
         return original_clip(parameters, *arguments)
@@ -219,6 +219,23 @@ def test_accumulation_reduces_on_the_last_pass_alone(tiny, job):
         assert all(overlapped(events) > 50 for events in record["events"][3::2])
     first, second = run.records
     assert all(torch.equal(a, b) for a, b in zip(first["grads"], second["grads"], strict=True))
+
+
+def test_frozen_parameters_are_not_exchanged(tiny, job):
+    """Stem and first block frozen on two ranks: DDP knows the other parameters alone, and these stay in step."""
+    config = tiny(max_steps=3, freeze=2, accumulate=2)
+    run = job(config, 2)
+    assert run.codes == [0, 0], run.outputs
+    torch.manual_seed(config.seed)
+    model = network.build_network(dataclasses.replace(config, num_classes=4))
+    frozen = {name for name, _ in model.named_parameters() if not name.startswith(("blocks.1.", "norm", "head", "aux"))}
+    first, second = run.records
+    assert first["parameters"] == len(list(model.parameters())) - len(frozen) and frozen
+    for name, weight in model.named_parameters():
+        for kind in ("model", "ema"):
+            ours = first["weights"][f"{kind}:{name}"]
+            assert torch.equal(ours, second["weights"][f"{kind}:{name}"])
+            assert torch.equal(ours, weight) is (name in frozen), (kind, name)
 
 
 @pytest.mark.slow

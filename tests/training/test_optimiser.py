@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY, weights
+from layer_groups import MODELS, layer_of_resnet, small_model
+from tiny_runs import weights
 from torch import nn
-
-import tl_fast.models.lvvit  # noqa: F401  registers lvvit_t with timm
-
-# isort: split
-import timm
 
 from tl_fast.training import checkpoint, optimiser
 from tl_fast.training import loop as training
@@ -24,65 +19,12 @@ from tl_fast.training.runlog import read_rows
 DECAY = 0.6
 
 
-def numbers(name: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\.(\d+)", name)]
-
-
-def layer_of_vit(name: str) -> int:
-    """Two blocks; the last one's group has the final norm, too."""
-    if name.startswith("blocks."):
-        return 1 + numbers(name)[0]
-    return {"head": 3, "norm": 2}.get(name.split(".")[0], 0)
-
-
-def layer_of_lvvit(name: str) -> int:
-    """Two blocks; the final norm is in the heads' group."""
-    if name.startswith("blocks."):
-        return 1 + numbers(name)[0]
-    return 0 if name.startswith(("patch_embed.", "cls_token", "pos_embed")) else 3
-
-
-def layer_of_swin(name: str) -> int:
-    """Stages of 1, 1, 2 and 1 blocks; a downsampling is in the group of the first block behind it."""
-    if name.startswith("layers."):
-        stage, *rest = numbers(name)
-        return [1, 2, 3, 5][stage] + (rest[0] if ".blocks." in name else 0)
-    return {"head": 6, "norm": 5, "patch_embed": 0}[name.split(".")[0]]
-
-
-def layer_of_convnext(name: str) -> int:
-    """Stages of 1, 1, 2 and 1 blocks, as in Swin; the final norm is in the head."""
-    if name.startswith("stages."):
-        stage, *rest = numbers(name)
-        return [1, 2, 3, 5][stage] + (rest[0] if ".blocks." in name else 0)
-    return {"head": 6, "stem": 0}[name.split(".")[0]]
-
-
-def layer_of_resnet(name: str) -> int:
-    """Four stages of one block."""
-    stage = re.match(r"layer(\d)\.", name)
-    return int(stage[1]) if stage else {"fc": 5, "conv1": 0, "bn1": 0}[name.split(".")[0]]
-
-
-MODELS = {
-    "lvvit_t": (dict(TINY, img_size=64), layer_of_lvvit),
-    "vit_tiny_patch16_224": (dict(depth=2, img_size=64), layer_of_vit),
-    "swin_tiny_patch4_window7_224": (
-        dict(depths=(1, 1, 2, 1), embed_dim=16, num_heads=(1, 1, 2, 2), img_size=64, window_size=4),
-        layer_of_swin,
-    ),
-    "convnext_atto": (dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), layer_of_convnext),
-    "test_resnet": ({}, layer_of_resnet),
-}
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layer_decay", [None, DECAY, 1.0])
 def test_every_parameter_has_its_layers_learning_rate_at_every_step(tiny, name, layer_decay):
     """In warm-up, cosine and cooldown: the schedule's rate times a power of layer_decay; weight decay is that of a run
     without layer_decay."""
-    options, layer_of = MODELS[name]
-    model = timm.create_model(name, num_classes=4, **options)
+    model, (_, layer_of) = small_model(name), MODELS[name]
     last = max(layer_of(parameter) for parameter, _ in model.named_parameters())
     config = tiny(epochs=10, warmup_epochs=2, cooldown_epochs=3, min_lr=1e-5, warmup_lr=1e-6, layer_decay=layer_decay)
     plain = optimiser.build_optimizer(model, dataclasses.replace(config, layer_decay=None))
@@ -107,7 +49,7 @@ def test_a_wrapper_names_its_own_groups(tiny):
     class Wrapper(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone = timm.create_model("test_resnet", num_classes=4)
+            self.backbone = small_model("test_resnet")
             self.token_head = nn.Linear(8, 4)
 
         def group_matcher(self, coarse=False):

@@ -67,6 +67,9 @@ class TrainConfig:
     measured on a GPU."""
     freeze_stem_bn: bool = False
     """Keep the conv stem's batch norms on their running statistics (fine-tuning; comparing world sizes)."""
+    freeze: int | None = None
+    """Layer groups that keep their weights and batch norm's statistics (fine-tuning), counted from the input: 1 the
+    stem, 1 + n also the first n blocks; -1 all but the last group, the heads. Null: none. Groups are timm's."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean RGB of the normalisation on a 0..1 scale. Source: ImageNet, as published."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -237,6 +240,8 @@ class TrainConfig:
             )
         if self.compile is False and self.compile_mode != "default":
             raise InputError(f"compile_mode {self.compile_mode!r} has no effect with compile false: choose one of them")
+        if self.freeze == 0:
+            raise InputError("freeze 0 would freeze nothing: set null, or a number of layer groups (1: the stem)")
         if self.sync_bn and self.freeze_stem_bn:
             raise InputError("sync_bn gathers statistics that freeze_stem_bn does not use: choose one of them")
         if self.sync_bn and self.device == "cpu":

@@ -19,6 +19,7 @@ from tl_fast.models.weights import load_pretrained
 from tl_fast.system.ranks import Ranks
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
+from tl_fast.training.freeze import freeze_layers
 from tl_fast.training.network import build_network, silence_token_head
 from tl_fast.training.optimiser import build_optimizer, build_schedule
 
@@ -43,6 +44,8 @@ def build_learner(
     remarks = _load_weights(model, config, ranks) if load_init_weights else []
     if not config.token_label:
         silence_token_head(model)
+    if config.freeze is not None:
+        remarks.append(ranks.agree(freeze_layers, model, config))
     on_gpu = ranks.device.type == "cuda"
     model.to(ranks.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
     if config.mix_token and not model.can_mix_tokens:

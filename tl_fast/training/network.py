@@ -52,11 +52,13 @@ def silence_token_head(model: nn.Module) -> None:
 
 
 def set_train(model: nn.Module, config: TrainConfig) -> None:
-    """Train mode, but with freeze_stem_bn batch norms stay in eval mode (their scale and shift still learn)."""
+    """Train mode, but batch norms stay in eval mode with freeze_stem_bn (their scale and shift still learn), and where
+    their scale is frozen."""
     model.train()
-    if config.freeze_stem_bn:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            frozen = module.weight is not None and not module.weight.requires_grad
+            if config.freeze_stem_bn or frozen:
                 module.eval()
 
 

@@ -27,6 +27,7 @@ FIXED_ON_RESUME = (
     "img_size",
     "num_classes",
     "token_label",
+    "freeze",
     "layer_decay",
     "batch_size",
     "seed",
