@@ -238,6 +238,24 @@ def test_frozen_parameters_are_not_exchanged(tiny, job):
             assert torch.equal(ours, weight) is (name in frozen), (kind, name)
 
 
+def test_mixup_on_two_ranks_is_that_of_two_passes(tiny, betons, job):
+    """2 ranks against 1 rank that accumulates 2 passes: the batches of 8 are the same, and so is how they are mixed."""
+    same = dict(train_data=str(betons / "plain.beton"), token_label=False, mix_token=False, drop_path=0.0, max_steps=8)
+    same |= dict(freeze_stem_bn=True, mixup=0.8, cutmix=1.0)
+    losses = {}
+    for name, world_size, changes in (
+        ("two", 2, {}),
+        ("one", 1, {"accumulate": 2}),
+        ("unmixed", 1, {"accumulate": 2, "mixup": 0.0, "cutmix": 0.0}),
+    ):
+        config = tiny(name, **same | changes)
+        run = job(config, world_size)
+        assert run.codes == [0] * world_size, run.outputs
+        losses[name] = [row["loss"] for row in read_rows(Path(config.output_dir) / "metrics.jsonl")]
+    assert len(losses["two"]) == 8 and losses["two"] == pytest.approx(losses["one"], abs=1e-5)
+    assert losses["unmixed"] != pytest.approx(losses["one"], abs=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.usefixtures("compiler")

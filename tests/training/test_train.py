@@ -80,6 +80,22 @@ def test_resume_is_exact(tiny, betons, interrupt):
     assert losses(second) == losses(straight)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_resume_is_exact_with_mixup_and_cutmix(tiny, betons):
+    """Neither the process nor where it starts decides how a step is mixed; the seed does."""
+    plain = dict(train_data=str(betons / "plain.beton"), token_label=False, mix_token=False, epochs=2)
+    settings = plain | dict(mixup=0.8, cutmix=1.0)
+    straight = training.train(tiny("straight", **settings))
+    training.train(tiny("broken", **settings, max_steps=3))
+    np.random.seed(17)
+    resumed = training.train(tiny("broken", **settings, resume="auto"))
+    expected, continued = weights(straight["checkpoint"]), weights(resumed["checkpoint"])
+    assert expected.keys() == continued.keys()
+    assert not [name for name in expected if not torch.equal(expected[name], continued[name])]
+    unmixed = weights(training.train(tiny("unmixed", **plain))["checkpoint"])
+    assert not torch.equal(unmixed["model.safetensors:head.weight"], expected["model.safetensors:head.weight"])
+
+
 def test_drop_path_and_mixtoken_are_on_in_the_exactness_test(tiny):
     """The test above would pass without randomness; each of these changes the first step's loss."""
     losses = {}
@@ -180,6 +196,10 @@ def test_without_token_labels_only_the_class_token_learns(tiny, betons):
         ({"model": "ghostnet_050", "model_kwargs": {}, "drop_path": 0.1}, "set drop_path 0, this model has none"),
         ({"model_kwargs": {"embed_width": 3}}, "embed_width"),
         ({"batch_size": 16, "accumulate": 16}, "mix_token mixes .* leaves one"),
+        (
+            {"batch_size": 16, "accumulate": 16, "mixup": 0.8, "token_label": False, "mix_token": False},
+            "mixup or cutmix mixes .* leaves one: raise batch_size, or set both 0",
+        ),
         pytest.param(
             {"device": "auto", "sync_bn": True},
             "sync_bn needs GPUs.* device is cpu",

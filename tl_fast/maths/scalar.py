@@ -31,6 +31,7 @@ DRAW_LAYER = np.uint64(32)  # RandAugment's layer n uses words 32 + 2 n and the 
 DRAW_ERASE = np.uint64(64)  # whether; tries 0..9 use words 65..74
 DRAW_ORDER = np.uint64(1 << 16)
 DRAW_MIX_BOX = np.uint64(1 << 17)
+DRAW_MIXUP = np.uint64(1 << 18)
 
 CROP_TRIES = 10
 ERASE_TRIES = 10

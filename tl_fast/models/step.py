@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_fast.models.erase import erase
 from tl_fast.models.loss import TokenLabelLoss
+from tl_fast.models.mixup import mix
 from tl_fast.models.normalise import Normalise, autocast
 
 # What may compute attention, by the names of the config's attention_backend; besides "default", torch's own choice.
@@ -78,6 +79,7 @@ class TrainStep(nn.Module):
         ground_truth: Tensor | None = None,
         erase_boxes: Tensor | None = None,
         noise: Tensor | None = None,
+        mixing: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(loss: float32 scalar, terms: the class and the token loss [2], unweighted and detached).
 
@@ -86,12 +88,15 @@ class TrainStep(nn.Module):
             targets: [B,1+N,C] or [B,C], float32 or bfloat16; mix_box: integer [4]; ground_truth: [B,C] - see
                 `TokenLabelLoss`.
             erase_boxes, noise: int32 [B,4] and int64 [B], see `erase.erase`; both or neither.
+            mixing: float32 [5], see `mixup.mix`; for targets [B,C].
 
         Raises ValueError for shapes that do not fit.
         """
         inputs = self.normalise(images)
         if erase_boxes is not None:
             inputs = erase(inputs, erase_boxes, noise)
+        if mixing is not None:
+            inputs, targets = mix(inputs, targets, mixing)
         with autocast(images.device, self.dtype), self._attention():
             cls_logits, token_logits = self.model(inputs, mix_box)
         return self.criterion(cls_logits, token_logits, targets, mix_box, ground_truth, with_terms=True)

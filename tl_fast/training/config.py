@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from tl_fast.plan.augment import Augment
+from tl_fast.plan.mixup import Mixup
 from tl_fast.sources.source import MAX_CLASSES
 from tl_fast.system.mistakes import InputError
 
@@ -92,6 +93,15 @@ class TrainConfig:
     """Mix the image label into the class token's target, as the published code does for its relabelled runs."""
     mix_token: bool = True
     """MixToken (from the paper): mix patch embeddings of two images inside one box."""
+    mixup: float = 0.0
+    """Alpha of mixup, whose lambda is of Beta(alpha, alpha); 0: off. Without token labels and MixToken only. 0.8 is
+    usual (DeiT, arXiv 2012.12877)."""
+    cutmix: float = 0.0
+    """Alpha of CutMix, as mixup's. 1.0 is usual (DeiT)."""
+    mixup_prob: float = 1.0
+    """Probability that a batch is mixed by mixup or CutMix. Source: timm's default."""
+    mixup_switch_prob: float = 0.5
+    """With both on: probability that a mixed batch is mixed by CutMix. Source: timm's default."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Area of a random crop as a share of the image, (low, high)."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -148,7 +158,7 @@ class TrainConfig:
     published code."""
 
     seed: int = 0
-    """Seed of initialisation, sample order, crops, MixToken's boxes and drop path."""
+    """Seed of initialisation, sample order, crops, MixToken's boxes, mixup and drop path."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -261,6 +271,7 @@ class TrainConfig:
             raise InputError(
                 "ground_truth mixes the image label into the token labels' class target: it needs token_label true"
             )
+        self._check_mixing()
         if self.decode != "hybrid" and self.hybrid_share is not None:
             raise InputError(
                 f"hybrid_share {self.hybrid_share} has no effect with decode {self.decode}: set decode hybrid"
@@ -276,6 +287,30 @@ class TrainConfig:
                 f"the peak lr {self.peak_lr:.3g} (= lr {self.lr} * batch_size {self.batch_size} / {self.lr_base_batch})"
                 f" is below min_lr {self.min_lr} or warmup_lr {self.warmup_lr}: lower those"
             )
+
+    def _check_mixing(self) -> None:
+        if self.mixing is None:
+            for name in ("mixup_prob", "mixup_switch_prob"):
+                if getattr(self, name) != getattr(TrainConfig, name):
+                    raise InputError(f"{name} {getattr(self, name)} has no effect: set mixup or cutmix above 0, too")
+            return
+        asked = f"mixup {self.mixup}, cutmix {self.cutmix}"
+        if self.token_label:
+            raise InputError(
+                f"{asked}: they mix image labels and no token labels (those are MixToken's): set both 0, or token_label"
+                " false"
+            )
+        if self.mix_token:
+            raise InputError(f"{asked}: mix_token true mixes the same images: set mix_token false, or both 0")
+        if not (self.mixup and self.cutmix) and self.mixup_switch_prob != TrainConfig.mixup_switch_prob:
+            raise InputError(f"mixup_switch_prob {self.mixup_switch_prob} has no effect with {asked}: set both above 0")
+
+    @property
+    def mixing(self) -> Mixup | None:
+        """What mixup and CutMix may draw; None where both are off."""
+        if not self.mixup and not self.cutmix:
+            return None
+        return Mixup(self.mixup, self.cutmix, self.mixup_prob, self.mixup_switch_prob)
 
     @property
     def augment(self) -> Augment:
@@ -348,6 +383,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("eval_token_weight", 0, 1e6),
     ("cls_weight", 0, 1e6),
     ("dense_weight", 0, 1e6),
+    ("mixup", 0, 1e3),
+    ("cutmix", 0, 1e3),
+    ("mixup_prob", 0, 1),
+    ("mixup_switch_prob", 0, 1),
     ("batch_size", 1, 1 << 24),
     ("accumulate", 1, 1 << 16),
     ("epochs", 1, 1 << 20),

@@ -19,11 +19,12 @@ def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | No
             f"batch_size {config.batch_size} must be a multiple of {ranks.world_size} ranks x accumulate "
             f"{config.accumulate}"
         )
-    if per_rank == 1 and config.mix_token:
+    if per_rank == 1 and (config.mix_token or config.mixing):
+        name, off = ("mix_token", "mix_token false") if config.mix_token else ("mixup or cutmix", "both 0")
         raise InputError(
-            f"mix_token mixes the images of a rank's pass, and batch_size {config.batch_size} over "
+            f"{name} mixes the images of a rank's pass, and batch_size {config.batch_size} over "
             f"{ranks.world_size} ranks x accumulate {config.accumulate} leaves one: raise batch_size, or "
-            "set mix_token false"
+            f"set {off}"
         )
     if config.sync_bn and ranks.device.type != "cuda":
         raise InputError(

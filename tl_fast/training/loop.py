@@ -1,8 +1,8 @@
 """The training loop: steps, validation, checkpoints.
 
-One step is a global batch of `batch_size` images. Everything random in it (order, crops, MixToken's box, drop path) is
-a function of (seed, epoch, step) and, for drop path, the rank: a run continues from a checkpoint as if it had never
-stopped.
+One step is a global batch of `batch_size` images. Everything random in it (order, crops, MixToken's box, mixup, drop
+path) is a function of (seed, epoch, step) and, for drop path, the rank: a run continues from a checkpoint as if it had
+never stopped.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tl_fast.models.normalise import resolved_dtype
 from tl_fast.pipeline.batch import Batch
 from tl_fast.pipeline.loader import Loader
+from tl_fast.plan.mixup import draw_mix
 from tl_fast.plan.records import mix_box
 from tl_fast.system.ranks import Ranks, join
 from tl_fast.training import checkpoint
@@ -158,9 +159,10 @@ def _run(
                     learner.schedule.step_update(step)
                     guard.keep(model)
                     box = _draw_box(config, progress, model, ranks.device)
+                    mixing = _draw_mixing(config, progress, ranks.device)
                     for number in range(1, config.accumulate + 1):
                         batch = meter.fetch()
-                        arguments = _arguments(batch, box, config, ranks.device)
+                        arguments = _arguments(batch, box, mixing, config, ranks.device)
                         last = number == config.accumulate
                         with contextlib.nullcontext() if last or ranks.world_size == 1 else network.no_sync():
                             loss, terms = network(*arguments)
@@ -245,18 +247,26 @@ def _draw_box(config: TrainConfig, progress: Progress, model: nn.Module, device:
     return torch.from_numpy(box).to(device, non_blocking=True)
 
 
+def _draw_mixing(config: TrainConfig, progress: Progress, device: torch.device) -> Tensor | None:
+    """How mixup or CutMix mixes the next step, [5] on the device; None without them."""
+    if config.mixing is None:
+        return None
+    drawn = draw_mix(config.seed, progress.epoch, progress.step_in_epoch, config.img_size, config.mixing)
+    return torch.from_numpy(drawn).to(device, non_blocking=True)
+
+
 def _arguments(
-    batch: Batch, box: Tensor | None, config: TrainConfig, device: torch.device
+    batch: Batch, box: Tensor | None, mixing: Tensor | None, config: TrainConfig, device: torch.device
 ) -> tuple[Tensor | None, ...]:
-    """A batch on the device, as `TrainStep` takes it: images, targets, box, ground truth, and where images are erased
-    boxes and noise."""
+    """A batch on the device, as `TrainStep` takes it: images, targets, box, ground truth, boxes and noise of erasing,
+    mixing; None for what there is not."""
     images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
     truth = smoothed_one_hot(labels, config) if config.ground_truth or not config.token_label else None
     targets = batch.targets.to(device, non_blocking=True) if config.token_label else truth
-    arguments = images, targets, box, truth if config.ground_truth else None
-    if batch.erase is None:
-        return arguments
-    return *arguments, batch.erase.to(device, non_blocking=True), batch.noise.to(device, non_blocking=True)
+    erase, noise = (
+        None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (batch.erase, batch.noise)
+    )
+    return images, targets, box, truth if config.ground_truth else None, erase, noise, mixing
 
 
 def _save(
