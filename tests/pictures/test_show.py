@@ -362,14 +362,14 @@ def test_recipes_by_name(tmp_path):
     for path in RECIPES.glob("*.yaml"):
         for name in (path.stem, path.name, str(path)):
             assert find_recipe(name) == path
-    for size in "tsml":
-        assert find_recipe(f"lvvit_{size}") == RECIPES / f"lvvit_{size}_224.yaml"
+    for name in ("lvvit_t_224", "lvvit_s_224", "lvvit_m_224", "lvvit_l_288"):
+        assert find_recipe(name[:-4]) == RECIPES / f"{name}.yaml"
     own = tmp_path / "own.yaml"
     own.write_text("train_data: x.beton\n")
     assert find_recipe(str(own)) == own
     for name in ("lvvit_x", "", "lvvit_s_", "lvvit_", str(tmp_path / "none.yaml")):
         with pytest.raises(
-            ValueError, match="there is no recipe .*known are demo_photos, lvvit_l_224, lvvit_m_224, lvvit_s_224, lvvit"
+            ValueError, match="there is no recipe .*known are demo_photos, lvvit_l_288, lvvit_m_224, lvvit_s_224, lvvit"
         ):
             find_recipe(name)
     for name in ("vit_224", "vit_384"):

@@ -87,6 +87,8 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
         ({"hybrid_share": 0.5}, "no effect with decode auto"),
         ({"decode": "hybrid", "deterministic": True}, "deterministic needs a hybrid_share"),
         ({"resume": "runs/x", "init_weights": "w.pth"}, "w.pth would be overwritten by resume runs/x"),
+        ({"init_ema": False}, "init_ema false has no effect without init_weights"),
+        ({"schedule_by": "batch"}, "schedule_by must be one of 'step', 'epoch', got 'batch'"),
         ({"auto_augment": "rand-m9", "color_jitter": 0.3}, "color_jitter.*auto_augment"),
         ({"checkpoint_steps": 0}, r"checkpoint_steps.*\[1, "),
         ({"checkpoint_minutes": -1.0}, "checkpoint_minutes"),
@@ -157,20 +159,19 @@ def test_recipes_parse(recipe):
     parse_config(["--config", str(recipe)])
 
 
-# arXiv 2104.10858: (drop path, lr at 1,024)
-PUBLISHED = {"lvvit_t": (0.1, 1.6e-3), "lvvit_s": (0.1, 1.6e-3), "lvvit_m": (0.2, 1.6e-3), "lvvit_l": (0.3, 1e-3)}
+# arXiv 2104.10858: recipe -> (drop path, lr at 1,024)
+PUBLISHED = {
+    "lvvit_t_224": (0.1, 1.6e-3),
+    "lvvit_s_224": (0.1, 1.6e-3),
+    "lvvit_m_224": (0.2, 1.6e-3),
+    "lvvit_l_288": (0.3, 1e-3),
+}
 
 
-@pytest.mark.parametrize("model", PUBLISHED)
-def test_recipes_hold_the_published_settings(model):
-    config = parse_config(["--config", str(RECIPES[0].parent / f"{model}_224.yaml")])
-    drop_path, lr = PUBLISHED[model]
-    assert (config.model, config.img_size, config.drop_path, config.lr, config.lr_base_batch) == (
-        model,
-        224,
-        drop_path,
-        lr,
-        1024,
-    )
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_hold_the_published_settings(name):
+    config = parse_config(["--config", str(RECIPES[0].parent / f"{name}.yaml")])
+    assert f"{config.model}_{config.img_size}" == name
+    assert (config.drop_path, config.lr, config.lr_base_batch) == (*PUBLISHED[name], 1024)
     assert (config.epochs, config.cooldown_epochs, config.warmup_epochs, config.smoothing) == (300, 10, 5, 0.1)
     assert (config.weight_decay, config.ema_decay, config.token_label, config.mix_token) == (0.05, 0.99992, True, True)

@@ -241,10 +241,11 @@ def test_init_weights_and_resume_take_a_runs_folder(tiny, betons, tmp_path):
     """As evaluation's --checkpoint does."""
     first = training.train(tiny("first", epochs=1))
     still = dict(max_steps=1, lr=1e-9, min_lr=0, warmup_lr=0)
-    fresh = training.train(tiny("fresh", init_weights=str(tmp_path / "first"), **still))
-    began = weights(fresh["checkpoint"])["model.safetensors:head.weight"]
-    expected = weights(first["checkpoint"])["ema.safetensors:head.weight"]
-    torch.testing.assert_close(began, expected, rtol=0, atol=1e-6)
+    for init_ema, file in ((True, "ema"), (False, "model")):
+        starting = tiny(f"from_{file}", init_weights=str(tmp_path / "first"), init_ema=init_ema, **still)
+        began = weights(training.train(starting)["checkpoint"])["model.safetensors:head.weight"]
+        expected = weights(first["checkpoint"])[f"{file}.safetensors:head.weight"]
+        torch.testing.assert_close(began, expected, rtol=0, atol=1e-6)
     continued = training.train(tiny("continued", resume=str(tmp_path / "first"), max_steps=6))
     assert continued["steps"] == 6
     for changes in ({"init_weights": str(tmp_path / "nowhere")}, {"resume": str(tmp_path / "nowhere")}):
@@ -306,14 +307,19 @@ def test_a_new_run_does_not_start_among_an_old_ones_checkpoints(tiny):
     assert finished["steps"] == summary["steps"] and finished["checkpoint"] == str(last)
 
 
+def learning_rates(config, epochs: int, steps_per_epoch: int = 5) -> np.ndarray:
+    """[epochs, steps_per_epoch] of the config's schedule, asked step by step."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.peak_lr)
+    schedule = optimiser.build_schedule(optimizer, config, steps_per_epoch)
+    rates = []
+    for step in range(epochs * steps_per_epoch):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return np.array(rates).reshape(epochs, steps_per_epoch)
+
+
 def test_schedule_is_warm_up_cosine_cooldown(tiny):
     config = tiny(epochs=10, warmup_epochs=2, cooldown_epochs=3, lr=1e-3, lr_base_batch=32, min_lr=1e-5, warmup_lr=1e-6)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.peak_lr)
-    schedule = optimiser.build_schedule(optimizer, config, steps_per_epoch=5)
-    lrs = []
-    for step in range(65):
-        schedule.step_update(step)
-        lrs.append(optimizer.param_groups[0]["lr"])
     peak = 1e-3 * 16 / 32
     expected = [
         1e-6 + (peak - 1e-6) * s / 10
@@ -323,7 +329,23 @@ def test_schedule_is_warm_up_cosine_cooldown(tiny):
         else 1e-5
         for s in range(65)
     ]
-    np.testing.assert_allclose(lrs, expected, rtol=1e-9)
+    np.testing.assert_allclose(learning_rates(config, 13).ravel(), expected, rtol=1e-9)
+
+
+def test_schedule_by_epoch_holds_within_an_epoch(tiny):
+    """The published order: epoch 0 as a whole at warmup_lr, the cosine from epoch 0, min_lr in the cooldown."""
+    given = dict(epochs=10, warmup_epochs=2, cooldown_epochs=3, lr=1e-3, min_lr=1e-5, warmup_lr=1e-6)
+    rates = learning_rates(tiny(**given, schedule_by="epoch"), 13)
+    assert (rates == rates[:, :1]).all()
+    cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 10)) / 2 for epoch in range(2, 10)]
+    np.testing.assert_allclose(rates[:, 0], [1e-6, 1e-6 + (1e-3 - 1e-6) / 2, *cosine, 1e-5, 1e-5, 1e-5], rtol=1e-9)
+    np.testing.assert_allclose(learning_rates(tiny(**given), 13)[:, 0], rates[:, 0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("schedule_by", ["step", "epoch"])
+def test_a_peak_equal_to_min_lr_is_a_constant_learning_rate(tiny, schedule_by):
+    config = tiny(epochs=4, warmup_epochs=0, cooldown_epochs=1, lr=5e-6, min_lr=5e-6, schedule_by=schedule_by)
+    np.testing.assert_allclose(learning_rates(config, 5), 5e-6, rtol=1e-12)
 
 
 def test_decay_spares_norms_biases_and_tokens(tiny):
@@ -337,9 +359,10 @@ def test_decay_spares_norms_biases_and_tokens(tiny):
     assert decayed == {n for n in names.values() if n.endswith("weight") and "norm" not in n and ".bn" not in n}
 
 
-def test_ema_follows_its_warm_up(tiny, monkeypatch):
-    """The checkpoint's EMA is the recurrence e += (1 - d) (w - e), d = min(decay, (1 + t) / (10 + t)), over the weights
-    after each step."""
+@pytest.mark.parametrize("decay, warmup", [(0.3, True), (0.3, False), (0.0, False)])
+def test_ema_follows_its_decay(tiny, monkeypatch, decay, warmup):
+    """The checkpoint's EMA is the recurrence e += (1 - d) (w - e) over the weights after each step. With warm-up d is
+    min(decay, (1 + t) / (10 + t)), without it decay. A decay of 0 leaves the weights themselves."""
     seen = []
     original = learner.ModelEmaV3.update
 
@@ -348,15 +371,15 @@ def test_ema_follows_its_warm_up(tiny, monkeypatch):
         original(self, model, step=step)
 
     monkeypatch.setattr(learner.ModelEmaV3, "update", spy)
-    config = tiny(max_steps=6, ema_decay=0.3)
+    config = tiny(max_steps=6, ema_decay=decay, ema_warmup=warmup)
     summary = training.train(config)
     torch.manual_seed(config.seed)
     average = network.build_network(dataclasses.replace(config, num_classes=4)).head.weight.detach()
     for t, weight in enumerate(seen):
-        average = average + (1 - min(0.3, (1 + t) / (10 + t))) * (weight - average)
-    found = safetensors.torch.load_file(Path(summary["checkpoint"]) / checkpoint.EMA)["head.weight"]
-    torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-7)
-    assert not torch.allclose(found, seen[-1], atol=1e-5)
+        average = average + (1 - (min(decay, (1 + t) / (10 + t)) if warmup else decay)) * (weight - average)
+    saved = safetensors.torch.load_file(Path(summary["checkpoint"]) / checkpoint.EMA)["head.weight"]
+    torch.testing.assert_close(saved, average, rtol=1e-5, atol=1e-7)
+    assert torch.equal(saved, seen[-1]) if decay == 0 else not torch.allclose(saved, seen[-1], atol=1e-5)
 
 
 def test_evaluation_counts_every_sample_once(tiny, betons, tmp_path, capsys):

@@ -46,6 +46,9 @@ class TrainConfig:
     init_weights: str | None = None
     """Weights to start from: a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file (a
     published .pth.tar, a state dict, safetensors); null: random."""
+    init_ema: bool = True
+    """Start from the moving average in init_weights, where it has one; false: from its raw weights (published
+    fine-tuning)."""
     pretrained: bool = False
     """Start from timm's pretrained weights of the model, out of timm's cache or the hub; rank 0 alone fetches them."""
     eval_token_weight: float | None = None
@@ -138,8 +141,11 @@ class TrainConfig:
     """
     lr_base_batch: int = 1024
     """Batch size lr is stated for, images."""
+    schedule_by: Literal["step", "epoch"] = "step"
+    """The learning rate follows the schedule from step to step, or stays constant within an epoch (published code)."""
     min_lr: float = 1e-5
-    """Learning rate at the cosine's end and in the cooldown, not scaled. Source: published code."""
+    """Learning rate at the cosine's end and in the cooldown, not scaled; equal to the peak: no decay. Source: published
+    code."""
     warmup_lr: float = 1e-6
     """Learning rate of step 0, not scaled. Source: published code."""
     weight_decay: float = 0.05
@@ -154,8 +160,11 @@ class TrainConfig:
     clip_grad: float | None = 1.0
     """Largest global gradient norm; null: no clipping. Source: ours, a guard (the published recipe does not clip)."""
     ema_decay: float = 0.99992
-    """Decay per step of the weights' moving average, reached via min(ema_decay, (1 + t) / (10 + t)) at step t. Source:
-    published code."""
+    """Decay per step of the weights' moving average, 0..1 exclusive; 0: the average is the weights. Source: published
+    code."""
+    ema_warmup: bool = True
+    """The decay at step t is min(ema_decay, (1 + t) / (10 + t)); false: ema_decay from the first step on (published
+    code)."""
 
     seed: int = 0
     """Seed of initialisation, sample order, crops, MixToken's boxes, mixup and drop path."""
@@ -260,6 +269,8 @@ class TrainConfig:
             raise InputError(
                 f"init_weights {self.init_weights} would be overwritten by resume {self.resume}: choose one of them"
             )
+        if not self.init_ema and not self.init_weights:
+            raise InputError("init_ema false has no effect without init_weights: set init_weights")
         if self.pretrained and self.init_weights:
             raise InputError(f"pretrained would be overwritten by init_weights {self.init_weights}: choose one of them")
         if self.batch_size % self.accumulate:

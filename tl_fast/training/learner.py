@@ -11,7 +11,6 @@ from torch import nn
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 
 # isort: split
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
 from tl_fast.models.normalise import resolved_dtype
@@ -21,7 +20,7 @@ from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.freeze import freeze_layers
 from tl_fast.training.network import build_network, silence_token_head
-from tl_fast.training.optimiser import build_optimizer, build_schedule
+from tl_fast.training.optimiser import Schedule, build_optimizer, build_schedule
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Learner:
     model: nn.Module
     ema: ModelEmaV3
     optimizer: torch.optim.AdamW
-    schedule: CosineLRScheduler
+    schedule: Schedule
 
 
 def build_learner(
@@ -59,8 +58,8 @@ def build_learner(
         remarks.append("sync_bn has no effect on one rank, whose statistics are everybody's")
     elif config.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # With these two, timm's warm-up is min(decay, (1 + t) / (10 + t)) at step t, when told step t + 2.
-    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1)
+    # With this gamma and power, timm's warm-up is min(decay, (1 + t) / (10 + t)) at step t, when told step t + 2.
+    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup, warmup_gamma=9, warmup_power=1)
     optimizer = ranks.agree(build_optimizer, model, config)
     return Learner(model, ema, optimizer, build_schedule(optimizer, config, steps_per_epoch)), remarks
 
@@ -78,4 +77,4 @@ def _load_weights(model: nn.Module, config: TrainConfig, ranks: Ranks) -> list[s
 def _read_weights(model: nn.Module, config: TrainConfig) -> list[str]:
     if config.pretrained:
         return load_pretrained(model, config.model)
-    return checkpoint.load_weights(model, checkpoint.find(Path(config.init_weights)))
+    return checkpoint.load_weights(model, checkpoint.find(Path(config.init_weights)), config.init_ema)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -40,14 +42,29 @@ def highest_lr(optimizer: torch.optim.Optimizer) -> float:
     return max(group["lr"] for group in optimizer.param_groups)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> CosineLRScheduler:
-    """Per-step lr, a function of the global step alone: linear warm-up, cosine to min_lr over `epochs`, min_lr
-    after. A parameter group with an `lr_scale` gets that share of it at every step."""
-    return CosineLRScheduler(
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate, a function of the global step alone."""
+
+    cosine: CosineLRScheduler  # over steps, or over epochs
+    steps: int  # for which a learning rate holds
+
+    def step_update(self, step: int) -> None:
+        """Set the optimiser's learning rate for the step that comes after `step` others."""
+        self.cosine.step_update(step // self.steps)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> Schedule:
+    """Linear warm-up, cosine to min_lr over `epochs`, min_lr after: at every step or, by epoch, the same within one. A
+    parameter group with an `lr_scale` gets that share of it."""
+    by_step = config.schedule_by == "step"
+    length = steps_per_epoch if by_step else 1  # of an epoch, in the scheduler's units
+    cosine = CosineLRScheduler(
         optimizer,
-        t_initial=config.epochs * steps_per_epoch,
+        t_initial=config.epochs * length,
         lr_min=config.min_lr,
         t_in_epochs=False,
-        warmup_t=round(config.warmup_epochs * steps_per_epoch),
+        warmup_t=round(config.warmup_epochs * steps_per_epoch) if by_step else config.warmup_epochs,
         warmup_lr_init=config.warmup_lr,
     )
+    return Schedule(cosine, 1 if by_step else steps_per_epoch)
