@@ -4,6 +4,7 @@ limits?
     python benchmarks/node.py                              (rates measured on a GPU, where train.jsonl has them)
     python benchmarks/node.py --rate lvvit_s:224=9200 --price 2.5 --nodes 1 2 4
     python benchmarks/node.py --mfu 0.36 --peak 989
+    python benchmarks/node.py --recipes recipes/published/*.yaml
 
 A model of arithmetic, not a measurement: every assumption is printed with the result. Images/s of one GPU come from
 --rate, else from the newest row of benchmarks/train.py on a GPU (fed before synthetic, our compiled step), else from
@@ -88,7 +89,7 @@ def limit(step: dict[str, float]) -> str:
 def measured(results: Path) -> dict[tuple[str, int], tuple[float, str]]:
     """(model, size) -> images/s of one GPU and where they are from: the newest rows of our compiled step, fed ones
     first."""
-    found: dict[tuple[str, int], tuple[float, str]] = {}
+    rates: dict[tuple[str, int], tuple[float, str]] = {}
     if results.exists():
         rows = [json.loads(line) for line in results.read_text().splitlines()]
         for contender in ("tl_fast, compiled", "tl_fast, compiled, fed from a beton"):
@@ -96,8 +97,8 @@ def measured(results: Path) -> dict[tuple[str, int], tuple[float, str]]:
                 if row["contender"] == contender and "CPU" not in row["device"]:
                     fed = "fed" if "fed" in contender else "synthetic"
                     source = f"measured, {row['device']}, batch {row['batch']}, {fed}, {row['date']}"
-                    found[row["model"], row["size"]] = row["median"], source
-    return found
+                    rates[row["model"], row["size"]] = row["median"], source
+    return rates
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -138,24 +139,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates = measured(options.results)
     for text in options.rate:
         try:
-            name, value = text.split("=")
-            rates[name.split(":")[0], int(name.split(":")[1])] = float(value), "given by --rate"
+            key, value = text.split("=")
+            rates[key.split(":")[0], int(key.split(":")[1])] = float(value), "given by --rate"
         except (ValueError, IndexError):
             parser.error(f"--rate {text!r}: expected MODEL:SIZE=IMAGES/S such as lvvit_s:224=9200")
 
     print(
-        f"{'recipe':18} {'GPUs':>5} {'images/s':>10} {'hours':>7} {'cost':>9}  limit        "
+        f"{'recipe':21} {'GPUs':>5} {'images/s':>10} {'hours':>7} {'cost':>9}  limit        "
         "of a step: compute / all-reduce / loader / storage, ms"
     )
     sources, messages = {}, []
     for path in options.recipes:
+        name = f"published/{path.stem}" if path.parent.name == "published" else path.stem
         config = parse_config(["--config", str(path)])
         key = config.model, config.img_size
         if key not in rates:
             guess = options.mfu * options.peak * 1e12 / flops(*key, 1000)
             rates[key] = guess, f"NOT MEASURED: {options.mfu:.0%} of {options.peak:g} TFLOP/s"
         rate = rates[key][0]
-        sources[path.stem] = f"{rate:,.0f} images/s of one GPU at whatever batch it gets: {rates[key][1]}"
+        sources[name] = f"{rate:,.0f} images/s of one GPU at whatever batch it gets: {rates[key][1]}"
         with torch.device("meta"):
             parameters = sum(
                 p.numel()
@@ -168,18 +170,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if nodes > 1
         )
         messages.append(
-            f"{path.stem}: {size * 1e3:,.1f} MB of gradients a step, of which each GPU sends {inside * 1e3:,.1f} MB"
+            f"{name}: {size * 1e3:,.1f} MB of gradients a step, of which each GPU sends {inside * 1e3:,.1f} MB"
             f" within its node{''.join(among)}"
         )
         for nodes in options.nodes:
             if config.batch_size % (nodes * GPUS):
-                print(f"{path.stem:18} {nodes * GPUS:5}  batch_size {config.batch_size} does not divide")
+                print(f"{name:21} {nodes * GPUS:5}  batch_size {config.batch_size} does not divide")
                 continue
             step = parts(config, rate, parameters, nodes, machine)
             hours = config.total_epochs * (IMAGES // config.batch_size) * seconds(step) / 3600
             cost = f"{hours * nodes * GPUS * options.price:,.0f}" if options.price else "-"
             print(
-                f"{path.stem:18} {nodes * GPUS:5} {config.batch_size / seconds(step):10,.0f} {hours:7.2f} {cost:>9} "
+                f"{name:21} {nodes * GPUS:5} {config.batch_size / seconds(step):10,.0f} {hours:7.2f} {cost:>9} "
                 f" {limit(step):12} " + " / ".join(f"{1e3 * value:.2f}" for value in step.values())
             )
     print("\nAssumed:")
@@ -188,16 +190,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for message in messages:
         print(f"- {message}")
     print(
-        f"- {IMAGES:,} images an epoch, the recipe's epochs and cooldown; no validation, checkpoints, start-up or"
-        " restarts"
+        f"- {IMAGES:,} images an epoch, the recipe's epochs and cooldown; of a fine-tuned one without the run that it"
+        " starts from; no validation, checkpoints, start-up or restarts"
     )
     print(
         f"- float32 gradients; rings of {machine.link:g} GB/s in a node and {machine.network:g} GB/s a GPU between"
         f" nodes; the backward pass hides {machine.overlap:.0%} of its length; batch-norm statistics stay local"
     )
     print(
-        f"- loaders: {machine.per_core:g} images/s a core (measured on 2 hyperthreads, CPU decode), {machine.cores}"
-        f" cores a node, perfectly parallel; storage {machine.storage:g} GB/s a node, {machine.image_kb:g} KB an image"
+        f"- loaders: {machine.per_core:g} images/s a core (measured on 2 hyperthreads, CPU decode, 224 px),"
+        f" {machine.cores} cores a node, perfectly parallel; storage {machine.storage:g} GB/s a node,"
+        f" {machine.image_kb:g} KB an image"
     )
 
 

@@ -1,7 +1,7 @@
 """Pictures to look at.
 
     python -m tl_fast.show FILE.beton --out picture.png     a sheet of samples (tl_fast.pictures.sample_sheet)
-    python -m tl_fast.show --recipe lvvit_s                 a recipe's crops (tl_fast.pictures.crop_sheet)
+    python -m tl_fast.show --recipe lvvit_s_224                 a recipe's crops (tl_fast.pictures.crop_sheet)
     python -m tl_fast.show RUN_DIR                          the curves of a training run (tl_fast.pictures.curves)
 
 Mistakes end it with one sentence: exit code 2 for the command line, 1 for data and files.
@@ -45,7 +45,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="such as lvvit_s, of recipes/, or a YAML file: show crops with all of its augmentation",
+        help="such as lvvit_s_224, of recipes/, or a YAML file: show crops with all of its augmentation",
     )
     parser.add_argument(
         "--out",

@@ -62,5 +62,35 @@ def test_the_slowest_part_sets_the_pace(node, slow, limit, step):
     assert words[5] == limit and float(words[3]) == pytest.approx(STEPS * step / 3600, rel=2e-3)
 
 
+def test_a_fine_tuned_recipe_takes_its_own_epochs_batch_and_size(monkeypatch, capsys):
+    """30 epochs at 512 images; published, 310. The FLOPs, hence the rate, are those of 384 px."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    main = importlib.import_module("node").main
+    recipes = [str(ROOT / "recipes" / folder / "lvvit_s_384.yaml") for folder in (".", "published")]
+    main(["--recipes", *recipes, "--rate", "lvvit_s:384=1000", "--nodes", "1", "--link", "1e9"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "lvvit_s_384 " in line]
+    assert [words[0] for words in lines[:2]] == ["lvvit_s_384", "published/lvvit_s_384"]
+    for words, epochs in zip(lines, (30, 310), strict=False):
+        assert float(words[3]) == pytest.approx(epochs * (1_281_167 // 512) * 64 / 1000 / 3600, abs=0.006)
+    train = importlib.import_module("train")
+    main(["--recipes", recipes[0], "--nodes", "1", "--results", str(ROOT / "none.jsonl")])
+    rate = 0.36 * 989e12 / train.flops("lvvit_s", 384, 1000)
+    assert f"lvvit_s_384: {rate:,.0f} images/s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_estimates_in_the_recipes_are_node_pys(monkeypatch, capsys, tmp_path):
+    """Counting the FLOPs of nine models takes ten seconds."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    importlib.import_module("node").main(["--nodes", "1", "--results", str(tmp_path / "none.jsonl")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("lvvit_")]
+    assert len(lines) == 9
+    for words in lines:
+        text = (ROOT / "recipes" / f"{words[0]}.yaml").read_text()
+        estimate = re.search(r"~([\d.]+) h on 8 x H100\. ESTIMATE", text)
+        if estimate is not None:  # once measured, it says so instead
+            assert float(estimate[1]) == pytest.approx(float(words[3]), abs=0.051), words[0]
+
+
 def test_an_estimate_says_that_it_is_one(node, tmp_path):
     assert "NOT MEASURED: 36% of 989 TFLOP/s" in node("--nodes", "1", "--results", str(tmp_path / "none.jsonl"))[1]

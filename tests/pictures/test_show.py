@@ -362,14 +362,13 @@ def test_recipes_by_name(tmp_path):
     for path in RECIPES.glob("*.yaml"):
         for name in (path.stem, path.name, str(path)):
             assert find_recipe(name) == path
-    for name in ("lvvit_t_224", "lvvit_s_224", "lvvit_m_224", "lvvit_l_288"):
-        assert find_recipe(name[:-4]) == RECIPES / f"{name}.yaml"
+    assert find_recipe("lvvit_t") == RECIPES / "lvvit_t_224.yaml"
     own = tmp_path / "own.yaml"
     own.write_text("train_data: x.beton\n")
     assert find_recipe(str(own)) == own
     for name in ("lvvit_x", "", "lvvit_s_", "lvvit_", str(tmp_path / "none.yaml")):
         with pytest.raises(
-            ValueError, match="there is no recipe .*known are demo_photos, lvvit_l_288, lvvit_m_224, lvvit_s_224, lvvit"
+            ValueError, match="there is no recipe .*known are demo_photos, lvvit_l_288, lvvit_l_448, lvvit_l_512, lvvit"
         ):
             find_recipe(name)
     for name in ("vit_224", "vit_384"):
@@ -418,7 +417,7 @@ def tiles(picture: Path, count: int, lines: int = 4) -> list[tuple[np.ndarray, n
 
 @pytest.fixture(scope="module")
 def lvvit_s(many, tmp_path_factory) -> Path:
-    return show_recipe("lvvit_s", many, tmp_path_factory.mktemp("crops") / "lvvit_s.png")
+    return show_recipe("lvvit_s_224", many, tmp_path_factory.mktemp("crops") / "lvvit_s.png")
 
 
 def the_recipes_loader(beton: Path) -> Loader:
@@ -499,7 +498,7 @@ def test_what_is_beyond_the_image_is_what_is_filled(many):
 
 def test_same_seed_same_picture(many, tmp_path):
     def picture(**changed) -> bytes:
-        return show_recipe("lvvit_s", many, tmp_path / "again.png", samples=4, **changed).read_bytes()
+        return show_recipe("lvvit_s_224", many, tmp_path / "again.png", samples=4, **changed).read_bytes()
 
     pictures = [picture(), picture(epoch=1), picture(seed=1)]
     assert picture(seed=0) == pictures[0] and picture(epoch=1) == pictures[1] and len(set(pictures)) == 3
@@ -549,23 +548,23 @@ def test_captions_stay_below_their_tiles(photos, tmp_path):
 
 
 def test_crops_of_files_without_label_maps(bare, tmp_path):
-    picture = Image.open(show_recipe("lvvit_s", bare, tmp_path / "bare.png", samples=5))
+    picture = Image.open(show_recipe("lvvit_s_224", bare, tmp_path / "bare.png", samples=5))
     assert picture.width == 2 * MARGIN + COLUMNS * PANEL + (COLUMNS - 1) * GAP
 
 
 def test_command_line_of_a_recipe(full, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main([str(full), "--recipe", "lvvit_s", "--ids", "3,1", "--epoch", "2"])
-    assert capsys.readouterr().out == "runs/show/lvvit_s.png\n"
-    same = show_recipe("lvvit_s", full, tmp_path / "same.png", ids=[3, 1], epoch=2)
-    assert Path("runs/show/lvvit_s.png").read_bytes() == same.read_bytes()
-    main([str(full), "--recipe", "lvvit_s", "--ids", "3", "--image-size", "64", "--out", "small.png"])
+    main([str(full), "--recipe", "lvvit_s_224", "--ids", "3,1", "--epoch", "2"])
+    assert capsys.readouterr().out == "runs/show/lvvit_s_224.png\n"
+    same = show_recipe("lvvit_s_224", full, tmp_path / "same.png", ids=[3, 1], epoch=2)
+    assert Path("runs/show/lvvit_s_224.png").read_bytes() == same.read_bytes()
+    main([str(full), "--recipe", "lvvit_s_224", "--ids", "3", "--image-size", "64", "--out", "small.png"])
     assert Image.open("small.png").width == Image.open(same).width
     bad = {
         "--recipe lvvit_q": "there is no recipe 'lvvit_q'; known are demo_photos,",
-        "--recipe lvvit_s --ids 99": "sample 99 is not in",
-        "--recipe lvvit_s --image-size 100": "multiples of 16",
-        "--recipe lvvit_s --out x.txt": "use .png",
+        "--recipe lvvit_s_224 --ids 99": "sample 99 is not in",
+        "--recipe lvvit_s_224 --image-size 100": "multiples of 16",
+        "--recipe lvvit_s_224 --out x.txt": "use .png",
         "": "FILE.beton and --out are needed, or --recipe",
     }
     for arguments, message in bad.items():

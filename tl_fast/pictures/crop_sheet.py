@@ -1,4 +1,4 @@
-"""The sheet of a recipe's augmented crops: `python -m tl_fast.show --recipe lvvit_s`.
+"""The sheet of a recipe's augmented crops: `python -m tl_fast.show --recipe lvvit_s_224`.
 
 A tile is one sample as the model gets it, RandAugment and random erasing included, beside the same crop in grey under
 its token targets. All comes from `pipeline.Loader` with the recipe's settings; only MixToken, which mixes two such
