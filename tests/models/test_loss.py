@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from tl_fast.models.loss import TokenLabelLoss, soft_cross_entropy
+from tl_fast.models.loss import TokenLabelLoss, soft_cross_entropy, strongest_class
 
 BATCH, TOKENS, CLASSES = 6, 16, 12
 
@@ -100,6 +100,18 @@ def test_soft_cross_entropy_of_one_hot_targets_is_the_ordinary_one():
     logits, labels = torch.randn(4, 7, 5), torch.randint(5, (4, 7))
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     close(soft_cross_entropy(logits, torch.nn.functional.one_hot(labels, 5)), expected)
+
+
+def test_hard_labels_give_the_ordinary_cross_entropy_of_the_strongest_class(inputs):
+    _, logits, targets = inputs
+    hard = strongest_class(targets[:, 1:], 0.1)
+    assert hard.dtype == targets.dtype and hard.shape == targets[:, 1:].shape
+    close(hard.sum(-1), torch.ones(BATCH, TOKENS))
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets[:, 1:].argmax(-1).flatten(), label_smoothing=0.1
+    )
+    close(soft_cross_entropy(logits, hard), expected)
+    assert strongest_class(torch.tensor([0.5, 0.5, 0.0]), 0.0).tolist() == [1.0, 0.0, 0.0]  # the first of equals
 
 
 def test_the_box_covering_everything_takes_the_flipped_class_target(inputs):

@@ -22,7 +22,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 # isort: split
 from timm.utils import ModelEmaV3
 
-from tl_fast.models.loss import TokenLabelLoss, soft_cross_entropy
+from tl_fast.models.loss import TokenLabelLoss, soft_cross_entropy, strongest_class
 from tl_fast.models.lvvit import LVViT
 from tl_fast.models.normalise import Normalise
 from tl_fast.models.step import TrainStep, compiled, usable_attention_backends
@@ -251,6 +251,14 @@ def test_the_attention_backend_breaks_no_graph(attention_backend):
     batch, step = inputs(), make_step(attention_backend, drop_path_rate=0.0)
     graph = torch.compile(step, backend="aot_eager", fullgraph=True)(**batch)[0]
     torch.testing.assert_close(graph, step(**batch)[0])
+
+
+def test_hard_labels_are_made_of_the_targets():
+    batch, step = inputs(), make_step(drop_path_rate=0.0)
+    hard = TrainStep(step.model, step.criterion, step.normalise, hard_labels=0.2)
+    expected = step(**{**batch, "targets": strongest_class(batch["targets"], 0.2)})
+    torch.testing.assert_close(hard(**batch), expected, rtol=0, atol=0)
+    assert not torch.allclose(hard(**batch)[0], step(**batch)[0])
 
 
 def test_usable_attention_backends_of_the_cpu():

@@ -76,6 +76,8 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
         ({"layer_decay": 1.5}, "layer_decay.*1.5"),
         ({"train_data": ""}, "train_data"),
         ({"token_label": False, "ground_truth": True}, "ground_truth"),
+        ({"token_label": False, "labels": "argmax"}, "labels argmax .*token_label true"),
+        ({"labels": "hard"}, "labels must be one of 'soft', 'argmax'"),
         ({"token_label": False, "cls_weight": 0.0}, "nothing to train on"),
         ({"model_kwargs": {"depth": 2, "img_size": 96}}, "model_kwargs must not set img_size"),
         ({"model_kwargs": {"drop_path_rate": 0.1}}, "model_kwargs must not set drop_path_rate: set drop_path itself"),

@@ -79,6 +79,14 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return _SoftCrossEntropy.apply(logits, target) / math.prod(logits.shape[:-1])
 
 
+def strongest_class(targets: Tensor, smoothing: float) -> Tensor:
+    """Hard labels of soft ones [..., C]: the most probable class alone, the first of equals, smoothed to 1 - s + s / C
+    beside s / C. Same shape and type."""
+    rest = smoothing / targets.shape[-1]
+    top = targets.argmax(-1, keepdim=True)
+    return torch.full_like(targets, rest).scatter(-1, top, 1 - smoothing + rest)
+
+
 def _term(weight: float, logits: Tensor, target: Tensor) -> Tensor:
     if weight == 0:
         return 0 * logits.float().sum()  # a gradient of zero: DDP waits for one from every parameter

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_fast.models.erase import erase
-from tl_fast.models.loss import TokenLabelLoss
+from tl_fast.models.loss import TokenLabelLoss, strongest_class
 from tl_fast.models.mixup import mix
 from tl_fast.models.normalise import Normalise, autocast
 
@@ -57,6 +57,7 @@ class TrainStep(nn.Module):
         dtype: autocast type of the model: "float32", "bfloat16", or "auto" (see `normalise.autocast`).
         attention_backend: "default", or one of ATTENTION_BACKENDS, without which torch then raises RuntimeError. Not
             for a model with gradient checkpointing, which computes attention again outside this module.
+        hard_labels: label smoothing 0..1 of targets that are their strongest class alone; None: targets as they come.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class TrainStep(nn.Module):
         normalise: Normalise,
         dtype: str = "auto",
         attention_backend: str = "default",
+        hard_labels: float | None = None,
     ) -> None:
         super().__init__()
         self.model, self.criterion, self.normalise, self.dtype = model, criterion, normalise, dtype
+        self.hard_labels = hard_labels
         self.attention_backend = attention_backend
 
     def forward(
@@ -97,6 +100,8 @@ class TrainStep(nn.Module):
             inputs = erase(inputs, erase_boxes, noise)
         if mixing is not None:
             inputs, targets = mix(inputs, targets, mixing)
+        if self.hard_labels is not None:
+            targets = strongest_class(targets, self.hard_labels)
         with autocast(images.device, self.dtype), self._attention():
             cls_logits, token_logits = self.model(inputs, mix_box)
         return self.criterion(cls_logits, token_logits, targets, mix_box, ground_truth, with_terms=True)

@@ -94,6 +94,9 @@ class TrainConfig:
     """Label smoothing, 0..1 exclusive, of targets of either kind."""
     ground_truth: bool = False
     """Mix the image label into the class token's target, as the published code does for its relabelled runs."""
+    labels: Literal["soft", "argmax"] = "soft"
+    """The label map's targets as they are, or the strongest class of each alone, smoothed: hard labels, as in
+    self-emerging token labeling (arXiv 2401.03844)."""
     mix_token: bool = True
     """MixToken (from the paper): mix patch embeddings of two images inside one box."""
     mixup: float = 0.0
@@ -282,6 +285,8 @@ class TrainConfig:
             raise InputError(
                 "ground_truth mixes the image label into the token labels' class target: it needs token_label true"
             )
+        if self.labels == "argmax" and not self.token_label:
+            raise InputError("labels argmax picks the token labels' strongest class: it needs token_label true")
         self._check_mixing()
         if self.decode != "hybrid" and self.hybrid_share is not None:
             raise InputError(

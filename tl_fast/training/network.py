@@ -85,7 +85,8 @@ def build_step(model: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module
     ranks.agree(_check_attention, model, config, ranks.device)
     criterion = TokenLabelLoss(config.cls_weight, config.dense_weight if config.token_label else 0.0)
     normalise = Normalise(config.mean, config.std).to(ranks.device)
-    step: nn.Module = TrainStep(model, criterion, normalise, config.dtype, config.attention_backend)
+    hard_labels = config.smoothing if config.labels == "argmax" else None
+    step: nn.Module = TrainStep(model, criterion, normalise, config.dtype, config.attention_backend, hard_labels)
     if compiles(config, ranks.device):
         step = compiled(step, ranks.device, config.compile_mode)
     if ranks.world_size == 1:
