@@ -43,8 +43,9 @@ class TokenLabelModel(nn.Module):
             for a backbone with a token head of its own, as published, else 0.
         create: makes such a backbone anew from timm's keyword arguments (`pretrained`, ...), for weights from files.
 
-    After construction: `grid_size` (h, w), `num_classes` C, `can_mix_tokens`: whether the grid divides the image into
-    whole patches, as MixToken needs it, and `has_own_token_head`: whether the tokens' head is the backbone's.
+    After construction: `layout` of the features, `grid_size` (h, w), `num_classes` C, `can_mix_tokens`: whether the
+    grid divides the image into whole patches, as MixToken needs it, and `has_own_token_head`: whether the tokens' head
+    is the backbone's.
 
     Raises TokenLayoutError for features that are no grid, or are another one in training than in evaluation, and
     ValueError for a backbone without classifier.
@@ -65,10 +66,10 @@ class TokenLabelModel(nn.Module):
             raise ValueError(f"the backbone classifies {self.num_classes} classes; token labels need at least 1")
         with trial(backbone, training=False):
             features = features_of_zeros(backbone, self.img_size)
-            self._layout = token_layout(backbone, features)
-            cells = self._layout.cells(self._layout.tokens(features))
+            self.layout = token_layout(backbone, features)
+            cells = self.layout.cells(self.layout.tokens(features))
             channels = classify_cells(backbone, cells, pre_logits=True).shape[1]
-        if math.prod(self._layout.grid) < 2:
+        if math.prod(self.layout.grid) < 2:
             raise TokenLayoutError(f"its features {list(features.shape)} are a single token for the whole image")
         with trial(backbone, training=True):
             in_training = features_of_zeros(backbone, self.img_size)
@@ -77,7 +78,7 @@ class TokenLabelModel(nn.Module):
                 f"its features are {list(in_training.shape)} in training and {list(features.shape)} in evaluation: it"
                 " drops tokens"
             )
-        self.grid_size = self._layout.grid
+        self.grid_size = self.layout.grid
         stride = output_stride(backbone)
         self.can_mix_tokens = stride is None or (height, width) == tuple(side * stride for side in self.grid_size)
         self.can_mix_tokens &= height % self.grid_size[0] == 0 and width % self.grid_size[1] == 0
@@ -126,11 +127,11 @@ class TokenLabelModel(nn.Module):
     def token_logits(self, features: Tensor, inside: Tensor | None = None) -> Tensor:
         """Features -> logits of the tokens [B,N,C]. inside: boolean [h,w], the tokens that MixToken took from the
         batch-flipped batch, whose logits are put back to the image they came from."""
-        tokens = self._layout.tokens(features)
+        tokens = self.layout.tokens(features)
         if inside is not None:
             # The head acts on each token alone: un-mixing its inputs equals un-mixing its outputs.
             tokens = torch.where(inside.view(1, -1, 1), tokens.flip(0), tokens)
-        rows = classify_cells(self.backbone, self._layout.cells(tokens), pre_logits=True)
+        rows = classify_cells(self.backbone, self.layout.cells(tokens), pre_logits=True)
         return self.get_token_head()(rows).unflatten(0, tokens.shape[:2])
 
     def _class_logits(self, features: Tensor) -> Tensor:

@@ -65,8 +65,9 @@ def token_layout(network: nn.Module, features: Tensor) -> TokenLayout:
     Raises TokenLayoutError naming what the features are where they are no grid.
     """
     if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-        form = getattr(features, "shape", [getattr(part, "shape", part) for part in features])
-        raise TokenLayoutError(f"its features are no single map or sequence of tokens but {type(features)} {form}")
+        shapes = [list(part.shape) if isinstance(part, Tensor) else part for part in features]
+        form = list(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__} of {shapes}"
+        raise TokenLayoutError(f"its features are no single map or sequence of tokens but {form}")
     if features.ndim == 4:
         channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
         height, width = features.shape[1:3] if channels_last else features.shape[2:4]

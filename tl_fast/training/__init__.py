@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "loop": ["train"],
         "record": ["read_record"],
         "runlog": ["read_rows"],
+        "trained": ["load_model"],
     },
 )

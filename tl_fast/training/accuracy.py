@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tl_fast.models.build import without_weights
 from tl_fast.models.normalise import Normalise, autocast
 from tl_fast.models.step import compiled
-from tl_fast.models.weights import class_count, heads
 from tl_fast.pipeline.batch import Batch
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.mistakes import InputError
@@ -24,6 +21,7 @@ from tl_fast.system.ranks import Ranks, join
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.network import build_network
+from tl_fast.training.trained import find_trained
 
 
 class Classifier:
@@ -159,8 +157,10 @@ def evaluate(
     Raises CheckpointError, FileNotFoundError or ValueError naming what does not fit.
     """
     with join(device) as ranks, contextlib.ExitStack() as stack:
-        changes = dict(model=model, img_size=img_size, crop_pct=crop_pct, eval_token_weight=eval_token_weight)
-        path, config, trained_classes = ranks.on_main(_open, weights, use_ema, dtype, changes)
+        changes = dict(
+            model=model, img_size=img_size, crop_pct=crop_pct, eval_token_weight=eval_token_weight, dtype=dtype
+        )
+        path, config, trained_classes = ranks.on_main(find_trained, weights, use_ema, changes)
         loader = ranks.agree(
             lambda: Loader(
                 data,
@@ -204,28 +204,6 @@ def in_words(result: dict[str, Any]) -> str:
         f"{result['images_per_second']:.0f} images/s"
     )
     return "\n".join([*result["remarks"], figures])
-
-
-def _open(
-    weights: Path, use_ema: bool, dtype: str, changes: dict[str, Any]
-) -> tuple[Path, TrainConfig, list[str] | None]:
-    """What `weights` means, the config to evaluate it with, and its class names if it has any. `changes` replace what a
-    checkpoint's config says."""
-    path = checkpoint.find(weights)
-    meta = checkpoint.read_meta(path) if path.is_dir() else {}
-    if not meta and changes["model"] is None:
-        raise InputError(f"{path} does not say which model it is: give --model (lvvit_s, say, or any name of timm's)")
-    values = meta["config"] if meta else {"train_data": "unused: evaluation only"}
-    values |= {name: value for name, value in changes.items() if value is not None}
-    config = TrainConfig.from_dict(values | {"dtype": dtype, "drop_path": 0.0, "resume": None})
-    if config.num_classes is None:  # a bare file: its head says
-        state, _ = checkpoint.read_weights(path, use_ema)
-        names = heads(without_weights(config.model))
-        classes = class_count(state, names)
-        if classes is None:
-            raise InputError(f"{path} has no {names[0]}.weight, so no class count: it is no classifier {config.model}")
-        config = dataclasses.replace(config, num_classes=classes)
-    return path, config, meta.get("class_names")
 
 
 def _check_classes(loader: Loader, config: TrainConfig, weights: Path, trained: list[str] | None) -> None:
