@@ -6,9 +6,14 @@
 The profile has milliseconds a step by kind of kernel, launches a step, the host's milliseconds to launch it, and
 TFLOP/s beside those of a large matrix product on the same card. A kernel's kind is read from its name. Inductor fuses
 across kinds and names a kernel after what it fuses, so "loss" and "norm" hold some elementwise work and the reverse.
-GB/s of elementwise kernels are not stated, as the profiler does not say what they move; those of a copy are. Kernels
-that change a layout are listed, with those of inductor's that stand beside a convolution and may hold a change: where
-there are none, channels-last reaches the stem's projection without a copy.
+
+Kinds that memory limits have GB and GB/s, beside those of a large copy on the same card. Inductor estimates what its
+kernels move: every input and output once, so caches can take a rate above the copy's. The profiler states what a copy
+moves, and the optimiser's bytes follow from the weights. No other kernel states its bytes; the figures then cover a
+part of the kind's time, which is said, or the bytes are unknown.
+
+Kernels that change a layout are listed, with those of inductor's that stand beside a convolution and may hold a change:
+where there are none, channels-last reaches the stem's projection without a copy.
 
 Every contender runs in a process of its own, so that one that fails costs its own row alone. Rows go to
 benchmarks/results/gpu/rows.jsonl.
@@ -20,12 +25,13 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -57,6 +63,10 @@ KINDS = (
 # Changes of layout, and inductor's kernels that may hold one.
 LAYOUT = r"nchwToNhwc|nhwcToNchw|convertTensor|convert_layout|transpose|permute|^triton_(poi|red|per)_.*convolution"
 PRODUCTS = ("GEMM", "attention", "convolution")
+MEMORY_BOUND = ("elementwise", "norm", "loss", "optimiser", "copies")
+# With this in the environment inductor notes in each kernel how many GB it moves, and tells the profiler when it
+# launches one.
+STATE_BYTES = {"TORCHINDUCTOR_BENCHMARK_KERNEL": "1"}
 MODEL, SIZE, CLASSES = "lvvit_s", 224, 1000
 WARM_UP, PROFILED, ROUNDS, STEPS = 8, 5, 5, 20  # steps, steps, groups of steps, steps a group
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -136,26 +146,83 @@ class Step:
         self.learner.optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops() * len(images) // 2
 
+    def optimiser_bytes(self) -> int:
+        """Bytes that clipping, AdamW and the moving average read and write; each does so in kernels of its own."""
+        weights = sum(weight.nbytes for weight in self.learner.model.parameters() if weight.requires_grad)
+        values = self.learner.ema.module.state_dict().values()
+        averaged = sum(value.nbytes for value in values if value.is_floating_point())
+        # Clipping reads the gradients for their norm, then reads and writes them. AdamW reads the weights, the
+        # gradients and two moments, and writes all but the gradients. The average is read with the weights, and
+        # written.
+        return 3 * weights + 7 * weights + 3 * averaged
 
-def profiled(step: Callable[[], None], device: torch.device, steps: int = PROFILED) -> dict[str, Any]:
-    """Milliseconds a step by kind, launches a step, the ten kernels that take longest and those that change layouts.
 
-    On the CPU kernels are torch's operators, each without those that it calls.
+def copied_bytes(event: Any) -> int:
+    """Bytes that a profiler's event of a copy or fill reads and writes in the device's memory; 0 for other events, and
+    where the profiler does not say."""
+    # Torch 2.11 has the text alone, and 2.13 warns when it is asked for.
+    if hasattr(event, "event_metadata"):
+        size = event.event_metadata.bytes if event.event_metadata else None
+    else:
+        stated = re.search(r'"bytes": *(\d+)', event.metadata_json or "")
+        size = int(stated[1]) if stated else None
+    return (size or 0) * (2 if "DtoD" in event.name else 1)
+
+
+def moved(micros: dict[str, float], stated: dict[str, float], steps: int, optimiser_bytes: int) -> dict[str, Any]:
+    """GB a step and GB/s of each kind in MEMORY_BOUND that has kernels, with the share of its time that they cover;
+    None for a kind of whose kernels no bytes are known.
+
+    micros, stated: microseconds and bytes by kernel, of all steps; optimiser_bytes: of one, 0 where unknown.
     """
+    kinds: dict[str, Any] = {}
+    for kind in MEMORY_BOUND:
+        times = {name: time_of_kernel for name, time_of_kernel in micros.items() if kind_of(name) == kind}
+        if not times:
+            continue
+        known = [name for name in times if stated.get(name)]
+        size, seconds = sum(stated[name] for name in known), sum(times[name] for name in known) / 1e6
+        if kind == "optimiser" and optimiser_bytes:
+            size, seconds = optimiser_bytes * steps, sum(times.values()) / 1e6
+        kinds[kind] = None
+        if size and seconds:
+            share = round(1e6 * seconds / sum(times.values()), 3)
+            kinds[kind] = {"gb": round(size / steps / 1e9, 4), "gb_s": round(size / seconds / 1e9, 1), "share": share}
+    return kinds
+
+
+def profiled(
+    step: Callable[[], None], device: torch.device, steps: int = PROFILED, optimiser_bytes: int = 0
+) -> dict[str, Any]:
+    """`summary` of so many steps."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with torch.profiler.profile(activities=activities) as profile:
+    # Without record_shapes the profiler drops what inductor states of its kernels.
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
         for _ in range(steps):
             step()
         if on_gpu:
             torch.cuda.synchronize()
+    return summary(profile.events(), on_gpu, steps, optimiser_bytes)
+
+
+def summary(events: Iterable[Any], on_gpu: bool, steps: int, optimiser_bytes: int) -> dict[str, Any]:
+    """Milliseconds a step by kind, what `moved` says of the kinds, launches a step, the ten kernels that take longest
+    and those that change layouts.
+
+    On the CPU kernels are torch's operators, each without those that it calls.
+    """
     micros: Counter[str] = Counter()
+    stated: Counter[str] = Counter()
     launches = 0
-    for event in profile.events():
+    for event in events:
+        # Inductor states a kernel's bytes with the host's event of the launch, which has the kernel's name.
+        stated[event.name] += 1e9 * (event.kwinputs or {}).get("kernel_num_gb", 0.0)
         # An annotation spans kernels that are counted by themselves.
         if (event.device_type == torch.autograd.DeviceType.CUDA) != on_gpu or event.is_user_annotation:
             continue
         micros[event.name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        stated[event.name] += copied_bytes(event)
         launches += 1
     kinds: Counter[str] = Counter()
     for name, time_of_kernel in micros.items():
@@ -167,6 +234,7 @@ def profiled(step: Callable[[], None], device: torch.device, steps: int = PROFIL
     layouts = [(name, value) for name, value in micros.most_common() if re.search(LAYOUT, name, re.IGNORECASE)]
     return {
         "kinds": rounded(kinds.most_common()),
+        "moved": moved(micros, stated, steps, optimiser_bytes),
         "launches": launches / steps,
         "longest": rounded(micros.most_common(10)),
         "layout_changes": rounded(layouts[:10]),
@@ -224,7 +292,8 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
     figures["rates"] = rates(step, batch, device, ROUNDS, STEPS)
     figures["memory_mb"] = torch.cuda.max_memory_allocated() >> 20
     if options["profile"]:
-        figures |= profiled(step, device) | {"host_ms": round(host_milliseconds(step, device), 3)} | peaks(device)
+        figures |= profiled(step, device, optimiser_bytes=step.optimiser_bytes()) | peaks(device)
+        figures["host_ms"] = round(host_milliseconds(step, device), 3)
         figures["flops"] = step.flops()
     return figures
 
@@ -232,8 +301,9 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
 def contend(name: str, options: dict[str, Any], limit: float) -> dict[str, Any] | None:
     """`measure` in a process of its own; None, and the reason said, where that fails."""
     command = [sys.executable, __file__, "--worker", json.dumps(options)]
+    environment = os.environ | (STATE_BYTES if options["profile"] else {})
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         print(f"{name}: FAILED: not done after {limit:.0f} s", flush=True)
         return None
@@ -276,11 +346,23 @@ def main() -> None:
     sys.exit(failed)
 
 
+def said_of_bytes(kind: str, row: dict[str, Any]) -> str:
+    """What a profile's table says of the bytes of a kind."""
+    if kind not in row["moved"]:
+        return ""
+    figures = row["moved"][kind]
+    if figures is None:
+        return ", bytes unknown"
+    rate = f"{figures['gb_s']:,.0f} GB/s, {figures['gb_s'] / row['copy_gb_s']:.0%} of a copy's"
+    part = "" if figures["share"] > 0.995 else f" (known for {figures['share']:.0%} of its time)"
+    return f", {figures['gb']:.2f} GB at {rate}{part}"
+
+
 def show(row: dict[str, Any], batch: int) -> None:
     """Print a profile's table."""
     step_ms, kinds = 1e3 * batch / row["median"], row["kinds"]
     for kind, ms in kinds.items():
-        print(f"  {kind:12} {ms:8.3f} ms  {ms / step_ms:6.1%} of the step")
+        print(f"  {kind:12} {ms:8.3f} ms  {ms / step_ms:6.1%} of the step{said_of_bytes(kind, row)}")
     idle = step_ms - sum(kinds.values())
     print(f"  {'no kernel':12} {idle:8.3f} ms  {idle / step_ms:6.1%} (below 0: kernels overlap)")
     products = sum(kinds.get(kind, 0.0) for kind in PRODUCTS)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._C._profiler import _RecordFunctionFast
 
 from tl_fast.training.config import TrainConfig
 
@@ -69,6 +71,22 @@ KERNELS = {
     "other": ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "radixSortKVInPlace"),
 }
 
+# Prints the Triton kernels of a compiled function, and the GB that each states, as JSON. Inductor can write them for
+# the CPU, without Triton but for a hash of its version; nothing compiles or runs them here.
+TRITON_CODE = """
+import json, re, torch, torch.utils._triton
+import torch.nn.functional as F
+from torch._inductor import config
+from torch._inductor.utils import get_code
+
+torch.utils._triton.triton_hash_with_backend = lambda: "none"
+config.cpu_backend, config.force_disable_caches, config.compile_threads = "triton", True, 1
+compiled = torch.compile(lambda images, weight: F.layer_norm(F.gelu(images) @ weight, (64,)))
+code = get_code(compiled, torch.zeros(128, 64), torch.zeros(64, 64))[0]
+kernels = re.findall("'kernel_name': '(\\\\w+)'", code), re.findall("'kernel_num_gb': ([-+.0-9e]+)", code)
+print(json.dumps([*zip(kernels[0], map(float, kernels[1]), strict=True)]))
+"""
+
 
 @pytest.fixture
 def profile(monkeypatch):
@@ -111,6 +129,75 @@ def test_a_small_step_is_profiled_on_the_cpu(profile):
     products = 2 * images * tokens * width * (4 * width + 2 * hidden)
     deeper = profile.Step(device, 4, **small | {"model_kwargs": {"depth": 3}})
     assert 3 * products == deeper.flops() - step.flops()
+    # Of each weight of the other block, all trained: 28 bytes by AdamW, 12 each by clipping and the moving average.
+    count = sum(weight.numel() for weight in deeper.learner.model.blocks[2].parameters())
+    assert deeper.optimiser_bytes() - step.optimiser_bytes() == 52 * count
+    assert figures["moved"]["elementwise"] is None and figures["moved"]["optimiser"] is None
+
+
+def event(name, micros=0.0, on_gpu=True, gb=None, **metadata):
+    device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    facts = {"name": name, "device_type": device, "is_user_annotation": False, "self_device_time_total": micros}
+    return SimpleNamespace(**facts, kwinputs={} if gb is None else {"kernel_num_gb": gb}, **metadata)
+
+
+def test_bytes_moved_by_kinds_that_memory_limits(profile):
+    size = SimpleNamespace(bytes=50_000_000)  # as torch 2.13 tells it; others as 2.11 does
+    events = [
+        # Launches by the host, one of a kernel's two with other sizes, as a forward and a backward kernel of one name.
+        event("triton_poi_fused_gelu_7", on_gpu=False, gb=0.02),
+        event("triton_poi_fused_gelu_7", on_gpu=False, gb=0.04),
+        event("triton_poi_fused_gelu_7", 10.0, event_metadata=None),
+        event("triton_poi_fused_gelu_7", 20.0, event_metadata=None),
+        event("void at::native::vectorized_elementwise_kernel<4, Fill>", 10.0, event_metadata=None),
+        event("void cudnn::bn_fw_tr_1C11_kernel_NCHW", 5.0, event_metadata=None),
+        event("void at::native::multi_tensor_apply_kernel<FusedAdam>", 100.0, event_metadata=None),
+        event("Memcpy DtoD (Device -> Device)", 40.0, event_metadata=size),
+        event("Memset (Device)", 10.0, metadata_json='"stream": 7, "bytes": 25000000, "memory bandwidth (GB/s)": 2.5'),
+        event("Memcpy HtoD (Pageable -> Device)", 150.0, metadata_json=None),
+        event("nvjet_hsh_128x256", 30.0, event_metadata=None),
+    ]
+    moved = profile.summary(events, True, 2, 140_000_000)["moved"]
+    assert moved == {
+        "elementwise": {"gb": 0.03, "gb_s": 2000.0, "share": 0.75},
+        "norm": None,
+        "optimiser": {"gb": 0.14, "gb_s": 2800.0, "share": 1.0},
+        "copies": {"gb": 0.0625, "gb_s": 2500.0, "share": 0.25},
+    }
+    assert profile.summary(events, True, 2, 0)["moved"]["optimiser"] is None
+
+
+def test_inductor_states_the_bytes_of_its_kernels_to_the_profiler(profile):
+    environment = os.environ | profile.STATE_BYTES
+    done = subprocess.run([sys.executable, "-c", TRITON_CODE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    gb = {profile.kind_of(name): size for name, size in kernels}
+    read_and_written = pytest.approx(2 * 128 * 64 * 4 / 1e9)
+    assert gb == {"elementwise": read_and_written, "norm": read_and_written}
+
+    def launch():
+        for name, size in kernels:  # as inductor does it where a profiler runs
+            with _RecordFunctionFast(name, [], {"kernel_file": "none", "kernel_num_gb": 1000 * size, "stream": 0}):
+                torch.zeros(1000)
+
+    moved = profile.profiled(launch, torch.device("cpu"), steps=2)["moved"]
+    assert moved["norm"]["gb"] == pytest.approx(1000 * gb["norm"], abs=1e-4) and moved["norm"]["share"] == 1
+
+
+def test_only_a_profile_lets_inductor_state_bytes(profile, monkeypatch):
+    environments = []
+
+    def run(command, *, env, **_):
+        environments.append(env)
+        return SimpleNamespace(returncode=0, stdout="{}\n")
+
+    stand_in = SimpleNamespace(run=run, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(profile, "subprocess", stand_in)
+    for with_profile in (False, True):
+        assert profile.contend("step", {"profile": with_profile}, 7) == {}
+    assert environments[0] == dict(os.environ)
+    assert set(environments[1].items()) - set(environments[0].items()) == {("TORCHINDUCTOR_BENCHMARK_KERNEL", "1")}
 
 
 def test_every_switch_of_the_sweep_is_a_field_with_another_value(profile):
@@ -152,7 +239,11 @@ def test_the_table_of_a_profile(profile, capsys):
     kinds = {"GEMM": 20.0, "elementwise": 10.0, "attention": 4.0}
     row = {"median": 6400.0, "kinds": kinds, "launches": 300.4, "host_ms": 7.25, "flops": 28.3e9 * 256}
     row |= {"peak_tflops": 700.0, "copy_gb_s": 3000.0, "longest": {"nvjet": 12.0}, "layout_changes": {}}
+    row["moved"] = {"elementwise": {"gb": 21.0, "gb_s": 2250.0, "share": 0.933}, "loss": None}
+    kinds["loss"] = 0.5
     profile.show(row, 256)
     said = capsys.readouterr().out
-    assert "GEMM           20.000 ms   50.0% of the step" in said and "no kernel       6.000 ms   15.0%" in said
+    assert "GEMM           20.000 ms   50.0% of the step" in said and "no kernel       5.500 ms   13.8%" in said
+    assert "of the step, 21.00 GB at 2,250 GB/s, 75% of a copy's (known for 93% of its time)\n" in said
+    assert "loss            0.500 ms    1.2% of the step, bytes unknown\n" in said
     assert "181 TFLOP/s, 302 during products" in said and "may hold one: none" in said
