@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,12 @@ from tl_fast.jpeg.memory import PixelMemory, ScanMemory, at_least
 from tl_fast.jpeg.region_loops import PLANE_ROOM, ROW_ROOM, STREAM_ROOM, decode_region, decode_regions
 
 _compiling = threading.Lock()
+
+
+def _room(rows: Any, columns: Any) -> tuple[Any, Any]:
+    """Bytes of working memory for planes and for rows that a region of `rows` x `columns` pixels needs; integers, or
+    arrays of them."""
+    return 3 * (rows + PLANE_ROOM) * (columns + PLANE_ROOM), 3 * (2 * columns + ROW_ROOM)
 
 
 class RegionQueue:
@@ -29,9 +36,8 @@ class RegionQueue:
         rows, columns = (self._regions[:, 2:] - self._regions[:, :2]).T
         ends = np.cumsum(3 * rows * columns)
         self.offsets, self.num_bytes = ends - 3 * rows * columns, int(ends[-1]) if len(ends) else 0
-        planes = 3 * (rows + PLANE_ROOM) * (columns + PLANE_ROOM)
         self._stream_room = int(sizes.max(initial=0)) + STREAM_ROOM
-        self._plane_room, self._row_room = int(planes.max(initial=0)), 3 * (2 * int(columns.max(initial=0)) + ROW_ROOM)
+        self._plane_room, self._row_room = (int(room.max(initial=0)) for room in _room(rows, columns))
         self._taken = np.zeros(1, np.int64)
 
 
@@ -61,8 +67,7 @@ class RegionDecoder(threading.local):
         if out is None:
             self._out = out = at_least(self._out, size)
         self._scan = self._scan.with_stream(jpeg.size + STREAM_ROOM)
-        planes = 3 * (rows + PLANE_ROOM) * (columns + PLANE_ROOM)
-        self._pixels = self._pixels.with_room(planes, 3 * (2 * columns + ROW_ROOM))
+        self._pixels = self._pixels.with_room(*_room(rows, columns))
         status = decode_region(jpeg, (top, left, bottom, right), self._scan, self._pixels, out)
         return out[:size].reshape(rows, columns, 3) if status == OK else None
 
