@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tl_fast.models.mix_token import box_mask
+
 
 def mix(images: Tensor, targets: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
     """Images [B,C,H,W] and targets [B,classes], both floating, mixed as `plan.mixup.draw_mix` has drawn -> new ones.
@@ -18,9 +20,7 @@ def mix(images: Tensor, targets: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor
     """
     height, width = images.shape[-2:]
     top, left, bottom, right, share = mixing.unbind()
-    y = torch.arange(height, device=images.device).unsqueeze(1)
-    x = torch.arange(width, device=images.device)
-    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # [H,W]
+    inside = box_mask(mixing[:4], (height, width), images.device)  # [H,W]
     images = torch.lerp(images, images.flip(0), (inside * share).to(images.dtype))
     share = share * (bottom - top) * (right - left) / (height * width)
     return images, torch.lerp(targets, targets.flip(0), share.to(targets.dtype))
