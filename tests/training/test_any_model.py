@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conversions import run
 from model_families import FAMILIES
-from tiny_runs import weights
+from tiny_runs import flags, torchrun, weights
 
+from tl_fast.annotation.run import AnnotateConfig, annotate
 from tl_fast.models.token_label import backbone_state_dict
 from tl_fast.system.mistakes import InputError
 from tl_fast.training import accuracy
@@ -63,3 +65,33 @@ def test_a_trained_model_is_loaded_and_goes_back_to_stock_timm(tiny, betons):
     shallow = dict(model=name, img_size=family.img_size)
     with pytest.raises(InputError, match=r"stock\.pth does not fit VisionTransformer"):  # which has 12 blocks
         load_model(run / "stock.pth", **shallow)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("name, compiled", [("vit_tiny_patch16_224", True), ("swin_tiny_patch4_window7_224", False)])
+def test_two_ranks_follow_one(tiny, tmp_path, name, compiled):
+    """By the real torchrun, 2 ranks x 8 images against 1 rank x 16; compiled on both ranks, eager on one."""
+    family, losses = FAMILIES[name], {}
+    same = dict(model=name, img_size=family.img_size, model_kwargs=family.options, batch_size=16, max_steps=6)
+    same |= dict(drop_path=0.0, mix_token=False, deterministic=True)
+    for ranks in (1, 2):
+        config = tiny(f"{ranks}", compile=compiled and ranks == 2, bucket_mb=1.0, **same)
+        job = torchrun(["tl_fast/train.py", *flags(config, tmp_path / f"{ranks}.yaml")], ranks)
+        assert job.returncode == 0, job.stderr
+        rows = read_rows(Path(config.output_dir) / "metrics.jsonl")
+        losses[ranks] = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert len(losses[1]) == 6 and losses[2] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_a_teacher_of_ours_labels_a_student(tiny, betons, tmp_path, photos, to_beton):
+    """A vision transformer trained with token labels annotates, and another model trains on the strongest classes."""
+    family = FAMILIES["vit_tiny_patch16_224"]
+    same = dict(batch_size=8, max_steps=1)
+    training.train(tiny("teacher", model="vit_tiny_patch16_224", img_size=64, model_kwargs=family.options, **same))
+    maps, data = tmp_path / "maps", tmp_path / "student.beton"
+    annotate(AnnotateConfig(images=photos / "train", out=maps, checkpoint=tmp_path / "teacher", device="cpu"))
+    assert run(to_beton, photos / "train", data, "--label-maps", maps) == 0
+    student = tiny("student", train_data=str(data), labels="argmax", **same)
+    (step,) = (row for row in read_rows(Path(training.train(student)["metrics"])) if row["kind"] == "train")
+    assert math.isfinite(step["token_loss"]) and step["token_loss"] > 0
