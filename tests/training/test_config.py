@@ -86,7 +86,7 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
         ({"sync_bn": True, "freeze_stem_bn": True}, "sync_bn.*freeze_stem_bn"),
         ({"sync_bn": True, "device": "cpu"}, "sync_bn needs GPUs"),
         ({"decode": "hybrid", "hybrid_share": 1.5}, "hybrid_share must be in"),
-        ({"hybrid_share": 0.5}, "no effect with decode auto"),
+        ({"hybrid_share": 0.5}, "with decode='hybrid' alone; got 0.5, decode='auto'"),
         ({"decode": "hybrid", "deterministic": True}, "deterministic needs a hybrid_share"),
         ({"resume": "runs/x", "init_weights": "w.pth"}, "w.pth would be overwritten by resume runs/x"),
         ({"init_ema": False}, "init_ema false has no effect without init_weights"),

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from tl_fast.pipeline.nvjpeg import HW_DECODER_LOAD, graph_definition
+from tl_fast.pipeline.ways import DECODES, check_hybrid_share
 from tl_fast.plan.augment import Augment
 from tl_fast.plan.boxes import GEOMETRIES
 from tl_fast.system.mistakes import InputError
-
-DECODES = ("auto", "cpu", "mixed", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,7 @@ class Decoding:
                 f"decode must be one of {DECODES}, 'mixed' and 'hybrid' (nvJPEG) with device='cuda' alone; got "
                 f"{self.way!r}, device={str(self.device)!r}"
             )
-        if self.hybrid_share is not None and not (self.way == "hybrid" and 0 <= self.hybrid_share <= 1):
-            raise InputError(
-                f"hybrid_share must be in 0..1, with decode='hybrid' alone; got "
-                f"{self.hybrid_share}, decode={self.way!r}"
-            )
+        check_hybrid_share(self.hybrid_share, self.way)
         if not 0 <= self.hw_decoder_load <= 1:
             raise InputError(f"hw_decoder_load must be in 0..1, got {self.hw_decoder_load}")
         if needs_gpu:

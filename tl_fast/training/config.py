@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from tl_fast.pipeline.ways import check_hybrid_share
 from tl_fast.plan.augment import Augment
 from tl_fast.plan.mixup import Mixup
 from tl_fast.sources.source import MAX_CLASSES
@@ -288,10 +289,7 @@ class TrainConfig:
         if self.labels == "argmax" and not self.token_label:
             raise InputError("labels argmax picks the token labels' strongest class: it needs token_label true")
         self._check_mixing()
-        if self.decode != "hybrid" and self.hybrid_share is not None:
-            raise InputError(
-                f"hybrid_share {self.hybrid_share} has no effect with decode {self.decode}: set decode hybrid"
-            )
+        check_hybrid_share(self.hybrid_share, self.decode)
         if self.deterministic and self.decode == "hybrid" and self.hybrid_share is None:
             raise InputError(
                 "deterministic needs a hybrid_share with decode hybrid: else it is measured at every start"
@@ -409,7 +407,6 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("cooldown_epochs", 0, 1 << 20),
     ("warmup_epochs", 0, 1 << 20),
     ("max_steps", 1, 1 << 40),
-    ("hybrid_share", 0, 1),
     ("lr", 1e-12, 1e3),
     ("lr_base_batch", 1, 1 << 24),
     ("min_lr", 0, 1e3),
