@@ -156,8 +156,8 @@ class Loader:
 
     @property
     def hybrid_share(self) -> float | None:
-        """Share of the samples that nvJPEG decodes under 'hybrid'; None for other ways, and as long as it is open."""
-        return getattr(self._maker.decoder, "share", None)
+        """Share of the samples that nvJPEG decodes under 'hybrid'; None for other ways, and until it is measured."""
+        return self._maker.decoder.share
 
     @property
     def num_classes(self) -> int:

@@ -85,11 +85,13 @@ class RegionsDecoder(Protocol):
     """Decodes regions of a data set's images, batch after batch.
 
     way: how, as `pipeline.Loader` takes `decode`.
+    share: of the samples that nvJPEG decodes under 'hybrid', 0..1; None for other ways, and until it is measured.
 
     One thread at a time may ask for batches.
     """
 
     way: str
+    share: float | None = None
 
     def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Regions:
         """The regions' pixels.
