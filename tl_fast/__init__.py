@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "convert.write": ["write_beton"],
         "models.loss": ["TokenLabelLoss"],
         "models.lvvit": ["LVViT"],
+        "models.token_label": ["TokenLabelModel"],
         "pipeline.batch": ["Batch"],
         "pipeline.loader": ["Loader"],
         "plan.augment": ["Augment"],

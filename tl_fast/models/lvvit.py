@@ -404,7 +404,10 @@ class LVViT(nn.Module):
         token [B,D] when `pre_logits`."""
         if pre_logits or not self.num_classes:
             return x[:, 0]
-        return self.head(x[:, 0]) + self.eval_token_weight * self.token_logits(x).amax(1)
+        logits = self.head(x[:, 0])
+        if not self.eval_token_weight:
+            return logits
+        return logits + self.eval_token_weight * self.token_logits(x).amax(1)
 
     def token_logits(self, x: Tensor) -> Tensor:
         """Features [B,1+N,D] -> logits of the patch tokens [B,N,C]."""

@@ -120,9 +120,12 @@ class TokenLabelModel(nn.Module):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Features -> logits [B,C] as evaluation has them, or what the classifier takes, [B,D]."""
-        if pre_logits or not self.eval_token_weight:
-            return self._class_logits(features) if not pre_logits else self.backbone.forward_head(features, True)
-        return self._class_logits(features) + self.eval_token_weight * self.token_logits(features).amax(1)
+        if pre_logits:
+            return self.backbone.forward_head(features, pre_logits=True)
+        logits = self._class_logits(features)
+        if not self.eval_token_weight:
+            return logits
+        return logits + self.eval_token_weight * self.token_logits(features).amax(1)
 
     def token_logits(self, features: Tensor, inside: Tensor | None = None) -> Tensor:
         """Features -> logits of the tokens [B,N,C]. inside: boolean [h,w], the tokens that MixToken took from the
