@@ -89,7 +89,7 @@ def write_rows(
             "benchmark": benchmark,
             "contender": name,
             "unit": unit,
-            **dict(zip(("p20", "median", "p80"), spread[name], strict=False)),
+            **dict(zip(("p20", "median", "p80"), spread[name], strict=True)),
             "min": round(min(values), 1),
             "max": round(max(values), 1),
             "rounds": len(values),

@@ -107,7 +107,7 @@ class Clock:
         totals, per_step = [0.0] * len(PHASES), len(PHASES) + 1
         for start in range(0, len(self.marks), per_step):
             marks = self.marks[start : start + per_step]
-            for phase, (a, b) in enumerate(zip(marks, marks[1:], strict=False)):
+            for phase, (a, b) in enumerate(itertools.pairwise(marks)):
                 totals[phase] += a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a
         return totals
 
@@ -385,7 +385,7 @@ def measured(
             except RuntimeError as error:
                 failed.append(str(error))
                 continue
-        yield dict(zip(group, map(list, zip(*turns, strict=False)), strict=False))
+        yield dict(zip(group, map(list, zip(*turns, strict=True)), strict=True))
 
 
 def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
@@ -415,7 +415,7 @@ def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
                 for i in range(len(PHASES))
             ]
             details[name] = {
-                "ms": dict(zip(PHASES, (round(ms, 2) for ms in phases), strict=False)),
+                "ms": dict(zip(PHASES, (round(ms, 2) for ms in phases), strict=True)),
                 "mfu": round(statistics.median(rates[name]) * per_image / top, 4),
                 "memory_mb": turns[-1]["memory"] // 1_000_000,
                 "recompiled": turns[-1]["recompiled"],

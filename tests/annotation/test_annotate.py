@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 
 # isort: split
 import timm
+from tiny_runs import torchrun
 
 from tl_fast.annotate import main
 from tl_fast.annotation import linear_probe
@@ -33,7 +31,6 @@ from tl_fast.sources.image_folder import ImageFolderError, list_images
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -322,23 +319,8 @@ def test_resume_and_two_ranks_give_the_same_store(tmp_path, photos, monkeypatch)
     assert content(one) == whole and (one / "maps-00000.npy").stat().st_mtime_ns == kept
 
     (tmp_path / "parts_of_8.py").write_text(PARTS_OF_8)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(tmp_path / "parts_of_8.py"),
-    ]
-    done = subprocess.run(
-        command + [argument.replace("OUT", str(two)) for argument in arguments],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
+    script = [str(tmp_path / "parts_of_8.py"), *(argument.replace("OUT", str(two)) for argument in arguments)]
+    done = torchrun(script, 2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("pooled top-1") == 1  # one rank talks
     assert content(two) == whole
@@ -551,10 +533,10 @@ def test_a_model_trained_here_annotates_with_its_token_head(tmp_path, photos):
     renamed = tmp_path / "renamed"  # the same classes, of which two have swapped places
     renamed.mkdir()
     for name, folder in {"animal": "animal", "fish": "tool", "tool": "fish"}.items():
-        os.symlink(photos / "train" / name, renamed / folder)
+        (renamed / folder).symlink_to(photos / "train" / name)
     swapped = annotate(AnnotateConfig(images=renamed, out=tmp_path / "picked", classes="auto", **common))
     assert swapped["kept_classes"] == [0, 1, 3] and swapped["class_names"] == ["animal", "fish", "tool"]
     (tmp_path / "other").mkdir()
-    os.symlink(photos / "train" / "fish", tmp_path / "other" / "whale")
+    (tmp_path / "other" / "whale").symlink_to(photos / "train" / "fish")
     with pytest.raises(AnnotateError, match="'whale' is no class of its run"):
         annotate(AnnotateConfig(images=tmp_path / "other", out=tmp_path / "refused", classes="auto", **common))

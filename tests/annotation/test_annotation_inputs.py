@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ import pytest
 from conversions import SHAPE, published, run
 from PIL import Image
 from small_sources import WNIDS, pack_train, pack_val, pack_webdataset, parquet_table, write_parquet
+from tiny_runs import torchrun
 
 from tl_fast import annotate
 from tl_fast.annotation import run as annotation
@@ -30,7 +28,6 @@ from tl_fast.labelmaps.store import LabelMapStore
 from tl_fast.sources.image_folder import ImageFolder
 from tl_fast.system import progress
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = "--model efficientnet-lite0 --img-size 32 --device cpu --workers 1".split()
 
@@ -395,26 +392,8 @@ annotate.main(sys.argv[1:])
 @pytest.mark.slow
 def test_ranks_that_torchrun_restarts_go_on(folder: ImageFolder, tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(RESTARTED)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "--max-restarts",
-        "1",
-        str(tmp_path / "job.py"),
-        folder.root,
-        str(tmp_path / "maps"),
-        *QUICK,
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment, timeout=200)
+    script = [str(tmp_path / "job.py"), str(folder.root), str(tmp_path / "maps"), *QUICK]
+    done = torchrun(script, 2, "--standalone", "--max-restarts=1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert LabelMapStore(tmp_path / "maps").complete
 

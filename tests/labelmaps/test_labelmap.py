@@ -163,7 +163,7 @@ def test_quantise_refuses(scores):
 def test_dequantise_takes_a_batch():
     rng = np.random.default_rng(0)
     packed = [quantise(rng.normal(size=(3, 2, 4)).astype(np.float32)) for _ in range(5)]
-    levels, low, step = (np.stack(part) for part in zip(*packed, strict=False))
+    levels, low, step = (np.stack(part) for part in zip(*packed, strict=True))
     np.testing.assert_array_equal(dequantise(levels, low, step), np.stack([dequantise(*one) for one in packed]))
 
 

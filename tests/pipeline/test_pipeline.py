@@ -4,8 +4,6 @@ import contextlib
 import gc
 import io
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from small_betons import write
+from tiny_runs import torchrun
 
 from tests import reference
 from tl_fast.beton.layout import BetonError
@@ -426,17 +425,7 @@ dist.destroy_process_group()
 def test_two_gloo_ranks_see_disjoint_shards_that_cover_the_epoch(photo_beton, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK_SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-        str(photo_beton),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = torchrun([str(script), str(photo_beton)], 2)
     assert done.returncode == 0, done.stderr
     first, second = eval(
         next(line for line in done.stdout.splitlines() if line.startswith("SHARDS")).removeprefix("SHARDS")
