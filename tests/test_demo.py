@@ -59,3 +59,18 @@ def test_the_whole_path_runs_twice_into_one_folder(tmp_path):
         with BetonReader(tmp_path / f"{name}.beton") as reader:
             assert len(reader) == samples and reader.class_names == ["animal", "fish", "monument", "tool"]
             assert (reader.spec is None) == (name == "val")
+
+
+@pytest.mark.slow
+def test_one_command_trains_and_fine_tunes(tmp_path):
+    options = ["--model", "vit_tiny_patch16_224", "--model_kwargs", "{depth: 2}"]
+    command = [sys.executable, "-m", "tl_fast.demo", "--fine-tune", "--out", str(tmp_path), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(rf"demo: top-1 \d+\.\d % after fine-tuning, files in {tmp_path}", done.stdout.splitlines()[-1])
+    # The heads are made anew for three classes, and evaluation finds what the run itself found.
+    assert re.search(r"left out .*\(4 classes\).* as the model has 3 classes", done.stdout)
+    assert "resized pos_embed from [1, 37, 192] to [1, 65, 192]" in done.stdout
+    (validated,) = re.findall(r"step 20: val top-1 (\d+\.\d) % \(EMA\)", done.stdout)[1:]
+    evaluated = float(re.search(r"\(ema\): top-1 (\d+\.\d+) %", done.stdout)[1])
+    assert evaluated == pytest.approx(float(validated), abs=0.05)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "runs" / "demo"
+PHOTOS = ROOT / "tests" / "photos"
 
 
 def run(*command: str | Path) -> float:
@@ -32,9 +33,8 @@ def annotate_and_pack(folder: Path) -> dict[str, float]:
 
     Replaces an earlier demo's; SystemExit where the folder holds something else.
     """
-    photos = ROOT / "tests" / "photos"
-    if not photos.is_dir():
-        raise SystemExit(f"demo: the bundled photos are missing at {photos}; run it from a clone of the repository")
+    if not PHOTOS.is_dir():
+        raise SystemExit(f"demo: the bundled photos are missing at {PHOTOS}; run it from a clone of the repository")
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / ".tl_fast-demo"  # without it what lies in the folder is not ours to replace
     if not marker.exists() and any(folder.iterdir()):
@@ -45,8 +45,8 @@ def annotate_and_pack(folder: Path) -> dict[str, float]:
     for old in (train, val):
         old.unlink(missing_ok=True)
     seconds = {}
-    head = ("--model", "efficientnet-lite0", "--fit-head", "--eval-images", photos / "val")
-    seconds["annotate"] = run("-m", "tl_fast.annotate", photos / "train", maps, *head)
-    seconds["pack"] = run("converters/to_beton.py", photos / "train", train, "--label-maps", maps)
-    seconds["pack"] += run("converters/to_beton.py", photos / "val", val)
+    head = ("--model", "efficientnet-lite0", "--fit-head", "--eval-images", PHOTOS / "val")
+    seconds["annotate"] = run("-m", "tl_fast.annotate", PHOTOS / "train", maps, *head)
+    seconds["pack"] = run("converters/to_beton.py", PHOTOS / "train", train, "--label-maps", maps)
+    seconds["pack"] += run("converters/to_beton.py", PHOTOS / "val", val)
     return seconds
