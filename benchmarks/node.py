@@ -20,14 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
-
-# isort: split
-import timm
 from rows import ROOT
 from train import RESULTS, flops
 
+from tl_fast.models.build import build_model
 from tl_fast.training.config import TrainConfig, parse_config
 
 IMAGES = 1_281_167  # ImageNet-1k's training set
@@ -104,7 +100,7 @@ def measured(results: Path) -> dict[tuple[str, int], tuple[float, str]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; `arguments` instead of sys.argv's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", type=Path, nargs="+", default=sorted((ROOT / "recipes").glob("lvvit_*.yaml")))
+    parser.add_argument("--recipes", type=Path, nargs="+", default=sorted((ROOT / "recipes").glob("*_[0-9]*.yaml")))
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rate", nargs="+", default=[], metavar="MODEL:SIZE=IMAGES/S", help="of one GPU")
     parser.add_argument(
@@ -159,10 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rate = rates[key][0]
         sources[name] = f"{rate:,.0f} images/s of one GPU at whatever batch it gets: {rates[key][1]}"
         with torch.device("meta"):
-            parameters = sum(
-                p.numel()
-                for p in timm.create_model(config.model, img_size=config.img_size, num_classes=1000).parameters()
-            )
+            model = build_model(config.model, img_size=config.img_size, num_classes=1000)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
         size, inside, _ = reduced(parameters, 1)
         among = (
             f", {reduced(parameters, nodes)[2] * 1e3:,.1f} MB among {nodes} nodes"

@@ -368,7 +368,7 @@ def test_recipes_by_name(tmp_path):
     assert find_recipe(str(own)) == own
     for name in ("lvvit_x", "", "lvvit_s_", "lvvit_", str(tmp_path / "none.yaml")):
         with pytest.raises(
-            ValueError, match="there is no recipe .*known are demo_photos, lvvit_l_288, lvvit_l_448, lvvit_l_512, lvvit"
+            ValueError, match="there is no recipe .*known are convnext_tiny_224, deit_small_224, demo_photos, lv"
         ):
             find_recipe(name)
     for name in ("vit_224", "vit_384"):
@@ -561,7 +561,7 @@ def test_command_line_of_a_recipe(full, tmp_path, capsys, monkeypatch):
     main([str(full), "--recipe", "lvvit_s_224", "--ids", "3", "--image-size", "64", "--out", "small.png"])
     assert Image.open("small.png").width == Image.open(same).width
     bad = {
-        "--recipe lvvit_q": "there is no recipe 'lvvit_q'; known are demo_photos,",
+        "--recipe lvvit_q": "there is no recipe 'lvvit_q'; known are convnext_tiny_224, deit_small_224, demo_photos,",
         "--recipe lvvit_s_224 --ids 99": "sample 99 is not in",
         "--recipe lvvit_s_224 --image-size 100": "multiples of 16",
         "--recipe lvvit_s_224 --out x.txt": "use .png",

@@ -37,7 +37,7 @@ PATHS = ("train_data", "val_data", "output_dir", "init_weights")
 
 
 def read_tables() -> list[list[dict[str, str]]]:
-    """The tables of docs/recipes.md: the rows' flags, fields from random weights, fields of fine-tuning."""
+    """The tables of docs/recipes.md: the rows' flags, fields from random weights, fields of fine-tuning, others."""
     tables, lines = [], []
     for line in [*(ROOT / "docs" / "recipes.md").read_text().splitlines(), ""]:
         if line.startswith("|"):
@@ -49,7 +49,7 @@ def read_tables() -> list[list[dict[str, str]]]:
     return tables
 
 
-ROWS, FROM_SCRATCH, FINE_TUNING = read_tables()
+ROWS, FROM_SCRATCH, FINE_TUNING, OTHER_MODELS = read_tables()
 NAMES = [row["recipe"] for row in ROWS]
 
 
@@ -216,3 +216,66 @@ def test_a_recipe_takes_a_step(row, folder, column, betons, tmp_path):
         moved = after["model.safetensors:head.weight"] - before[f"{file}.safetensors:head.weight"]
         assert 0 < moved.abs().max() <= 1.01 * step["lr"]  # AdamW's first step is as long as the learning rate
         assert after["model.safetensors:pos_embed"].shape[1] > before["model.safetensors:pos_embed"].shape[1]
+
+
+# Other models
+
+OTHERS = pytest.mark.parametrize("row", OTHER_MODELS, ids=[row["recipe"] for row in OTHER_MODELS])
+REDUCED = {  # what makes them small
+    "volo_d1_224": {},
+    "deit_small_224": {"depth": 1},
+    "swin_tiny_224": {"depths": [1, 1, 1, 1], "embed_dim": 24},
+    "convnext_tiny_224": {"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 48]},
+}
+
+
+def test_every_recipe_is_in_a_table():
+    of_tables = {row["recipe"] for row in (*ROWS, *OTHER_MODELS)}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == of_tables | {"demo_photos"}
+
+
+@OTHERS
+def test_a_recipe_of_another_model_is_what_the_document_says(row):
+    config, defaults = recipe(row["recipe"]), TrainConfig(train_data="x.beton").to_dict()
+    fields = {line["field"].strip("`"): value(line["ours"]) for line in FROM_SCRATCH}
+    fields |= {name: value(row[name]) for name in ("model", "drop_path", "lr", "warmup_epochs", "crop_pct")}
+    for field in dataclasses.fields(TrainConfig):
+        if field.name not in PATHS:
+            resolved = config.to_dict()[field.name]
+            assert resolved == fields.get(field.name, defaults[field.name]), field.name
+    assert config.init_weights is None
+    text = (RECIPES / f"{row['recipe']}.yaml").read_text()
+    assert f"--config recipes/{row['recipe']}.yaml " in text and f"--output_dir {config.output_dir}" in text
+    assert f"{row['published top-1'].split()[0]} % top-1" in text and "yet" in text
+    assert ("without token labels" in text) == ("without token labels" in row["published top-1"])
+
+
+@OTHERS
+def test_the_size_of_another_model_is_what_the_document_says(row):
+    with torch.device("meta"):
+        model = build_network(recipe(row["recipe"]))
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert parameters == pytest.approx(value(row["parameters, M"]), abs=0.006)
+    assert model.grid_size == 2 * (value(row["tokens"]),) and model.can_mix_tokens
+
+
+@OTHERS
+def test_a_recipe_of_another_model_takes_a_step(row, betons, tmp_path):
+    config = dataclasses.replace(
+        recipe(row["recipe"]),
+        train_data=str(betons / "train.beton"),
+        val_data=str(betons / "val.beton"),
+        output_dir=str(tmp_path / "run"),
+        model_kwargs=REDUCED[row["recipe"]],
+        img_size=64,
+        num_classes=None,
+        batch_size=4,
+        lr_base_batch=4,
+        max_steps=1,
+        log_every=1,
+        threads=1,
+        device="cpu",
+    )
+    assert train(config)["steps"] == 1
+    (step,) = [line for line in read_rows(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train"]
+    assert step["loss"] == pytest.approx(step["class_loss"] + 0.5 * step["token_loss"], rel=1e-4)
