@@ -26,7 +26,7 @@ from loaders import BATCH, CLASSES, FULL, build, find_images
 from PIL import Image
 from rows import ROOT, measure, write_rows
 
-from tl_fast.models.patch import PATCH
+from tl_fast.models.lvvit import PATCH
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.augment import Augment
 

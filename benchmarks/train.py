@@ -52,9 +52,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tl_fast.models.build import build_model
 from tl_fast.models.loss import TokenLabelLoss
-from tl_fast.models.lvvit import LVViT
+from tl_fast.models.lvvit import PATCH, LVViT
 from tl_fast.models.normalise import Normalise, autocast
-from tl_fast.models.patch import PATCH
 from tl_fast.models.step import TrainStep, compiled
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.augment import Augment

@@ -14,7 +14,7 @@ import torch
 import yaml
 from tiny_runs import ROOT, TINY, weights
 
-from tl_fast.models.patch import PATCH
+from tl_fast.models.lvvit import PATCH
 from tl_fast.training.config import TrainConfig, parse_config
 from tl_fast.training.loop import train
 from tl_fast.training.network import build_network, square_grid

@@ -25,8 +25,9 @@ from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2t
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from tl_fast.models.mix_token import MixBox, box_mask
-from tl_fast.models.patch import PATCH
 
+PATCH = 16
+"""Pixels a side of one token (arXiv 2104.10858); the strides of the stem, 2 and then 8, fix it."""
 # The drop path rate from which a branch computes only the samples it keeps, where branches are drawn one by one. On a
 # GPU a gather and a scatter must first be earned back: an estimate from memory traffic, not yet measured there.
 SKIP_FROM = {"cpu": 0.0, "cuda": 0.1}
