@@ -80,6 +80,8 @@ def check_warped(classes, scores, affines, num_classes, grid, cut):
         (2, 2, 3, 3, 8, 2),
         (1, 3, 2, 2, 3, 2),
         (1, 2, 13, 3, 6, 1),
+        (2, 2, 5, 7, 9, (2, 3)),
+        (1, 2, 6, 4, 9, (4, 1)),
     ],
 )
 def test_targets_equal_the_cpus(batch, k, rows, columns, num_classes, grid):

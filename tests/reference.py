@@ -42,28 +42,30 @@ def _interpolate(plane: np.ndarray, y: float, x: float) -> np.ndarray:
     return top * (1 - fy) + bottom * fy
 
 
-def roi_align(dense: np.ndarray, crop: tuple[float, float, float, float], bins: int) -> np.ndarray:
-    """RoIAlign of one crop (top, left, height, width as fractions) -> [C, bins, bins]; torchvision's `aligned=False` on
+def roi_align(dense: np.ndarray, crop: tuple[float, float, float, float], bins: tuple[int, int]) -> np.ndarray:
+    """RoIAlign of one crop (top, left, height, width as fractions) -> [C, *bins]; torchvision's `aligned=False` on
     shifted boxes."""
     rows, columns = dense.shape[1:]
     top, left = crop[0] * rows - 0.5, crop[1] * columns - 0.5
     height, width = max(crop[2] * rows, 1.0), max(crop[3] * columns, 1.0)
-    ny, nx = math.ceil(height / bins), math.ceil(width / bins)
-    out = np.zeros((dense.shape[0], bins, bins))
-    for i, j, sy, sx in np.ndindex(bins, bins, ny, nx):
-        y = top + height / bins * (i + (sy + 0.5) / ny)
-        x = left + width / bins * (j + (sx + 0.5) / nx)
+    ny, nx = math.ceil(height / bins[0]), math.ceil(width / bins[1])
+    out = np.zeros((dense.shape[0], *bins))
+    for i, j, sy, sx in np.ndindex(*bins, ny, nx):
+        y = top + height / bins[0] * (i + (sy + 0.5) / ny)
+        x = left + width / bins[1] * (j + (sx + 0.5) / nx)
         out[:, i, j] += _interpolate(dense, y, x) / (ny * nx)
     return out
 
 
 def token_targets(classes, scores, crops, flips, num_classes, grid, smoothing) -> np.ndarray:
-    """Token-label targets [B, 1 + grid*grid, C] the long way: dense map, RoIAlign, softmax, smoothing."""
+    """Token-label targets [B, 1 + h*w, C] the long way: dense map, RoIAlign, softmax, smoothing.
+
+    grid: (h, w), or a number for both."""
     targets = []
     for b in range(len(classes)):
         dense = dense_map(classes[b], scores[b], num_classes)
         rows = []
-        for bins in (1, grid):
+        for bins in ((1, 1), (grid, grid) if isinstance(grid, int) else grid):
             values = roi_align(dense, crops[b], bins)
             if flips[b]:
                 values = values[:, :, ::-1]

@@ -55,7 +55,10 @@ def random_crops(rng, batch):
     return np.concatenate([rng.uniform(0, 1, (batch, 2)) * (1 - size), size], axis=1).astype(np.float32)
 
 
-@pytest.mark.parametrize("rows, columns, grid", [(18, 18, 14), (7, 11, 5), (30, 5, 3), (2, 2, 4), (40, 40, 2)])
+@pytest.mark.parametrize(
+    "rows, columns, grid",
+    [(18, 18, 14), (7, 11, 5), (30, 5, 3), (2, 2, 4), (40, 40, 2), (18, 18, (6, 8)), (9, 5, (7, 2))],
+)
 def test_token_targets_equal_torchvision_roi_align(eager, rows, columns, grid):
     rng = np.random.default_rng(rows * 100 + columns)
     batch, k, num_classes, smoothing = 12, 4, 21, 0.1
@@ -91,7 +94,7 @@ def test_token_targets_equal_torchvision_roi_align(eager, rows, columns, grid):
     columns=st.integers(1, 9),
     k=st.integers(1, 4),
     extra=st.integers(0, 5),
-    grid=st.integers(1, 5),
+    grid=st.integers(1, 5) | st.tuples(st.integers(1, 5), st.integers(1, 5)),
     smoothing=st.sampled_from([0.0, 0.1, 0.9]),
     outside=st.booleans(),
 )
@@ -122,6 +125,14 @@ def test_token_targets_of_fully_listed_negative_scores():
     np.testing.assert_allclose(targets[0, 0], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 0], rtol=1e-5, atol=1e-7)
 
 
+def test_a_number_is_the_grid_of_a_square():
+    rng = np.random.default_rng(0)
+    classes, scores = random_maps(rng, 4, 3, 7, 9, 12)
+    affines = np.concatenate([rng.normal(0.4, 0.3, (2, 6)), [[0.7, 0, 0.1, 0, 0.6, 0.2], [-0.5, 0, 0.9, 0, 1, 0]]])
+    square, pair = (cpu.warped_targets(classes, scores, affines, 12, grid, 0.1) for grid in (3, (3, 3)))
+    np.testing.assert_array_equal(square, pair)
+
+
 @pytest.mark.parametrize("num_classes", [255, 256, 257, 271])
 def test_rows_written_past_the_caches_end_where_they_should(num_classes):
     rng = np.random.default_rng(num_classes)
@@ -148,6 +159,8 @@ def test_rows_written_past_the_caches_end_where_they_should(num_classes):
         ({"flips": np.zeros(2, bool)}, "flips"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"grid": 0}, "grid"),
+        ({"grid": (2, 0)}, "grid"),
+        ({"grid": (2, 3), "out": np.empty((1, 5, 5), np.float32)}, "out must be"),
         ({"out": np.empty((1, 5, 4), np.float32)}, "out must be"),
         ({"out": np.empty((1, 5, 10), np.float32)[:, :, ::2]}, "contiguous"),
     ],

@@ -365,7 +365,7 @@ def softmax(logits: np.ndarray, smoothing: float) -> np.ndarray:
 
 
 def slow_targets(classes, scores, affine, num_classes, grid, smoothing, cut) -> np.ndarray:
-    """One map's targets [1 + grid * grid, C]: RoIAlign's points of each bin of the output, mapped to the map,
+    """One map's targets [1 + h*w, C] of grid (h, w): RoIAlign's points of each bin of the output, mapped to the map,
     averaged."""
     rows, columns = classes.shape[1:]
     dense = reference.dense_map(classes, scores, num_classes)
@@ -378,15 +378,15 @@ def slow_targets(classes, scores, affine, num_classes, grid, smoothing, cut) -> 
             start, side = start - side * (1 / length - 1) / 2, side / length
         sides.append(side)
     logits = []
-    for bins in (1, grid):
-        counts = [math.ceil(max(np.hypot(*side), 1) / bins) for side in sides]
-        for i, j in np.ndindex(bins, bins):
+    for bins_y, bins_x in ((1, 1), grid):
+        counts = [math.ceil(max(np.hypot(*sides[n]), 1) / bins) for n, bins in enumerate((bins_x, bins_y))]
+        for i, j in np.ndindex(bins_y, bins_x):
             total = np.zeros(num_classes)
             for sy, sx in np.ndindex(counts[1], counts[0]):
                 x, y = (
                     start
-                    + sides[0] * (j + (sx + 0.5) / counts[0]) / bins
-                    + sides[1] * (i + (sy + 0.5) / counts[1]) / bins
+                    + sides[0] * (j + (sx + 0.5) / counts[0]) / bins_x
+                    + sides[1] * (i + (sy + 0.5) / counts[1]) / bins_y
                 )
                 if not cut or (-0.5 <= y <= rows - 0.5 and -0.5 <= x <= columns - 0.5):
                     total += reference._interpolate(dense, y, x)
@@ -406,11 +406,20 @@ def map_affine(rng, strength=1.0, thin=False) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "rows, columns, grid, thin",
-    [(18, 18, 5, False), (7, 11, 3, False), (4, 3, 4, False), (1, 1, 2, False), (9, 14, 2, True)],
+    [
+        (18, 18, 5, False),
+        (7, 11, 3, False),
+        (4, 3, 4, False),
+        (1, 1, 2, False),
+        (9, 14, 2, True),
+        (18, 13, (3, 5), False),
+        (9, 14, (4, 1), True),
+    ],
 )
 @pytest.mark.parametrize("cut", [False, True])
 def test_warped_targets_are_roi_align_by_its_definition(rows, columns, grid, thin, cut):
     rng = np.random.default_rng(rows)
+    sides = (grid, grid) if isinstance(grid, int) else grid
     off, nothing = [], 0
     for _ in range(8):
         classes, scores = random_maps(rng, 3, rows, columns, 7)
@@ -419,12 +428,12 @@ def test_warped_targets_are_roi_align_by_its_definition(rows, columns, grid, thi
             continue
         targets = cpu.warped_targets(classes, scores, affines, 7, grid, 0.1, cut=cut)
         for b in range(2):
-            expected = slow_targets(classes[b], scores[b], affines[b], 7, grid, 0.1, cut)
+            expected = slow_targets(classes[b], scores[b], affines[b], 7, sides, 0.1, cut)
             off.append(np.abs(targets[b] - expected).max(axis=1))
             nothing += (np.ptp(expected, axis=1) == 0).sum()
     off = np.concatenate(off)
     # A point within rounding of RoIAlign's cut-off a cell outside may fall on either side of it.
-    assert (off > 2e-5).mean() <= 0.01 and off.size >= 8 * (1 + grid**2)
+    assert (off > 2e-5).mean() <= 0.01 and off.size >= 8 * (1 + math.prod(sides))
     assert thin or rows == 1 or nothing > 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from tl_fast.kernels.colour import cpu as colour
 from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.kernels.targets import cpu as targets
-from tl_fast.kernels.targets.crops import affines_of_crops
+from tl_fast.kernels.targets.crops import Grid, affines_of_crops, grid_sides
 from tl_fast.maths.compile import njit
 
 
@@ -55,17 +55,16 @@ def token_targets(
     crops: np.ndarray,
     flips: np.ndarray,
     num_classes: int,
-    grid: int,
+    grid: Grid,
     smoothing: float,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Soft targets of the class token and of grid x grid patch tokens from sparse label maps -> float32 [B, 1 +
-    grid*grid, C].
+    """Soft targets of the class token and of h x w patch tokens from sparse label maps -> float32 [B, 1 + h*w, C].
 
     classes: uint16 [B, k, H, W]; scores: float32 [B, k, H, W], classes not listed in a cell have score 0; crops:
     float32 [B, 4] = (top, left, height, width) as fractions of the label map's extent; flips: bool [B], the crop is
-    mirrored left-right after cropping; num_classes: C; smoothing: label smoothing s in [0, 1); out: where to write,
-    else a new array.
+    mirrored left-right after cropping; num_classes: C; grid: (h, w), or a number for both; smoothing: label smoothing s
+    in [0, 1); out: where to write, else a new array.
 
     RoIAlign as torchvision's (`aligned=False` on boxes shifted by -0.5 cells, adaptive sampling, extent at least one
     cell), softmax over all C classes, then p * (1 - s + s / C) + s / C. The class token (1 x 1) comes first, the patch
@@ -84,7 +83,7 @@ def warped_targets(
     scores: np.ndarray,
     affines: np.ndarray,
     num_classes: int,
-    grid: int,
+    grid: Grid,
     smoothing: float,
     out: np.ndarray | None = None,
     cut: bool = True,
@@ -102,7 +101,8 @@ def warped_targets(
     affines = np.ascontiguousarray(affines, np.float32)
     if affines.shape != (b, 6) or not np.isfinite(affines).all():
         raise ValueError(f"affines must be finite [{b}, 6], got {affines.shape}")
-    shape = (b, 1 + grid * grid, num_classes)
+    grid = grid_sides(grid)
+    shape = (b, 1 + grid[0] * grid[1], num_classes)
     if out is None:
         out = np.empty(shape, np.float32)
     elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous or not out.flags.writeable:
@@ -122,7 +122,7 @@ def _check_targets(classes, scores, num_classes, grid, smoothing):
         )
     if not np.isfinite(scores).all():  # the loops mark classes not met yet with NaN
         raise ValueError("label map scores must be finite")
-    if grid < 1 or num_classes < 1 or not 0 <= smoothing < 1:
+    if min(grid_sides(grid)) < 1 or num_classes < 1 or not 0 <= smoothing < 1:
         raise ValueError(
             f"grid and num_classes must be >= 1 and smoothing in [0, 1), got {grid}, {num_classes}, {smoothing}"
         )

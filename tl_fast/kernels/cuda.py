@@ -25,7 +25,7 @@ from tl_fast.kernels.geometry import cuda as cuda_geometry
 from tl_fast.kernels.geometry.cuda import REGION
 from tl_fast.kernels.targets import cuda as cuda_targets
 from tl_fast.kernels.targets import cuda_rows
-from tl_fast.kernels.targets.crops import affines_of_crops
+from tl_fast.kernels.targets.crops import Grid, affines_of_crops, grid_sides
 from tl_fast.labelmaps.format import MapSpec, encoded_sizes
 from tl_fast.plan.records import PLAN
 
@@ -41,17 +41,18 @@ def token_targets(
     crops: Any,
     flips: Any,
     num_classes: int,
-    grid: int,
+    grid: Grid,
     smoothing: float,
     out: Any = None,
     *,
     stream: int = 0,
 ) -> Any:
-    """`tl_fast.kernels.cpu.token_targets` on device arrays -> out [B, 1 + grid**2, C], float32 or bfloat16.
+    """`tl_fast.kernels.cpu.token_targets` on device arrays -> out [B, 1 + h*w, C], float32 or bfloat16.
 
     classes: uint16 [B, k, H, W] (int16 with the same bits will do); scores: float32 [B, k, H, W]; crops: float32 [B,
-    4]; flips: bool [B]; out: where to write, else a new float32 numba device array. Waits for the GPU: a class >= C is
-    an error as on the CPU. Raises ValueError for shapes that do not fit, crops that are not finite or a class >= C.
+    4]; flips: bool [B]; grid: (h, w), or a number for both; out: where to write, else a new float32 numba device array.
+    Waits for the GPU: a class >= C is an error as on the CPU. Raises ValueError for shapes that do not fit, crops that
+    are not finite or a class >= C.
     """
     shape, others = tuple(classes.shape), (tuple(scores.shape), tuple(crops.shape), tuple(flips.shape))
     if len(shape) != 4 or others != (shape, (shape[0], 4), (shape[0],)):
@@ -70,7 +71,7 @@ def warped_targets(
     scores: Any,
     affines: Any,
     num_classes: int,
-    grid: int,
+    grid: Grid,
     smoothing: float,
     out: Any = None,
     cut: bool = True,
@@ -81,7 +82,7 @@ def warped_targets(
     `token_targets`."""
     batch, k, height, width = classes.shape
     if out is None:
-        out = cuda.device_array((batch, 1 + grid * grid, num_classes), np.float32)
+        out = cuda.device_array((batch, 1 + math.prod(grid_sides(grid)), num_classes), np.float32)
     errors = cuda.to_device(np.zeros(batch, np.int32))
     if isinstance(affines, np.ndarray):
         affines = cuda.to_device(np.ascontiguousarray(affines, np.float32))
@@ -101,7 +102,7 @@ def packed_targets(
     ranges: Any,
     affines: Any,
     spec: MapSpec,
-    grid: int,
+    grid: Grid,
     smoothing: float,
     cut: bool,
     out: Any,
@@ -114,7 +115,8 @@ def packed_targets(
 
     maps: uint8 [M], the batch's maps one after the other; starts: int64 [B+1], where each begins, and where the last
     ends; ranges: float32 [B, 2] = (score_min, score_step); affines: float32 [B, 6] and cut: as of `cpu.warped_targets`;
-    spec: of the maps; out: float32 or bfloat16 [B, 1 + grid**2, C], written; errors: int32 [B], zeros.
+    spec: of the maps; grid: (h, w), or a number for both; out: float32 or bfloat16 [B, 1 + h*w, C], written; errors:
+    int32 [B], zeros.
 
     A damaged map (a size that is none of the layouts', a class >= C, a place outside its palette) puts one of
     `tl_fast.labelmaps.loops`' codes into `errors` and NaN into the sample's targets. Nothing is read or written out of
@@ -135,13 +137,14 @@ def packed_targets(
 def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, out, errors, stream):
     """kind, source, sizes: of `cuda_maps.open_*`; shape: (k, H, W, C); the rest as of `packed_targets`."""
     k, height, width, num_classes = (int(n) for n in shape)
-    batch = len(errors)
-    if tuple(out.shape) != (batch, 1 + grid * grid, num_classes) or tuple(affines.shape) != (batch, 6):
+    batch, grid = len(errors), grid_sides(grid)
+    tokens_in_all = math.prod(grid)
+    if tuple(out.shape) != (batch, 1 + tokens_in_all, num_classes) or tuple(affines.shape) != (batch, 6):
         raise ValueError(
-            f"out must be [{batch}, {1 + grid * grid}, {num_classes}] and affines [{batch}, 6], "
+            f"out must be [{batch}, {1 + tokens_in_all}, {num_classes}] and affines [{batch}, 6], "
             f"got {tuple(out.shape)} and {tuple(affines.shape)}"
         )
-    if grid < 1 or not 1 <= num_classes <= cuda_rows.NONE or k < 1 or not 0 <= smoothing < 1:
+    if min(grid) < 1 or not 1 <= num_classes <= cuda_rows.NONE or k < 1 or not 0 <= smoothing < 1:
         raise ValueError(
             f"grid, k >= 1, 1 <= num_classes <= {cuda_rows.NONE} and smoothing in [0, 1) needed, "
             f"got {grid}, {k}, {num_classes}, {smoothing}"
@@ -155,22 +158,24 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
     bfloat16 = str(out.dtype) in ("torch.bfloat16", "uint16")
     target = _flat(out, np.uint16 if bfloat16 else np.float32)
     # Room for the cells of a crop of the whole map, rotated or a little larger than it; larger ones go a slower way.
-    cells_a_bin = math.ceil(1.25 * max(height, width) / grid)
+    cells_a_bin = math.ceil(1.25 * max(height, width) / min(grid))
     reach = cells_a_bin + 1
     slots = -(-k * max(reach**2, 4 * cells_a_bin**2) // 8) * 8
     name = cuda_launch.targets_name(kind, bfloat16)
     groups, shared = _groups_that_fit(name, (k, height, width, num_classes), slots, grid, reach)
-    rounds = -(-grid * grid // groups)
+    rounds = -(-tokens_in_all // groups)
     tokens = groups * -(-rounds // -(-rounds // ROUNDS))
     vector = num_classes * (2 if bfloat16 else 4) % 16 == 0 and _pointer(target) % 16 == 0
-    blocks = 1 + -(-grid * grid // tokens), batch
-    settings = k, height, width, num_classes, grid, np.float32(smoothing), bool(cut)
+    blocks = 1 + -(-tokens_in_all // tokens), batch
+    settings = k, height, width, num_classes, *grid, np.float32(smoothing), bool(cut)
     arguments = source, sizes, _flat(affines, np.float32), settings, (slots, reach), tokens, vector, target
     lanes = SIMULATED_LANES if SIMULATED else cuda_rows.LANES
     cuda_launch.launch(name, blocks, (lanes, groups), (*arguments, _flat(errors, np.int32)), stream, shared)
 
 
-def _groups_that_fit(name: str, shape: tuple[int, ...], slots: int, grid: int, reach: int) -> tuple[int, int]:
+def _groups_that_fit(
+    name: str, shape: tuple[int, ...], slots: int, grid: tuple[int, int], reach: int
+) -> tuple[int, int]:
     """How many rows a block can work on at once, and the bytes of shared memory that takes."""
     k, height, width, num_classes = shape
     limit = cuda_launch.shared_limit(name)

@@ -44,7 +44,7 @@ def _targets(kind: str, bfloat16: bool) -> Kernel:
         "bytes": (_array(types.uint8), _array(whole), _array(number)),
     }[kind]
     sizes = room = types.UniTuple(whole, 2)
-    settings = types.Tuple((*[whole] * 5, number, types.boolean))
+    settings = types.Tuple((*[whole] * 6, number, types.boolean))
     out = _array(types.uint16 if bfloat16 else number)
     arguments = types.Tuple(source), sizes, _array(number), settings, room, whole, types.boolean, out
     errors = _array(types.int32)

@@ -126,7 +126,8 @@ def _aligned_sample(source, affine, grid, cut, work, target):
     """The rows of a sample whose crop is along the map's axes.
 
     source: addresses of classes and scores [k, rows, columns], then k, rows, columns; work: addresses `total`, `listed`
-    and `row` as of `_softmax_row`; target: C, the smoothing, the address of the sample's float32 [1 + grid**2, C]."""
+    and `row` as of `_softmax_row`; grid: (h, w); target: C, the smoothing, the address of the sample's float32 [1 +
+    h*w, C]."""
     classes, scores, k, rows, columns = source
     total, listed, row = work
     num_classes, smoothing, out = target
@@ -136,19 +137,19 @@ def _aligned_sample(source, affine, grid, cut, work, target):
     height = max(affine[4] * np.float32(rows), np.float32(1.0))
     width = max(abs(affine[0]) * np.float32(columns), np.float32(1.0))
     for level in range(2):
-        bins = grid if level else 1
-        y_first, y_count, y_weights = _roi_table(top, height, bins, rows, cut)
-        x_first, x_count, x_weights = _roi_table(left, width, bins, columns, cut)
-        for i in range(bins):
-            for column in range(bins):
-                j = bins - 1 - column if flip else column
+        bins_y, bins_x = grid if level else (1, 1)
+        y_first, y_count, y_weights = _roi_table(top, height, bins_y, rows, cut)
+        x_first, x_count, x_weights = _roi_table(left, width, bins_x, columns, cut)
+        for i in range(bins_y):
+            for column in range(bins_x):
+                j = bins_x - 1 - column if flip else column
                 n = U(0)
                 for y in range(y_count[i]):
                     for x in range(x_count[j]):
                         cell = U((np.int64(y_first[i]) + y) * columns + np.int64(x_first[j]) + x)
                         weight = y_weights[i, y] * x_weights[j, x]
                         n = _add_cell(classes, scores, cell, U(rows * columns), k, weight, total, listed, n)
-                row_out = out + U(4 * (level + i * bins + column)) * num_classes
+                row_out = out + U(4 * (level + i * bins_x + column)) * num_classes
                 _softmax_row(total, listed, n, num_classes, smoothing, row, row_out)
 
 
@@ -174,17 +175,17 @@ def _warped_sample(source, affine, grid, cut, work, target):
                 cells[axis + n] = wider
     xu, xv, x0, yu, yv, y0 = cells[0], cells[1], cells[2], cells[3], cells[4], cells[5]
     for level in range(2):
-        bins = grid if level else 1
-        samples_x = _roi_samples(extents[0], bins, scalar.ROI_SLACK)
-        samples_y = _roi_samples(extents[1], bins, scalar.ROI_SLACK)
+        bins_y, bins_x = grid if level else (1, 1)
+        samples_x = _roi_samples(extents[0], bins_x, scalar.ROI_SLACK)
+        samples_y = _roi_samples(extents[1], bins_y, scalar.ROI_SLACK)
         share = 1.0 / (samples_x * samples_y)
-        for i in range(bins):
-            for j in range(bins):
+        for i in range(bins_y):
+            for j in range(bins_x):
                 n = U(0)
                 for sy in range(samples_y):
-                    v = i / bins + (sy + 0.5) * (1.0 / bins) / samples_y
+                    v = i / bins_y + (sy + 0.5) * (1.0 / bins_y) / samples_y
                     for sx in range(samples_x):
-                        u = j / bins + (sx + 0.5) * (1.0 / bins) / samples_x
+                        u = j / bins_x + (sx + 0.5) * (1.0 / bins_x) / samples_x
                         column, x_low, x_high = _tap(xu * u + xv * v + x0, columns, cut)
                         line, y_low, y_high = _tap(yu * u + yv * v + y0, rows, cut)
                         for corner in range(4):
@@ -194,19 +195,20 @@ def _warped_sample(source, affine, grid, cut, work, target):
                             if weight > 0.0:
                                 cell = U((line + (corner >> 1)) * columns + column + (corner & 1))
                                 n = _add_cell(classes, scores, cell, U(rows * columns), k, weight, total, listed, n)
-                row_out = out + U(4 * (level + i * bins + j)) * num_classes
+                row_out = out + U(4 * (level + i * bins_x + j)) * num_classes
                 _softmax_row(total, listed, n, num_classes, smoothing, row, row_out)
 
 
 @njit
 def write(classes, scores, affines, num_classes, grid, smoothing, cut, out):
-    """`cpu.warped_targets` with its arguments checked and contiguous; out: float32 [B, 1 + grid**2, C], written."""
+    """`cpu.warped_targets` with its arguments checked and contiguous; grid: (h, w); out: float32 [B, 1 + h*w, C],
+    written."""
     k, rows, columns = classes.shape[1], classes.shape[2], classes.shape[3]
     total = np.full(num_classes, np.float32(np.nan), np.float32)
     listed = np.empty(num_classes + 1, np.uint16)  # `_add_cell` writes an entry before it knows that its class is new
     row = np.empty(num_classes, np.float32)
     work = memory.address(total), memory.address(listed), memory.address(row) if num_classes >= PAST_CACHES else U(0)
-    sample_bytes = U(4 * (1 + grid * grid) * num_classes)
+    sample_bytes = U(4 * (1 + grid[0] * grid[1]) * num_classes)
     for b in range(classes.shape[0]):
         entry = U(b * k * rows * columns)
         source = memory.address(classes) + U(2) * entry, memory.address(scores) + U(4) * entry, U(k), rows, columns

@@ -37,8 +37,8 @@ BOUNDS = LANES * GROUPS, 3  # threads of a block; blocks that a multiprocessor s
 
 
 @device
-def _places(num_classes, grid, slots, reach, group, groups):
-    """Where a group has what in dynamic shared memory, in the order of `shared_bytes`."""
+def _places(num_classes, bins, slots, reach, group, groups):
+    """Where a group has what in dynamic shared memory, in the order of `shared_bytes`. bins: of both axes together."""
     stride = I((num_classes + 3) >> 2 << 2)
     share = I(stride + slots + 2 * LANES + (slots >> 1))
     row = I(group * share)
@@ -47,7 +47,7 @@ def _places(num_classes, grid, slots, reach, group, groups):
     numbers = I(weights + LANES)
     listed = I(2 * (numbers + LANES))
     axes = I(groups * share)
-    return Places(row, values, weights, numbers, listed, share, axes, reach, I(axes + 2 * grid * (reach + 2)))
+    return Places(row, values, weights, numbers, listed, share, axes, reach, I(axes + bins * (reach + 2)))
 
 
 def _build(open_map, read, write):
@@ -57,9 +57,9 @@ def _build(open_map, read, write):
     def targets(source, sizes, affines, settings, room, tokens, vector, out, errors):
         """Block (0, b) makes the class token's row of sample b, the others `tokens` rows each.
 
-        source, sizes: as of `cuda_maps.open_*`; affines: float32 [6 B]; settings: (k, H, W, C, grid, smoothing, cut);
+        source, sizes: as of `cuda_maps.open_*`; affines: float32 [6 B]; settings: (k, H, W, C, h, w, smoothing, cut);
         room: (entries of a bin that a group has room for, at least k reach**2; reach, the cells of a bin along one axis
-        that there is room for); vector: rows of `out` begin at multiples of 16 bytes; out: [B (1 + grid**2) C],
+        that there is room for); vector: rows of `out` begin at multiples of 16 bytes; out: [B (1 + h w) C],
         written; errors: int32 [B], 0 or the code of what is wrong with the map, all of whose targets are NaN then.
         Dynamic shared memory: `shared_bytes`.
         """
@@ -74,23 +74,25 @@ def _build(open_map, read, write):
         scratch = cuda.shared.array(LANES, float32)
         lane, group, lanes, groups = I(cuda.threadIdx.x), I(cuda.threadIdx.y), I(cuda.blockDim.x), I(cuda.blockDim.y)
         thread, threads = I(group * lanes + lane), I(lanes * groups)
-        k, height, width, num_classes, grid, smoothing, cut = settings
-        k, height, width, num_classes, grid = I(k), I(height), I(width), I(num_classes), I(grid)
+        k, height, width, num_classes, bins_y, bins_x, smoothing, cut = settings
+        k, height, width, num_classes = I(k), I(height), I(width), I(num_classes)
+        bins_y, bins_x = I(bins_y), I(bins_x)
         slots, reach = I(room[0]), I(room[1])
-        b, all_rows = I(cuda.blockIdx.y), I(1 + grid * grid)
+        b, all_rows = I(cuda.blockIdx.y), I(1 + bins_y * bins_x)
         begin = I(0) if cuda.blockIdx.x == 0 else I(1 + (cuda.blockIdx.x - 1) * tokens)
         end = I(1) if cuda.blockIdx.x == 0 else I(min(begin + tokens, all_rows))
-        bins = I(1) if begin == 0 else grid
-        task = Task(k, height, width, num_classes, bins, smoothing, cut)
+        places = _places(num_classes, I(bins_y + bins_x), slots, reach, group, groups)
+        if begin == 0:
+            bins_y, bins_x = I(1), I(1)
+        task = Task(k, height, width, num_classes, bins_y, bins_x, smoothing, cut)
         block = Block(lane, lanes, group, groups)
         shared = Shared(rows, integers, shorts, crop, state, partial, scratch)
-        places = _places(num_classes, grid, slots, reach, group, groups)
 
         # The crop, the label map, the bins along the axes, and rows of NaN.
         if thread < 2:
             state[thread] = 0  # WRONG and CROWDED
         if thread == threads - 1:
-            place_crop(affines, b, height, width, bins, crop, state)
+            place_crop(affines, b, height, width, bins_y, bins_x, crop, state)
             state[STEP_M] = lanes // k
             state[STEP_T] = lanes % k
         for c in range(lane, places.values - places.row, lanes):
@@ -99,7 +101,7 @@ def _build(open_map, read, write):
         map_room = cuda_maps.Room(palette, counts, state, crop)
         label_map = open_map(source, sizes, b, I(k * height * width), num_classes, map_room)
         if begin and state[KIND] != WARPED:
-            fill_axes(Tables(rows, integers, places.axes, reach), crop, state, bins, height, width, cut)
+            fill_axes(Tables(rows, integers, places.axes, reach), crop, state, task)
         cuda.syncthreads()
 
         # A damaged map: nothing but NaN.
@@ -130,12 +132,12 @@ def _build(open_map, read, write):
     return targets
 
 
-def shared_bytes(groups: int, num_classes: int, slots: int, grid: int, reach: int, cells: int) -> int:
+def shared_bytes(groups: int, num_classes: int, slots: int, grid: tuple[int, int], reach: int, cells: int) -> int:
     """Dynamic shared memory of the kernel: for each group float32 [C rounded up to 4] a row, float32 [slots] values of
-    entries, float32 [LANES] weights and int32 [LANES] numbers of cells, uint16 [slots] classes; then [2 grid, reach +
+    entries, float32 [LANES] weights and int32 [LANES] numbers of cells, uint16 [slots] classes; then [h + w, reach +
     2] bins along the axes and int32 [H W] weights of cells. slots: a multiple of 8."""
     stride = (num_classes + 3) // 4 * 4
-    return 4 * (groups * (stride + slots + 2 * LANES + slots // 2) + 2 * grid * (reach + 2) + cells)
+    return 4 * (groups * (stride + slots + 2 * LANES + slots // 2) + sum(grid) * (reach + 2) + cells)
 
 
 _SOURCES = {

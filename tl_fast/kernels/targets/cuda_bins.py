@@ -37,7 +37,7 @@ def tap(point, cells, cut):
 
 
 @device
-def place_crop(affines, b, height, width, bins, crop, state):
+def place_crop(affines, b, height, width, bins_y, bins_x, crop, state):
     """The crop of sample b in cells, by one thread, to shared memory: a box if it is along the axes, else the affine
     itself, whose sides of less than a cell are widened to one about their middle."""
     n = 6 * b
@@ -61,8 +61,8 @@ def place_crop(affines, b, height, width, bins, crop, state):
             xv, yv = xv / extent_y, yv / extent_y
     crop[0], crop[1], crop[2], crop[3], crop[4], crop[5] = xu, xv, x0, yu, yv, y0
     crop[EXTENT_X], crop[EXTENT_Y] = max(extent_x, ONE), max(extent_y, ONE)
-    state[SAMPLES_X] = _roi_samples(max(extent_x, ONE), bins, slack)
-    state[SAMPLES_Y] = _roi_samples(max(extent_y, ONE), bins, slack)
+    state[SAMPLES_X] = _roi_samples(max(extent_x, ONE), bins_x, slack)
+    state[SAMPLES_Y] = _roi_samples(max(extent_y, ONE), bins_y, slack)
     state[KIND] = kind
 
 
@@ -77,7 +77,7 @@ class Axis(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Bins along both axes in shared memory, seen as float32 and as int32: [2, bins, reach + 2] from `first` on, of
+    """Bins along both axes in shared memory, seen as float32 and as int32: [h + w, reach + 2] from `first` on, of
     each bin the weights of `reach` cells, then, as int32, its first cell and how many it has."""
 
     rows: Any
@@ -115,25 +115,25 @@ def _fill_bin(tables, index, i, axis, cut, state):
 
 
 @device
-def fill_axes(tables, crop, state, bins, height, width, cut):
+def fill_axes(tables, crop, state, task):
     """All bins along both axes, a thread each."""
     thread, threads = block_thread()
-    for n in range(thread, I(2 * bins), threads):
+    for n in range(thread, I(task.bins_y + task.bins_x), threads):
         index = I(tables.first + n * (tables.reach + 2))
-        if n < bins:
-            down = Axis(crop[5], crop[EXTENT_Y], bins, state[SAMPLES_Y], height)
-            _fill_bin(tables, index, n, down, cut, state)
+        if n < task.bins_y:
+            down = Axis(crop[5], crop[EXTENT_Y], task.bins_y, state[SAMPLES_Y], task.height)
+            _fill_bin(tables, index, n, down, task.cut, state)
         else:
-            across = Axis(crop[LEFT], crop[EXTENT_X], bins, state[SAMPLES_X], width)
-            _fill_bin(tables, index, I(n - bins), across, cut, state)
+            across = Axis(crop[LEFT], crop[EXTENT_X], task.bins_x, state[SAMPLES_X], task.width)
+            _fill_bin(tables, index, I(n - task.bins_y), across, task.cut, state)
 
 
 @device
-def warped_point(crop, line, i, j, sy, sx, bins, samples_x, samples_y):
+def warped_point(crop, line, i, j, sy, sx, task, samples_x, samples_y):
     """A coordinate (line 0: x, 3: y) of sampling point (sy, sx) of bin (i, j), in cells."""
-    size = ONE / np.float32(bins)
-    u = np.float32(j) * size + (np.float32(sx) + HALF) * size / np.float32(samples_x)
-    v = np.float32(i) * size + (np.float32(sy) + HALF) * size / np.float32(samples_y)
+    width, height = ONE / np.float32(task.bins_x), ONE / np.float32(task.bins_y)
+    u = np.float32(j) * width + (np.float32(sx) + HALF) * width / np.float32(samples_x)
+    v = np.float32(i) * height + (np.float32(sy) + HALF) * height / np.float32(samples_y)
     return peek(crop, line) * u + peek(crop, line + 1) * v + peek(crop, line + 2)
 
 
@@ -145,8 +145,8 @@ def warped_taps(crop, samples, i, j, n, task):
     samples_x, samples_y = samples
     sy = I(n // samples_x)
     sx = I(n - sy * samples_x)
-    x = warped_point(crop, 0, i, j, sy, sx, task.bins, samples_x, samples_y)
-    y = warped_point(crop, 3, i, j, sy, sx, task.bins, samples_x, samples_y)
+    x = warped_point(crop, 0, i, j, sy, sx, task, samples_x, samples_y)
+    y = warped_point(crop, 3, i, j, sy, sx, task, samples_x, samples_y)
     column, x_low, x_high = tap(x, task.width, task.cut)
     line, y_low, y_high = tap(y, task.height, task.cut)
     return column, x_low, x_high, line, y_low, y_high

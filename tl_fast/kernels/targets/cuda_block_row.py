@@ -80,9 +80,9 @@ def _spread(task, shared, cell_weights, i, j, block):
         else:
             sy = I(n // samples_x)
             sx = I(n - sy * samples_x)
-            bin_x = task.bins - 1 - j if state[KIND] == FLIPPED else j
-            x = roi_point(bin_x, sx, crop[LEFT], crop[EXTENT_X], task.bins, samples_x)
-            y = roi_point(i, sy, crop[5], crop[EXTENT_Y], task.bins, samples_y)
+            bin_x = task.bins_x - 1 - j if state[KIND] == FLIPPED else j
+            x = roi_point(bin_x, sx, crop[LEFT], crop[EXTENT_X], task.bins_x, samples_x)
+            y = roi_point(i, sy, crop[5], crop[EXTENT_Y], task.bins_y, samples_y)
             column, x_low, x_high = tap(x, task.width, task.cut)
             line, y_low, y_high = tap(y, task.height, task.cut)
         for corner in range(4):
@@ -178,8 +178,8 @@ def build_block_row(read: Callable, write: Callable) -> Callable:
     def block_row(label_map, task, row, shared, places, block, out, first):
         """Row `row` to out[first ...]. All groups' rows hold NaN before and after."""
         thread, threads = I(block.group * block.lanes + block.lane), I(block.lanes * block.groups)
-        i = I(0) if row == 0 else I((row - 1) // task.bins)
-        j = I(0) if row == 0 else I(row - 1 - i * task.bins)
+        i = I(0) if row == 0 else I((row - 1) // task.bins_x)
+        j = I(0) if row == 0 else I(row - 1 - i * task.bins_x)
         _spread(task, shared, places.cell_weights, i, j, block)
         add_cells(label_map, task, shared, places, block)
         highest, count = _gather(task.num_classes, shared, places.share, block)

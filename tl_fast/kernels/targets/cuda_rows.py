@@ -47,13 +47,14 @@ NONE = 65535  # in a list of classes: met before
 
 
 class Task(NamedTuple):
-    """Sizes of maps and targets, the same for all rows of a block; bins: along either axis."""
+    """Sizes of maps and targets, the same for all rows of a block; bins_y, bins_x: down and across."""
 
     k: int
     height: int
     width: int
     num_classes: int
-    bins: int
+    bins_y: int
+    bins_x: int
     smoothing: float
     cut: bool
 
@@ -266,11 +267,11 @@ def build_warp_row(read: Callable, write: Callable) -> Callable:
     def warp_row(label_map, task, row, start, shared, places, block, vector, out, first):
         """Row `row` >= 1 to out[first ...]; start: as of `list_entries`. The group's row holds NaN before and after."""
         lane, lanes, _, _ = block
-        state, reach, bins = shared.state, places.reach, task.bins
-        i = I((row - 1) // bins)
-        j = I(row - 1 - i * bins)
+        state, reach, bins_x = shared.state, places.reach, task.bins_x
+        i = I((row - 1) // bins_x)
+        j = I(row - 1 - i * bins_x)
         axis_y = I(places.axes + i * (reach + 2))
-        axis_x = I(places.axes + (bins + (bins - 1 - j if state[KIND] == FLIPPED else j)) * (reach + 2))
+        axis_x = I(places.axes + (task.bins_y + (bins_x - 1 - j if state[KIND] == FLIPPED else j)) * (reach + 2))
         cells = I(4 * state[SAMPLES_X] * state[SAMPLES_Y])
         if state[KIND] != WARPED:
             cells = I(peek(shared.integers, axis_y + reach + 1) * peek(shared.integers, axis_x + reach + 1))
