@@ -77,6 +77,7 @@ def test_label_maps_with_dense_weight_0_train_the_class_alone(tiny, betons, tmp_
 
 def test_a_model_without_layer_groups_is_refused_by_name(tiny):
     same = dict(model="poolformer_s12", model_kwargs={}, img_size=64, max_steps=1)
-    for changes in ({"layer_decay": 0.8}, {"freeze": 1}):
-        with pytest.raises(ValueError, match="MetaFormer has no layer groups .*set layer_decay and freeze null"):
-            training.train(tiny(**same | changes))
+    for name, value in (("layer_decay", 0.8), ("freeze", 1)):
+        said = rf"{name} {value}: model 'poolformer_s12' \(MetaFormer\) has no layer groups .*set {name} null"
+        with pytest.raises(ValueError, match=said):
+            training.train(tiny(**same | {name: value}))

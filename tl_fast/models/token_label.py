@@ -29,7 +29,6 @@ from tl_fast.models.token_layout import (
     token_layout,
     trial,
 )
-from tl_fast.system.mistakes import InputError
 
 BACKBONE = "backbone."  # in front of the backbone's names in a TokenLabelModel's
 
@@ -106,11 +105,8 @@ class TokenLabelModel(nn.Module):
         return {BACKBONE + name for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
-        """timm's layer groups: the backbone's own, and the token head last. Raises InputError for a backbone that
+        """timm's layer groups: the backbone's own, and the token head last. Raises AttributeError for a backbone that
         states none."""
-        if not hasattr(self.backbone, "group_matcher"):
-            name = type(self.backbone).__name__
-            raise InputError(f"timm's {name} has no layer groups (no group_matcher): set layer_decay and freeze null")
         layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
         return lambda name: (layers.get(name.removeprefix(BACKBONE), max(layers.values())),)
 

@@ -9,6 +9,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 # isort: split
 from timm.models import group_parameters
 
+from tl_fast.models.token_label import backbone_of
 from tl_fast.system.mistakes import InputError
 from tl_fast.training.config import TrainConfig
 
@@ -20,10 +21,10 @@ def freeze_layers(model: nn.Module, config: TrainConfig) -> str:
     InputError for a model without, and where no group or every group would be frozen.
     """
     count = config.freeze
-    if not hasattr(model, "group_matcher"):
+    if not hasattr(backbone_of(model), "group_matcher"):
         raise InputError(
-            f"freeze {count}: model {config.model!r} ({type(model).__name__}) has no layer groups (no group_matcher): "
-            "set freeze null"
+            f"freeze {count}: model {config.model!r} ({type(backbone_of(model)).__name__}) has no layer groups (no"
+            " group_matcher): set freeze null"
         )
     groups = list(group_parameters(model, model.group_matcher(coarse=False)).values())
     last = len(groups) - 1

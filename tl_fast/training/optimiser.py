@@ -13,6 +13,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 
+from tl_fast.models.token_label import backbone_of
 from tl_fast.system.mistakes import InputError
 from tl_fast.training.config import TrainConfig
 
@@ -27,12 +28,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if config.layer_decay is None:
         groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=spared)
-    elif hasattr(model, "group_matcher"):
+    elif hasattr(backbone_of(model), "group_matcher"):
         groups = param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
     else:
         raise InputError(
-            f"layer_decay {config.layer_decay}: model {config.model!r} ({type(model).__name__}) has no layer groups (no"
-            " group_matcher): set layer_decay null"
+            f"layer_decay {config.layer_decay}: model {config.model!r} ({type(backbone_of(model)).__name__}) has no"
+            " layer groups (no group_matcher): set layer_decay null"
         )
     return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
 
