@@ -345,11 +345,13 @@ def assert_close(out, expected, share=2e-3):
         ((4, 4, 30, 44), [("Rotate", 27.0)]),
         ((0, 0, 41, 57), [("Rotate", -80.0), ("ShearX", 0.3)]),
         ((9, 9, 20, 20), [("ShearY", -0.3), ("ShearX", 0.3)]),
+        ((6, 6, 20, 20), [("ShearX", -0.6)]),
     ],
 )
 def test_geometry_is_the_cpus_within_a_level(crop, operations, interpolation):
-    """Small and large scales, thin crops, beyond the image; 35 pixels are more than a tile."""
-    size = 35 if not operations or operations[0][0] == "Rotate" else 13
+    """Small and large scales, thin crops, beyond the image, a canvas pixel's centre on the image's edge; 35 pixels are
+    more than a tile."""
+    size = 13 if operations and operations[0][0] in ("TranslateX", "TranslateY", "ShearY") else 35
     plans = affine_plans(1, crop, interpolation, operations)
     pixels, regions, expected = make_batch([picture(np.random.default_rng(1), 41, 57)], plans, size)
     assert_close(augmented(pixels, regions, plans, size), expected)

@@ -306,6 +306,16 @@ def test_fill_is_where_the_image_is_not():
     assert seen.min() > 10_000
 
 
+def test_the_image_reaches_to_its_edge_where_a_canvas_pixels_centre_lies_on_it():
+    """A crop 2 pixels wide, 1 from the edge, shown 13 wide: the edge is at -6.5 of its pixels, and rounding may put it
+    on either side of their centres."""
+    crop, operation, size = (2, 1, 1, 2), ("ShearX", -0.57), 13
+    y, x = positions(output_to_source(crop, False, [operation], size), size)
+    inside = (y >= 0) & (y < 3) & (x >= 0) & (x < 3)
+    out = show(np.full((3, 3, 3), 10, np.uint8), record(crop, False, [operation], 0), size, (200, 200, 200))
+    assert 0 < inside.sum() < inside.size and (out == np.where(inside, 10, 200)).all()
+
+
 @pytest.mark.parametrize(
     "operations", [[("TranslateX", 3.0)], [("TranslateY", -2.5)], [("Rotate", 20.0), ("TranslateX", -4.5)]], ids=str
 )

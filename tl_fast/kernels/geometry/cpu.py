@@ -23,16 +23,16 @@ ROWS = 32
 
 
 @njit
-def _filter_table(box_start, box_extent, out_size, in_size, origin, interpolation):
-    """First pixel (counted from `origin`), number of taps and normalised weights of each output pixel along one
-    axis."""
+def _filter_table(box_start, box_extent, out_size, in_size, origin, interpolation, inside):
+    """First pixel (counted from `origin`), number of taps and normalised weights of each output pixel along one axis;
+    no taps for those whose centre is outside the image. inside: none is."""
     taps_max = int(np.ceil(_filter_support(box_extent, out_size, interpolation))) * 2 + 1
     first = np.zeros(out_size, np.int32)
     count = np.zeros(out_size, np.int32)
     weights = np.zeros((out_size, taps_max), np.float32)
     for i in range(out_size):
         centre = box_start + (i + 0.5) * (box_extent / out_size)
-        if centre < 0.0 or centre >= in_size:
+        if not inside and (centre < 0.0 or centre >= in_size):
             continue
         start, stop = _filter_range(i, box_start, box_extent, out_size, in_size, interpolation)
         first[i] = start - origin
@@ -156,13 +156,14 @@ def _transpose(source, turned, target):
 
 
 @njit
-def resample(region, origin_y, origin_x, height, width, box, flip, interpolation, fill, out):
+def resample(region, origin_y, origin_x, height, width, box, flip, interpolation, fill, out, inside=False):
     """Show `box` = (top, left, height, width) of an image of `height` x `width` pixels, of which `region` uint8 [h, w,
     3] holds what begins at (origin_y, origin_x), in out uint8 [3, H, W], mirrored left-right when `flip`. Output pixels
-    whose centre is outside the image get `fill`."""
+    whose centre is outside the image get `fill`. inside: there are none, even if rounding puts a centre that is on the
+    image's edge beyond it."""
     rows, columns = out.shape[1], out.shape[2]
-    y_first, y_count, y_weights = _filter_table(box[0], box[2], rows, height, origin_y, interpolation)
-    x_first, x_count, x_weights = _filter_table(box[1], box[3], columns, width, origin_x, interpolation)
+    y_first, y_count, y_weights = _filter_table(box[0], box[2], rows, height, origin_y, interpolation, inside)
+    x_first, x_count, x_weights = _filter_table(box[1], box[3], columns, width, origin_x, interpolation, inside)
     x_low, x_high = 0, columns
     while x_low < columns and x_count[x_low] == 0:
         x_low += 1
@@ -275,7 +276,7 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
         return
     canvas = np.empty((3, y1 - y0, x1 - x0), np.uint8)
     box = (crop[0] + y0 * scale_y, crop[1] + x0 * scale_x, (y1 - y0) * scale_y, (x1 - x0) * scale_x)
-    resample(region, origin_y, origin_x, height, width, box, False, interpolation, fill, canvas)
+    resample(region, origin_y, origin_x, height, width, box, False, interpolation, fill, canvas, True)
     across, down = (x_start, x_step, x_slant, x_low, x_high, x0), (y_start, y_slant, y_step, y_low, y_high, y0)
     _warp(canvas, across, down, interpolation, fill, out)
 

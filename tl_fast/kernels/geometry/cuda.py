@@ -70,11 +70,12 @@ class Filters(NamedTuple):
 
 
 @device
-def _fill_line(i, shown, size, image, interpolation, filters, line):
+def _fill_line(i, shown, size, image, interpolation, filters, line, warped):
     """The filter of canvas line `i` along one axis, as line `line` of the tables: source pixels and normalised weights.
 
     shown: (start, extent) of what `size` canvas lines show; image: (its size, first pixel and number of the decoded
-    ones). Lines whose centre is outside the image get no pixels."""
+    ones). Lines whose centre is outside the image get no pixels; of a warped sample there are none, even if rounding
+    puts a centre that is on the image's edge beyond it."""
     start, extent = shown
     in_size, low, length = image
     weights, first, count, taps = filters
@@ -82,7 +83,7 @@ def _fill_line(i, shown, size, image, interpolation, filters, line):
     centre = _filter_centre(i, start, extent, size)
     begin, end = I(min(max(begin, low), low + length)), I(min(max(end, low), low + length))
     n = I(min(max(end - begin, 0), taps))
-    if centre < ZERO or centre >= np.float32(in_size):
+    if not warped and (centre < ZERO or centre >= np.float32(in_size)):
         n = I(0)
     first[line] = begin
     count[line] = n
@@ -295,10 +296,10 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
                 if j0 == box.left:
                     for n in range(thread, n_down, threads):
                         image, shown = (whole[HEIGHT], whole[TOP], whole[ROWS]), (real[BOX_TOP], real[BOX_HEIGHT])
-                        _fill_line(I(i0 + n), shown, output.rows, image, interpolation, filters_y, n)
+                        _fill_line(I(i0 + n), shown, output.rows, image, interpolation, filters_y, n, warped)
                 for n in range(I(threads - 1 - thread), n_across, threads):
                     image, shown = (whole[WIDTH], whole[LEFT], whole[COLUMNS]), (real[BOX_LEFT], real[BOX_WIDTH])
-                    _fill_line(I(j0 + n), shown, output.columns, image, interpolation, filters_x, n)
+                    _fill_line(I(j0 + n), shown, output.columns, image, interpolation, filters_x, n, warped)
                 gpu.syncthreads()
                 begin = filters_x.first[0]
                 span = I(min(filters_x.first[n_across - 1] + filters_x.count[n_across - 1] - begin, room))
