@@ -91,7 +91,9 @@ def with_operation(record: np.void, op: int, argument: float) -> np.void:
     record["ops"], record["arguments"] = scalar.NO_OP, 0
     record["ops"][0], record["arguments"][0] = op, argument
     width, height = float(record["width"]), float(record["height"])
-    affine = scalar.compose(*((-1.0, 0.0, 1.0) if record["flip"] else (1.0, 0.0, 0.0)), 0.0, 1.0, 0.0, op, argument)
+    affine = scalar.compose(
+        *((-1.0, 0.0, 1.0) if record["flip"] else (1.0, 0.0, 0.0)), 0.0, 1.0, 0.0, op, argument, 1.0
+    )
     record["affine"] = np.array(affine) * ([width] * 3 + [height] * 3)
     record["affine"][[2, 5]] += record["left"], record["top"]
     return record

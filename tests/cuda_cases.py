@@ -7,6 +7,7 @@ marked gpu run these functions on real sizes.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from tl_fast.labelmaps import loops as maps
 from tl_fast.maths import scalar
 from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import OPS
+from tl_fast.system.sides import both_sides
 
 FILL = (124, 116, 104)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -144,7 +146,7 @@ def pack_batch(rng, listed, spec) -> tuple[list[bytes], np.ndarray]:
 
 def run_packed(encoded, ranges, affines, spec, grid, dtype=np.float32, cut=True):
     starts = np.cumsum([0] + [len(data) for data in encoded]).astype(np.int64)
-    out = put(np.full((len(encoded), 1 + grid * grid, spec.num_classes), 7, dtype))
+    out = put(np.full((len(encoded), 1 + math.prod(both_sides(grid)), spec.num_classes), 7, dtype))
     errors = put(np.zeros(len(encoded), np.int32))
     data = put(np.frombuffer(b"".join(encoded), np.uint8))
     cuda.packed_targets(data, put(starts), put(ranges), put(affines), spec, grid, 0.1, cut, out, errors)
@@ -211,7 +213,15 @@ def test_targets_from_a_betons_bytes(num_classes, listed, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "num_classes, rows, columns, grid",
-    [(3, 1, 1, 2), (37, 3, 2, 2), (1000, 1, 1, 1), (1000, 2, 3, 2), (21841, 2, 1, 1)],
+    [
+        (3, 1, 1, 2),
+        (37, 3, 2, 2),
+        (9, 4, 5, (2, 3)),
+        (9, 5, 2, (3, 1)),
+        (1000, 1, 1, 1),
+        (1000, 2, 3, 2),
+        (21841, 2, 1, 1),
+    ],
 )
 def test_targets_of_every_source_and_number(kind, dtype, num_classes, rows, columns, grid):
     """One sample; few and many classes, whole vectors a row and not; mirrored, then rotated."""
@@ -296,7 +306,7 @@ def make_batch(images, plans, size) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     heights, widths = (np.array([image.shape[n] for image in images]) for n in (0, 1))
     starts, stops = warp.needed(plans, heights, widths, size)
     regions, parts, offset = np.zeros(len(images), cuda.REGION), [np.zeros(3, np.uint8)], 3
-    expected = np.full((len(images), 3, size, size), 99, np.uint8)
+    expected = np.full((len(images), 3, *both_sides(size)), 99, np.uint8)
     for b, image in enumerate(images):
         part = np.ascontiguousarray(image[starts[b, 0] : stops[b, 0], starts[b, 1] : stops[b, 1]])
         regions[b] = (offset, *part.shape[:2], *starts[b], *image.shape[:2])
@@ -310,17 +320,17 @@ def augmented(pixels, regions, plans, size, out=None, **options) -> np.ndarray |
     """out: a host array to put on the device first, or a tensor there, which is written and returned as it is."""
     batch = len(plans)
     if not isinstance(out, torch.Tensor):
-        out = put(np.full((batch, 3, size, size), 99, np.uint8) if out is None else out)
-    scratch = put(np.full(cuda.scratch_bytes(batch, size, size, bool(options)), 77, np.uint8))
+        out = put(np.full((batch, 3, *both_sides(size)), 99, np.uint8) if out is None else out)
+    scratch = put(np.full(cuda.scratch_bytes(batch, *both_sides(size), bool(options)), 77, np.uint8))
     cuda.augment(put(pixels), put(regions), put(plans), FILL, out, scratch=scratch, **options)
     return out if isinstance(out, torch.Tensor) else get(out)
 
 
-def affine_plans(count, crop, interpolation, operations=()) -> np.ndarray:
+def affine_plans(count, crop, interpolation, operations=(), aspect=1.0) -> np.ndarray:
     plans = plan.of_boxes(np.array([crop] * count, float), interpolation)
     affine = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     for n, (name, argument) in enumerate(operations):
-        affine = scalar.compose(*affine, OPS.index(name), argument)
+        affine = scalar.compose(*affine, OPS.index(name), argument, aspect)
         plans["ops"][:, n], plans["arguments"][:, n] = OPS.index(name), argument
     top, left, height, width = crop
     plans["affine"] = np.array(affine) * [width, width, width, height, height, height] + [0, 0, left, 0, 0, top]
@@ -354,6 +364,14 @@ def test_geometry_is_the_cpus_within_a_level(crop, operations, interpolation):
     size = 13 if operations and operations[0][0] in ("TranslateX", "TranslateY", "ShearY") else 35
     plans = affine_plans(1, crop, interpolation, operations)
     pixels, regions, expected = make_batch([picture(np.random.default_rng(1), 41, 57)], plans, size)
+    assert_close(augmented(pixels, regions, plans, size), expected)
+
+
+@pytest.mark.parametrize("size", [(19, 35), (35, 11)], ids=str)
+@pytest.mark.parametrize("operations", [[], [("Rotate", 27.0), ("ShearY", 0.2)]], ids=["axes", "rotated"])
+def test_geometry_of_rectangles_is_the_cpus_within_a_level(size, operations):
+    plans = affine_plans(1, (4, 4, 30, 44), 1, operations, size[1] / size[0])
+    pixels, regions, expected = make_batch([picture(np.random.default_rng(4), 41, 57)], plans, size)
     assert_close(augmented(pixels, regions, plans, size), expected)
 
 

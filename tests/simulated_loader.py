@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+RECTANGLE = {"image_size": (12, 20), "grid": (2, 3)}
 SETTINGS = {
     "recipe": {"augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random", "erase": 0.5}, "seed": 3},
     "plain": {"seed": 1, "geometry": "published", "check": True},
     "bfloat16": {"seed": 1, "targets_dtype": "bfloat16"},
     "validation": {"train": False},
+    "rectangle": {"augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "erase": 0.5}, "seed": 2, **RECTANGLE},
+    "validation, rectangle": {"train": False, **RECTANGLE},
 }
 COMMON = {"batch_size": 3, "image_size": 16, "grid": 2, "threads": 1}
 
@@ -28,7 +31,7 @@ def run(beton: str, device: str) -> dict[str, np.ndarray]:
     found = {}
     for name, setting in SETTINGS.items():
         setting = setting | ({"augment": Augment(**setting["augment"])} if "augment" in setting else {})
-        with Loader(beton, device=device, **COMMON, **setting) as loader:
+        with Loader(beton, device=device, **COMMON | setting) as loader:
             loader.set_epoch(1)
             for number, batch in enumerate(loader):
                 for field in fields(Batch):

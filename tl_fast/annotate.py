@@ -21,6 +21,7 @@ from typing import Any
 from tl_fast.sources.open import add_source_options
 from tl_fast.sources.rejects import add_reject_options
 from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
+from tl_fast.system.sides import read_sides
 
 PROG = "python -m tl_fast.annotate"
 
@@ -52,7 +53,10 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     group.add_argument("--num-classes", type=int, help="classes of the checkpoint's head; default: as the head says")
     group.add_argument(
-        "--img-size", type=int, help="side in pixels the full image is squashed to; default: the model's"
+        "--img-size",
+        type=read_sides,
+        metavar="PIXELS",
+        help="side, or [height,width], that the full image is squashed to; default: the model's",
     )
     group.add_argument(
         "--classes",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
+from tl_fast.system.sides import read_sides
 
 PROG = "python -m tl_fast.evaluate"
 
@@ -35,7 +36,12 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     weights.add_argument("--raw", dest="use_ema", action="store_false", help="the weights themselves")
     parser.add_argument("--model", help="timm name; needed for files that are not checkpoints of ours")
-    parser.add_argument("--img-size", type=int, help="input side in pixels; default: the training's")
+    parser.add_argument(
+        "--img-size",
+        type=read_sides,
+        metavar="PIXELS",
+        help="input side, or [height,width]; default: the training's",
+    )
     parser.add_argument(
         "--crop-pct", type=float, help="centre crop's share of the resized side; default: the training's"
     )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tl_fast.system.mistakes import in_a_sentence
+from tl_fast.system.sides import read_sides
 
 PROG = "python -m tl_fast.show"
 
@@ -60,8 +61,18 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     chosen.add_argument("--ids", type=_ids, metavar="1,2,3", help="show these samples (--samples does not count then)")
     parser.add_argument("--epoch", type=int, help="whose crops, flips and operations (default 0)")
     parser.add_argument("--seed", type=int, help="of what is drawn (default 0, or the recipe's)")
-    parser.add_argument("--image-size", type=int, help="side of the crops in pixels (default 224, or the recipe's)")
-    parser.add_argument("--grid", type=int, help="tokens a side (default 14, with --recipe one for 16 pixels)")
+    parser.add_argument(
+        "--image-size",
+        type=read_sides,
+        metavar="PIXELS",
+        help="side of the crops, or [height,width] (default 224, or the recipe's)",
+    )
+    parser.add_argument(
+        "--grid",
+        type=read_sides,
+        metavar="TOKENS",
+        help="tokens a side, or [rows,columns] (default 14, with --recipe its model's)",
+    )
     parser.add_argument(
         "--smoothing", type=float, help="label smoothing of the token targets (default 0, or the recipe's)"
     )

@@ -20,6 +20,7 @@ from tl_fast.kernels.targets.crops import affines_of_crops
 from tl_fast.maths import scalar
 from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import OPS
+from tl_fast.system.sides import both_sides
 
 THEIRS = {
     "Rotate": auto_augment.rotate,
@@ -31,6 +32,8 @@ THEIRS = {
 RESAMPLING = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 FILL = np.array([124, 116, 104], np.uint8)
 SIZE = 112
+RECTANGLE = 80, 144
+SHAPES = pytest.mark.parametrize("shape", [(SIZE, SIZE), RECTANGLE, RECTANGLE[::-1]], ids=str)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +54,13 @@ def soft_images(images) -> list[Image.Image]:
     return [image.point(lambda value: 64 + value // 2) for image in images]
 
 
-def record(crop, flip, operations, interpolation) -> np.ndarray:
-    """One plan: crop = (top, left, height, width), `operations` = [(name, argument)] after crop and flip."""
+def record(crop, flip, operations, interpolation, shape=(SIZE, SIZE)) -> np.ndarray:
+    """One plan for outputs of `shape`: crop = (top, left, height, width), `operations` = [(name, argument)] after crop
+    and flip."""
     plans = plan.of_boxes(np.array([crop], float), interpolation)
     affine = (-1.0, 0.0, 1.0, 0.0, 1.0, 0.0) if flip else (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     for n, (name, argument) in enumerate(operations):
-        affine = scalar.compose(*affine, OPS.index(name), argument)
+        affine = scalar.compose(*affine, OPS.index(name), argument, shape[1] / shape[0])
         plans["ops"][0, n], plans["arguments"][0, n] = OPS.index(name), argument
     top, left, height, width = crop
     plans["flip"] = flip
@@ -65,7 +69,7 @@ def record(crop, flip, operations, interpolation) -> np.ndarray:
 
 
 def show(pixels: np.ndarray, plans: np.ndarray, size=SIZE, fill=FILL, decoded="needed") -> np.ndarray:
-    """uint8 [h, w, 3] through the one plan -> [3, size, size]. decoded: "needed", as the loader does, "all", or
+    """uint8 [h, w, 3] through the one plan -> [3, *size]. decoded: "needed", as the loader does, "all", or
     "garbage" around it."""
     height, width = pixels.shape[:2]
     (start,), (stop,) = warp.needed(plans, np.array([height]), np.array([width]), size)
@@ -77,7 +81,7 @@ def show(pixels: np.ndarray, plans: np.ndarray, size=SIZE, fill=FILL, decoded="n
         inside = pixels[start[0] : stop[0], start[1] : stop[1]].copy()
         pixels = np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
         pixels[start[0] : stop[0], start[1] : stop[1]] = inside
-    out = np.full((3, size, size), 99, np.uint8)
+    out = np.full((3, *both_sides(size)), 99, np.uint8)
     cpu.augment(np.ascontiguousarray(pixels), *origin, height, width, plans[0], np.asarray(fill, np.uint8), out)
     return out
 
@@ -116,18 +120,18 @@ def test_whole_pixel_translations_are_pillows_within_one_level(images, soft_imag
         ("ShearY", -0.3),
     ],
 )
-def test_rotation_and_shear_are_pillows(soft_images, name, argument, interpolation):
+@SHAPES
+def test_rotation_and_shear_are_pillows(soft_images, name, argument, interpolation, shape):
     """A whole image, resized and then transformed as by Pillow. Both round in between; Pillow's bilinear transform then
     cuts fractions off, ours rounds them. 2 levels, 3 bicubic; at the edge of the fill fixed point and floating point
     may disagree about a pixel."""
     for image in soft_images:
-        resized = image.resize((SIZE, SIZE), RESAMPLING[interpolation])
+        resized = image.resize(shape[::-1], RESAMPLING[interpolation])
         theirs = np.asarray(
             THEIRS[name](resized, argument, fillcolor=tuple(FILL), resample=RESAMPLING[interpolation]), int
         )
-        ours = show(np.asarray(image), record(whole(image), False, [(name, argument)], interpolation)).transpose(
-            1, 2, 0
-        )
+        plans = record(whole(image), False, [(name, argument)], interpolation, shape)
+        ours = show(np.asarray(image), plans, shape).transpose(1, 2, 0)
         off = np.abs(ours - theirs).max(axis=2)
         limit = 3 if interpolation else 2
         assert (off > limit).mean() < 1e-3 and off[off <= limit].mean() < 1, (off > limit).sum()
@@ -174,35 +178,37 @@ def random_crop(rng, height, width) -> tuple[int, int, int, int]:
     return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), int(h), int(w)
 
 
-def output_to_source(crop, flip, operations, size) -> np.ndarray:
-    """3 x 3 matrix from output pixels to source pixels: each operation's matrix as timm hands it to Pillow, multiplied
-    the long way."""
-    top, left, height, width = crop
-    matrix = np.array([[width / size, 0, left], [0, height / size, top], [0, 0, 1.0]])
+def output_to_source(crop, flip, operations, shape) -> np.ndarray:
+    """3 x 3 matrix from output pixels, `shape` (rows, columns) of them, to source pixels: each operation's matrix as
+    timm hands it to Pillow, multiplied the long way."""
+    (top, left, height, width), (rows, columns) = crop, shape
+    matrix = np.array([[width / columns, 0, left], [0, height / rows, top], [0, 0, 1.0]])
     if flip:
-        matrix = matrix @ [[-1, 0, size], [0, 1, 0], [0, 0, 1.0]]
+        matrix = matrix @ [[-1, 0, columns], [0, 1, 0], [0, 0, 1.0]]
     for name, argument in operations:
         step = np.eye(3)
         if name == "Rotate":
             angle = -math.radians(argument)
             step[:2, :2] = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
-            step[:2, 2] = size / 2 - step[:2, :2] @ [size / 2, size / 2]
+            centre = np.array([columns, rows]) / 2
+            step[:2, 2] = centre - step[:2, :2] @ centre
         else:
             element = {"ShearX": (0, 1), "ShearY": (1, 0), "TranslateX": (0, 2), "TranslateY": (1, 2)}[name]
-            step[element] = argument * (size if name.startswith("T") else 1)
+            step[element] = argument * {"TranslateX": columns, "TranslateY": rows}.get(name, 1)
         matrix = matrix @ step
     return matrix
 
 
-def positions(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source (y, x) of the output pixels' centres, float64 [size, size] each."""
-    y, x = np.mgrid[:size, :size] + 0.5
+def positions(matrix: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Source (y, x) of the output pixels' centres, float64 [rows, columns] each."""
+    y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
     x, y, _ = np.einsum("ij,jkl->ikl", matrix, np.stack([x, y, np.ones_like(x)]))
     return y, x
 
 
+@SHAPES
 @pytest.mark.parametrize("interpolation", [0, 1], ids=["bilinear", "bicubic"])
-def test_composed_operations_are_pillows_transform_of_pillows_resize(soft_images, interpolation):
+def test_composed_operations_are_pillows_transform_of_pillows_resize(soft_images, interpolation, shape):
     """The image resized by Pillow at the crop's scale, then one transform with the matrix of crop, flip and all
     operations."""
     rng = np.random.default_rng(1)
@@ -216,36 +222,35 @@ def test_composed_operations_are_pillows_transform_of_pillows_resize(soft_images
             width,
         )
         operations, flip = [*random_operations(rng), ("Rotate", 5.0)], n % 2 == 0
-        ours = show(np.asarray(image), record(crop, flip, operations, interpolation)).transpose(1, 2, 0)
+        ours = show(np.asarray(image), record(crop, flip, operations, interpolation, shape), shape).transpose(1, 2, 0)
         # A canvas of whole pixels around the crop, as far as the image goes.
-        scale_y, scale_x = height / SIZE, width / SIZE
+        scale_y, scale_x = height / shape[0], width / shape[1]
         above, before = int(crop[0] / scale_y), int(crop[1] / scale_x)
-        rows = SIZE + above + int((image.height - crop[0] - height) / scale_y)
-        columns = SIZE + before + int((image.width - crop[1] - width) / scale_x)
+        rows = shape[0] + above + int((image.height - crop[0] - height) / scale_y)
+        columns = shape[1] + before + int((image.width - crop[1] - width) / scale_x)
         top, left = crop[0] - above * scale_y, crop[1] - before * scale_x
         box = (left, top, min(left + columns * scale_x, image.width), min(top + rows * scale_y, image.height))
         canvas = image.resize((columns, rows), RESAMPLING[interpolation], box=box)
-        matrix = output_to_source(crop, flip, operations, SIZE)
+        matrix = output_to_source(crop, flip, operations, shape)
         to_canvas = np.diag([1 / scale_x, 1 / scale_y, 1]) @ np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1]]) @ matrix
         data = tuple(to_canvas[:2].ravel())
-        theirs = np.asarray(
-            canvas.transform((SIZE, SIZE), Image.Transform.AFFINE, data, RESAMPLING[interpolation]), int
-        )
-        y, x = positions(to_canvas, SIZE)
+        theirs = np.asarray(canvas.transform(shape[::-1], Image.Transform.AFFINE, data, RESAMPLING[interpolation]), int)
+        y, x = positions(to_canvas, shape)
         inside = (y > 3) & (y < rows - 3) & (x > 3) & (x < columns - 3)  # where the canvas is not cut
         assert np.abs(ours - theirs)[inside].max(initial=0) <= (3 if interpolation else 2)
         compared += inside.sum()
-    assert compared > 0.4 * len(soft_images) * 4 * SIZE**2
+    assert compared > 0.4 * len(soft_images) * 4 * math.prod(shape)
 
 
-def test_positions_are_those_of_the_drawn_operations():
+@SHAPES
+def test_positions_are_those_of_the_drawn_operations(shape):
     """Images that encode their coordinates: each pixel of the full recipe's geometry shows its own place, or fill where
     that is outside."""
     n, height, width = 60, 180, 240
     y, x = np.mgrid[:height, :width]
     ramp = np.stack([y, x, 0 * y], axis=2).astype(np.uint8)
     augment = plan.Augment(scale=(0.2, 1.0), interpolation="random", auto_augment="rand-n4-m9-mstd0.5-inc1")
-    plans = plan.draw(7, 0, np.arange(n), np.full(n, height), np.full(n, width), augment)
+    plans = plan.draw(7, 0, np.arange(n), np.full(n, height), np.full(n, width), augment, shape[1] / shape[0])
     geometric = [OPS.index(name) for name in THEIRS]
     outside_seen, means = 0, []
     for b in range(n):
@@ -255,10 +260,12 @@ def test_positions_are_those_of_the_drawn_operations():
         ]
         p["ops"] = scalar.NO_OP  # the colours are not for this test
         crop = tuple(int(p[name][0]) for name in ("top", "left", "height", "width"))
-        y, x = positions(output_to_source(crop, bool(p["flip"][0]), operations, SIZE), SIZE)
-        out = show(ramp, p, fill=(0, 0, 255)).astype(int)
+        y, x = positions(output_to_source(crop, bool(p["flip"][0]), operations, shape), shape)
+        out = show(ramp, p, shape, fill=(0, 0, 255)).astype(int)
         # Pixels of the output to the image's edge, negative outside.
-        border = np.minimum(np.minimum(y, height - y) / crop[2], np.minimum(x, width - x) / crop[3]) * SIZE
+        border = np.minimum(
+            np.minimum(y, height - y) / crop[2] * shape[0], np.minimum(x, width - x) / crop[3] * shape[1]
+        )
         assert (out[2][border < -0.01] == 255).all() and (out[2][border > 0.01] == 0).all()
         inside = border > 3
         for channel, expected in enumerate((y - 0.5, x - 0.5)):
@@ -269,10 +276,10 @@ def test_positions_are_those_of_the_drawn_operations():
             if off.size > 1000:
                 means.append(off.mean())
         outside_seen += (border < -0.01).sum()
-    assert outside_seen > 0.01 * n * SIZE**2
-    # Half a pixel of the output is 0.3 to 1.1 levels. Integers at one and the same distance round one and the same way,
-    # hence some tenths.
-    assert len(means) > 100 and np.max(np.abs(means)) < 0.3 and np.mean(np.abs(means)) < 0.03
+    assert outside_seen > 0.01 * n * math.prod(shape)
+    # Half a pixel of the output is 0.3 to 1.1 levels, in every sample. Where a crop is a whole number of times as large
+    # as the output, all integers are at one and the same distance and round one and the same way: by half a level.
+    assert len(means) > 100 and np.max(np.abs(means)) <= 0.5 and np.mean(np.abs(means)) < 0.03
 
 
 def test_fill_is_where_the_image_is_not():
@@ -282,14 +289,14 @@ def test_fill_is_where_the_image_is_not():
     for height, width in [(1, 1), (1, 9), (13, 2), (3, 3), (30, 40), (61, 47)]:
         for n in range(60):
             crop, operations, flip = random_crop(rng, height, width), random_operations(rng, 1 + n % 3), bool(n % 2)
-            size = int(rng.integers(1, 40))
+            size = tuple(rng.integers(1, 40, 2).tolist())
             y, x = positions(output_to_source(crop, flip, operations, size), size)
             inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
             nearest = np.minimum(np.minimum(np.abs(y), np.abs(height - y)), np.minimum(np.abs(x), np.abs(width - x)))
             sure = nearest > 1e-4 * max(height, width)
             out = show(
                 np.full((height, width, 3), 10, np.uint8),
-                record(crop, flip, operations, n % 4 // 2),
+                record(crop, flip, operations, n % 4 // 2, size),
                 size,
                 (200, 201, 202),
             )
@@ -309,10 +316,10 @@ def test_fill_is_where_the_image_is_not():
 def test_the_image_reaches_to_its_edge_where_a_canvas_pixels_centre_lies_on_it():
     """A crop 2 pixels wide, 1 from the edge, shown 13 wide: the edge is at -6.5 of its pixels, and rounding may put it
     on either side of their centres."""
-    crop, operation, size = (2, 1, 1, 2), ("ShearX", -0.57), 13
+    crop, operation, size = (2, 1, 1, 2), ("ShearX", -0.57), (13, 13)
     y, x = positions(output_to_source(crop, False, [operation], size), size)
     inside = (y >= 0) & (y < 3) & (x >= 0) & (x < 3)
-    out = show(np.full((3, 3, 3), 10, np.uint8), record(crop, False, [operation], 0), size, (200, 200, 200))
+    out = show(np.full((3, 3, 3), 10, np.uint8), record(crop, False, [operation], 0, size), size, (200, 200, 200))
     assert 0 < inside.sum() < inside.size and (out == np.where(inside, 10, 200)).all()
 
 
@@ -338,7 +345,7 @@ def test_what_is_decoded_is_all_that_is_read():
         plans = plan.draw(1, 0, np.arange(n), np.full(n, height), np.full(n, width), augment)
         plans["ops"] = scalar.NO_OP
         for b in range(n):
-            p, size = plans[b : b + 1], (1, 7, 16, 33, 64)[b % 5]
+            p, size = plans[b : b + 1], (1, (7, 3), 16, (9, 33), (64, 40))[b % 5]
             alone = show(pixels, p, size)
             for decoded in ("all", "garbage"):
                 assert (show(pixels, p, size, decoded=decoded) == alone).all(), (height, width, size, p)
@@ -408,10 +415,9 @@ def map_affine(rng, strength=1.0, thin=False) -> np.ndarray:
     """A crop of the unit square, mirrored half the time, rotated and sheared."""
     height, width = rng.uniform(0.02, 0.1, 2) if thin else rng.uniform(0.3, 1, 2)
     top, left = rng.uniform(0, 1 - height), rng.uniform(0, 1 - width)
-    affine = np.append(
-        output_to_source((top, left, height, width), rng.random() < 0.5, random_operations(rng, strength), 1.0)[:2], []
-    )
-    return affine.reshape(6).astype(np.float32)
+    crop, flip = (top, left, height, width), rng.random() < 0.5
+    matrix = output_to_source(crop, flip, random_operations(rng, strength), (1.0, 1.0))
+    return matrix[:2].reshape(6).astype(np.float32)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.pictures import bundled_photos
 from tl_fast.pictures.crop_sheet import find_data, find_recipe, inside_image, operations, show_recipe
 from tl_fast.pictures.sample_sheet import show
-from tl_fast.pictures.sheet import NO_CLASS, OTHER, PALETTE, best_of_map, best_of_targets
+from tl_fast.pictures.sheet import NO_CLASS, OTHER, PALETTE, best_of_map, best_of_targets, panel_of
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import OPS
@@ -266,6 +266,20 @@ def test_other_image_sizes_keep_the_panels(full, tmp_path):
     assert Image.open(small).size == Image.open(large).size
 
 
+@pytest.mark.parametrize("size, grid, panel", [((64, 128), (4, 8), (112, 224)), ((160, 80), (10, 5), (224, 112))])
+def test_rectangles_are_drawn_in_their_shape(full, tmp_path, size, grid, panel):
+    """The crop at the left upper corner of its panel, in the pixels that the loader gives; paper beside it."""
+    picture = np.asarray(Image.open(show(full, tmp_path / "one.png", ids=[2], image_size=size, grid=grid)))
+    with Loader(full, 1, image_size=size, grid=grid, threads=1) as loader, BetonReader(full) as reader:
+        crop = panel_of(loader.batch(np.array([2])).images[0])
+        left = MARGIN + drawn_size(int(reader.heights[2]), int(reader.widths[2]))[1] + GAP
+    assert crop.shape == (*panel, 3)
+    top = picture.shape[0] - MARGIN - PANEL
+    shown = picture[top : top + PANEL, left : left + PANEL]
+    assert (shown[: panel[0], : panel[1]] == crop).all()
+    assert (shown[panel[0] :] == PAPER).all() and (shown[:, panel[1] :] == PAPER).all()
+
+
 def test_files_without_label_maps_show_images_only(bare, tmp_path):
     picture = show(bare, tmp_path / "deeper" / "bare.png", first=1, samples=2)
     with BetonReader(bare) as reader:
@@ -341,8 +355,8 @@ def test_nothing_stands_out_in_uniform_cells_and_tokens():
         best_of_map(np.arange(2, dtype=np.uint16).reshape(2, 1, 1), np.full((2, 1, 1), 4, np.float32), 2).best
         == NO_CLASS
     ).all()
-    assert (best_of_targets(np.full((4, 3), 1 / 3, np.float32), 2).best == NO_CLASS).all()
-    assert (best_of_targets(np.ones((4, 1), np.float32), 2).best == 0).all()
+    assert (best_of_targets(np.full((4, 3), 1 / 3, np.float32), (2, 2)).best == NO_CLASS).all()
+    assert (best_of_targets(np.ones((4, 1), np.float32), (2, 2)).best == 0).all()
 
 
 def test_colours_are_distinct():
@@ -488,7 +502,7 @@ def test_what_is_beyond_the_image_is_what_is_filled(many):
                 continue
             image = loader.batch(np.array([sample])).images[0].numpy()
             height, width = int(loader.samples.heights[sample]), int(loader.samples.widths[sample])
-            beyond = ~inside_image(drawn["affine"], height, width, PANEL)
+            beyond = ~inside_image(drawn["affine"], height, width, (PANEL, PANEL))
             # A pixel may be filled or not where its centre is as good as on the image's edge.
             differ = (image == np.array(fill)[:, None, None]).all(axis=0) != beyond
             assert differ.sum() <= 2, f"sample {sample}: {differ.sum()} pixels"

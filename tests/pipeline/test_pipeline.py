@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import math
 import os
 import threading
 import time
@@ -14,6 +15,11 @@ import torch
 from PIL import Image
 from small_betons import write
 from tiny_runs import torchrun
+
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
 from tests import reference
 from tl_fast.beton.layout import BetonError
@@ -28,6 +34,9 @@ from tl_fast.pipeline.regions import DecodeError
 from tl_fast.plan import rand_augment
 from tl_fast.plan import records as plan
 from tl_fast.plan.boxes import center_boxes, crop_fractions
+from tl_fast.system.sides import both_sides
+
+MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
 
 def jpeg(pixels: np.ndarray, quality: int = 100) -> bytes:
@@ -100,13 +109,18 @@ FLIP_ONLY = plan.Augment(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3), flip=1.0)
 BOTH = plan.Augment(flip=1.0)
 
 
+# (pixels, tokens), of which all are SIZE // GRID pixels large.
+SHAPES = pytest.mark.parametrize("size, grid", [(SIZE, GRID), ((80, 144), (10, 18)), ((144, 80), (18, 10))], ids=str)
+
+
+@SHAPES
 @pytest.mark.parametrize("augment", [CROP_ONLY, FLIP_ONLY, BOTH], ids=["crop", "flip", "crop+flip"])
-def test_every_token_names_the_cell_under_its_pixels(tmp_path, augment):
+def test_every_token_names_the_cell_under_its_pixels(tmp_path, augment, size, grid):
     spec = MapSpec(k=1, height=ROWS, width=COLUMNS, num_classes=ROWS * COLUMNS)
     n = 16
     path = write(tmp_path / "coordinates.beton", [jpeg(coordinate_image())] * n, [cell_record(spec)] * n, spec)
     tokens = 0
-    with Loader(path, 8, image_size=SIZE, grid=GRID, augment=augment, seed=1, smoothing=0.0) as loader:
+    with Loader(path, 8, image_size=size, grid=grid, augment=augment, seed=1, smoothing=0.0) as loader:
         for epoch in range(3):
             loader.set_epoch(epoch)
             flips = []
@@ -117,7 +131,7 @@ def test_every_token_names_the_cell_under_its_pixels(tmp_path, augment):
                 tokens += off.size
                 flips += (batch.images[:, 1, 0, 0] > batch.images[:, 1, 0, -1]).tolist()
             assert all(flips) if augment.flip else not any(flips)
-    assert tokens == 3 * n * GRID**2
+    assert tokens == 3 * n * math.prod(both_sides(grid))
 
 
 def test_the_alignment_test_notices_wrong_geometry(tmp_path, monkeypatch):
@@ -154,26 +168,28 @@ GEOMETRY = [
 
 
 @pytest.mark.parametrize("operations", [*([op] for op in GEOMETRY), GEOMETRY[:3], GEOMETRY[3:]], ids=str)
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_geometric_operations_move_labels_with_the_pixels(tmp_path, monkeypatch, operations, interpolation):
+@pytest.mark.parametrize(
+    "interpolation, size, grid", [("bilinear", SIZE, GRID), ("bicubic", SIZE, GRID), ("bicubic", (80, 144), (10, 18))]
+)
+def test_geometric_operations_move_labels_with_the_pixels(tmp_path, monkeypatch, operations, interpolation, size, grid):
     """On a 4:3 image: tokens of pixels name the cell under them; tokens of fill know nothing."""
     spec = MapSpec(k=1, height=ROWS, width=COLUMNS, num_classes=ROWS * COLUMNS)
     path = write(tmp_path / "coordinates.beton", [jpeg(coordinate_image())] * 16, [cell_record(spec)] * 16, spec)
     drawn = plan.draw
 
     def draw(*arguments):
-        plans = drawn(*arguments)
+        plans, aspect = drawn(*arguments), arguments[-1]
         for record in plans:
             affine = tuple(record["affine"].astype(float))
             for name, value in operations:
-                affine = scalar.compose(*affine, rand_augment.OPS.index(name), value)
+                affine = scalar.compose(*affine, rand_augment.OPS.index(name), value, aspect)
             record["affine"] = affine
         return plans
 
     monkeypatch.setattr(plan, "draw", draw)
     seen = filled = 0
     augment = plan.Augment(interpolation=interpolation, fill=(0, 0, 255))
-    with Loader(path, 16, image_size=SIZE, grid=GRID, augment=augment, seed=1, smoothing=0.0) as loader:
+    with Loader(path, 16, image_size=size, grid=grid, augment=augment, seed=1, smoothing=0.0) as loader:
         for epoch in range(2):
             loader.set_epoch(epoch)
             for batch in loader:
@@ -467,15 +483,40 @@ def test_evaluation_is_resize_and_centre_crop(photo_beton, photo_files):
         assert off.max() <= 8 and np.percentile(off, 99) <= 1 and off.mean() < 0.25, file
 
 
-def test_centre_boxes_never_leave_the_image():
+@pytest.mark.parametrize("size", [(96, 160), (160, 96)])
+def test_evaluation_of_rectangles_is_timms(photo_beton, photo_files, size):
+    """timm resizes to whole pixels first, so its crop may lie half a pixel beside ours: means of 8 x 8 pixels are
+    compared."""
+    theirs = create_transform((3, *size), is_training=False, interpolation="bicubic", crop_pct=0.875)
+    with Loader(photo_beton, 24, image_size=size, train=False, crop_pct=0.875) as loader:
+        (batch,) = loader
+        assert loader.image_size == size and batch.images.shape == (24, 3, *size)
+    resize = theirs.transforms[0]
+    for file, ours in zip(photo_files, batch.images, strict=True):
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+        (box,) = center_boxes(np.array([image.height]), np.array([image.width]), size, 0.875)
+        resized = resize.get_params(image, resize.size, resize.longest)
+        for side, extent, shown, resized_side in zip(image.size[::-1], box[2:], size, resized, strict=True):
+            assert abs(side * shown / extent - resized_side) <= 0.51, "pixels of the resized image"
+        means = torch.nn.functional.avg_pool2d(torch.stack([ours, (theirs(image) * STD + MEAN) * 255]), 8)
+        assert (means[0] - means[1]).abs().mean() < 4, file
+        moved = means[:, :, :, 1:]  # by 8 pixels
+        assert (means[0, :, :, :-1] - moved[1]).abs().mean() > 8, "the comparison would notice"
+
+
+@pytest.mark.parametrize("size", [224, (224, 96), (96, 224)])
+def test_centre_boxes_never_leave_the_image(size):
     heights, widths = np.array([5, 300, 224, 1]), np.array([900, 300, 10, 1])
-    boxes = center_boxes(heights, widths, 224, 1.0)
+    boxes = center_boxes(heights, widths, size, 1.0)
     assert (
         (boxes[:, :2] >= 0).all()
         and (boxes[:, 0] + boxes[:, 2] <= heights).all()
         and (boxes[:, 1] + boxes[:, 3] <= widths).all()
     )
-    np.testing.assert_allclose(boxes[1], [0, 0, 300, 300])
+    height, width = both_sides(size)
+    np.testing.assert_allclose(boxes[1, 2:], [300 * min(height / width, 1), 300 * min(width / height, 1)])
+    np.testing.assert_allclose(boxes[:, 2] * width, boxes[:, 3] * height)
 
 
 def test_several_betons_are_one_data_set(photo_beton, photo_files, tmp_path):
@@ -620,6 +661,10 @@ def test_a_loader_that_is_dropped_ends_its_threads(photo_beton):
         ({"decode": "mixed"}, "with device='cuda' alone"),
         ({"decode": "gpu"}, "decode must be one of"),
         ({"crop_pct": 0.0}, "crop_pct"),
+        ({"image_size": (224, 0)}, "image_size must be at least 1 pixel"),
+        ({"image_size": 3 * (224,)}, r"a whole number or two, \(height, width\), got \(224, 224, 224\)"),
+        ({"grid": (14.0, 14)}, r"a whole number or two.*got \(14.0, 14\)"),
+        ({"grid": 0}, "grid must be at least 1 token"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"paths": "nothing-*.beton"}, "to_beton.py"),
     ],

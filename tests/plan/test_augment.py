@@ -27,8 +27,8 @@ RECIPE = plan.Augment(interpolation="random", auto_augment="rand-m9-mstd0.5-inc1
 N = 20_000
 
 
-def draw(n=N, seed=3, epoch=5, augment=RECIPE, height=375, width=500):
-    return plan.draw(seed, epoch, np.arange(n), np.full(n, height), np.full(n, width), augment)
+def draw(n=N, seed=3, epoch=5, augment=RECIPE, height=375, width=500, aspect=1.0):
+    return plan.draw(seed, epoch, np.arange(n), np.full(n, height), np.full(n, width), augment, aspect)
 
 
 # --- the notation
@@ -240,25 +240,25 @@ def test_colour_jitter_is_torchvisions():
         assert ours.min() >= 0.6 - 1e-6 and ours.max() <= 1.4 + 1e-6
 
 
-def test_erased_boxes_are_distributed_as_timms():
-    size = 64
+@pytest.mark.parametrize("height, width", [(64, 64), (48, 112), (128, 40)])
+def test_erased_boxes_are_distributed_as_timms(height, width):
     random.seed(0)
     erasing = RandomErasing(probability=0.25, mode="const", device="cpu")
     theirs = []
     for _ in range(N):
-        rows, columns = (erasing(torch.ones(1, size, size))[0] == 0).nonzero().numpy().T
+        rows, columns = (erasing(torch.ones(1, height, width))[0] == 0).nonzero().numpy().T
         if rows.size:
             theirs.append((rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1))
             assert rows.size == theirs[-1][2] * theirs[-1][3]
     theirs = np.array(theirs)
-    ours = plan.erase_boxes(draw(), size)
+    ours = plan.erase_boxes(draw(aspect=width / height), (height, width))
     ours = ours[ours[:, 2] > 0]
     assert stats.binomtest(len(ours), N, 0.25).pvalue > 1e-3
     assert (
         (ours[:, :2] >= 0).all()
         and (ours[:, 2:] > 0).all()
-        and (ours[:, 2:] < size).all()
-        and (ours[:, :2] + ours[:, 2:] <= size).all()
+        and (ours[:, 2:] < (height, width)).all()
+        and (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
     )
     views = {
         "top": lambda y, x, h, w: y,
@@ -267,7 +267,7 @@ def test_erased_boxes_are_distributed_as_timms():
         "width": lambda y, x, h, w: w,
         "area": lambda y, x, h, w: h * w,
         "ratio": lambda y, x, h, w: h / w,
-        "below": lambda y, x, h, w: size - y - h,
+        "below": lambda y, x, h, w: height - y - h,
     }
     for name, view in views.items():
         assert stats.ks_2samp(view(*theirs.T), view(*ours.T)).pvalue > 1e-3, name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,7 +15,8 @@ import timm.data.mixup
 
 from tl_fast.plan.mixup import Mixup, draw_mix
 
-SIZE, DRAWS = 64, 3000
+DRAWS = 3000
+SIZES = pytest.mark.parametrize("size", [(64, 64), (48, 120)], ids=str)
 RANGES = [
     Mixup(0.8, 0.0),
     Mixup(0.2, 0.0, probability=0.7),
@@ -23,16 +26,16 @@ RANGES = [
 ]
 
 
-def ours(ranges: Mixup, seed: int = 0, epoch: int = 0) -> np.ndarray:
-    return np.array([draw_mix(seed, epoch, step, SIZE, ranges) for step in range(DRAWS)])
+def ours(ranges: Mixup, size: tuple[int, int] = (64, 64), seed: int = 0, epoch: int = 0) -> np.ndarray:
+    return np.array([draw_mix(seed, epoch, step, size, ranges) for step in range(DRAWS)])
 
 
-def share_of_area(draws: np.ndarray) -> np.ndarray:
+def share_of_area(draws: np.ndarray, size: tuple[int, int] = (64, 64)) -> np.ndarray:
     """The flipped batch's part in the targets."""
-    return draws[:, 4] * (draws[:, 2] - draws[:, 0]) * (draws[:, 3] - draws[:, 1]) / SIZE**2
+    return draws[:, 4] * (draws[:, 2] - draws[:, 0]) * (draws[:, 3] - draws[:, 1]) / math.prod(size)
 
 
-def theirs(ranges: Mixup) -> tuple[np.ndarray, np.ndarray]:
+def theirs(ranges: Mixup, size: tuple[int, int] = (64, 64)) -> tuple[np.ndarray, np.ndarray]:
     """timm's draws, from numpy's global generator: whether CutMix mixes, and the flipped batch's part."""
     mixup = timm.data.mixup.Mixup(
         ranges.mixup, ranges.cutmix, prob=ranges.probability, switch_prob=ranges.switch_probability
@@ -43,26 +46,28 @@ def theirs(ranges: Mixup) -> tuple[np.ndarray, np.ndarray]:
     for _ in range(DRAWS):
         lam, cutmix = mixup._params_per_batch()
         if cutmix:
-            _, lam = timm.data.mixup.cutmix_bbox_and_lam((3, SIZE, SIZE), lam)
+            _, lam = timm.data.mixup.cutmix_bbox_and_lam((3, *size), lam)
         cutmixes.append(cutmix), shares.append(1 - lam)
     np.random.set_state(state)
     return np.array(cutmixes), np.array(shares)
 
 
-def is_cutmix(draws: np.ndarray) -> np.ndarray:
+def is_cutmix(draws: np.ndarray, size: tuple[int, int] = (64, 64)) -> np.ndarray:
     """Whether the box is not the whole image, which a lambda above 0 never makes it."""
-    return (draws[:, :4] != (0, 0, SIZE, SIZE)).any(1)
+    return (draws[:, :4] != (0, 0, *size)).any(1)
 
 
+@SIZES
 @pytest.mark.parametrize("ranges", RANGES)
-def test_draws_are_distributed_as_timms(ranges):
-    draws, (cutmixes, shares) = ours(ranges), theirs(ranges)
-    assert abs(is_cutmix(draws).mean() - cutmixes.mean()) < 0.05
-    assert abs((share_of_area(draws) == 0).mean() - (shares == 0).mean()) < 0.05
+def test_draws_are_distributed_as_timms(ranges, size):
+    draws, (cutmixes, shares) = ours(ranges, size), theirs(ranges, size)
+    drawn, is_cut = share_of_area(draws, size), is_cutmix(draws, size)
+    assert abs(is_cut.mean() - cutmixes.mean()) < 0.05
+    assert abs((drawn == 0).mean() - (shares == 0).mean()) < 0.05
     for cutmix in (False, True):
-        mine, timms = share_of_area(draws)[is_cutmix(draws) == cutmix], shares[cutmixes == cutmix]
+        mine, timms = drawn[is_cut == cutmix], shares[cutmixes == cutmix]
         assert len(mine) == 0 or stats.ks_2samp(mine, timms).pvalue > 1e-3
-    assert abs(share_of_area(draws).mean() - shares.mean()) < 0.02
+    assert abs(drawn.mean() - shares.mean()) < 0.02
 
 
 def test_the_comparison_would_notice_another_alpha():
@@ -70,14 +75,16 @@ def test_the_comparison_would_notice_another_alpha():
     assert stats.ks_2samp(share_of_area(draws), shares).pvalue < 1e-3
 
 
+@SIZES
 @pytest.mark.parametrize("ranges", RANGES)
-def test_boxes_lie_in_the_image_and_shares_in_the_unit_interval(ranges):
-    draws = ours(ranges)
+def test_boxes_lie_in_the_image_and_shares_in_the_unit_interval(ranges, size):
+    draws = ours(ranges, size)
     assert draws.dtype == np.float32 and draws.shape == (DRAWS, 5)
     top, left, bottom, right, share = draws.T
-    assert ((top >= 0) & (left >= 0) & (top <= bottom) & (left <= right) & (bottom <= SIZE) & (right <= SIZE)).all()
+    assert ((top >= 0) & (left >= 0) & (top <= bottom) & (left <= right)).all()
+    assert bottom.max() == size[0] and right.max() == size[1]
     assert ((share >= 0) & (share <= 1)).all() and (draws[:, :4] == draws[:, :4].round()).all()
-    assert (share[is_cutmix(draws)] == 1).all(), "CutMix replaces pixels"
+    assert (share[is_cutmix(draws, size)] == 1).all(), "CutMix replaces pixels"
 
 
 def test_a_draw_depends_on_seed_epoch_and_step_alone():

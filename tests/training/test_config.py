@@ -46,6 +46,8 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
     "bad, named",
     [
         ({"img_size": 8}, "img_size.*16.*8"),
+        ({"img_size": (224, 5000)}, r"img_size must be in \[16, 4096\], got \(224, 5000\)"),
+        ({"img_size": (224,)}, r"a whole number or two, \(height, width\), got \(224,\)"),
         ({"pretrained": True, "init_weights": "w.pth"}, "pretrained would be overwritten by init_weights w.pth"),
         ({"eval_token_weight": -0.5}, "eval_token_weight must be in"),
         ({"batch_size": 0}, r"batch_size.*\[1, .*0"),
@@ -139,6 +141,16 @@ def test_a_recipe_that_names_no_switch_computes_as_before():
     assert config.model_options == {"depth": 2}
     switches = dict(stem_space_to_depth=True, residual_dtype="bfloat16", drop_path_batched=True, gelu="tanh")
     assert TrainConfig(train_data="x.beton", **switches).model_options == switches
+
+
+def test_an_image_size_is_a_side_or_height_and_width(tmp_path):
+    for text, size in (("192", 192), ("[192,256]", (192, 256)), ("[192, 192]", 192)):
+        config = parse_config(["--train_data", "x.beton", "--img_size", text])
+        assert config.img_size == size
+        assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    (tmp_path / "a.yaml").write_text("img_size: [192, 256]")
+    config = parse_config(["--config", str(tmp_path / "a.yaml"), "--train_data", "x.beton"])
+    assert config.img_size == (192, 256) and config.to_dict()["img_size"] == [192, 256]
 
 
 def test_a_bad_value_on_the_command_line_ends_with_its_name(capsys):

@@ -17,7 +17,7 @@ from tiny_runs import ROOT, TINY, weights
 from tl_fast.models.lvvit import PATCH
 from tl_fast.training.config import TrainConfig, parse_config
 from tl_fast.training.loop import train
-from tl_fast.training.network import build_network, square_grid
+from tl_fast.training.network import build_network, grid_of
 from tl_fast.training.runlog import read_rows
 
 RECIPES = ROOT / "recipes"
@@ -91,7 +91,7 @@ def check(config: TrainConfig, row: dict[str, str], column: str) -> None:
         if field.name not in PATHS:
             resolved = config.to_dict()[field.name]
             assert resolved == fields.get(field.name, defaults[field.name]), field.name
-    assert square_grid(config) == read_flags(row)["--token-label-size"]
+    assert grid_of(config) == (read_flags(row)["--token-label-size"],) * 2
 
 
 def check_start(config: TrainConfig, row: dict[str, str], start: TrainConfig | None) -> None:
@@ -185,7 +185,7 @@ def take_a_step(name: str, folder: str, betons: Path, runs: Path) -> TrainConfig
         output_dir=str(runs / name),
         init_weights=start and start.output_dir,
         model_kwargs=TINY,
-        img_size=PATCH * (square_grid(config) * 2 // 7),
+        img_size=PATCH * (grid_of(config)[0] * 2 // 7),
         num_classes=None,
         batch_size=4,
         lr_base_batch=4,

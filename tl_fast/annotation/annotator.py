@@ -6,7 +6,7 @@ pooling (norms, hidden layers) is done to the cell, too. For a head that pools a
 cells' logits is the image's logits. A network with a token head (LV-ViT, VOLO, any model trained with token labels)
 classifies the cells with that one.
 
-Shapes: B images, D channels, H x W cells, P prefix tokens, C classes, S input side in pixels.
+Shapes: B images, D channels, H x W cells, P prefix tokens, C classes, h x w pixels of the input.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tl_fast.models.token_label import backbone_of, token_head
 from tl_fast.models.token_layout import classify_cells, token_layout
 from tl_fast.sources.image import open_rgb
 from tl_fast.system.mistakes import InputError
+from tl_fast.system.sides import Sides, both_sides
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -41,10 +42,11 @@ class AnnotateError(InputError):
 class Preprocessing:
     """How an image becomes the annotator's input.
 
-    The full image is squashed to `img_size` x `img_size` pixels; then each channel is (x/255 − mean) / std.
+    The full image is squashed to `img_size` pixels, a side or (height, width); then each channel is (x/255 − mean) /
+    std.
     """
 
-    img_size: int
+    img_size: Sides
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -86,18 +88,18 @@ class Annotator(nn.Module):
         self.kept: list[int] | None = None
         self.probe: nn.Linear | None = None
         self.num_classes: int = network.num_classes
-        size = preprocessing.img_size
+        size = both_sides(preprocessing.img_size)
         try:
             with torch.inference_mode():
-                features = self.features(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
-                self._layout = token_layout(backbone_of(network), features)
+                features = self.features(torch.zeros(2, 3, *size, dtype=torch.uint8, device=device))
+                self._layout = token_layout(backbone_of(network), features, size)
                 self.grid = self._layout.grid
                 dense = self._on_tokens(features, pre_logits=self.num_classes == 0)
                 self.feature_size = self.pre_logits(features).shape[-1]
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
             raise AnnotateError(
-                f"model {name} at {size} px cannot be applied to every cell ({type(error).__name__}: {error}); try"
-                " another --img-size (a multiple of 32 suits most models) or another model"
+                f"model {name} at {preprocessing.img_size} px cannot be applied to every cell ({type(error).__name__}:"
+                f" {error}); try another --img-size (a multiple of 32 suits most models) or another model"
             ) from error
         if self.num_classes and dense.shape[1] != self.num_classes:
             raise AnnotateError(
@@ -106,7 +108,7 @@ class Annotator(nn.Module):
             )
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 RGB `[B, 3, S, S]` → the network's features, float32, in the network's own layout."""
+        """uint8 RGB `[B, 3, h, w]` → the network's features, float32, in the network's own layout."""
         x = images.to(self.device, torch.float32, memory_format=torch.channels_last, non_blocking=True)
         x = (x / 255 - self.mean) / self.std
         low = DTYPES[self.dtype]
@@ -119,7 +121,7 @@ class Annotator(nn.Module):
         return self.network.forward_head(features, pre_logits=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 RGB `[B, 3, S, S]` → logits of the cells `[B, C, H, W]` and of the image `[B, C]`, float32."""
+        """uint8 RGB `[B, 3, h, w]` → logits of the cells `[B, C, H, W]` and of the image `[B, C]`, float32."""
         features = self.features(images)
         if self.probe is not None:
             dense = self._on_tokens(features, pre_logits=True).movedim(1, -1)  # [B, H, W, D]
@@ -158,9 +160,10 @@ class Annotator(nn.Module):
 def squash(data: bytes, preprocessing: Preprocessing, exif: str = "ignore") -> tuple[np.ndarray, int]:
     """Open an image file's bytes and squash the image to the annotator's input size.
 
-    Returns uint8 RGB `[3, S, S]` and the EXIF orientation that the file states, 1..8. exif: see
+    Returns uint8 RGB `[3, h, w]` and the EXIF orientation that the file states, 1..8. exif: see
     `tl_fast.sources.image.open_rgb`, whose ValueError says what is wrong with the file.
     """
     image, orientation = open_rgb(data, exif)
-    squashed = image.resize((preprocessing.img_size,) * 2, str_to_pil_interp(preprocessing.interpolation))
+    height, width = both_sides(preprocessing.img_size)
+    squashed = image.resize((width, height), str_to_pil_interp(preprocessing.interpolation))
     return np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1)), orientation

@@ -45,6 +45,7 @@ from tl_fast.system.atomic import write_atomic
 from tl_fast.system.mistakes import share
 from tl_fast.system.progress import ProgressDisplay
 from tl_fast.system.ranks import Ranks, cores_of_this_rank, join
+from tl_fast.system.sides import Sides, both_sides
 
 NO_CLASS = MAX_CLASSES  # the pooled class of an image that was left out; the indices of classes are below it
 
@@ -77,7 +78,7 @@ class AnnotateConfig:
     label_column: str | None = None
     checkpoint: Path | None = None
     num_classes: int | None = None
-    img_size: int | None = None
+    img_size: Sides | None = None
     classes: str | None = None
     fit_head: bool = False
     eval_images: Path | None = None
@@ -98,7 +99,6 @@ class AnnotateConfig:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         for name, least in (
             ("num_classes", 0),
-            ("img_size", 1),
             ("topk", 1),
             ("batch_size", 1),
             ("workers", 1),
@@ -107,6 +107,8 @@ class AnnotateConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise AnnotateError(f"{name} must be at least {least}, got {value}")
+        if self.img_size is not None and min(both_sides(self.img_size)) < 1:
+            raise AnnotateError(f"img_size must be at least 1, got {self.img_size}")
         if not self.timeout_minutes > 0:
             raise AnnotateError(f"timeout_minutes must be above 0, got {self.timeout_minutes}")
         if self.classes is not None and self.fit_head:

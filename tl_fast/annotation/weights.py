@@ -20,6 +20,7 @@ from tl_fast.models.lvvit import LVViT
 from tl_fast.models.token_label import BACKBONE, backbone_of
 from tl_fast.models.weights import WeightsError, class_count, fit, heads
 from tl_fast.system.mistakes import InputError
+from tl_fast.system.sides import Sides, both_sides, one_if_square
 from tl_fast.training import checkpoint as checkpoints
 from tl_fast.training.config import TrainConfig
 
@@ -44,7 +45,7 @@ _OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "
 def build_annotator(
     model: str | None = None,
     *,
-    img_size: int | None = None,
+    img_size: Sides | None = None,
     checkpoint: Path | None = None,
     num_classes: int | None = None,
     device: torch.device | str = "cpu",
@@ -55,8 +56,8 @@ def build_annotator(
     model: `efficientnet-lite0|1|2` (weights from their PyPI packages) or any timm name (weights from the hub, or from
     `checkpoint`); None: the model of the run that `checkpoint` is of. checkpoint: a run's folder, a checkpoint's folder
     or a weights file (`checkpoint.find`); a model trained with token labels annotates with its token head. img_size:
-    input side in pixels; None: the run's, or the model's own. num_classes: of the checkpoint's head; None: as its head
-    says.
+    input side in pixels, or (height, width); None: the run's, or the model's own. num_classes: of the checkpoint's
+    head; None: as its head says.
 
     Raises AnnotateError when the model is unknown, its weights cannot be had or do not fit, or it cannot be applied
     densely.
@@ -78,9 +79,8 @@ def build_annotator(
     except InputError as error:
         raise AnnotateError(str(error)) from error
     config = {**resolve_data_config({}, model=backbone_of(network)), **settings.overrides}
-    preprocessing = Preprocessing(
-        img_size or config["input_size"][1], config["interpolation"], tuple(config["mean"]), tuple(config["std"])
-    )
+    size = one_if_square(img_size or config["input_size"][1:])
+    preprocessing = Preprocessing(size, config["interpolation"], tuple(config["mean"]), tuple(config["std"]))
     return Annotator(
         network,
         preprocessing,
@@ -103,7 +103,7 @@ class _Settings:
     class_names: list[str] | None = None
 
 
-def _from_hub(model: str, img_size: int | None) -> tuple[nn.Module, _Settings]:
+def _from_hub(model: str, img_size: Sides | None) -> tuple[nn.Module, _Settings]:
     """The network with pretrained weights from the hub."""
     try:
         return create(model, img_size, pretrained=True), _Settings(model, "hub")
@@ -118,7 +118,7 @@ def _from_hub(model: str, img_size: int | None) -> tuple[nn.Module, _Settings]:
 
 
 def _from_checkpoint(
-    model: str | None, img_size: int | None, path: Path, num_classes: int | None
+    model: str | None, img_size: Sides | None, path: Path, num_classes: int | None
 ) -> tuple[nn.Module, _Settings]:
     """The network with the weights of a run's checkpoint, or of a file."""
     meta = checkpoints.read_meta(path) if path.is_dir() else {}
@@ -136,14 +136,13 @@ def _from_checkpoint(
     if trained is None:
         settings = _Settings(model, path.name)
     else:
-        size = 3, trained.img_size, trained.img_size
-        overrides = {"input_size": size, "mean": trained.mean, "std": trained.std}
+        overrides = {"input_size": (3, *both_sides(trained.img_size)), "mean": trained.mean, "std": trained.std}
         settings = _Settings(trained.model, path.name, overrides, meta.get("class_names"))
     try:
         if isinstance(blank, LVViT) or any(key.startswith(BACKBONE) for key in state):
             network = build_model(
                 architecture,
-                img_size=img_size or settings.overrides.get("input_size", blank.pretrained_cfg["input_size"])[1],
+                img_size=img_size or settings.overrides.get("input_size", blank.pretrained_cfg["input_size"])[1:],
                 num_classes=num_classes,
                 options=None if trained is None else trained.model_options,
                 eval_token_weight=None if trained is None else trained.eval_token_weight,

@@ -11,8 +11,9 @@ import numpy as np
 from tl_fast.kernels.colour import cpu as colour
 from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.kernels.targets import cpu as targets
-from tl_fast.kernels.targets.crops import Grid, affines_of_crops, grid_sides
+from tl_fast.kernels.targets.crops import affines_of_crops
 from tl_fast.maths.compile import njit
+from tl_fast.plan.boxes import Sides, both_sides
 
 
 def augment(
@@ -55,7 +56,7 @@ def token_targets(
     crops: np.ndarray,
     flips: np.ndarray,
     num_classes: int,
-    grid: Grid,
+    grid: Sides,
     smoothing: float,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -83,7 +84,7 @@ def warped_targets(
     scores: np.ndarray,
     affines: np.ndarray,
     num_classes: int,
-    grid: Grid,
+    grid: Sides,
     smoothing: float,
     out: np.ndarray | None = None,
     cut: bool = True,
@@ -101,7 +102,7 @@ def warped_targets(
     affines = np.ascontiguousarray(affines, np.float32)
     if affines.shape != (b, 6) or not np.isfinite(affines).all():
         raise ValueError(f"affines must be finite [{b}, 6], got {affines.shape}")
-    grid = grid_sides(grid)
+    grid = both_sides(grid)
     shape = (b, 1 + grid[0] * grid[1], num_classes)
     if out is None:
         out = np.empty(shape, np.float32)
@@ -122,7 +123,7 @@ def _check_targets(classes, scores, num_classes, grid, smoothing):
         )
     if not np.isfinite(scores).all():  # the loops mark classes not met yet with NaN
         raise ValueError("label map scores must be finite")
-    if min(grid_sides(grid)) < 1 or num_classes < 1 or not 0 <= smoothing < 1:
+    if min(both_sides(grid)) < 1 or num_classes < 1 or not 0 <= smoothing < 1:
         raise ValueError(
             f"grid and num_classes must be >= 1 and smoothing in [0, 1), got {grid}, {num_classes}, {smoothing}"
         )

@@ -25,8 +25,9 @@ from tl_fast.kernels.geometry import cuda as cuda_geometry
 from tl_fast.kernels.geometry.cuda import REGION
 from tl_fast.kernels.targets import cuda as cuda_targets
 from tl_fast.kernels.targets import cuda_rows
-from tl_fast.kernels.targets.crops import Grid, affines_of_crops, grid_sides
+from tl_fast.kernels.targets.crops import affines_of_crops
 from tl_fast.labelmaps.format import MapSpec, encoded_sizes
+from tl_fast.plan.boxes import Sides, both_sides
 from tl_fast.plan.records import PLAN
 
 SIMULATED_LANES = 8  # threads of a block in the simulator, which makes some 1,700 a second
@@ -41,7 +42,7 @@ def token_targets(
     crops: Any,
     flips: Any,
     num_classes: int,
-    grid: Grid,
+    grid: Sides,
     smoothing: float,
     out: Any = None,
     *,
@@ -71,7 +72,7 @@ def warped_targets(
     scores: Any,
     affines: Any,
     num_classes: int,
-    grid: Grid,
+    grid: Sides,
     smoothing: float,
     out: Any = None,
     cut: bool = True,
@@ -82,7 +83,7 @@ def warped_targets(
     `token_targets`."""
     batch, k, height, width = classes.shape
     if out is None:
-        out = cuda.device_array((batch, 1 + math.prod(grid_sides(grid)), num_classes), np.float32)
+        out = cuda.device_array((batch, 1 + math.prod(both_sides(grid)), num_classes), np.float32)
     errors = cuda.to_device(np.zeros(batch, np.int32))
     if isinstance(affines, np.ndarray):
         affines = cuda.to_device(np.ascontiguousarray(affines, np.float32))
@@ -102,7 +103,7 @@ def packed_targets(
     ranges: Any,
     affines: Any,
     spec: MapSpec,
-    grid: Grid,
+    grid: Sides,
     smoothing: float,
     cut: bool,
     out: Any,
@@ -137,7 +138,7 @@ def packed_targets(
 def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, out, errors, stream):
     """kind, source, sizes: of `cuda_maps.open_*`; shape: (k, H, W, C); the rest as of `packed_targets`."""
     k, height, width, num_classes = (int(n) for n in shape)
-    batch, grid = len(errors), grid_sides(grid)
+    batch, grid = len(errors), both_sides(grid)
     tokens_in_all = math.prod(grid)
     if tuple(out.shape) != (batch, 1 + tokens_in_all, num_classes) or tuple(affines.shape) != (batch, 6):
         raise ValueError(

@@ -166,17 +166,18 @@ def rand_augment_layer(seed, epoch, sample_id, layer, probability, magnitude, st
     return op, level_argument(op, level, increasing, unit(sign) > 0.5)
 
 
-def geometric_step(op, argument):
-    """A geometric operation as Pillow applies it: output -> input coordinates of the unit square, (a, b, c, d, e, f)
-    for x' = a x + b y + c, y' = d x + e y + f; the identity for all other operations. Rotation is about the centre,
-    shear about the top left corner."""
+def geometric_step(op, argument, aspect):
+    """A geometric operation as Pillow applies it to an output `aspect` times as wide as high: output -> input
+    coordinates, each in shares of the output's side, (a, b, c, d, e, f) for x' = a x + b y + c, y' = d x + e y + f; the
+    identity for all other operations. Rotation is about the centre, shear about the top left corner."""
     if op == ROTATE:
         cosine, sine = math.cos(math.radians(argument)), -math.sin(math.radians(argument))
-        return cosine, sine, 0.5 - 0.5 * cosine - 0.5 * sine, -sine, cosine, 0.5 + 0.5 * sine - 0.5 * cosine
+        slant, rise = sine / aspect, sine * aspect
+        return cosine, slant, 0.5 - 0.5 * cosine - 0.5 * slant, -rise, cosine, 0.5 + 0.5 * rise - 0.5 * cosine
     if op == SHEAR_X:
-        return 1.0, argument, 0.0, 0.0, 1.0, 0.0
+        return 1.0, argument / aspect, 0.0, 0.0, 1.0, 0.0
     if op == SHEAR_Y:
-        return 1.0, 0.0, 0.0, argument, 1.0, 0.0
+        return 1.0, 0.0, 0.0, argument * aspect, 1.0, 0.0
     if op == TRANSLATE_X:
         return 1.0, 0.0, argument, 0.0, 1.0, 0.0
     if op == TRANSLATE_Y:
@@ -184,9 +185,9 @@ def geometric_step(op, argument):
     return 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
 
 
-def compose(a, b, c, d, e, f, op, argument):
-    """The affine a..f after `geometric_step(op, argument)`: (x, y) -> affine(step(x, y))."""
-    g, h, i, j, k, m = geometric_step(op, argument)
+def compose(a, b, c, d, e, f, op, argument, aspect):
+    """The affine a..f after `geometric_step(op, argument, aspect)`: (x, y) -> affine(step(x, y))."""
+    g, h, i, j, k, m = geometric_step(op, argument, aspect)
     return a * g + b * j, a * h + b * k, a * i + b * m + c, d * g + e * j, d * h + e * k, d * i + e * m + f
 
 

@@ -17,6 +17,7 @@ import timm
 from tl_fast.models.lvvit import LVViT
 from tl_fast.models.token_label import TokenLabelModel
 from tl_fast.system.mistakes import InputError
+from tl_fast.system.sides import Sides
 
 ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")  # how timm's names of models outside its registry begin
 
@@ -24,7 +25,7 @@ ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")  # how timm's names of models o
 def build_model(
     name: str,
     *,
-    img_size: int,
+    img_size: Sides,
     num_classes: int,
     drop_path: float = 0.0,
     options: dict[str, Any] | None = None,
@@ -33,9 +34,9 @@ def build_model(
     """The model `name`, randomly initialised from torch's generator: an LVViT, or any other timm model with a token
     head.
 
-    img_size: pixels a side; num_classes: C; drop_path: rate of the last block, 0..1 (timm's drop_path_rate); options:
-    further arguments of the model's constructor; eval_token_weight: of the token logits' maximum in evaluation; None:
-    0.5 for LV-ViT and VOLO, as published, else 0.
+    img_size: pixels a side, or (height, width); num_classes: C; drop_path: rate of the last block, 0..1 (timm's
+    drop_path_rate); options: further arguments of the model's constructor; eval_token_weight: of the token logits'
+    maximum in evaluation; None: 0.5 for LV-ViT and VOLO, as published, else 0.
     Raises InputError naming a bad argument, or what of the model's features gives no token for each cell of a grid.
     """
     check_name(name)
@@ -61,7 +62,7 @@ def build_model(
         raise InputError(f"model {name} at {img_size} px{given}: {error}{hint}") from error
 
 
-def token_grid(name: str, *, img_size: int, options: dict[str, Any] | None = None) -> tuple[int, int]:
+def token_grid(name: str, *, img_size: Sides, options: dict[str, Any] | None = None) -> tuple[int, int]:
     """Tokens (high, wide) of the model at an image size. No weights are made. Raises InputError as build_model does."""
     with torch.device("meta"):
         return build_model(name, img_size=img_size, num_classes=1, options=options).grid_size
@@ -75,8 +76,8 @@ def without_weights(name: str) -> nn.Module:
         return timm.create_model(name)
 
 
-def create(name: str, img_size: int | None, **arguments: Any) -> nn.Module:
-    """timm.create_model, with img_size (pixels a side) for those models that are built for one."""
+def create(name: str, img_size: Sides | None, **arguments: Any) -> nn.Module:
+    """timm.create_model, with img_size (pixels a side, or (height, width)) for those models that are built for one."""
     if img_size is not None:
         try:
             return timm.create_model(name, img_size=img_size, **arguments)

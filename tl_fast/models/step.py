@@ -22,6 +22,7 @@ from tl_fast.models.erase import erase
 from tl_fast.models.loss import TokenLabelLoss, strongest_class
 from tl_fast.models.mixup import mix
 from tl_fast.models.normalise import Normalise, autocast
+from tl_fast.system.sides import Sides, both_sides
 
 # What may compute attention, by the names of the config's attention_backend; besides "default", torch's own choice.
 ATTENTION_BACKENDS = {
@@ -32,10 +33,10 @@ ATTENTION_BACKENDS = {
 }
 
 
-def usable_attention_backends(model: nn.Module, img_size: int, device: torch.device, dtype: str) -> list[str]:
-    """The ATTENTION_BACKENDS with which `model` runs forward and backward on `device`, on images of `img_size` pixels a
-    side in the type that the config's `dtype` means there."""
-    images = torch.zeros((2, 3, img_size, img_size), device=device, requires_grad=True)
+def usable_attention_backends(model: nn.Module, img_size: Sides, device: torch.device, dtype: str) -> list[str]:
+    """The ATTENTION_BACKENDS with which `model` runs forward and backward on `device`, on images of `img_size` pixels
+    in the type that the config's `dtype` means there."""
+    images = torch.zeros((2, 3, *both_sides(img_size)), device=device, requires_grad=True)
     was_training, usable = model.training, []
     model.eval()  # batch norm's statistics stay as they are
     for name, backend in ATTENTION_BACKENDS.items():

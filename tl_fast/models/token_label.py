@@ -66,7 +66,7 @@ class TokenLabelModel(nn.Module):
             raise ValueError(f"the backbone classifies {self.num_classes} classes; token labels need at least 1")
         with trial(backbone, training=False):
             features = features_of_zeros(backbone, self.img_size)
-            self.layout = token_layout(backbone, features)
+            self.layout = token_layout(backbone, features, self.img_size)
             cells = self.layout.cells(self.layout.tokens(features))
             channels = classify_cells(backbone, cells, pre_logits=True).shape[1]
         if math.prod(self.layout.grid) < 2:

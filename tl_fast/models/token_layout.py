@@ -59,8 +59,8 @@ class TokenLayout:
         return flat[:, None, None, :] if self.channels_last else flat[:, :, None, None]
 
 
-def token_layout(network: nn.Module, features: Tensor) -> TokenLayout:
-    """The layout of `network.forward_features`' result for square images.
+def token_layout(network: nn.Module, features: Tensor, img_size: tuple[int, int]) -> TokenLayout:
+    """The layout of `network.forward_features`' result for images of `img_size` (height, width) pixels.
 
     Raises TokenLayoutError naming what the features are where they are no grid.
     """
@@ -74,30 +74,34 @@ def token_layout(network: nn.Module, features: Tensor) -> TokenLayout:
         return TokenLayout((height, width), channels_last=channels_last)
     if features.shape[1] < 2:  # a class token: PiT keeps nothing else
         raise TokenLayoutError(f"its features {list(features.shape)} are a single token for the whole image")
-    return _of_sequence(network, features.shape[1])
+    return _of_sequence(network, features.shape[1], img_size)
 
 
-def _of_sequence(network: nn.Module, total: int) -> TokenLayout:
+def _of_sequence(network: nn.Module, total: int, img_size: tuple[int, int]) -> TokenLayout:
     """The layout of a sequence of `total` tokens, prefix included."""
     prefix = getattr(network, "num_prefix_tokens", None)
-    grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
-    if (
-        grid is not None
-        and 0 <= total - math.prod(grid) <= _MOST_PREFIX_TOKENS
-        and prefix
-        in (
-            None,
-            total - math.prod(grid),
-        )
-    ):
-        return TokenLayout((grid[0], grid[1]), total - math.prod(grid))
-    # No patch grid, or one that later stages thin out: square input, square grid.
-    if prefix is None:
-        prefix = next((p for p in range(3) if math.isqrt(total - p) ** 2 == total - p), 0)
-    side = math.isqrt(total - prefix)
-    if side**2 != total - prefix:
-        raise TokenLayoutError(f"its {total} tokens, {prefix} of them in front of the patches', form no square grid")
-    return TokenLayout((side, side), prefix)
+    patches = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    if patches is not None:
+        in_front = total - math.prod(patches)
+        if 0 <= in_front <= _MOST_PREFIX_TOKENS and prefix in (None, in_front):
+            return TokenLayout((patches[0], patches[1]), in_front)
+    # No patch grid, or one that later stages thin out: a grid of the image's aspect.
+    for in_front in range(3) if prefix is None else (prefix,):
+        grid = _grid_like(img_size, total - in_front)
+        if grid is not None:
+            return TokenLayout(grid, in_front)
+    raise TokenLayoutError(
+        f"its {total} tokens, {prefix or 0} of them in front of the patches', form no grid of the aspect of"
+        f" {img_size[0]}x{img_size[1]} pixels"
+    )
+
+
+def _grid_like(img_size: tuple[int, int], tokens: int) -> tuple[int, int] | None:
+    """(rows, columns) of so many tokens in the aspect of an image; None where there is no such grid."""
+    divisor = math.gcd(*img_size)
+    rows, columns = img_size[0] // divisor, img_size[1] // divisor
+    scale = math.isqrt(max(tokens, 0) // (rows * columns))
+    return (scale * rows, scale * columns) if 0 < scale**2 * rows * columns == tokens else None
 
 
 def classify_cells(network: nn.Module, cells: Tensor, *, pre_logits: bool) -> Tensor:

@@ -29,8 +29,9 @@ from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.augment import INTERPOLATIONS
 from tl_fast.plan.rand_augment import OPS
 from tl_fast.system.mistakes import InputError
+from tl_fast.system.sides import Sides
 from tl_fast.training.config import TrainConfig, parse_config
-from tl_fast.training.network import square_grid
+from tl_fast.training.network import grid_of
 
 RECIPES = bundled_photos.ROOT / "recipes"
 SAMPLES = 24
@@ -45,8 +46,8 @@ class Tile:
     """What the sheet shows of one sample.
 
     name: of its image; label: class index; classes, operations, rest: pieces of text, a paragraph each.
-    crop: uint8 [PANEL, PANEL, 3].
-    inside: bool [PANEL, PANEL], which pixels show the image rather than what is beyond it.
+    crop: uint8 [h, w, 3], its longer side PANEL.
+    inside: bool [h, w], which pixels show the image rather than what is beyond it.
     tokens: None without label maps.
     """
 
@@ -70,8 +71,8 @@ def show_recipe(
     ids: Sequence[int] | None = None,
     epoch: int = 0,
     seed: int | None = None,
-    image_size: int | None = None,
-    grid: int | None = None,
+    image_size: Sides | None = None,
+    grid: Sides | None = None,
     smoothing: float | None = None,
 ) -> Path:
     """Write the sheet of augmented crops of a recipe (`find_recipe`) and return its path, `out` or runs/show/NAME.png.
@@ -92,7 +93,7 @@ def show_recipe(
         data,
         1,
         image_size=config.img_size,
-        grid=square_grid(config) if grid is None else grid,
+        grid=grid_of(config) if grid is None else grid,
         augment=config.augment,
         seed=config.seed,
         geometry=config.geometry,
@@ -159,10 +160,10 @@ def pixels(batch: Batch, normalise: Normalise) -> Tensor:
     return ((images - normalise.shift) / normalise.scale).round().clamp(0, 255).to(torch.uint8)
 
 
-def inside_image(affine: np.ndarray, height: int, width: int, size: int) -> np.ndarray:
-    """Which of size x size output pixels show the image of `height` x `width` pixels through a plan's affine, by their
-    centres: bool."""
-    v, u = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2, indexing="ij")
+def inside_image(affine: np.ndarray, height: int, width: int, shown: tuple[int, int]) -> np.ndarray:
+    """Which of the output's pixels, `shown` (rows, columns) of them, show the image of `height` x `width` pixels
+    through a plan's affine, by their centres: bool."""
+    v, u = np.meshgrid(*((np.arange(size) + 0.5) / size for size in shown), indexing="ij")
     x, y = (row[0] * u + row[1] * v + row[2] for row in np.asarray(affine, np.float64).reshape(2, 3))
     return (x >= 0) & (x < width) & (y >= 0) & (y < height)
 
@@ -199,9 +200,10 @@ def _tile(loader: Loader, sample_id: int, normalise: Normalise) -> Tile:
     top, left, height, width = (0, 0, 0, 0) if batch.erase is None else batch.erase[0].tolist()
     erased = f"erased {height} x {width} at {top}, {left}" if height else "not erased"
     rest = ["flipped" if plan["flip"] else "not flipped", INTERPOLATIONS[plan["interpolation"]], erased]
-    inside = inside_image(plan["affine"], int(samples.heights[sample_id]), int(samples.widths[sample_id]), PANEL)
     name = sheet.plain(reader.source_ids[index])
     crop = sheet.panel_of(pixels(batch, normalise)[0])
+    height, width = int(samples.heights[sample_id]), int(samples.widths[sample_id])
+    inside = inside_image(plan["affine"], height, width, crop.shape[:2])
     return Tile(name, label, classes, operations(plan) or ["no operation"], rest, crop, inside, tokens)
 
 

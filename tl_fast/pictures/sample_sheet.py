@@ -21,6 +21,7 @@ from tl_fast.pipeline.loader import Loader
 from tl_fast.pipeline.regions import DecodeError
 from tl_fast.plan.boxes import crop_fractions
 from tl_fast.sources.image import open_rgb
+from tl_fast.system.sides import Sides
 
 WIDEST = 336  # pixels: an original wider than 3:2 is drawn lower instead
 
@@ -29,9 +30,9 @@ WIDEST = 336  # pixels: an original wider than 3:2 is drawn lower instead
 class Row:
     """What the sheet shows of one sample.
 
-    label: class index; original: uint8 [h, w, 3] as drawn; crop: uint8 [PANEL, PANEL, 3]; box: (left, top, right,
-    bottom) of the crop in pixels of the drawn original; span: the drawn original as (top, left, height, width) in
-    fractions of what the label map covers.
+    label: class index; original: uint8 [h, w, 3] as drawn; crop: uint8 [h, w, 3], its longer side PANEL; box: (left,
+    top, right, bottom) of the crop in pixels of the drawn original; span: the drawn original as (top, left, height,
+    width) in fractions of what the label map covers.
     """
 
     caption: list[str]
@@ -53,14 +54,14 @@ def show(
     ids: Sequence[int] | None = None,
     epoch: int = 0,
     seed: int = 0,
-    image_size: int = 224,
-    grid: int = 14,
+    image_size: Sides = 224,
+    grid: Sides = 14,
     smoothing: float = 0.0,
 ) -> Path:
     """Write the sheet of some samples of `beton` to `out` and return its path.
 
     Which samples: `ids`, in that order; or `samples` of them in sequence from `first`; or `samples` of them spread
-    evenly over the file. epoch, seed, image_size (pixels), grid (tokens a side) and smoothing are the loader's. `out`
+    evenly over the file. epoch, seed, image_size (pixels), grid (tokens) and smoothing are the loader's. `out`
     must end as a picture does (.png); it appears whole or not at all. Raises ValueError for settings or sample ids that
     do not fit the file, FileNotFoundError without the file, DecodeError for a damaged JPEG.
     """

@@ -91,17 +91,17 @@ def best_of_map(classes: np.ndarray, scores: np.ndarray, num_classes: int) -> Ce
     return Cells(np.where(stands_out | (num_classes == 1), best_class, NO_CLASS), np.exp(top - highest) / mass)
 
 
-def best_of_targets(targets: np.ndarray, grid: int) -> Cells:
-    """Best class of every token; targets float32 [grid * grid, C]. Uniform targets (tokens outside the label map) have
-    none."""
+def best_of_targets(targets: np.ndarray, grid: tuple[int, int]) -> Cells:
+    """Best class of every token; targets float32 [rows * columns, C]; grid: (rows, columns). Uniform targets (tokens
+    outside the label map) have none."""
     best, probability = targets.argmax(axis=1), targets.max(axis=1)
     stands_out = (probability > targets.min(axis=1) * 1.0001) | (targets.shape[1] == 1)
-    return Cells(np.where(stands_out, best, NO_CLASS).reshape(grid, grid), probability.reshape(grid, grid))
+    return Cells(np.where(stands_out, best, NO_CLASS).reshape(grid), probability.reshape(grid))
 
 
 def class_token(target: np.ndarray, names: Sequence[str]) -> str:
     """The best class of the class token's target float32 [C], in words."""
-    whole = best_of_targets(target[None], 1)
+    whole = best_of_targets(target[None], (1, 1))
     c, probability = int(whole.best[0, 0]), whole.probability[0, 0]
     return "class token: " + ("none" if c == NO_CLASS else f"{class_name(names, c)} {probability:.0%}")
 
@@ -119,9 +119,11 @@ def assign_colours(panels: Iterable[Cells | None]) -> dict[int, np.ndarray]:
 
 
 def panel_of(image: Tensor) -> np.ndarray:
-    """An image uint8 [3, H, W] as uint8 [PANEL, PANEL, 3]."""
+    """An image uint8 [3, H, W] as uint8 [h, w, 3], whose longer side is PANEL."""
+    longer = max(image.shape[1:])
+    height, width = (max(round(PANEL * side / longer), 1) for side in image.shape[1:])
     # BOX keeps the image's own pixels: unchanged at 224, repeated when it is smaller, averaged when larger.
-    drawn = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((PANEL, PANEL), Image.Resampling.BOX)
+    drawn = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((width, height), Image.Resampling.BOX)
     return np.asarray(drawn)
 
 
@@ -172,10 +174,12 @@ def describe(loader: Loader, epoch: int) -> list[str]:
             f"annotator: {annotator.get('model', 'unknown')}{' with a fitted head' if annotator.get('probe') else ''}",
             f"label maps {spec.height} x {spec.width}, {spec.k} of {spec.num_classes} classes a cell, "
             f"extent {spec.extent}",
-            f"{loader.grid} x {loader.grid} tokens",
+            f"{loader.grid[0]} x {loader.grid[1]} tokens",
             f"smoothing {loader.smoothing:g}",
         ]
-    return [plain(piece) for piece in [*pieces, f"crops {loader.image_size} px", f"epoch {epoch}, seed {loader.seed}"]]
+    height, width = loader.image_size
+    crops = f"crops {height} px" if height == width else f"crops {height} x {width} px"
+    return [plain(piece) for piece in [*pieces, crops, f"epoch {epoch}, seed {loader.seed}"]]
 
 
 def plain(text: str) -> str:

@@ -40,14 +40,14 @@ class CpuBatches:
     def start(self, plan: BatchPlan) -> UnderWay:
         """Start the decoding and the kernels of one batch."""
         size, threads = len(plan.ids), min(self.decoding.threads, len(plan.ids))
-        images = self.buffers.take((size, 3, self.crops.image_size, self.crops.image_size), np.uint8)
+        images = self.buffers.take((size, 3, *self.crops.image_size), np.uint8)
         # Each thread takes the next sample that none has taken; the first one is a part of its own for `_share`.
         queue = iter(range(size))
         parts = [itertools.islice(queue, 1), *[queue] * threads]
         futures = self._share(functools.partial(self._augment, plan, images), parts)
         delivered = None
         if plan.affines is not None:
-            shape = (size, 1 + self.targets.grid**2, self.samples.num_classes)
+            shape = (size, self.targets.tokens, self.samples.num_classes)
             targets = self.buffers.take(shape, np.float32)
             delivered = torch.from_numpy(targets)
             if self.targets.dtype == "bfloat16":  # which numpy does not know

@@ -158,19 +158,19 @@ class GpuBatches:
         span, offsets = regions.span()
         pixels = np.asarray(span) if self.stream is None else numba_cuda.as_cuda_array(span, sync=False)
         parts = upload_parts(self.samples, plan, offsets)
-        size, side = len(plan.ids), self.crops.image_size
+        size, image_size = len(plan.ids), self.crops.image_size
         with _launching, torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
             if decoded is not None:
                 self.stream.wait_event(decoded)
             uploaded, up = self._upload(parts)
-            images = torch.empty((size, 3, side, side), dtype=torch.uint8, device=self.device)
+            images = torch.empty((size, 3, *image_size), dtype=torch.uint8, device=self.device)
             handle = 0 if self.stream is None else self.stream.cuda_stream
-            scratch = torch.empty(cuda.scratch_bytes(size, side, side, False), dtype=torch.uint8, device=self.device)
+            scratch = torch.empty(cuda.scratch_bytes(size, *image_size, False), dtype=torch.uint8, device=self.device)
             fill = self.crops.augment.fill
             cuda.augment(pixels, up["regions"], up["plans"], fill, images, scratch=scratch, stream=handle)
             targets = flags = event = None
             if plan.affines is not None:
-                shape = (size, 1 + self.targets.grid**2, self.samples.num_classes)
+                shape = (size, self.targets.tokens, self.samples.num_classes)
                 targets = torch.empty(shape, dtype=getattr(torch, self.targets.dtype), device=self.device)
                 errors = up["errors"].view(torch.int32)
                 spec = self.samples.spec

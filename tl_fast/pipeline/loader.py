@@ -26,6 +26,7 @@ from tl_fast.pipeline.settings import Crops, Decoding, Share, Targets
 from tl_fast.plan.augment import Augment
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import cores_of_this_rank
+from tl_fast.system.sides import Sides, both_sides
 
 PREFETCH_BYTES = 2 << 30  # of the batches under way, about
 MOST_PREFETCH = {"cpu": 2, "cuda": 4}  # batches; on a GPU single large images must not stop 16 threads
@@ -62,8 +63,8 @@ class Loader:
 
     paths: a beton, a glob or a list of them.
     batch_size: samples a rank and step.
-    image_size: height and width of the images in pixels.
-    grid: tokens a side.
+    image_size: (height, width) of the images in pixels, or the side of square ones; as an attribute always the pair.
+    grid: (rows, columns) of tokens, or tokens a side; as an attribute always the pair.
     train: True for a random resized crop and flip of the samples in a new order every epoch, whole batches only (what
         is left over differs from epoch to epoch); False for resize and centre crop of every sample exactly once over
         all ranks, in file order, without targets.
@@ -85,7 +86,7 @@ class Loader:
         'auto' and 'hybrid' for all; every rank calls it at the same batch. None: every rank decides for itself.
     smoothing: label smoothing of the targets, [0, 1).
     targets_dtype: "float32" or "bfloat16"; they are computed in float32.
-    crop_pct: share of the resized image's short side that evaluation keeps, (0, 1].
+    crop_pct: share of the resized image that evaluation keeps, (0, 1].
     token_labels: False leaves the targets out.
     check: compare every sample's CRC-32 as it is read.
     prefetch: batches under way besides the one that is waited for; None: 4 on a CUDA device and 2 on the CPU, but fewer
@@ -103,8 +104,8 @@ class Loader:
         paths: str | Path | Sequence[str | Path],
         batch_size: int,
         *,
-        image_size: int = 224,
-        grid: int = 14,
+        image_size: Sides = 224,
+        grid: Sides = 14,
         train: bool = True,
         augment: Augment | None = None,
         geometry: str = "correct",
@@ -125,16 +126,16 @@ class Loader:
         prefetch: int | None = None,
     ):
         share = Share(batch_size, rank, world_size)
-        crops = Crops(image_size, augment or Augment(), crop_pct)
-        targets = Targets(grid, smoothing, geometry, targets_dtype)
+        crops = Crops(both_sides(image_size), augment or Augment(), crop_pct)
+        targets = Targets(both_sides(grid), smoothing, geometry, targets_dtype)
         threads = threads or cores_of_this_rank()
         decoding = Decoding(torch.device(device), decode, hybrid_share, hw_decoder_load, threads, check)
         if prefetch is not None and prefetch < 1:
             raise InputError(f"prefetch must be at least 1 batch, got prefetch={prefetch}")
         self.samples = Samples(paths)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.image_size, self.augment, self.crop_pct = image_size, crops.augment, crop_pct
-        self.grid, self.smoothing, self.geometry = grid, smoothing, geometry
+        self.image_size, self.augment, self.crop_pct = crops.image_size, crops.augment, crop_pct
+        self.grid, self.smoothing, self.geometry = targets.grid, smoothing, geometry
         self.hw_decoder_load, self.threads, self.check = hw_decoder_load, threads, check
         self.seed, self.train = seed, train
         self.token_labels = token_labels and train and self.samples.spec is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,9 +59,9 @@ class Planner:
 
     def batch_bytes(self) -> int:
         """About what a batch takes on its way: decoded pixels, of whole images at most, images and token targets."""
-        pixels = 3 * float((self.samples.heights * self.samples.widths).mean()) + 3 * self.crops.image_size**2
+        pixels = 3 * float((self.samples.heights * self.samples.widths).mean()) + 3 * math.prod(self.crops.image_size)
         size = 2 if self.targets is not None and self.targets.dtype == "bfloat16" else 4  # bytes
-        targets = 0 if self.targets is None else size * (1 + self.targets.grid**2) * self.samples.num_classes
+        targets = 0 if self.targets is None else size * self.targets.tokens * self.samples.num_classes
         return int(self.share.batch_size * (pixels + targets)) + 1
 
     def order(self, epoch: int) -> np.ndarray:
@@ -80,7 +81,7 @@ class Planner:
     def draw(self, ids: np.ndarray, epoch: int) -> np.ndarray:
         """Training's plans of these samples, PLAN records [B]."""
         heights, widths = self.samples.heights[ids], self.samples.widths[ids]
-        return records.draw(self.seed, epoch, ids, heights, widths, self.crops.augment)
+        return records.draw(self.seed, epoch, ids, heights, widths, self.crops.augment, self.crops.aspect)
 
     def regions(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The samples' plans, PLAN records [B], and the pixels that they need: the first and the one behind the last,

@@ -43,39 +43,44 @@ class Share:
 class Crops:
     """Which part of an image is shown, and how.
 
-    image_size: height and width of the output in pixels, at least 1.
+    image_size: (height, width) of the output in pixels, at least 1.
     augment: ranges of training's random decisions; its `fill` is the colour outside the image.
-    crop_pct: share of the resized image's short side that evaluation keeps, (0, 1].
+    crop_pct: share of the resized image that evaluation keeps, (0, 1].
     """
 
-    image_size: int = 224
+    image_size: tuple[int, int] = (224, 224)
     augment: Augment = Augment()
     crop_pct: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
+        if min(self.image_size) < 1:
             raise InputError(f"image_size must be at least 1 pixel, got image_size={self.image_size}")
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
+
+    @property
+    def aspect(self) -> float:
+        """Width / height of the output."""
+        return self.image_size[1] / self.image_size[0]
 
 
 @dataclass(frozen=True)
 class Targets:
     """What token targets are like.
 
-    grid: tokens a side, at least 1.
+    grid: (rows, columns) of tokens, at least 1.
     smoothing: label smoothing, [0, 1).
     geometry: "correct", or "published" to crop label maps where the published code does.
     dtype: "float32", or "bfloat16" to round them.
     """
 
-    grid: int = 14
+    grid: tuple[int, int] = (14, 14)
     smoothing: float = 0.1
     geometry: str = "correct"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.grid < 1:
+        if min(self.grid) < 1:
             raise InputError(f"grid must be at least 1 token, got grid={self.grid}")
         if not 0 <= self.smoothing < 1:
             raise InputError(f"smoothing must be in [0, 1), got {self.smoothing}")
@@ -83,6 +88,11 @@ class Targets:
             raise InputError(f"geometry must be one of {GEOMETRIES}, got {self.geometry!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"targets_dtype must be float32 or bfloat16, got {self.dtype!r}")
+
+    @property
+    def tokens(self) -> int:
+        """Targets of one sample, the class token's included."""
+        return 1 + self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,25 @@ from __future__ import annotations
 import numpy as np
 
 from tl_fast.system.mistakes import InputError
+from tl_fast.system.sides import Sides, both_sides
 
 GEOMETRIES = ("correct", "published")
 
 
-def center_boxes(heights: np.ndarray, widths: np.ndarray, image_size: int, crop_pct: float) -> np.ndarray:
-    """Boxes of evaluation, float64 [B, 4] = (top, left, height, width) in source pixels: what is left of an image whose
-    short side is resized to floor(image_size / crop_pct) and of which the centre square of image_size pixels is cut.
+def center_boxes(heights: np.ndarray, widths: np.ndarray, image_size: Sides, crop_pct: float) -> np.ndarray:
+    """Boxes of evaluation, float64 [B, 4] = (top, left, height, width) in source pixels: what is left of an image that
+    is resized, its aspect kept, until it just covers floor(side / crop_pct) of both sides of image_size, and of which
+    the centre of image_size is cut. Of a square that is the short side's resize. Source: timm's transforms.
 
-    heights, widths: int64 [B], pixels of the source images.
+    heights, widths: int64 [B], pixels of the source images. image_size: pixels.
     """
-    side = np.minimum(heights, widths) * image_size / np.floor(image_size / crop_pct)
-    side = np.minimum(side, np.minimum(heights, widths))
-    return np.stack([(heights - side) / 2, (widths - side) / 2, side, side], axis=1)
+    sides = both_sides(image_size)
+    covered = [np.floor(side / crop_pct) for side in sides]
+    by_height = heights * covered[1] <= widths * covered[0]  # the images that the covered height limits
+    limit, resized = np.where(by_height, heights, widths), np.where(by_height, *covered)
+    height = np.minimum(limit * sides[0] / resized, heights)
+    width = np.minimum(limit * sides[1] / resized, widths)
+    return np.stack([(heights - height) / 2, (widths - width) / 2, height, width], axis=1)
 
 
 def crop_fractions(boxes: np.ndarray, heights: np.ndarray, widths: np.ndarray, extent: str) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 from tl_fast.maths import scalar
 from tl_fast.maths.compile import compile_scalar, njit
 from tl_fast.plan.augment import INTERPOLATIONS, Augment
+from tl_fast.plan.boxes import Sides, both_sides
 from tl_fast.plan.rand_augment import MAX_LAYERS, RandAugment
 
 _scalar = compile_scalar(njit)
@@ -51,12 +52,20 @@ JITTERED = np.array([scalar.BRIGHTNESS, scalar.CONTRAST, scalar.COLOR], np.int8)
 
 
 def draw(
-    seed: int, epoch: int, sample_ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, augment: Augment
+    seed: int,
+    epoch: int,
+    sample_ids: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    augment: Augment,
+    aspect: float = 1.0,
 ) -> np.ndarray:
     """Draw the plans of the samples `sample_ids` [B] with stored sizes `heights`, `widths` [B] in pixels -> PLAN
     records [B].
 
-    `seed` is taken modulo 2**64, `epoch` must fit 32 bits. Raises ValueError for negative ids or images without pixels.
+    `aspect` is the output's width / height, which rotation, shear and the shapes of erased boxes depend on; the crop's
+    is drawn from `augment.ratio`, whatever the output's (as in torchvision and timm). `seed` is taken modulo 2**64,
+    `epoch` must fit 32 bits. Raises ValueError for negative ids or images without pixels.
     """
     ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
     heights = np.ascontiguousarray(heights, dtype=np.int64)
@@ -68,7 +77,7 @@ def draw(
     if ids.size and (ids.min() < 0 or heights.min() < 1 or widths.min() < 1):
         raise ValueError("sample ids must be >= 0 and image sizes >= 1 pixel")
     plans = np.zeros(ids.shape, PLAN)
-    _draw(_seed(seed), _epoch(epoch), ids, heights, widths, _settings(augment), plans)
+    _draw(_seed(seed), _epoch(epoch), ids, heights, widths, _settings(augment, aspect), plans)
     return plans
 
 
@@ -90,13 +99,13 @@ def of_boxes(boxes: np.ndarray, interpolation: int = scalar.BILINEAR) -> np.ndar
     return plans
 
 
-def erase_boxes(plans: np.ndarray, size: int) -> np.ndarray:
-    """Where to erase in outputs of `size` x `size` pixels: int32 [B, 4] = (top, left, height, width).
+def erase_boxes(plans: np.ndarray, image_size: Sides) -> np.ndarray:
+    """Where to erase in outputs of `image_size` pixels: int32 [B, 4] = (top, left, height, width).
 
     Height 0: nowhere.
     """
     boxes = np.empty((len(plans), 4), np.int32)
-    _erase_boxes(plans["erase"], size, boxes)
+    _erase_boxes(plans["erase"], *both_sides(image_size), boxes)
     return boxes
 
 
@@ -107,13 +116,13 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
-def mix_box(seed: int, epoch: int, step: int, grid: int | tuple[int, int]) -> np.ndarray:
+def mix_box(seed: int, epoch: int, step: int, grid: Sides) -> np.ndarray:
     """MixToken's box of one step -> int32 [4] = (top, left, bottom, right) in tokens, the same on every rank.
 
     The published draw (CutMix's): lambda ~ Beta(1, 1), sides sqrt(1 - lambda) of the grid, centre uniform, clipped to
     the grid. The box may be empty.
     """
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    rows, columns = both_sides(grid)
     words = _scalar.draw4(_seed(seed), _epoch(epoch), np.uint64(step), _scalar.DRAW_MIX_BOX)
     side = math.sqrt(1.0 - _scalar.unit(words[0]))
     box = np.empty(4, np.int32)
@@ -136,7 +145,7 @@ def _epoch(epoch: int) -> np.uint64:
 
 
 class _Settings(NamedTuple):
-    """What compiled code needs of an `Augment` and its `RandAugment`."""
+    """What compiled code needs of an `Augment`, its `RandAugment` and the output's shape."""
 
     smallest: float  # share of the image's area
     largest: float
@@ -152,9 +161,12 @@ class _Settings(NamedTuple):
     increasing: bool
     jitter: float
     erase: float
+    erase_log_flattest: float  # of height / width, in shares of the output's sides
+    erase_log_tallest: float
+    aspect: float  # of the output, width / height
 
 
-def _settings(augment: Augment) -> _Settings:
+def _settings(augment: Augment, aspect: float) -> _Settings:
     policy = augment.rand_augment or RandAugment(probability=0.0)
     return _Settings(
         smallest=float(augment.scale[0]),
@@ -171,6 +183,9 @@ def _settings(augment: Augment) -> _Settings:
         increasing=policy.increasing,
         jitter=float(augment.color_jitter),
         erase=float(augment.erase),
+        erase_log_flattest=_ERASE_LOG_RATIO[0] + math.log(aspect),
+        erase_log_tallest=_ERASE_LOG_RATIO[1] + math.log(aspect),
+        aspect=float(aspect),
     )
 
 
@@ -182,9 +197,8 @@ def _draw(seed, epoch, ids, heights, widths, settings, plans):
         _draw_operations(seed, epoch, sample, settings, record)
         if settings.jitter > 0.0:
             _draw_jitter(seed, epoch, sample, settings.jitter, record)
-        box = _erase_fractions(
-            seed, epoch, sample, settings.erase, ERASE_AREA[0], ERASE_AREA[1], _ERASE_LOG_RATIO[0], _ERASE_LOG_RATIO[1]
-        )
+        flattest, tallest = settings.erase_log_flattest, settings.erase_log_tallest
+        box = _erase_fractions(seed, epoch, sample, settings.erase, ERASE_AREA[0], ERASE_AREA[1], flattest, tallest)
         for n in range(4):
             record.erase[n] = box[n]
         words = _draw4(seed, epoch, sample, _DRAW_NOISE)
@@ -217,7 +231,7 @@ def _draw_operations(seed, epoch, sample, settings, record):
     """RandAugment's operations, and the affine of crop, flip and those that move pixels."""
     for n in range(record.ops.size):
         record.ops[n] = _NO_OP
-    # In unit coordinates of the crop first.
+    # In shares of the crop's sides first.
     xu, xv, x0, yu, yv, y0 = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
     if record.flip:
         xu, x0 = -1.0, 1.0
@@ -235,7 +249,7 @@ def _draw_operations(seed, epoch, sample, settings, record):
         )
         record.ops[n] = op
         record.arguments[n] = argument
-        xu, xv, x0, yu, yv, y0 = _compose(xu, xv, x0, yu, yv, y0, op, argument)
+        xu, xv, x0, yu, yv, y0 = _compose(xu, xv, x0, yu, yv, y0, op, argument, settings.aspect)
     left, top, width, height = float(record.left), float(record.top), float(record.width), float(record.height)
     record.affine[0], record.affine[1], record.affine[2] = xu * width, xv * width, x0 * width + left
     record.affine[3], record.affine[4], record.affine[5] = yu * height, yv * height, y0 * height + top
@@ -256,10 +270,10 @@ def _draw_jitter(seed, epoch, sample, jitter, record):
 
 
 @njit
-def _erase_boxes(shares, size, boxes):
+def _erase_boxes(shares, rows, columns, boxes):
     for b in range(len(boxes)):
-        top, height = _erase_box(shares[b, 2], shares[b, 0], size)
-        left, width = _erase_box(shares[b, 3], shares[b, 1], size)
+        top, height = _erase_box(shares[b, 2], shares[b, 0], rows)
+        left, width = _erase_box(shares[b, 3], shares[b, 1], columns)
         boxes[b, 0], boxes[b, 1], boxes[b, 2], boxes[b, 3] = top, left, height, width
 
 

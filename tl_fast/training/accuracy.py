@@ -18,6 +18,7 @@ from tl_fast.pipeline.batch import Batch
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks, join
+from tl_fast.system.sides import Sides
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.network import build_network
@@ -134,7 +135,7 @@ def evaluate(
     *,
     use_ema: bool = True,
     model: str | None = None,
-    img_size: int | None = None,
+    img_size: Sides | None = None,
     crop_pct: float | None = None,
     eval_token_weight: float | None = None,
     batch_size: int = 64,
@@ -149,7 +150,8 @@ def evaluate(
     Args:
         weights: a run's folder, a checkpoint folder, or a weights file (then `model`, a timm name, is needed).
         use_ema: the moving average where the file has one, else the raw weights.
-        img_size, crop_pct: pixels and share; None: those of the checkpoint's training (224 and 0.9 for a bare file).
+        img_size, crop_pct: pixels a side, or (height, width), and share; None: those of the checkpoint's training (224
+            and 0.9 for a bare file).
         eval_token_weight: what the maximum of the token logits counts beside the class logits; None: as in training.
         batch_size: images per step and rank.
         decode: where JPEGs are decoded, as `pipeline.Loader` takes it; nvJPEG's pixels differ a little from the CPU's.

@@ -19,6 +19,7 @@ from tl_fast.plan.augment import Augment
 from tl_fast.plan.mixup import Mixup
 from tl_fast.sources.source import MAX_CLASSES
 from tl_fast.system.mistakes import InputError
+from tl_fast.system.sides import one_if_square
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the strings below the fields are what --help prints
 
@@ -40,8 +41,8 @@ class TrainConfig:
     local-dir: names too."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the model's constructor, e.g. {embed_dim: 32, depth: 2} for a tiny one."""
-    img_size: int = 224
-    """Side of the square input in pixels; a multiple of the model's patch, 16 in LV-ViT."""
+    img_size: int | tuple[int, int] = 224
+    """Side of the square input in pixels, or [height, width]; multiples of the model's patch, 16 in LV-ViT."""
     num_classes: int | None = None
     """Number of classes; null: the train beton's."""
     init_weights: str | None = None
@@ -217,7 +218,7 @@ class TrainConfig:
     eval_every: int = 1
     """Epochs between validations; the last epoch always has one."""
     crop_pct: float = 0.9
-    """Validation's centre crop as a share of the resized image's side. Source: published code for 224 px."""
+    """Validation's centre crop as a share of the resized image's sides. Source: published code for 224 px."""
     non_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop the run, or skip the step; either way its samples are put on record.
     """
@@ -231,9 +232,11 @@ class TrainConfig:
             raise InputError(
                 "train_data is required: the path of a .beton, a glob, or a list (--train_data FILE.beton)"
             )
+        object.__setattr__(self, "img_size", one_if_square(self.img_size))
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            values = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(low <= number <= high for number in values):
                 raise InputError(f"{name} must be in [{low}, {high}], got {value}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -367,7 +370,7 @@ class TrainConfig:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise InputError(f"unknown configuration keys {unknown}")
-        return cls(**{k: tuple(v) if k in _TUPLES and v is not None else v for k, v in values.items()})
+        return cls(**{k: tuple(v) if k in _TUPLES and isinstance(v, list) else v for k, v in values.items()})
 
 
 def _plain(value: Any) -> Any:
@@ -389,7 +392,7 @@ _MODEL_FIELDS = {
 }
 # Fields with a fixed set of values, and these values.
 _CHOICES = {name: get_args(hint) for name, hint in get_type_hints(TrainConfig).items() if get_origin(hint) is Literal}
-_TUPLES = ("mean", "std", "scale", "ratio", "betas")
+_TUPLES = ("img_size", "mean", "std", "scale", "ratio", "betas")
 # Both ends inclusive; Augment checks its own.
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("img_size", 16, 4096),

@@ -7,7 +7,7 @@ from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks
 from tl_fast.training.accuracy import check_labels
 from tl_fast.training.config import TrainConfig
-from tl_fast.training.network import compiles, square_grid
+from tl_fast.training.network import compiles, grid_of
 
 
 def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | None]:
@@ -37,7 +37,7 @@ def make_loaders(config: TrainConfig, ranks: Ranks) -> tuple[Loader, Loader | No
         )
     common = dict(
         image_size=config.img_size,
-        grid=square_grid(config),
+        grid=grid_of(config),
         seed=config.seed,
         threads=config.threads,
         decode=config.decode,

@@ -34,13 +34,10 @@ def build_network(config: TrainConfig) -> nn.Module:
     )
 
 
-def square_grid(config: TrainConfig) -> int:
-    """Tokens a side of the config's model, which its label maps are cut to. Raises InputError as `build_network` does,
-    and for a grid that is not square."""
-    height, width = token_grid(config.model, img_size=config.img_size, options=config.model_options)
-    if height != width:
-        raise InputError(f"model {config.model} has {height}x{width} tokens, and label maps are cut to square grids")
-    return height
+def grid_of(config: TrainConfig) -> tuple[int, int]:
+    """(rows, columns) of tokens of the config's model, which its label maps are cut to. Raises InputError as
+    `build_network` does."""
+    return token_grid(config.model, img_size=config.img_size, options=config.model_options)
 
 
 def silence_token_head(model: nn.Module) -> None:

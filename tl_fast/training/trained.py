@@ -11,19 +11,20 @@ from torch import nn
 from tl_fast.models.build import without_weights
 from tl_fast.models.weights import class_count, heads
 from tl_fast.system.mistakes import InputError
+from tl_fast.system.sides import Sides
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.network import build_network
 
 
 def load_model(
-    weights: str | Path, *, use_ema: bool = True, model: str | None = None, img_size: int | None = None
+    weights: str | Path, *, use_ema: bool = True, model: str | None = None, img_size: Sides | None = None
 ) -> nn.Module:
     """A trained model on the CPU, in eval mode: normalised images [B,3,H,W] to logits [B,C].
 
     weights: a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file, which needs `model`, a
-    timm name. use_ema: the moving average where there is one. img_size: pixels a side; None: the training's (224 for a
-    file). `models.backbone_state_dict` of it is what stock timm takes.
+    timm name. use_ema: the moving average where there is one. img_size: pixels a side, or (height, width); None: the
+    training's (224 for a file). `models.backbone_state_dict` of it is what stock timm takes.
 
     Raises CheckpointError or InputError naming what does not fit.
     """

@@ -11,6 +11,7 @@ import numpy as np
 from tl_fast.kernels.geometry.taps import add_taps
 from tl_fast.maths import scalar
 from tl_fast.maths.compile import compile_scalar, njit
+from tl_fast.plan.boxes import Sides, both_sides
 
 _scalar = compile_scalar(njit)
 _filter_range, _filter_weight, _filter_support = _scalar.filter_range, _scalar.filter_weight, _scalar.filter_support
@@ -333,15 +334,18 @@ def _warp(canvas, across, down, interpolation, fill, out):
                 target[j] = np.uint8(min(max(value, np.float32(0.0)), np.float32(255.0)))
 
 
-def needed(plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, out_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels that `show` reads of images of `heights`, `widths` [B] -> first and behind last (row, column), int64 [B,
-    2], never empty."""
+def needed(
+    plans: np.ndarray, heights: np.ndarray, widths: np.ndarray, image_size: Sides
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels that `show` reads of images of `heights`, `widths` [B] for outputs of `image_size` -> first and behind
+    last (row, column), int64 [B, 2], never empty."""
     affine = plans["affine"].astype(np.float64)
     rotated = (affine[:, 1] != 0) | (affine[:, 3] != 0)
     starts, stops = np.empty((len(plans), 2), np.int64), np.empty((len(plans), 2), np.int64)
+    shown = both_sides(image_size)
     for axis, (extent, size) in enumerate((("height", heights), ("width", widths))):
         along, across, start = affine[:, (3, 4, 5) if axis == 0 else (0, 1, 2)].T
-        scale = np.where(rotated, plans[extent], np.abs(across if axis == 0 else along)) / out_size
+        scale = np.where(rotated, plans[extent], np.abs(across if axis == 0 else along)) / shown[axis]
         support = np.maximum(scale, 1.0) * np.where(plans["interpolation"] == BICUBIC, 2, 1)
         margin = support + np.where(rotated, (REACH + 1) * scale, 0) + 1
         low = start + np.minimum(along, 0) + np.minimum(across, 0) - margin

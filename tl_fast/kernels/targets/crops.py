@@ -1,19 +1,8 @@
-"""Crops of label maps as the affines that the token targets are made from, and the grid of tokens, on the CPU and on
-the GPU."""
+"""Crops of label maps as the affines that the token targets are made from, on the CPU and on the GPU."""
 
 from __future__ import annotations
 
-import operator
-
 import numpy as np
-
-Grid = int | tuple[int, int]  # tokens a side of a square, or (rows, columns)
-
-
-def grid_sides(grid: Grid) -> tuple[int, int]:
-    """(rows, columns) of a grid of tokens."""
-    rows, columns = grid if isinstance(grid, (tuple, list)) else (grid, grid)
-    return operator.index(rows), operator.index(columns)
 
 
 def affines_of_crops(crops: np.ndarray, flips: np.ndarray) -> np.ndarray:
