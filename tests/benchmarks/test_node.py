@@ -78,6 +78,17 @@ def test_a_fine_tuned_recipe_takes_its_own_epochs_batch_and_size(monkeypatch, ca
     assert f"lvvit_s_384: {rate:,.0f} images/s" in capsys.readouterr().out
 
 
+def test_another_models_published_recipe_is_taken(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    recipe = str(ROOT / "recipes" / "published" / "volo_d1_224.yaml")
+    rate = ["--rate", "volo_d1_224:224=1000", "--nodes", "1", "--link", "1e9"]
+    importlib.import_module("node").main(["--recipes", recipe, *rate])
+    (_, line, *_) = capsys.readouterr().out.splitlines()
+    name, gpus, _, hours, *_ = line.split()
+    assert (name, gpus) == ("published/volo_d1_224", "8")
+    assert float(hours) == pytest.approx(STEPS * 128 / 1000 / 3600, abs=0.006)
+
+
 @pytest.mark.slow
 def test_the_estimates_in_the_recipes_are_node_pys(monkeypatch, capsys, tmp_path):
     """Counting the FLOPs of all models takes ten seconds."""
