@@ -2,7 +2,12 @@
 
     python benchmarks/train.py                    (lvvit_t at 224 px; on a GPU T, S, M, L at 224 and S at 384)
     python benchmarks/train.py --models lvvit_s:224 --batch 256 --beton train.beton
+    python benchmarks/train.py --models swin_tiny_patch4_window7_224:224 convnext_tiny:224
     python benchmarks/train.py --table
+
+--models takes any model that tl_fast/train.py trains. The published style is written for LV-ViT alone and left out for
+others. Models that have no drop path need --drop-path 0. A model whose tokens do not divide the image into whole
+patches trains without MixToken, as in tl_fast/train.py.
 
 Every contender is a process of its own. On the CPU all take turns, a round of --steps steps at a time; on a GPU, whose
 memory holds one, each makes all its rounds before the next one starts, and one that fails costs its own rows alone.
@@ -25,6 +30,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -44,21 +50,21 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 
 # isort: split
 import published_step
-import timm
 from gpu_rows import mean_bytes
 from rows import ROOT, write_rows
 from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
-from tl_fast.models.build import build_model
+from tl_fast.models.build import build_model, token_grid
 from tl_fast.models.loss import TokenLabelLoss
-from tl_fast.models.lvvit import PATCH, LVViT
+from tl_fast.models.lvvit import LVViT
 from tl_fast.models.normalise import Normalise, autocast
 from tl_fast.models.step import TrainStep, compiled
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.augment import Augment
 from tl_fast.plan.records import mix_box
 from tl_fast.system.memory import reuse_memory
+from tl_fast.system.mistakes import InputError
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.loop import seed_step
 from tl_fast.training.optimiser import build_optimizer
@@ -83,7 +89,7 @@ GPU_CONTENDERS = (
     "published style, compiled",
 )
 RECIPE = Augment(interpolation="random", auto_augment="rand-m9-mstd0.5-inc1", erase=0.25)  # LV-ViT-S's
-DENSE_WEIGHT, DROP_PATH, CLIP, DECAY = 0.5, 0.1, 1.0, 0.99992
+DENSE_WEIGHT, CLIP, DECAY = 0.5, 1.0, 0.99992
 PACKAGES = ("torch", "timm", "numba", "numba-cuda", "nvidia-dali-cuda130", "numpy")
 
 
@@ -117,7 +123,7 @@ class Ours:
 
     def __init__(self, model: nn.Module, name: str, options: argparse.Namespace, device: torch.device) -> None:
         config = TrainConfig(train_data="none", min_lr=0, warmup_lr=0)
-        self.device, self.grid = device, options.size // PATCH
+        self.device, self.grid = device, model.grid_size
         self.model = model.to(
             device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format
         )
@@ -129,7 +135,7 @@ class Ours:
         self.loss = torch.zeros((), device=device)
 
     def synthetic(self, options: argparse.Namespace) -> tuple[Tensor, ...]:
-        targets = torch.rand(options.batch, 1 + self.grid**2, options.classes, device=self.device).softmax(-1)
+        targets = torch.rand(options.batch, 1 + math.prod(self.grid), options.classes, device=self.device).softmax(-1)
         images = torch.randint(
             256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device
         )
@@ -139,7 +145,9 @@ class Ours:
 
     def step(self, number: int, clock: Clock, images: Tensor, targets: Tensor, *erased: Tensor) -> None:
         seed_step(0, number, 0)
-        box = torch.from_numpy(mix_box(0, 0, number, self.grid)).to(self.device, non_blocking=True)
+        box = None
+        if self.model.can_mix_tokens:
+            box = torch.from_numpy(mix_box(0, 0, number, self.grid)).to(self.device, non_blocking=True)
         loss, _ = self.network(images, targets, box, None, *erased)
         clock.mark()
         loss.backward()
@@ -154,9 +162,9 @@ class Ours:
 class Published:
     """The published step; timm normalises on the device, as here."""
 
-    def __init__(self, model: nn.Module, name: str, options: argparse.Namespace, device: torch.device) -> None:
-        self.device, self.grid = device, options.size // PATCH
-        self.model = published_step.PublishedLVViT(model, DROP_PATH).train().to(device)
+    def __init__(self, model: LVViT, name: str, options: argparse.Namespace, device: torch.device) -> None:
+        self.device, self.grid = device, model.grid_size
+        self.model = published_step.PublishedLVViT(model, options.drop_path).train().to(device)
         config = TrainConfig(train_data="none")
         self.mean, self.std = (
             torch.tensor(rgb, device=device).mul(255).view(1, 3, 1, 1) for rgb in (config.mean, config.std)
@@ -171,7 +179,7 @@ class Published:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, foreach=False, fused=False)
 
     def synthetic(self, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-        targets = torch.rand(options.batch, options.classes, 2 + self.grid**2, device=self.device).softmax(1)
+        targets = torch.rand(options.batch, options.classes, 2 + math.prod(self.grid), device=self.device).softmax(1)
         return (
             torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=self.device),
             targets,
@@ -179,7 +187,7 @@ class Published:
 
     def step(self, number: int, clock: Clock, images: Tensor, targets: Tensor) -> None:
         inputs = images.float().sub_(self.mean).div_(self.std)
-        box = self.model.random_box(self.grid, self.grid)  # outside the network, so that compiling it stands a chance
+        box = self.model.random_box(*self.grid)  # outside the network, so that compiling it stands a chance
         with autocast(self.device, "auto"):
             loss = self.criterion(self.network(inputs, box), targets, DENSE_WEIGHT)
         clock.mark()
@@ -246,7 +254,7 @@ def work(options: argparse.Namespace) -> None:
             options.beton,
             options.batch,
             image_size=options.size,
-            grid=options.size // PATCH,
+            grid=token_grid(options.model, img_size=options.size)[0],
             threads=options.loader_threads,
             device=device,
             augment=RECIPE,
@@ -256,8 +264,8 @@ def work(options: argparse.Namespace) -> None:
             feed = batches(loader)
         else:
             dropped = Dropped(loader, device)
-    model = timm.create_model(
-        options.model, img_size=options.size, num_classes=options.classes, drop_path_rate=DROP_PATH
+    model = build_model(
+        options.model, img_size=options.size, num_classes=options.classes, drop_path=options.drop_path
     ).train()
     side = (Ours if options.worker.startswith("tl_fast") else Published)(model, options.worker, options, device)
     data = None if feed else side.synthetic(options)
@@ -394,15 +402,29 @@ def measured(
         yield dict(zip(group, map(list, zip(*turns, strict=True)), strict=True))
 
 
+def contenders_of(model: str, size: int, options: argparse.Namespace) -> list[str]:
+    """The names of a model's contenders. Raises InputError for a model that takes no token labels or no drop path, and
+    where no contender is left."""
+    with torch.device("meta"):
+        network = build_model(model, img_size=size, num_classes=options.classes, drop_path=options.drop_path)
+    with_beton = [FED, BESIDE] if options.beton else []
+    names = options.contenders or [*(GPU_CONTENDERS if torch.cuda.is_available() else CPU_CONTENDERS), *with_beton]
+    if not isinstance(network, LVViT):
+        names = [name for name in names if not name.startswith("published style")]
+    if not names:
+        raise InputError(f"model {model}: of the contenders asked for, the published style is written for LV-ViT alone")
+    return names
+
+
 def compare(model: str, size: int, options: argparse.Namespace) -> list[str]:
-    """All contenders on one model; writes their rows and returns which failed."""
+    """All contenders on one model; writes their rows and returns which failed. Raises InputError as `contenders_of`
+    does."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     torch.set_num_threads(options.threads)
-    with_beton = [FED, BESIDE] if options.beton else []
-    names = options.contenders or [*(GPU_CONTENDERS if gpu else CPU_CONTENDERS), *with_beton]
+    names = contenders_of(model, size, options)
     facts = {"mean_bytes": mean_bytes(options.beton)} if options.beton else {}
     command = [sys.executable, __file__, "--model", model, "--size", str(size)]
-    for flag in ("batch", "steps", "warm_up", "threads", "classes", "loader_threads", "beton"):
+    for flag in ("batch", "steps", "warm_up", "threads", "classes", "drop_path", "loader_threads", "beton"):
         if getattr(options, flag) is not None:
             command += [f"--{flag.replace('_', '-')}", str(getattr(options, flag))]
     top, source = peak(gpu or "")
@@ -486,6 +508,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=everything if gpu else everything[:1], metavar="NAME:SIZE")
     parser.add_argument("--batch", type=int, default=256 if gpu else 16, help="images a step; even")
     parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--drop-path", type=float, default=0.1, metavar="RATE", help="0 for models that have none")
     parser.add_argument("--steps", type=int, default=30 if gpu else 2, help="steps a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -506,8 +529,11 @@ def main() -> None:
         work(options)
     else:
         failed = []
-        for model, size in (name.split(":") for name in options.models):
-            failed += [f"{model} at {size} px: {reason}" for reason in compare(model, int(size), options)]
+        for model, _, size in (name.rpartition(":") for name in options.models):
+            try:
+                failed += [f"{model} at {size} px: {reason}" for reason in compare(model, int(size), options)]
+            except InputError as error:
+                failed.append(str(error))
         if failed:
             raise SystemExit("\n".join(failed))
 
