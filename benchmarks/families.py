@@ -1,11 +1,12 @@
 """Which of timm's models take token labels: the table of docs/models.md.
 
-    python benchmarks/families.py [NAME:SIZE ...]
+    python benchmarks/families.py [--inductor] [NAME:SIZE ...]
 
 For each model, at random weights and with 1,000 classes: its tokens and those in front of them (prefix), what its class
 logits come from, all parameters and those that the token head adds, the loss of one training step with MixToken, and
-whether torch.compile captures that step, forward and backward, as one graph. Then the models that are refused, with the
-reason. It measures no speed.
+how much of torch.compile that step, forward and backward, went through: "captured" as one graph, which then runs
+operation by operation; with --inductor "inductor", which also generates its code and comes to the eager step's loss (a
+minute or more a model on a CPU). Then the models that are refused, with the reason. It measures no speed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from tl_fast.models.build import build_model
 from tl_fast.models.loss import TokenLabelLoss
 from tl_fast.models.normalise import Normalise
-from tl_fast.models.step import TrainStep
+from tl_fast.models.step import TrainStep, compiled
 from tl_fast.models.token_label import TokenLabelModel, backbone_of
 from tl_fast.system.mistakes import InputError
 
@@ -64,7 +66,7 @@ COLUMNS = (
     "token head",
     "MixToken",
     "loss",
-    "one graph",
+    "torch.compile",
 )
 REFUSED = ("pit_ti_224:224", "coat_tiny:224", "crossvit_tiny_240:240")
 
@@ -77,8 +79,9 @@ def class_logits_of(model: nn.Module) -> str:
     return {"token": "class token", "avg": "average", "map": "attention pooling"}.get(pool, pool)
 
 
-def one_step(model: nn.Module) -> tuple[float, bool]:
-    """The loss of a step on 2 images of noise with uniform labels; whether torch.compile captures it as one graph."""
+def one_step(model: nn.Module, inductor: bool) -> tuple[float, str]:
+    """The loss of a step on 2 images of noise with uniform labels; "captured", or "inductor" where that is asked for,
+    if torch.compile got so far, else "no"."""
     torch.manual_seed(0)
     step = TrainStep(model.train(), TokenLabelLoss(1.0, 0.5), Normalise((0.5,) * 3, (0.25,) * 3))
     images = torch.randint(0, 256, (2, 3, *model.img_size), dtype=torch.uint8)
@@ -86,11 +89,15 @@ def one_step(model: nn.Module) -> tuple[float, bool]:
     box = torch.tensor([0, 0, 2, 1]) if model.can_mix_tokens else None
     loss = step(images, targets, box)[0].item()
     torch._dynamo.reset()
+    captured = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)
     try:
-        torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)(images, targets, box)[0].backward()
-    except torch._dynamo.exc.TorchDynamoException:
-        return loss, False
-    return loss, True
+        fast_loss = (compiled(step, images.device) if inductor else captured)(images, targets, box)[0]
+        fast_loss.backward()
+    except TorchDynamoException:
+        return loss, "no"
+    if not inductor:
+        return loss, "captured"
+    return loss, "inductor" if math.isclose(fast_loss.item(), loss, rel_tol=1e-4) else "no"
 
 
 def describe(model: nn.Module) -> tuple[str, ...]:
@@ -112,25 +119,27 @@ def describe(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def row(name: str, size: int) -> str:
+def row(name: str, size: int, inductor: bool) -> str:
     """A model's line of the table."""
     torch.manual_seed(0)
     model = build_model(name, img_size=size, num_classes=CLASSES)
-    loss, one_graph = one_step(model)
-    cells = (f"`{name}`", *describe(model), f"{loss:.2f}", "yes" if one_graph else "no")
+    loss, ran_by = one_step(model, inductor)
+    cells = (f"`{name}`", *describe(model), f"{loss:.2f}", ran_by)
     return "| " + " | ".join(cells) + " |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inductor", action="store_true", help="compile to the end, instead of capturing the graph")
     parser.add_argument("models", nargs="*", default=[*MODELS, *REFUSED], metavar="NAME:SIZE")
     warnings.simplefilter("ignore")
     refused = []
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
-    for model in parser.parse_args(arguments).models:
+    options = parser.parse_args(arguments)
+    for model in options.models:
         name, _, size = model.partition(":")
         try:
-            print(row(name, int(size)), flush=True)
+            print(row(name, int(size), options.inductor), flush=True)
         except InputError as error:
             refused.append(f"- `{name}`: {error}")
     print("\nRefused:\n")
