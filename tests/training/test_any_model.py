@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import shutil
 from pathlib import Path
 
+import kill_run
 import pytest
 import timm
 import torch
 from conversions import run
 from model_families import FAMILIES
-from tiny_runs import flags, torchrun, weights
+from tiny_runs import weights
 
 from tl_fast.annotation.run import AnnotateConfig, annotate
 from tl_fast.models.token_label import backbone_state_dict
 from tl_fast.system.mistakes import InputError
-from tl_fast.training import accuracy
+from tl_fast.training import accuracy, record
 from tl_fast.training import loop as training
 from tl_fast.training.runlog import read_rows
 from tl_fast.training.trained import load_model
@@ -26,17 +29,20 @@ from tl_fast.training.trained import load_model
 def test_a_family_trains_validates_and_resumes(tiny, betons, name):
     family = FAMILIES[name]
     same = dict(model=name, img_size=family.img_size, model_kwargs=family.options, batch_size=8, auto_augment=None)
-    first = training.train(tiny("broken", val_data=str(betons / "val.beton"), max_steps=1, **same))
-    (step,) = (row for row in read_rows(Path(first["metrics"])) if row["kind"] == "train")
+    same |= dict(val_data=str(betons / "val.beton"), max_steps=2, checkpoint_steps=1)
+    config = tiny(**same)
+    straight = training.train(config)
+    step = next(row for row in read_rows(Path(straight["metrics"])) if row["kind"] == "train")
     for kind in ("class_loss", "token_loss"):  # of untrained weights: not far from 4 classes at random
         assert 0.5 * math.log(4) < step[kind] < 2.5 * math.log(4)
     assert step["loss"] == pytest.approx(step["class_loss"] + 0.5 * step["token_loss"], rel=1e-4)
-    evaluated = accuracy.evaluate(str(betons / "val.beton"), Path(first["checkpoint"]), use_ema=False)
-    assert evaluated["top1"] == pytest.approx(first["val_top1_raw"])
+    evaluated = accuracy.evaluate(str(betons / "val.beton"), Path(straight["checkpoint"]), use_ema=False)
+    assert evaluated["top1"] == pytest.approx(straight["val_top1_raw"])
 
-    again = training.train(tiny("broken", resume="auto", max_steps=2, **same))
-    straight = training.train(tiny("straight", max_steps=2, **same))
-    resumed, expected = weights(again["checkpoint"]), weights(straight["checkpoint"])
+    expected = weights(straight["checkpoint"])
+    shutil.rmtree(straight["checkpoint"])  # the run was cut off after its first step, then
+    resumed = weights(training.train(dataclasses.replace(config, val_data=None, resume="auto"))["checkpoint"])
+    assert [start["step"] for start in record.read_record(Path(config.output_dir))] == [0, 1]
     assert resumed.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(resumed[key], expected[key])] == []
 
@@ -70,15 +76,16 @@ def test_a_trained_model_is_loaded_and_goes_back_to_stock_timm(tiny, betons):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name, compiled", [("vit_tiny_patch16_224", True), ("swin_tiny_patch4_window7_224", False)])
-def test_two_ranks_follow_one(tiny, tmp_path, name, compiled):
-    """By the real torchrun, 2 ranks x 8 images against 1 rank x 16; compiled on both ranks, eager on one."""
-    family, losses = FAMILIES[name], {}
-    same = dict(model=name, img_size=family.img_size, model_kwargs=family.options, batch_size=16, max_steps=6)
+def test_two_ranks_follow_one(tiny, name, compiled):
+    """2 ranks x 8 images against 1 rank x 16; compiled on both ranks, eager on one."""
+    family, losses, context = FAMILIES[name], {}, kill_run.server()
+    options = family.options | ({"depth": 1} if compiled else {})  # compiling takes most of the time
+    same = dict(model=name, img_size=family.img_size, model_kwargs=options, batch_size=16, max_steps=6)
     same |= dict(drop_path=0.0, mix_token=False, deterministic=True)
     for ranks in (1, 2):
         config = tiny(f"{ranks}", compile=compiled and ranks == 2, bucket_mb=1.0, **same)
-        job = torchrun(["tl_fast/train.py", *flags(config, tmp_path / f"{ranks}.yaml")], ranks)
-        assert job.returncode == 0, job.stderr
+        job = kill_run.run(context, config, ranks)
+        assert job.codes == [0] * ranks, job.outputs
         rows = read_rows(Path(config.output_dir) / "metrics.jsonl")
         losses[ranks] = [row["loss"] for row in rows if row["kind"] == "train"]
     assert len(losses[1]) == 6 and losses[2] == pytest.approx(losses[1], abs=1e-3)
