@@ -164,7 +164,8 @@ def heads(network: nn.Module) -> tuple[str, ...]:
 
 def _take_backbone(model: TokenLabelModel, donor: nn.Module, classes: int, origin: str) -> list[str]:
     """Copy the weights of a network of the same kind; classifiers only if they are for the same classes."""
-    of_heads = tuple(f"{name}." for name in heads(model.backbone))
+    names = heads(model.backbone)
+    of_heads = tuple(f"{name}." for name in names)
     given, own = donor.state_dict(), model.backbone.state_dict()
     if classes != model.num_classes:
         given = {key: value for key, value in given.items() if not key.startswith(of_heads)}
@@ -176,10 +177,9 @@ def _take_backbone(model: TokenLabelModel, donor: nn.Module, classes: int, origi
             f"{origin} does not fit {type(model.backbone).__name__}: {wrong[:5]} missing, or of other shape"
         )
     model.backbone.load_state_dict(given, strict=classes == model.num_classes)
-    names = ", ".join(of_heads).replace(".,", ",").removesuffix(".")
     if classes == model.num_classes:
-        return [f"{origin}: kept {names} ({classes} classes)"]
+        return [f"{origin}: kept {', '.join(names)} ({classes} classes)"]
     return [
-        f"{origin}: left out {names} ({classes or 'no'} classes), as the model has {model.num_classes} classes: these"
+        f"{origin}: left out {', '.join(names)} ({classes or 'no'} classes), as the model has {model.num_classes} classes: these"
         " heads keep their initial weights"
     ]
