@@ -18,7 +18,7 @@ from tl_fast.annotation.annotator import AnnotateError, Annotator, Preprocessing
 from tl_fast.models.build import build_model, check_name, create, without_weights
 from tl_fast.models.lvvit import LVViT
 from tl_fast.models.token_label import BACKBONE, backbone_of
-from tl_fast.models.weights import WeightsError, class_count, fit, heads
+from tl_fast.models.weights import WeightsError, class_count, fit, heads, no_pretrained_weights
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.sides import Sides, both_sides, one_if_square
 from tl_fast.training import checkpoint as checkpoints
@@ -110,11 +110,8 @@ def _from_hub(model: str, img_size: Sides | None) -> tuple[nn.Module, _Settings]
     except (ValueError, AssertionError) as error:
         raise AnnotateError(f"model {model} cannot be built for {img_size} px: {error}") from error
     except Exception as error:  # downloading raises many types (OSError, httpx, hub errors): there are no weights
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise AnnotateError(
-            f"model {model}: pretrained weights cannot be had ({type(error).__name__}: {reason}). Give "
-            f"--checkpoint FILE, or a bundled model that needs no download: --model {' or '.join(BUNDLED)}"
-        ) from error
+        remedy = f"Give --checkpoint FILE, or a bundled model that needs no download: --model {' or '.join(BUNDLED)}"
+        raise AnnotateError(f"{no_pretrained_weights(model, error)}. {remedy}") from error
 
 
 def _from_checkpoint(

@@ -139,12 +139,19 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
         classes = model.backbone.pretrained_cfg["num_classes"]
         donor = model.create_backbone(pretrained=True, num_classes=classes)
     except Exception as error:  # downloading raises many types (OSError, httpx, hub errors): there are no weights
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise InputError(
-            f"model {name}: pretrained weights cannot be had ({type(error).__name__}: {reason}). Download them where"
-            " there is a network (timm keeps them in the folder that HF_HOME names), or set init_weights to a file"
-        ) from error
+        remedy = (
+            "Download them where there is a network (timm keeps them in the folder that HF_HOME names), or set"
+            " init_weights to a file"
+        )
+        raise InputError(f"{no_pretrained_weights(name, error)}. {remedy}") from error
     return _take_backbone(model, donor, classes, f"{name}'s pretrained weights")
+
+
+def no_pretrained_weights(name: str, error: Exception) -> str:
+    """A sentence, without its full stop, that says which model's weights no hub or cache gave, and the first line of
+    the error."""
+    reason = next(iter(str(error).strip().splitlines()), "")
+    return f"model {name}: pretrained weights cannot be had ({type(error).__name__}: {reason})"
 
 
 def class_count(state: dict[str, Tensor], names: tuple[str, ...]) -> int | None:
