@@ -254,7 +254,7 @@ def work(options: argparse.Namespace) -> None:
             options.beton,
             options.batch,
             image_size=options.size,
-            grid=token_grid(options.model, img_size=options.size)[0],
+            grid=token_grid(options.model, img_size=options.size),
             threads=options.loader_threads,
             device=device,
             augment=RECIPE,

@@ -12,8 +12,16 @@ import torch
 from model_families import FAMILIES
 from tiny_runs import TINY, weights
 
+import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
+
+# isort: split
+from timm.layers import resample_abs_pos_embed
+
 from tl_fast.annotation.run import AnnotateConfig, annotate
 from tl_fast.labelmaps.store import LabelMapStore
+from tl_fast.models.build import build_model
+from tl_fast.models.weights import fit
+from tl_fast.system.mistakes import InputError
 from tl_fast.training import accuracy
 from tl_fast.training import loop as training
 from tl_fast.training.runlog import read_rows
@@ -68,3 +76,46 @@ def test_a_square_run_is_fine_tuned_on_rectangles_and_mixed(tiny, tmp_path, name
     assert positions.shape[1] == 1 + np.prod(grid)
     meta = json.loads((Path(summary["checkpoint"]) / "meta.json").read_text())
     assert meta["config"]["img_size"] == list(size)
+
+
+def trained_at(size: tuple[int, int], name: str, options: dict) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return build_model(name, img_size=size, num_classes=3, options=options).state_dict()
+
+
+@pytest.mark.parametrize("name", ["lvvit_t", "vit_tiny_patch16_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize("size", [(96, 64), (128, 128)], ids=str)
+def test_weights_of_rectangles_come_along_to_another_size(name, size):
+    """As many tokens in another shape are resized, too."""
+    options = TINY if name == "lvvit_t" else FAMILIES[name].options
+    state, model = trained_at((64, 96), name, options), build_model(name, img_size=size, num_classes=3, options=options)
+    fit(model, state, Path("x"), (64, 96))
+    for key, value in model.state_dict().items():
+        if key.endswith("pos_embed"):
+            grids = [size[0] // 16, size[1] // 16], [4, 6]
+            assert torch.equal(value, resample_abs_pos_embed(state[key], *grids, num_prefix_tokens=1))
+        elif "relative_position_bias_table" in key:
+            grids = (2 * size[0] // 16 - 1, 2 * size[1] // 16 - 1), (7, 11)
+            old, new = state[key][:-3].unflatten(0, grids[1]), value[:-3].unflatten(0, grids[0])
+            torch.testing.assert_close(new[grids[0][0] // 2, grids[0][1] // 2], old[3, 5])  # a token with itself
+        elif "relative_position" not in key:
+            assert torch.equal(value, state[key]), key
+
+
+def test_windows_and_convolutions_fit_any_size_and_other_positions_are_refused_by_name():
+    for name, size in (("convnext_atto", (192, 128)), ("swin_tiny_patch4_window7_224", (448, 672))):
+        trained, options = (size[0] // 2, size[1] // 2), FAMILIES[name].options
+        model, state = (
+            build_model(name, img_size=size, num_classes=3, options=options),
+            trained_at(trained, name, options),
+        )
+        fit(model, state, Path("x"), trained)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if "weight" in key)
+    for name, size in (("cait_xxs24_224", (96, 64)), ("swin_tiny_patch4_window7_224", (224, 160))):
+        options = FAMILIES[name].options
+        model, state = (
+            build_model(name, img_size=size, num_classes=3, options=options),
+            trained_at(size[::-1], name, options),
+        )
+        with pytest.raises(InputError, match="does not resize the positions of (Cait|SwinTransformer) from rectangles"):
+            fit(model, state, Path("x"), size[::-1])

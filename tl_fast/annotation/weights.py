@@ -144,7 +144,7 @@ def _from_checkpoint(
                 options=None if trained is None else trained.model_options,
                 eval_token_weight=None if trained is None else trained.eval_token_weight,
             )
-            fit(network, state, path)
+            fit(network, state, path, None if trained is None else trained.img_size)
             return network, settings
         # Through timm's own loader, which renames published checkpoints and resizes position embeddings.
         overlay = dict(state_dict=state, num_classes=num_classes, source="", custom_load=False, label_offset=0)

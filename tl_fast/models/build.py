@@ -52,7 +52,7 @@ def build_model(
         if isinstance(network, LVViT):
             network.eval_token_weight = 0.5 if eval_token_weight is None else eval_token_weight
             return network
-        anew = functools.partial(create, name, img_size, **arguments)
+        anew = functools.partial(create, name, img_size=img_size, **arguments)
         return TokenLabelModel(network, img_size, eval_token_weight, anew)
     except InputError as error:
         raise InputError(f"model {name} at {img_size} px takes no token labels: {error}") from error

@@ -41,7 +41,8 @@ class TokenLabelModel(nn.Module):
         img_size: side, or (height, width), of the input in pixels.
         eval_token_weight: what the maximum of the token logits counts in evaluation, beside the class logits. None: 0.5
             for a backbone with a token head of its own, as published, else 0.
-        create: makes such a backbone anew from timm's keyword arguments (`pretrained`, ...), for weights from files.
+        create: makes such a backbone anew from timm's keyword arguments (`img_size`, `pretrained`, ...), for weights
+            from files.
 
     After construction: `layout` of the features, `grid_size` (h, w), `num_classes` C, `can_mix_tokens`: whether the
     grid divides the image into whole patches, as MixToken needs it, and `has_own_token_head`: whether the tokens' head

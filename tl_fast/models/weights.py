@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import pickle
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tl_fast.models.lvvit import resize_pos_embed
+from tl_fast.models.lvvit import PATCH, resize_pos_embed
 from tl_fast.models.token_label import BACKBONE, TokenLabelModel
 from tl_fast.system.mistakes import InputError
+from tl_fast.system.sides import Sides, both_sides, one_if_square
 
 _HEADS = ("head.", "aux_head.")
 
@@ -55,21 +57,24 @@ def read_file(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], list
     return content, remarks
 
 
-def fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> list[str]:
+def fit(model: nn.Module, state: dict[str, Tensor], path: Path, trained_size: Sides | None = None) -> list[str]:
     """Load a state dict into a model of `build_model`; remarks on what was adapted, to be shown to the user.
 
     Position embeddings are resized to the model's grid. Heads of another class count are left out, so the model keeps
     its own. A TokenLabelModel takes its own names and those of its backbone alone, as timm knows them.
-    path: where the weights come from, for messages. Raises WeightsError when anything else does not fit.
+    path: where the weights come from, for messages. trained_size: pixels that they were trained at; None: of a square.
+    Raises WeightsError when anything else does not fit.
     """
     if isinstance(model, TokenLabelModel):
-        return _fit_token_label_model(model, state, path)
+        return _fit_token_label_model(model, state, path, trained_size)
     remarks: list[str] = []
     state, own = dict(state), model.state_dict()
     position = state.get("pos_embed")
-    if position is not None and position.ndim == 3 and position.shape != own["pos_embed"].shape:
+    grid = None if trained_size is None else tuple(side // PATCH for side in both_sides(trained_size))
+    fits = position is None or (position.shape == own["pos_embed"].shape and grid in (None, model.grid_size))
+    if not fits and position.ndim == 3:
         try:
-            state["pos_embed"] = resize_pos_embed(position, model.grid_size)
+            state["pos_embed"] = resize_pos_embed(position, model.grid_size, grid)
         except ValueError as error:
             raise WeightsError(f"{path} does not fit {type(model).__name__}: {error}") from error
         remarks.append(
@@ -98,19 +103,28 @@ def fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> list[str]:
     return remarks
 
 
-def _fit_token_label_model(model: TokenLabelModel, state: dict[str, Tensor], path: Path) -> list[str]:
+def _fit_token_label_model(
+    model: TokenLabelModel, state: dict[str, Tensor], path: Path, trained_size: Sides | None
+) -> list[str]:
     """`fit`, by way of a backbone made for the state's class count: timm's own loader renames what other code saved and
-    resizes what depends on the image size."""
+    resizes what depends on the image size. It takes all weights for a square's, so that of those of another rectangle
+    the backbone is made for that one first."""
     of_backbone = {key.removeprefix(BACKBONE): value for key, value in state.items() if key.startswith(BACKBONE)}
     of_token_head = {key.removeprefix("token_head."): state[key] for key in state if key.startswith("token_head.")}
     of_backbone = of_backbone or state
     classes = class_count(of_backbone, heads(model.backbone)) or 0
     overlay = dict(state_dict=dict(of_backbone), num_classes=classes, source="", custom_load=False, label_offset=0)
-    name = type(model.backbone).__name__
+    name, size = type(model.backbone).__name__, model.img_size
+    if trained_size is not None and isinstance(one_if_square(trained_size), tuple):
+        size = both_sides(trained_size)
     try:
-        donor = model.create_backbone(pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
+        donor = model.create_backbone(
+            img_size=size, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay
+        )
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:  # raised where names or shapes differ
         raise WeightsError(f"{path} does not fit {name}: {error}") from error
+    if size != model.img_size:
+        _resize(donor, model, f"{path} was trained at {size} px, and")
     remarks = _take_backbone(model, donor, classes, str(path))
     resized = [
         f"{key} from {list(of_backbone[key].shape)} to {list(value.shape)}"
@@ -125,6 +139,23 @@ def _fit_token_label_model(model: TokenLabelModel, state: dict[str, Tensor], pat
         else:
             remarks.append(f"{path}: holds no token head for {model.num_classes} classes, so that one starts anew")
     return remarks
+
+
+def _resize(donor: nn.Module, model: TokenLabelModel, origin: str) -> None:
+    """Resize what depends on the image size of a network of the model's backbone's kind, from a rectangle. Raises
+    WeightsError where timm cannot."""
+    resize = getattr(donor, "set_input_size", None)
+    if resize is not None and "window_size" not in inspect.signature(resize).parameters:
+        resize(img_size=model.img_size)
+        return
+    # Convolutions fit any size; so do windows that are the same ones.
+    windows, own_windows = (
+        [getattr(module, "window_size", None) for module in network.modules()] for network in (donor, model.backbone)
+    )
+    if windows != own_windows or any(name.endswith("pos_embed") for name in donor.state_dict()):
+        raise WeightsError(
+            f"{origin} timm does not resize the positions of {type(donor).__name__} from rectangles: use that size"
+        )
 
 
 def load_pretrained(model: nn.Module, name: str) -> list[str]:
@@ -186,7 +217,8 @@ def _take_backbone(model: TokenLabelModel, donor: nn.Module, classes: int, origi
     model.backbone.load_state_dict(given, strict=classes == model.num_classes)
     if classes == model.num_classes:
         return [f"{origin}: kept {', '.join(names)} ({classes} classes)"]
+    left_out = f"{', '.join(names)} ({classes or 'no'} classes)"
     return [
-        f"{origin}: left out {', '.join(names)} ({classes or 'no'} classes), as the model has {model.num_classes} classes: these"
-        " heads keep their initial weights"
+        f"{origin}: left out {left_out}, as the model has {model.num_classes} classes: these heads keep their initial"
+        " weights"
     ]

@@ -303,9 +303,10 @@ def read_weights(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], l
 
 
 def load_weights(model: nn.Module, path: Path, use_ema: bool = True) -> list[str]:
-    """Load weights of any origin (`read_weights`) into an LV-ViT (`models.weights.fit`); remarks for the user."""
+    """Load weights of any origin (`read_weights`) into a model (`models.weights.fit`); remarks for the user."""
     state, remarks = read_weights(path, use_ema)
-    return remarks + weights.fit(model, state, path)
+    trained_size = read_meta(path)["config"].get("img_size") if path.is_dir() else None
+    return remarks + weights.fit(model, state, path, trained_size)
 
 
 def _on_host(tensor: Tensor, layout: torch.memory_format = torch.preserve_format) -> Tensor:
