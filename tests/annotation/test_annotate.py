@@ -144,6 +144,15 @@ def test_networks_without_a_map_are_refused(name):
         wrap(timm.create_model(name), name, 224)
 
 
+def test_features_that_are_no_tensor_are_refused_by_the_models_name():
+    """After construction too, which looks at two black images alone."""
+    annotator = wrap(randomised("vit_tiny_patch16_224", num_classes=7), "some_vit", 224)
+    forward_features = annotator.network.forward_features
+    annotator.network.forward_features = lambda images: (forward_features(images), None)
+    with pytest.raises(AnnotateError, match="model some_vit: its features are a tuple, no single map"):
+        annotator(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("form", ["bare", "state_dict", "ema of a wrapped model"])
 def test_checkpoint_files(tmp_path, form):
     network = randomised("vit_tiny_patch16_224", num_classes=7)

@@ -96,6 +96,8 @@ class Annotator(nn.Module):
                 self.grid = self._layout.grid
                 dense = self._on_tokens(features, pre_logits=self.num_classes == 0)
                 self.feature_size = self.pre_logits(features).shape[-1]
+        except AnnotateError:
+            raise
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
             raise AnnotateError(
                 f"model {name} at {preprocessing.img_size} px cannot be applied to every cell ({type(error).__name__}:"
@@ -108,13 +110,19 @@ class Annotator(nn.Module):
             )
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 RGB `[B, 3, h, w]` → the network's features, float32, in the network's own layout."""
+        """uint8 RGB `[B, 3, h, w]` → the network's features, float32, in the network's own layout. Raises AnnotateError
+        for a network with several maps or sequences of features."""
         x = images.to(self.device, torch.float32, memory_format=torch.channels_last, non_blocking=True)
         x = (x / 255 - self.mean) / self.std
         low = DTYPES[self.dtype]
         with torch.autocast(self.device.type, dtype=low) if low else contextlib.nullcontext():
             features = self.network.forward_features(x)
-        return features.float() if isinstance(features, Tensor) else features
+        if not isinstance(features, Tensor):
+            raise AnnotateError(
+                f"model {self.name}: its features are a {type(features).__name__}, no single map or sequence of tokens;"
+                " choose another model"
+            )
+        return features.float()
 
     def pre_logits(self, features: Tensor) -> Tensor:
         """Features → what the classifier sees of the whole image, `[B, D]`."""
