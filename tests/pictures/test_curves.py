@@ -60,7 +60,7 @@ def test_lines_hold_the_numbers_of_the_rows(tmp_path):
     steps = range(100, 2001, 100)
     assert points(loss) == {
         "loss 3": [(step, 5 - step / 1000) for step in steps],
-        "class token 1.5": [(step, 1.5) for step in steps],
+        "class 1.5": [(step, 1.5) for step in steps],
     }
     assert points(top1) == {"EMA 25": [(500, 12.5), (1000, 25.0)], "raw 20": [(500, 10.0), (1000, 20.0)]}
     assert points(lr) == {"lr 0.001": [(step, 1e-3) for step in steps]}

@@ -51,9 +51,7 @@ class Panel:
 
 
 PANELS = (
-    Panel(
-        "training loss", "nats", "train", {"loss": "loss", "class_loss": "class token", "token_loss": "patch tokens"}
-    ),
+    Panel("training loss", "nats", "train", {"loss": "loss", "class_loss": "class", "token_loss": "tokens"}),
     Panel("validation top-1", "%", "val", {"val_top1_ema": "EMA", "val_top1_raw": "raw"}),
     Panel("validation loss", "nats", "val", {"val_loss_ema": "EMA", "val_loss_raw": "raw"}),
     Panel("learning rate", "", "train", {"lr": "lr"}, zero=True),
