@@ -178,6 +178,24 @@ def test_a_recipes_model_is_the_published_one(row, folder, column):
     assert model.grid_size == 2 * (read_flags(row)["--token-label-size"],)
 
 
+def one_small_step(config: TrainConfig, betons: Path, run: Path, **changes) -> TrainConfig:
+    """A recipe's config for one step on four photos and four classes into `run`, with `changes`, which make the model
+    small."""
+    return dataclasses.replace(
+        config,
+        train_data=str(betons / "train.beton"),
+        output_dir=str(run),
+        num_classes=None,
+        batch_size=4,
+        lr_base_batch=4,
+        max_steps=1,
+        log_every=1,
+        threads=1,
+        device="cpu",
+        **changes,
+    )
+
+
 def take_a_step(name: str, folder: str, betons: Path, runs: Path) -> TrainConfig:
     """Run a recipe's first step on about two sevenths of its tokens a side, with four photos, four classes and a tiny
     LV-ViT, or VOLO as it is; a fine-tuned one after the recipe that it starts from. The config that ran, with its run
@@ -186,22 +204,10 @@ def take_a_step(name: str, folder: str, betons: Path, runs: Path) -> TrainConfig
     start = None
     if config.init_weights is not None:
         start = take_a_step(next(row for row in ROWS if row["recipe"] == name)["starts from"], folder, betons, runs)
-    reduced = dataclasses.replace(
-        config,
-        train_data=str(betons / "train.beton"),
-        val_data=None,
-        output_dir=str(runs / name),
-        init_weights=start and start.output_dir,
-        model_kwargs=TINY if config.model.startswith("lvvit") else {},
-        img_size=PATCH * (grid_of(config)[0] * 2 // 7),
-        num_classes=None,
-        batch_size=4,
-        lr_base_batch=4,
-        max_steps=1,
-        log_every=1,
-        threads=1,
-        device="cpu",
-    )
+    changes = dict(val_data=None, init_weights=start and start.output_dir)
+    changes |= dict(img_size=PATCH * (grid_of(config)[0] * 2 // 7))
+    changes |= dict(model_kwargs=TINY if config.model.startswith("lvvit") else {})
+    reduced = one_small_step(config, betons, runs / name, **changes)
     assert train(reduced)["steps"] == 1
     return reduced
 
@@ -269,21 +275,8 @@ def test_the_size_of_another_model_is_what_the_document_says(row):
 
 @OTHERS
 def test_a_recipe_of_another_model_takes_a_step(row, betons, tmp_path):
-    config = dataclasses.replace(
-        recipe(row["recipe"]),
-        train_data=str(betons / "train.beton"),
-        val_data=str(betons / "val.beton"),
-        output_dir=str(tmp_path / "run"),
-        model_kwargs=REDUCED[row["recipe"]],
-        img_size=64,
-        num_classes=None,
-        batch_size=4,
-        lr_base_batch=4,
-        max_steps=1,
-        log_every=1,
-        threads=1,
-        device="cpu",
-    )
+    changes = dict(val_data=str(betons / "val.beton"), model_kwargs=REDUCED[row["recipe"]], img_size=64)
+    config = one_small_step(recipe(row["recipe"]), betons, tmp_path / "run", **changes)
     assert train(config)["steps"] == 1
     (step,) = [line for line in read_rows(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train"]
     assert step["loss"] == pytest.approx(step["class_loss"] + 0.5 * step["token_loss"], rel=1e-4)
