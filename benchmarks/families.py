@@ -89,9 +89,12 @@ def one_step(model: nn.Module, inductor: bool) -> tuple[float, str]:
     box = torch.tensor([0, 0, 2, 1]) if model.can_mix_tokens else None
     loss = step(images, targets, box)[0].item()
     torch._dynamo.reset()
-    captured = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)
+    if inductor:
+        fast = compiled(step, images.device)
+    else:
+        fast = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)
     try:
-        fast_loss = (compiled(step, images.device) if inductor else captured)(images, targets, box)[0]
+        fast_loss = fast(images, targets, box)[0]
         fast_loss.backward()
     except TorchDynamoException:
         return loss, "no"

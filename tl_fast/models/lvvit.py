@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 
 # isort: split
-from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple
+from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from tl_fast.models.mix_token import MixBox, box_mask
+from tl_fast.system.sides import Sides, both_sides
 
 PATCH = 16
 """Pixels a side of one token (arXiv 2104.10858); the strides of the stem, 2 and then 8, fix it."""
@@ -258,7 +259,7 @@ class LVViT(nn.Module):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
+        img_size: Sides = 224,
         embed_dim: int = 384,
         depth: int = 16,
         num_heads: int = 6,
@@ -275,7 +276,7 @@ class LVViT(nn.Module):
         eval_token_weight: float = 0.5,
     ) -> None:
         super().__init__()
-        self.img_size = height, width = to_2tuple(img_size)
+        self.img_size = height, width = both_sides(img_size)
         if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
             raise ValueError(f"img_size {img_size}: height and width must be positive multiples of {PATCH}")
         if embed_dim % num_heads:

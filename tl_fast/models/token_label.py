@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 
 # isort: split
-from timm.layers import to_2tuple
 from timm.models import group_parameters
 
 from tl_fast.models.mix_token import MixBox, box_mask
@@ -29,6 +28,7 @@ from tl_fast.models.token_layout import (
     token_layout,
     trial,
 )
+from tl_fast.system.sides import Sides, both_sides
 
 BACKBONE = "backbone."  # in front of the backbone's names in a TokenLabelModel's
 
@@ -55,13 +55,13 @@ class TokenLabelModel(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        img_size: int | tuple[int, int],
+        img_size: Sides,
         eval_token_weight: float | None = None,
         create: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.create_backbone = backbone, create
-        self.img_size = height, width = to_2tuple(img_size)
+        self.img_size = height, width = both_sides(img_size)
         self.num_classes: int = backbone.num_classes
         if self.num_classes < 1:
             raise ValueError(f"the backbone classifies {self.num_classes} classes; token labels need at least 1")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tl_fast.models.lvvit import PATCH, resize_pos_embed
 from tl_fast.models.token_label import BACKBONE, TokenLabelModel
 from tl_fast.system.mistakes import InputError
-from tl_fast.system.sides import Sides, both_sides, one_if_square
+from tl_fast.system.sides import Sides, both_sides
 
 _HEADS = ("head.", "aux_head.")
 
@@ -114,9 +114,9 @@ def _fit_token_label_model(
     of_backbone = of_backbone or state
     classes = class_count(of_backbone, heads(model.backbone)) or 0
     overlay = dict(state_dict=dict(of_backbone), num_classes=classes, source="", custom_load=False, label_offset=0)
-    name, size = type(model.backbone).__name__, model.img_size
-    if trained_size is not None and isinstance(one_if_square(trained_size), tuple):
-        size = both_sides(trained_size)
+    name, size = type(model.backbone).__name__, both_sides(trained_size or model.img_size)
+    if size[0] == size[1]:
+        size = model.img_size
     try:
         donor = model.create_backbone(
             img_size=size, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay
