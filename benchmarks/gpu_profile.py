@@ -41,9 +41,10 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from tl_fast.system.ranks import Ranks
+from tl_fast.training.classification import Classification
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.learner import build_learner
-from tl_fast.training.network import build_step, set_train
+from tl_fast.training.network import build_step
 
 # The first pattern found in a kernel's name says its kind. Names of CUDA kernels, and of torch's operators for the CPU.
 # Inductor's own kernels (FUSED) are named after what they stand beside: one with "convolution" in its name casts or
@@ -108,10 +109,11 @@ class Step:
         common = {"model": MODEL, "img_size": SIZE, "min_lr": 0.0, "warmup_lr": 0.0} | switches
         self.config = TrainConfig(train_data="none", batch_size=batch, num_classes=classes, **common)
         self.ranks = Ranks(0, 1, device)
-        self.learner, _ = build_learner(self.config, self.ranks, 1000, load_init_weights=False)
-        self.network = build_step(self.learner.model, self.config, self.ranks)
+        task = Classification(self.config, self.ranks)
+        self.learner, _ = build_learner(task, 1000, load_init_weights=False)
+        self.network = task.build_step(self.learner.model)
         self.learner.schedule.step_update(500)  # before, the learning rate is 0
-        set_train(self.learner.model, self.config)
+        task.set_train(self.learner.model)
         size, tokens = self.config.img_size, math.prod(self.learner.model.grid_size)
         targets = torch.rand((batch, 1 + tokens, classes), device=device).softmax(2)
         boxes = torch.zeros((batch, 4), dtype=torch.int32, device=device)

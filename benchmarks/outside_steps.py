@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tl_fast.plan import records
 from tl_fast.system.memory import reuse_memory
 from tl_fast.training import accuracy as evaluation
-from tl_fast.training import loop
+from tl_fast.training import classification, loop
 from tl_fast.training.checkpoint_writer import CheckpointWriter
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.meter import Meter
@@ -121,7 +121,7 @@ class Ends:
     def watch(self, step_seconds: float, forward_seconds: float) -> None:
         """Simulate steps and validation's forward pass, and take the times of a run's parts."""
         fetch, end_step, save = Meter.fetch, Meter.end_step, CheckpointWriter.save
-        validate, is_best, epoch_order = loop.validate, loop._is_best, records.epoch_order
+        validate, is_best, epoch_order = classification.validate, loop._is_best, records.epoch_order
 
         def fetched(meter: Meter):
             if self.steps and len(self.steps[-1]) < STEPS:
@@ -170,8 +170,8 @@ class Ends:
 
         device = SimulatedDevice()
         Meter.fetch, Meter.end_step, CheckpointWriter.save = fetched, stepped, saved
-        loop.validate, loop._is_best, records.epoch_order = validated, compared, ordered
-        loop.build_step = lambda model, *_: SimulatedStep(model, step_seconds)
+        classification.validate, loop._is_best, records.epoch_order = validated, compared, ordered
+        classification.build_step = lambda model, *_: SimulatedStep(model, step_seconds)
         evaluation.Classifier.__call__ = classified
 
 

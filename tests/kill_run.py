@@ -27,7 +27,7 @@ import yaml
 from tl_fast import train
 from tl_fast.models.loss import TokenLabelLoss
 from tl_fast.models.normalise import Normalise
-from tl_fast.training import checkpoint, learner, stopping
+from tl_fast.training import checkpoint, classification, learner, stopping
 from tl_fast.training import loop as training
 from tl_fast.training.config import TrainConfig
 
@@ -112,7 +112,7 @@ def trace_steps(path: Path) -> None:
     """Append to `path`, for every step of this rank, [step, epoch, lr, sample ids, MixToken's box], when its gradients
     are there."""
     boxes: list[list[int]] = []
-    draw, add_step = training.mix_box, training.Meter.add_step
+    draw, add_step = classification.mix_box, training.Meter.add_step
 
     def mix_box(*arguments):
         box = draw(*arguments)
@@ -125,7 +125,7 @@ def trace_steps(path: Path) -> None:
             file.write(json.dumps([step, epoch, lr, ids, boxes[-1] if boxes else None]) + "\n")
         return add_step(self, step, epoch, lr, norm)
 
-    training.mix_box, training.Meter.add_step = mix_box, traced
+    classification.mix_box, training.Meter.add_step = mix_box, traced
 
 
 def rank_main(

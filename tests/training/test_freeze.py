@@ -59,7 +59,7 @@ def test_frozen_batch_norms_keep_their_statistics(tiny):
     model = small_model("test_resnet")
     freeze_layers(model, config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    network.set_train(model, config)
+    network.set_train(model)
     assert model.training and model.layer3.training and not model.bn1.training
     optimizer = optimiser.build_optimizer(model, config)
     model(torch.randn(4, 3, 64, 64)).logsumexp(-1).sum().backward()

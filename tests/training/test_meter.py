@@ -29,7 +29,7 @@ def meter(tmp_path) -> Meter:
     """Of a run of 2 batches a step and 2 steps a window."""
     ranks = Ranks(0, 1, torch.device("cpu"))
     config = TrainConfig(train_data="none", batch_size=4, accumulate=2, log_every=2, lr_base_batch=4)
-    return Meter(ranks, NonFinite(ranks, "skip", 10, tmp_path), Log(), config)
+    return Meter(ranks, NonFinite(ranks, "skip", 10, tmp_path), Log(), config, ("class_loss", "token_loss"))
 
 
 def batches(count: int):

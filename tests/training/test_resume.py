@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tl_fast.training import checkpoint, lock, record
+from tl_fast.training import checkpoint, classification, lock, record
 from tl_fast.training import loop as training
 
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_a_run_fell_back_from_is_no_rival(tiny, betons, monkey
     """Its files' sizes are right, so only its step tells; what is validated before that step must not be lost for its
     sake."""
     scores = iter((50.0, 80.0, 70.0, 60.0, 65.0))
-    monkeypatch.setattr(training, "validate", lambda *_: {"val_top1_ema": next(scores), "val_top1_raw": 0.0})
+    monkeypatch.setattr(classification, "validate", lambda *_: {"val_top1_ema": next(scores), "val_top1_raw": 0.0})
     config = tiny(epochs=4, val_data=str(betons / "val.beton"), keep=9)
     damaged = Path(training.train(dataclasses.replace(config, max_steps=10))["checkpoint"])
     file = damaged / checkpoint.MODEL
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_a_run_fell_back_from_is_no_rival(tiny, betons, monkey
 
 def test_the_best_weights_are_saved_between_the_epochs_that_are(tiny, betons, monkeypatch):
     scores = iter((50.0, 70.0, 60.0, 65.0))
-    monkeypatch.setattr(training, "validate", lambda *_: {"val_top1_ema": next(scores), "val_top1_raw": 0.0})
+    monkeypatch.setattr(classification, "validate", lambda *_: {"val_top1_ema": next(scores), "val_top1_raw": 0.0})
     config = tiny(epochs=4, checkpoint_every=4, val_data=str(betons / "val.beton"), keep=1)
     summary = training.train(config)
     assert summary["best_top1"] == 70 and summary["best_checkpoint"].endswith(f"step-{summary['steps'] // 2:010d}")

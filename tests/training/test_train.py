@@ -30,8 +30,9 @@ from tl_fast.models import step as training_step
 from tl_fast.models.erase import erase
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.ranks import Ranks
-from tl_fast.training import accuracy, checkpoint, learner, network, optimiser
+from tl_fast.training import accuracy, checkpoint, classification, learner, network, optimiser
 from tl_fast.training import loop as training
+from tl_fast.training.classification import Classification
 from tl_fast.training.nonfinite import NonFiniteError
 from tl_fast.training.runlog import read_rows
 
@@ -139,7 +140,7 @@ def test_ranks_see_disjoint_shards_that_cover_the_epoch(tiny):
     """The loaders that the loop builds for two ranks; a global batch of the two equals the single rank's."""
     seen = []
     for rank, world_size in ((0, 2), (1, 2), (0, 1)):
-        loader, _ = training.make_loaders(tiny(), Ranks(rank, world_size, torch.device("cpu")))
+        loader, _ = Classification(tiny(), Ranks(rank, world_size, torch.device("cpu"))).make_loaders()
         loader.set_epoch(1)
         seen.append([set(batch.sample_ids.tolist()) for batch in loader])
     first, second, alone = seen
@@ -215,7 +216,7 @@ def test_what_does_not_fit_is_refused_at_the_start(tiny, betons, changes, named)
 
 def test_a_first_bucket_larger_than_the_others_is_refused(tiny):
     with pytest.raises(ValueError, match="bucket_mb 0.5 is below 1"):
-        training.make_loaders(tiny(compile=True, bucket_mb=0.5), Ranks(0, 2, torch.device("cpu")))
+        Classification(tiny(compile=True, bucket_mb=0.5), Ranks(0, 2, torch.device("cpu"))).make_loaders()
 
 
 def test_what_has_no_effect_is_said(tiny, capsys):
@@ -260,7 +261,7 @@ def test_missing_data_is_named(tiny):
 
 def test_batch_that_ranks_cannot_share_is_refused(tiny):
     with pytest.raises(ValueError, match="batch_size 16 must be a multiple of 3 ranks"):
-        training.make_loaders(tiny(), Ranks(0, 3, torch.device("cpu")))
+        Classification(tiny(), Ranks(0, 3, torch.device("cpu"))).make_loaders()
 
 
 def test_resume_refuses_another_run(tiny):
@@ -539,7 +540,7 @@ def test_a_compiled_run_is_the_eager_one_and_compiles_once(tiny, betons, tmp_pat
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
     graphs, boxes, gradients = [], set(), {True: [], False: []}
-    add_step, draw, clip = training.Meter.add_step, training.mix_box, torch.nn.utils.clip_grad_norm_
+    add_step, draw, clip = training.Meter.add_step, classification.mix_box, torch.nn.utils.clip_grad_norm_
 
     def counted(self, *arguments):
         graphs.append(counters["stats"]["unique_graphs"])
@@ -556,7 +557,7 @@ def test_a_compiled_run_is_the_eager_one_and_compiles_once(tiny, betons, tmp_pat
         return clip(parameters, *arguments)
 
     monkeypatch.setattr(training.Meter, "add_step", counted)
-    monkeypatch.setattr(training, "mix_box", drawn)
+    monkeypatch.setattr(classification, "mix_box", drawn)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", seen)
     rows = []
     for compile in (False, True):
@@ -602,9 +603,11 @@ def test_sync_bn_converts_batch_norm_before_the_step_is_compiled(tiny, monkeypat
 
     monkeypatch.setattr(network, "compiled", made)
     config, ranks = dataclasses.replace(tiny(compile=True), num_classes=4), Alone(0, world_size, torch.device("cpu"))
-    loader, _ = training.make_loaders(config, ranks)
+    task = Classification(config, ranks)
+    task.open()
+    task.config = dataclasses.replace(task.config, sync_bn=sync_bn, device="auto")
     with pytest.raises(Made) as caught:
-        training._run(dataclasses.replace(config, sync_bn=sync_bn, device="auto"), ranks, loader, None, None, None)
+        training._run(task, None, None)
     norms = [
         module for module in caught.value.args[0].modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
     ]

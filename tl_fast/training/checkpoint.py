@@ -229,14 +229,15 @@ def find(path: Path) -> Path:
 
 
 def score(meta: dict[str, Any]) -> float:
-    """What makes a checkpoint the best: validation top-1 of its better weights (EMA or raw), -1 if not validated."""
+    """What makes a checkpoint the best: the largest of the metrics that its `score_metrics` names, -1 if not validated.
+    In classification these are the top-1 of EMA and raw weights, also in earlier versions, which do not name them."""
     metrics = meta.get("metrics", {})
-    return max(metrics.get("val_top1_ema", -1.0), metrics.get("val_top1_raw", -1.0))
+    names = meta.get("score_metrics", ("val_top1_ema", "val_top1_raw"))
+    return max(-1.0, *(metrics.get(name, -1.0) for name in names))
 
 
 def best(folder: Path, last: Path | None = None) -> Path | None:
-    """The checkpoint up to `last` with the highest validation top-1 (the later of equals), None when none was
-    validated.
+    """The checkpoint up to `last` with the highest score (the later of equals), None when none was validated.
 
     Damaged ones do not count, as far as their files' sizes show it: reading gigabytes after every save would cost more
     than it finds.

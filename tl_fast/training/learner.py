@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,13 +13,8 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 from timm.utils import ModelEmaV3
 
 from tl_fast.models.normalise import resolved_dtype
-from tl_fast.models.weights import load_pretrained
-from tl_fast.system.ranks import Ranks
-from tl_fast.training import checkpoint
-from tl_fast.training.config import TrainConfig
-from tl_fast.training.freeze import freeze_layers
-from tl_fast.training.network import build_network, silence_token_head
 from tl_fast.training.optimiser import Schedule, build_optimizer, build_schedule
+from tl_fast.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -33,23 +27,16 @@ class Learner:
     schedule: Schedule
 
 
-def build_learner(
-    config: TrainConfig, ranks: Ranks, steps_per_epoch: int, *, load_init_weights: bool
-) -> tuple[Learner, list[str]]:
-    """The learner of a config before its first step; remarks for the user: what of the weights it starts from was
+def build_learner(task: Task, steps_per_epoch: int, *, load_init_weights: bool) -> tuple[Learner, list[str]]:
+    """The learner of a task before its first step; remarks for the user: what of the weights it starts from was
     adapted, and which options have no effect. Every rank calls it."""
+    config, ranks = task.config, task.ranks
     torch.manual_seed(config.seed)
-    model = ranks.agree(build_network, config)
-    remarks = _load_weights(model, config, ranks) if load_init_weights else []
-    if not config.token_label:
-        silence_token_head(model)
-    if config.freeze is not None:
-        remarks.append(ranks.agree(freeze_layers, model, config))
+    model = ranks.agree(task.build_network)
+    remarks = _load_weights(task, model) if load_init_weights else []
+    remarks += ranks.agree(task.prepare, model)
     on_gpu = ranks.device.type == "cuda"
     model.to(ranks.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
-    if config.mix_token and not model.can_mix_tokens:
-        tokens = "x".join(map(str, model.grid_size))
-        remarks.append(f"mix_token is off: {tokens} tokens do not divide {config.img_size} pixels into whole patches")
     if config.compile_mode != "default" and not on_gpu:
         remarks.append(f"compile_mode {config.compile_mode} has no effect on the CPU")
     if config.residual_dtype != "float32" and resolved_dtype(ranks.device, config.dtype) == "float32":
@@ -64,17 +51,12 @@ def build_learner(
     return Learner(model, ema, optimizer, build_schedule(optimizer, config, steps_per_epoch)), remarks
 
 
-def _load_weights(model: nn.Module, config: TrainConfig, ranks: Ranks) -> list[str]:
-    """Load init_weights or pretrained ones on rank 0, which passes them on: the others need not see files or hub.
-    Remarks on what was adapted."""
+def _load_weights(task: Task, model: nn.Module) -> list[str]:
+    """Load the weights that the config starts from on rank 0, which passes them on: the others need not see files or
+    hub. Remarks on what was adapted."""
+    config, ranks = task.config, task.ranks
     if not (config.init_weights or config.pretrained):
         return []
-    remarks = ranks.on_main(_read_weights, model, config)
+    remarks = ranks.on_main(task.read_weights, model)
     ranks.fill_from_main(model.state_dict().values())
     return remarks
-
-
-def _read_weights(model: nn.Module, config: TrainConfig) -> list[str]:
-    if config.pretrained:
-        return load_pretrained(model, config.model)
-    return checkpoint.load_weights(model, checkpoint.find(Path(config.init_weights)), config.init_ema)

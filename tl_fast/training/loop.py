@@ -12,37 +12,33 @@ import dataclasses
 import math
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from tl_fast.models.normalise import resolved_dtype
-from tl_fast.pipeline.batch import Batch
 from tl_fast.pipeline.loader import Loader
-from tl_fast.plan.mixup import draw_mix
-from tl_fast.plan.records import mix_box
 from tl_fast.system.ranks import Ranks, join
 from tl_fast.training import checkpoint
-from tl_fast.training.accuracy import Classifier, accuracy
 from tl_fast.training.checkpoint_writer import CheckpointWriter
+from tl_fast.training.classification import Classification
 from tl_fast.training.config import TrainConfig, save_config
-from tl_fast.training.data import check_data, make_loaders
-from tl_fast.training.kept_batches import KeptBatches
 from tl_fast.training.learner import Learner, build_learner
 from tl_fast.training.lock import sole_writer
 from tl_fast.training.meter import Meter
-from tl_fast.training.network import build_step, compiles, set_train
+from tl_fast.training.network import compiles
 from tl_fast.training.nonfinite import NonFinite
 from tl_fast.training.optimiser import highest_lr
+from tl_fast.training.progress import Progress
 from tl_fast.training.record import complete_record, versions, write_record
-from tl_fast.training.resume import Progress, choose, identify, resume
+from tl_fast.training.resume import choose, identify, resume
 from tl_fast.training.runlog import RunLog
 from tl_fast.training.stopping import Agreement, StopSignals
+from tl_fast.training.task import Task
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -65,35 +61,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if config.decode == "auto":  # which measures, and nvJPEG's pixels differ from the CPU's
                 config = dataclasses.replace(config, decode="cpu")
         ranks = stack.enter_context(join(config.device, config.timeout_minutes))
-        train_loader, val_loader = ranks.agree(make_loaders, config, ranks)
-        for loader in filter(None, (train_loader, val_loader)):
-            stack.callback(loader.close)
-        config = dataclasses.replace(config, num_classes=config.num_classes or train_loader.num_classes)
-        ranks.agree(check_data, config, train_loader, val_loader)
+        task = Classification(config, ranks)
+        stack.callback(task.close)
+        task.open()
         ranks.on_main(stack.enter_context, sole_writer(Path(config.output_dir)))
         # Left before the lock is: it waits for the checkpoint being written.
         writer = stack.enter_context(CheckpointWriter(Path(config.output_dir) / "checkpoints", config.keep))
         # Innermost, so that a failing process takes signals as any other while the rest is torn down.
         agreement = Agreement(ranks, stack.enter_context(StopSignals()), config.checkpoint_minutes)
-        return _run(config, ranks, train_loader, val_loader, writer, agreement)
+        return _run(task, writer, agreement)
 
 
-def _run(
-    config: TrainConfig,
-    ranks: Ranks,
-    train_loader: Loader,
-    val_loader: Loader | None,
-    writer: CheckpointWriter,
-    agreement: Agreement,
-) -> dict[str, Any]:
-    """`train` on loaders that fit the config. `progress` alone says how far the run is; the other names of the set-up
+def _run(task: Task, writer: CheckpointWriter, agreement: Agreement) -> dict[str, Any]:
+    """`train` on a task whose data are open. `progress` alone says how far the run is; the other names of the set-up
     keep their values, but for `saved_step`, the step of the newest checkpoint."""
     # Set-up
+    config, ranks, train_loader = task.config, task.ranks, task.train_loader
     folder = Path(config.output_dir)
     steps_per_epoch = len(train_loader) // config.accumulate
     end = min(config.total_epochs * steps_per_epoch, config.max_steps or math.inf)
     chosen = choose(config, ranks)
-    learner, remarks = build_learner(config, ranks, steps_per_epoch, load_init_weights=chosen is None)
+    learner, remarks = build_learner(task, steps_per_epoch, load_init_weights=chosen is None)
     model, ema, optimizer = learner.model, learner.ema, learner.optimizer
 
     # Resume
@@ -102,25 +90,24 @@ def _run(
         "steps_per_epoch": steps_per_epoch,
         "data": identify(samples),
         "config": config.to_dict(),
-        "class_names": samples.class_names,
+        "class_names": task.class_names,
+        "score_metrics": task.score_metrics,
         "versions": versions(ranks),
     }
     progress = resume(chosen, config, ranks, steps_per_epoch, facts["data"], learner)
     begun = saved_step = progress.global_step
     # What a step calls; validation, moving average and checkpoints use the bare model.
-    network = build_step(model, config, ranks)
-    whole = val_loader.batch_size if val_loader is not None and compiles(config, ranks.device) else None
-    classifiers = [Classifier(module, config, ranks.device, whole) for module in (model, ema.module)]
-    validation = None if val_loader is None else KeptBatches(val_loader)
+    network = task.build_step(model)
+    task.prepare_validation(model, ema.module)
     ranks.on_main(_record_start, config, begun, facts["versions"], _resolved(config, ranks, train_loader))
     guard = NonFinite(ranks, config.non_finite, config.max_skipped, folder, samples.name, progress.skipped)
 
     with RunLog(folder, end, start_step=begun, enabled=ranks.main) as log:
-        meter = Meter(ranks, guard, log, config)
+        meter = Meter(ranks, guard, log, config, task.loss_terms)
         for remark in remarks:
             log.message(remark)
         log.message(
-            f"{config.model} at {config.img_size} px, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
+            f"{task.network_in_words}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
             f" parameters; {len(samples)} samples, {steps_per_epoch} steps an epoch; {ranks.world_size} x"
             f" {ranks.device.type}; from step {begun} to {end}"
         )
@@ -128,13 +115,12 @@ def _run(
             # Between epochs, or where a run starts or ends: validate and save what is due
             unsaved, improved = saved_step != progress.global_step, False
             if progress.global_step and not agreement.now():
-                if validation is not None and _validation_is_due(config, progress, end):
-                    metrics = validate(*classifiers, validation, ranks, agreement)
+                if task.val_loader is not None and _validation_is_due(config, progress, end):
+                    metrics = task.validate(agreement)
                     if not agreement.now():  # else the metrics are of a part of the set
                         progress.last_validation, progress.validated, unsaved = metrics, True, True
-                        improved = ranks.on_main(_is_best, writer, progress.global_step, metrics)
-                        top1 = f"{metrics['val_top1_ema']:.1f} % (EMA), {metrics['val_top1_raw']:.1f} % (raw)"
-                        log.row("val", progress.global_step, progress.epoch, metrics, f"val top-1 {top1}")
+                        improved = ranks.on_main(_is_best, writer, progress.global_step, metrics, task.score_metrics)
+                        log.row("val", progress.global_step, progress.epoch, metrics, task.in_words(metrics))
             if unsaved and (agreement.now() or _checkpoint_is_due(config, progress, end, improved)):
                 _save(writer, ranks, learner, progress, guard, facts)
                 agreement.saved()
@@ -150,7 +136,7 @@ def _run(
                 stop_step=steps_per_epoch * config.accumulate,
                 next_epoch=progress.epoch + 1 if goes_on else None,
             )
-            set_train(model, config)
+            task.set_train(model)
             with meter.epoch(train_loader):
                 while progress.step_in_epoch < steps_per_epoch and progress.global_step < end and not agreement.stop:
                     # Step
@@ -158,11 +144,9 @@ def _run(
                     seed_step(config.seed, step, ranks.rank)
                     learner.schedule.step_update(step)
                     guard.keep(model)
-                    box = _draw_box(config, progress, model, ranks.device)
-                    mixing = _draw_mixing(config, progress, ranks.device)
+                    drawn = task.draw(progress, model)
                     for number in range(1, config.accumulate + 1):
-                        batch = meter.fetch()
-                        arguments = _arguments(batch, box, mixing, config, ranks.device)
+                        arguments = task.arguments(meter.fetch(), drawn)
                         last = number == config.accumulate
                         with contextlib.nullcontext() if last or ranks.world_size == 1 else network.no_sync():
                             loss, terms = network(*arguments)
@@ -200,7 +184,7 @@ def _run(
         if ranks.main and progress.global_step > begun:
             # The loader decides about decode "auto" in the first steps.
             complete_record(folder, _resolved(config, ranks, train_loader))
-        summary = _summary(folder, ranks, progress, meter, guard, agreement.stop)
+        summary = _summary(folder, task, progress, meter, guard, agreement.stop)
         if agreement.stop:
             name = signal.Signals(agreement.stop).name
             log.message(f"{name}: stopped after step {progress.global_step} of {end}; continue with --resume auto")
@@ -239,36 +223,6 @@ def _checkpoint_is_due(config: TrainConfig, progress: Progress, end: float, impr
     return progress.global_step == end or between_epochs
 
 
-def _draw_box(config: TrainConfig, progress: Progress, model: nn.Module, device: torch.device) -> Tensor | None:
-    """MixToken's box for the next step, [4] on the device; None without MixToken."""
-    if not (config.mix_token and model.can_mix_tokens):
-        return None
-    box = mix_box(config.seed, progress.epoch, progress.step_in_epoch, model.grid_size[0])
-    return torch.from_numpy(box).to(device, non_blocking=True)
-
-
-def _draw_mixing(config: TrainConfig, progress: Progress, device: torch.device) -> Tensor | None:
-    """How mixup or CutMix mixes the next step, [5] on the device; None without them."""
-    if config.mixing is None:
-        return None
-    drawn = draw_mix(config.seed, progress.epoch, progress.step_in_epoch, config.img_size, config.mixing)
-    return torch.from_numpy(drawn).to(device, non_blocking=True)
-
-
-def _arguments(
-    batch: Batch, box: Tensor | None, mixing: Tensor | None, config: TrainConfig, device: torch.device
-) -> tuple[Tensor | None, ...]:
-    """A batch on the device, as `TrainStep` takes it: images, targets, box, ground truth, boxes and noise of erasing,
-    mixing; None for what there is not."""
-    images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
-    truth = smoothed_one_hot(labels, config) if config.ground_truth or not config.token_label else None
-    targets = batch.targets.to(device, non_blocking=True) if config.token_label else truth
-    erase, noise = (
-        None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (batch.erase, batch.noise)
-    )
-    return images, targets, box, truth if config.ground_truth else None, erase, noise, mixing
-
-
 def _save(
     writer: CheckpointWriter,
     ranks: Ranks,
@@ -289,20 +243,19 @@ def _save(
 
 
 def _summary(
-    folder: Path, ranks: Ranks, progress: Progress, meter: Meter, guard: NonFinite, stopped: int
+    folder: Path, task: Task, progress: Progress, meter: Meter, guard: NonFinite, stopped: int
 ) -> dict[str, Any]:
     """What `train` returns; every rank calls it."""
+    ranks = task.ranks
     speed, data_wait = meter.speed()
     step = progress.global_step
     kept = _newest_and_best(folder / "checkpoints", step) if ranks.main else None
-    newest, best, best_top1 = ranks.from_main(kept)
+    newest, best, best_score = ranks.from_main(kept)
     return {
         "steps": step,
         "epochs": progress.epoch,
         "loss": meter.row.get("loss"),
-        "val_top1_ema": progress.last_validation.get("val_top1_ema"),
-        "val_top1_raw": progress.last_validation.get("val_top1_raw"),
-        "best_top1": best_top1,
+        **task.summary(progress.last_validation, best_score),
         "images_per_second": speed,
         "data_wait": data_wait,
         "skipped": guard.skipped,
@@ -316,27 +269,6 @@ def _summary(
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch (drop path's source) for one step on one rank, so that no generator state has to survive a restart."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
-
-
-def smoothed_one_hot(labels: Tensor, config: TrainConfig) -> Tensor:
-    """labels int64 [B] -> float32 [B,C]: one-hot * (1 - s) + s / C."""
-    return F.one_hot(labels, config.num_classes) * (1 - config.smoothing) + config.smoothing / config.num_classes
-
-
-def validate(
-    raw: Classifier, averaged: Classifier, batches: Iterable[Batch], ranks: Ranks, agreement: Agreement
-) -> dict[str, float]:
-    """Accuracy of the weights and of their moving average over all ranks: val_top1_raw, val_top5_raw, val_loss_raw,
-    val_top1_ema, ... (percent, nats).
-
-    Both run on a batch once it is decoded. Ends early, with figures of no meaning, when a signal arrives.
-    """
-    results = accuracy((raw, averaged), agreement.until_stopped(batches), ranks)
-    return {
-        f"val_{key}_{name}": values[key]
-        for name, values in zip(("raw", "ema"), results, strict=True)
-        for key in ("top1", "top5", "loss")
-    }
 
 
 @contextlib.contextmanager
@@ -357,16 +289,17 @@ def deterministic() -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[1:]
 
 
-def _is_best(writer: CheckpointWriter, step: int, metrics: dict[str, float]) -> bool:
+def _is_best(writer: CheckpointWriter, step: int, metrics: dict[str, float], score_metrics: tuple[str, ...]) -> bool:
     """Whether metrics just found are better than those of every checkpoint before this step; the others are what the
     run fell back from. Waits for the one being written."""
     writer.wait()
     best = checkpoint.best(writer.folder, checkpoint.path_of(writer.folder, step - 1))
-    return best is None or checkpoint.score({"metrics": metrics}) > checkpoint.score(checkpoint.read_meta(best))
+    score = checkpoint.score({"metrics": metrics, "score_metrics": score_metrics})
+    return best is None or score > checkpoint.score(checkpoint.read_meta(best))
 
 
 def _newest_and_best(folder: Path, step: int) -> tuple[str | None, str | None, float | None]:
-    """Paths of the newest and of the best checkpoint up to a step, and the best one's top-1; None for what there is
+    """Paths of the newest and of the best checkpoint up to a step, and the best one's score; None for what there is
     not."""
     last = checkpoint.path_of(folder, step)
     newest, best = checkpoint.checkpoints(folder, last)[-1:], checkpoint.best(folder, last)

@@ -17,9 +17,9 @@ from tl_fast.training.config import TrainConfig
 from tl_fast.training.nonfinite import NonFinite
 from tl_fast.training.runlog import RunLog
 
-# One step's values on the device, float32 [5]: loss, gradient norm, class term, token term, and 1 where it was not
-# finite on some rank.
-_LOSS, _NORM, _CLASS, _TOKENS, _BAD = range(5)
+# One step's values on the device, float32 [5]: loss, gradient norm, the loss's two terms, and 1 where it was not finite
+# on some rank.
+_LOSS, _NORM, _FIRST_TERM, _SECOND_TERM, _BAD = range(5)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Step:
 @dataclass(frozen=True)
 class _Window:
     """A window that has ended. values: float64, on their way to the host: means over good steps and ranks of loss,
-    norm, class term and token term, then five values a step; arrived: when they are there, None: at once."""
+    norm and the loss's two terms, then five values a step; arrived: when they are there, None: at once."""
 
     steps: list[_Step]
     timing: dict[str, float]
@@ -44,7 +44,8 @@ class _Window:
 
 
 class Meter:
-    """Collects loss and gradient norm over windows of `log_every` steps without making the host wait for the device.
+    """Collects loss and gradient norm over windows of `log_every` steps without making the host wait for the device. A
+    row calls the two terms of the loss `loss_terms`.
 
     with meter.epoch(loader):
         for every step:
@@ -59,8 +60,10 @@ class Meter:
     bad.
     """
 
-    def __init__(self, ranks: Ranks, guard: NonFinite, log: RunLog, config: TrainConfig) -> None:
-        self.ranks, self.guard, self.log, self.config = ranks, guard, log, config
+    def __init__(
+        self, ranks: Ranks, guard: NonFinite, log: RunLog, config: TrainConfig, loss_terms: tuple[str, str]
+    ) -> None:
+        self.ranks, self.guard, self.log, self.config, self.loss_terms = ranks, guard, log, config, loss_terms
         self.row: dict[str, float] = {}  # of the last window reported
         self._at_once = ranks.device.type == "cpu"
         self._allowed: tuple[str, ...] = ("epoch",)  # calls that may come next
@@ -100,7 +103,7 @@ class Meter:
         return batch
 
     def add_loss(self, loss: Tensor, terms: Tensor) -> None:
-        """Count one batch's detached loss, a scalar, and its class and token terms [2]."""
+        """Count one batch's detached loss, a scalar, and its two terms [2]."""
         self._in_order("add_loss", "fetch" if len(self._sample_ids) < self.config.accumulate else "add_step")
         self._loss = self._loss + loss / self.config.accumulate
         self._terms = self._terms + terms / self.config.accumulate
@@ -186,11 +189,12 @@ class Meter:
             return
         if ended.arrived is not None:
             ended.arrived.synchronize()
-        loss, norm, of_class, of_tokens, *window = ended.values.tolist()
+        loss, norm, first_term, second_term, *window = ended.values.tolist()
         if not self._at_once:
             self._judge_all(ended.steps, window)
         bad = int(sum(window[_BAD::5]))
-        means = {"loss": loss, "class_loss": of_class, "token_loss": of_tokens, "grad_norm": norm}
+        terms = dict(zip(self.loss_terms, (first_term, second_term), strict=True))
+        means = {"loss": loss, **terms, "grad_norm": norm}
         skipped = {"skipped": bad} if self.guard.skips else {}
         timing, last = ended.timing, ended.steps[-1]
         self.row = (means if bad < len(ended.steps) else {}) | timing | skipped

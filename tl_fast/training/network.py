@@ -1,4 +1,4 @@
-"""The network of a configuration, and the step that trains it."""
+"""The network of a classification run, the step that trains it, and how any step is compiled and distributed."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def silence_token_head(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def set_train(model: nn.Module, config: TrainConfig) -> None:
-    """Train mode, but batch norms stay in eval mode with freeze_stem_bn (their scale and shift still learn), and where
-    their scale is frozen."""
+def set_train(model: nn.Module, freeze_norms: bool = False) -> None:
+    """Train mode, but batch norms stay in eval mode where their scale is frozen, and with freeze_norms all of them
+    (their scale and shift still learn)."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             frozen = module.weight is not None and not module.weight.requires_grad
-            if config.freeze_stem_bn or frozen:
+            if freeze_norms or frozen:
                 module.eval()
 
 
@@ -83,7 +83,12 @@ def build_step(model: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module
     criterion = TokenLabelLoss(config.cls_weight, config.dense_weight if config.token_label else 0.0)
     normalise = Normalise(config.mean, config.std).to(ranks.device)
     hard_labels = config.smoothing if config.labels == "argmax" else None
-    step: nn.Module = TrainStep(model, criterion, normalise, config.dtype, config.attention_backend, hard_labels)
+    step = TrainStep(model, criterion, normalise, config.dtype, config.attention_backend, hard_labels)
+    return over_ranks(step, config, ranks)
+
+
+def over_ranks(step: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """A step, compiled where the config asks for it, and with several ranks in DistributedDataParallel."""
     if compiles(config, ranks.device):
         step = compiled(step, ranks.device, config.compile_mode)
     if ranks.world_size == 1:

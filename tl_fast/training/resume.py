@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tl_fast.system.ranks import Ranks
 from tl_fast.training import checkpoint
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.learner import Learner
+from tl_fast.training.progress import Progress
 from tl_fast.training.record import began_here
 
 # A run continued with other values of these would be neither the old run nor a new one.
@@ -33,34 +33,6 @@ FIXED_ON_RESUME = (
     "seed",
     "steps_per_epoch",
 )
-
-
-@dataclass
-class Progress:
-    """How far a run has got. The fields are keys of a checkpoint's meta.json."""
-
-    global_step: int = 0
-    """Steps done over the run."""
-    epoch: int = 0
-    """Epochs done."""
-    step_in_epoch: int = 0
-    """Steps done of the epoch under way."""
-    last_validation: dict[str, float] = field(default_factory=dict)
-    """Metrics of the last validation (`loop.validate`)."""
-    validated: bool = False
-    """Whether they are of the weights of this step."""
-    skipped: int = 0
-    """Steps skipped as not finite, up to this start of the run."""
-
-    def end_step(self) -> None:
-        """One step more, whose weights have not been validated."""
-        self.global_step += 1
-        self.step_in_epoch += 1
-        self.validated = False
-
-    def end_epoch(self) -> None:
-        """The epoch under way is done."""
-        self.epoch, self.step_in_epoch = self.epoch + 1, 0
 
 
 def choose(config: TrainConfig, ranks: Ranks) -> Path | None:
