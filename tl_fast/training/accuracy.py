@@ -26,10 +26,10 @@ from tl_fast.training.trained import find_trained
 
 
 class Classifier:
-    """A model as it is evaluated: uint8 images [B,3,H,W] to logits, float32 [B,C].
+    """A model as it is evaluated: uint8 images [B,3,H,W] to logits, float32 [B,C], or [B,C,h,w] of a segmenter.
 
     Args:
-        model: a model of `build_model` on `device`; it stays the caller's.
+        model: a model of `build_model` or `build_segmenter` on `device`; it stays the caller's.
         batch_size: the number of images, in a whole batch, that the way from pixels to logits is compiled for at its
             first use; None: for none. Batches of other sizes, such as the last one, run eagerly: each size would have
             to be compiled by itself.
@@ -70,7 +70,7 @@ def accuracy(classifiers: Sequence[Classifier], batches: Iterable[Batch], ranks:
     """
     # Of each classifier: top-1 hits, top-5 hits, summed loss, samples.
     totals = torch.zeros(len(classifiers), 4, dtype=torch.float64, device=ranks.device)
-    with _in_eval_mode([classifier.model for classifier in classifiers]):
+    with in_eval_mode([classifier.model for classifier in classifiers]):
         for batch in batches:
             images = batch.images.to(ranks.device, non_blocking=True)
             labels = batch.labels.to(ranks.device, non_blocking=True)
@@ -94,7 +94,8 @@ def _shares(top1: float, top5: float, loss: float, samples: float) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _in_eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+def in_eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, the models are in eval mode; afterwards each is in its mode again."""
     before = [model.training for model in models]
     for model in models:
         model.eval()
