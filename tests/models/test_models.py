@@ -161,6 +161,42 @@ def test_timm_registration():
         timm.create_model("lvvit_t", pretrained=True)
 
 
+def test_the_last_blocks_features_are_those_before_the_golden_files_norm(tiny, tiny_model):
+    image, depth = tiny["image"], len(tiny_model.blocks)
+    with torch.no_grad():
+        final, features = tiny_model.forward_intermediates(image, indices=[0, -1])
+        normed = tiny_model.forward_intermediates(image, [-1], norm=True, output_fmt="NLC", intermediates_only=True)
+        tokens = tiny_model.forward_intermediates(image, depth, True, output_fmt="NLC", intermediates_only=True)
+    close(final, tiny["features"])
+    close(normed[0], tiny["features"][:, 1:])
+    assert len(features) == 2 and len(tokens) == depth
+    assert features[1].shape == (len(image), tiny_model.embed_dim, *tiny_model.grid_size)
+    for of_block, map_of_block in ((tokens[0], features[0]), (tokens[-1], features[1])):
+        patches, class_token = of_block
+        assert torch.equal(map_of_block.flatten(2).transpose(1, 2), patches)
+        assert class_token.shape == (len(image), 1, tiny_model.embed_dim)
+    close(tiny_model.norm(torch.cat(tokens[-1][::-1], 1)), tiny["features"])
+    with pytest.raises(ValueError, match="output_fmt 'NHWC'"):
+        tiny_model.forward_intermediates(image, output_fmt="NHWC")
+
+
+def test_pruning_keeps_the_features_and_removes_what_they_do_not_need():
+    model, images = small(depth=4).eval(), torch.randn(2, 3, 64, 96)
+    expected = model.forward_intermediates(images, [0, 2], intermediates_only=True)
+    assert model.prune_intermediate_layers([0, -2], prune_norm=True) == [0, 2]
+    assert {name.split(".")[0] for name in model.state_dict()} == {"cls_token", "pos_embed", "patch_embed", "blocks"}
+    assert len(model.blocks) == 3
+    pruned = model.forward_intermediates(images, [0, 2], intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(pruned, expected, strict=True))
+
+
+def test_timm_gives_features_only():
+    model = timm.create_model("lvvit_t", img_size=(32, 64), features_only=True, out_indices=(1, 5)).eval()
+    assert model.feature_info.channels() == [240, 240] and model.feature_info.reduction() == [16, 16]
+    features = model(torch.randn(1, 3, 32, 64))
+    assert [tuple(feature.shape) for feature in features] == 2 * [(1, 240, 2, 4)]
+
+
 def test_layer_groups_go_from_the_stem_to_the_heads():
     model = small()
     groups = group_parameters(model, model.group_matcher())

@@ -11,6 +11,7 @@ Shapes: B images, D channels, h x w the token grid, N = h * w tokens, C classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 # isort: split
 from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 
 from tl_fast.models.mix_token import MixBox, box_mask
 from tl_fast.system.sides import Sides, both_sides
@@ -298,6 +300,10 @@ class LVViT(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.grad_checkpointing = False
+        # timm's description of what `forward_intermediates` gives
+        self.feature_info = [
+            dict(num_chs=embed_dim, reduction=PATCH, module=f"blocks.{number}") for number in range(depth)
+        ]
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(self.grid_size), embed_dim))
@@ -369,19 +375,27 @@ class LVViT(nn.Module):
 
     def _encode(self, x: Tensor) -> Tensor:
         """Transformer: patch embeddings [B,D,h,w] -> class and patch tokens after the final norm [B,1+N,D]."""
+        return self.norm(self._run_blocks(x)[0])
+
+    def _run_blocks(self, x: Tensor, kept_blocks: Collection[int] = ()) -> tuple[Tensor, list[Tensor]]:
+        """All blocks: patch embeddings [B,D,h,w] -> class and patch tokens [B,1+N,D] after the last block, and the same
+        after every block whose number is in `kept_blocks`, in the blocks' order."""
         x = x.flatten(2).transpose(1, 2)  # [B,N,D], a view when the stem ran channels-last
         dtype = x.dtype
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
         if self.residual_dtype == "bfloat16":
             x = x.to(dtype)
         draws = self._draw_all(x.shape[0], x.device) if self.drop_path_batched and self.training else {}
+        kept = []
         for number, block in enumerate(self.blocks):
             arguments = x, draws.get(number, (None, None))  # drawn outside: a checkpointed block runs twice
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
-        return self.norm(x)
+            if number in kept_blocks:
+                kept.append(x)
+        return x, kept
 
     def _draw_all(self, batch: int, device: torch.device) -> dict[int, tuple[Kept, Kept]]:
         """What drop path keeps in both branches of every block that has a rate, by the block's number."""
@@ -400,6 +414,53 @@ class LVViT(nn.Module):
         """Normalised images [B,3,H,W] -> class token and patch tokens after the final norm [B,1+N,D], without
         MixToken."""
         return self._encode(self._patches(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor]] | tuple[Tensor, list]:
+        """Normalised images [B,3,H,W] -> the patch tokens after the blocks `indices`, in the blocks' order. timm's
+        signature, without what stops early: `prune_intermediate_layers` removes the blocks that nobody reads.
+
+        Args:
+            indices: blocks' numbers from 0, negative ones from the end; a number n: the last n; None: all.
+            return_prefix_tokens: give (patch tokens, class token [B,1,D]) for each block.
+            norm: apply the final norm to all of them.
+            output_fmt: "NCHW" for [B,D,h,w], "NLC" for [B,N,D].
+            intermediates_only: else the result is (`forward_features`' result, this list).
+
+        Raises ValueError for another `output_fmt`, and AssertionError for a block that there is not.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NLC'")
+        blocks, _ = feature_take_indices(len(self.blocks), indices)
+        last, sequences = self._run_blocks(self._patches(x), blocks)
+        if norm:
+            sequences = [self.norm(sequence) for sequence in sequences]
+        features = [sequence[:, 1:] for sequence in sequences]  # each [B,N,D]
+        if output_fmt == "NCHW":
+            features = [tokens.transpose(1, 2).unflatten(2, self.grid_size) for tokens in features]
+        if return_prefix_tokens:
+            features = [(tokens, sequence[:, :1]) for tokens, sequence in zip(features, sequences, strict=True)]
+        return features if intermediates_only else (self.norm(last), features)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates` of these blocks does not need: the blocks behind the last of them, the
+        final norm with `prune_norm`, the heads with `prune_head`. timm's signature; the blocks' numbers."""
+        blocks, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return blocks
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B,1+N,D] -> logits [B,C]: class logits + `eval_token_weight` * max over token logits; the class
@@ -487,7 +548,8 @@ def _create(name: str, pretrained: bool, size: dict, kwargs: dict) -> LVViT:
         raise ValueError(
             f"{name}: no hub holds weights for LV-ViT; build it with pretrained=False and load a file with --checkpoint"
         )
-    return build_model_with_cfg(LVViT, name, False, **{**size, **kwargs})
+    feature_cfg = dict(out_indices=kwargs.pop("out_indices", 4), feature_cls="getter")  # for features_only
+    return build_model_with_cfg(LVViT, name, False, feature_cfg=feature_cfg, **{**size, **kwargs})
 
 
 @register_model
