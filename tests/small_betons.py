@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from tl_fast.convert.encode import Sample
 from tl_fast.convert.write import write_beton
@@ -20,6 +21,20 @@ def random_maps(count: int, spec: MapSpec, seed: int = 0) -> list[np.void]:
         classes = np.argsort(rng.random((spec.num_classes, spec.height, spec.width)), axis=0)[: spec.k]
         records.append(pack(classes.astype(np.uint16), rng.uniform(0, 9, classes.shape).astype(np.float32), spec))
     return records
+
+
+def polygon_mask(height: int, width: int, num_classes: int, regions: int = 6, seed: int = 0) -> np.ndarray:
+    """A mask, uint8 [H, W]: polygons over one another on a ground, the last one of 255, unlabelled."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("L", (width, height), int(rng.integers(num_classes)))
+    for region in range(regions):
+        corners = int(rng.integers(3, 20))
+        angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
+        radii = rng.uniform(0.1, 0.4) * min(height, width) * rng.uniform(0.6, 1.2, corners)
+        points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None] + rng.uniform(0, (width, height))
+        fill = 255 if region == regions - 1 else int(rng.integers(num_classes))
+        ImageDraw.Draw(image).polygon([tuple(point) for point in points.tolist()], fill=fill)
+    return np.array(image)
 
 
 def write(

@@ -30,13 +30,14 @@ MAY_IMPORT = {
     "plan": {"maths", "system"},
     "models": {"system"},
     "labelmaps": {"sources", "maths", "system"},
-    "beton": {"labelmaps", "jpeg", "sources", "system"},
+    "masks": {"sources", "maths", "system"},
+    "beton": {"labelmaps", "masks", "jpeg", "sources", "system"},
     "kernels": {"plan", "labelmaps", "maths", "system"},
-    "pipeline": {"beton", "kernels", "plan", "jpeg", "sources", "maths", "system"},
-    "convert": {"beton", "labelmaps", "jpeg", "sources", "system"},
-    "training": {"pipeline", "models", "beton", "plan", "sources", "system"},
+    "pipeline": {"beton", "kernels", "plan", "jpeg", "masks", "sources", "maths", "system"},
+    "convert": {"beton", "labelmaps", "masks", "jpeg", "sources", "system"},
+    "training": {"pipeline", "models", "beton", "masks", "plan", "sources", "system"},
     "annotation": {"training", "labelmaps", "sources", "models", "beton", "system"},
-    "pictures": {"pipeline", "training", "models", "beton", "plan", "sources", "maths", "system"},
+    "pictures": {"pipeline", "training", "models", "beton", "masks", "plan", "sources", "maths", "system"},
 }
 
 MODULES = {

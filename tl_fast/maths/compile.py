@@ -14,7 +14,7 @@ import numba
 from tl_fast.maths import scalar
 
 # The rooms whose functions are compiled or called by compiled ones. A change in any of them makes a new cache.
-COMPILED = ("jpeg", "kernels", "labelmaps", "maths", "plan")
+COMPILED = ("jpeg", "kernels", "labelmaps", "masks", "maths", "plan")
 
 
 def njit(function: Callable) -> Callable:
