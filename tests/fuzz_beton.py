@@ -63,6 +63,7 @@ from tl_fast.beton.verify import verify
 from tl_fast.convert.encode import Sample
 from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.masks.format import MaskSpec
 
 BATCH, SECONDS, ADDRESS_SPACE = (
     2000,
@@ -96,7 +97,12 @@ def make_bases(folder: Path) -> None:
     rng = np.random.default_rng(0)
 
     def write(
-        name: str, images: list[bytes], spec: MapSpec | None = None, classes: int = 300, page_size: int = 1 << 21
+        name: str,
+        images: list[bytes],
+        spec: MapSpec | None = None,
+        classes: int = 300,
+        page_size: int = 1 << 21,
+        masks: MaskSpec | None = None,
     ) -> None:
         samples = []
         for i, image in enumerate(images):
@@ -109,7 +115,12 @@ def make_bases(folder: Path) -> None:
                 chosen = np.stack([rng.permutation(listed)[: spec.k] for _ in range(cells)], axis=1).reshape(spec.shape)
                 record = pack(chosen, rng.normal(3, 4, spec.shape), spec)
                 label_map = lambda record=record: record  # noqa: E731
-            samples.append(Sample(f"n{i % 3:02d}/é {i}.jpg", i % classes, lambda image=image: image, label_map))
+            sample = Sample(f"n{i % 3:02d}/é {i}.jpg", i % classes, lambda image=image: image, label_map)
+            if masks is not None:
+                mask = rng.integers(0, masks.num_classes, (8 + i, 16), np.uint8)
+                mask[2:, :5], mask[: 2 + i, 4:] = 255, 1
+                sample = dataclasses.replace(sample, mask=lambda mask=mask: mask)
+            samples.append(sample)
         annotator = {"model": "none", "nested": {"value": [1, 2.5, None]}} if spec else None
         names = [f"class {i}" for i in range(classes)]
         write_beton(
@@ -117,6 +128,7 @@ def make_bases(folder: Path) -> None:
             samples,
             class_names=names,
             spec=spec,
+            masks=masks,
             annotator=annotator,
             page_size=page_size,
             workers=1,
@@ -126,6 +138,8 @@ def make_bases(folder: Path) -> None:
     write("one", tiny[:1], classes=1)
     write("plain", tiny, classes=7)
     write("maps", tiny, MapSpec(3, 5, 7, 300))
+    write("masks", tiny, classes=7, masks=MaskSpec(3, 255, ("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9))))
+    write("both", tiny, MapSpec(2, 2, 3, 9), classes=9, masks=MaskSpec(2))
     write("square", tiny[:2], MapSpec(1, 1, 1, 1000, "center_square"), classes=1000)
     write("many", [picture(4, 4 + i % 5, rng) for i in range(120)], MapSpec(2, 2, 3, 20), classes=20)
     write(
@@ -142,15 +156,15 @@ class Content:
     """All that a file says: what must not change unnoticed. maps: (classes, scores) bytes a sample, if any."""
 
     spec: MapSpec | None
+    masks: MaskSpec | None
     class_names: list
     annotator: dict | None
-    samples: list[tuple]  # id, label, height, width, jpeg, map
+    samples: list[tuple]  # id, label, height, width, jpeg, map, mask
 
 
 def content_of(reader: BetonReader) -> Content:
-    return Content(
-        reader.spec, reader.class_names, reader.annotator, [sample_of(reader, i) for i in range(len(reader))]
-    )
+    samples = [sample_of(reader, i) for i in range(len(reader))]
+    return Content(reader.spec, reader.mask_spec, reader.class_names, reader.annotator, samples)
 
 
 def sample_of(reader: BetonReader, i: int) -> tuple:
@@ -162,6 +176,7 @@ def sample_of(reader: BetonReader, i: int) -> tuple:
         int(reader.widths[i]),
         bytes(reader.jpeg(i)),
         maps,
+        None if reader.mask_spec is None else reader.mask(i).tobytes(),
     )
 
 
@@ -325,7 +340,7 @@ def seal(data: bytearray, samples: bool) -> None:
         pointers = [column for column, kind in enumerate(row.fields.values()) if kind[0].fields]
         for i in range(min(rows, 500)):  # a count of samples may be damaged too
             crc = 0
-            for pointer in pointers:  # image, then label map
+            for pointer in pointers:  # image, label map, mask
                 start = int(metadata[i][f"f{pointer}"]["ptr" if "ptr" in row[pointer].names else "data_ptr"])
                 crc = zlib.crc32(data[start : start + sizes.get(start, 0)], crc)
             metadata[f"f{column}"][i] = crc
@@ -344,7 +359,7 @@ def seal(data: bytearray, samples: bool) -> None:
 
 # ---------------------------------------------------------------- drawing cases
 
-WEIGHTS = {"one": 3, "plain": 4, "maps": 6, "square": 1, "many": 2, "pages": 0.4, "stock": 0.8}
+WEIGHTS = {"one": 3, "plain": 4, "maps": 6, "masks": 3, "both": 2, "square": 1, "many": 2, "pages": 0.4, "stock": 0.8}
 INFO = [
     ["", "null", 1, ""],
     ["", "[]", 1, ""],
@@ -377,6 +392,15 @@ INFO = [
     ['{"class_names": [', '"",', 60_000, '""]}'],
     ['"', "\xf0\x9f\x98\x80", 30_000, '"'],
     ['"a', "x", 150_000, '\xf0\x9f\x98\x80"'],
+    ['{"class_names": ["a", "b", "c", "d", "e", "f", "g"], "annotator": null, "masks": {"num_classes": ', "3", 1, "}}"],
+    [
+        '{"class_names": ["a", "b", "c", "d", "e", "f", "g"], "annotator": null, "masks": {"num_classes": ',
+        "9",
+        90,
+        "}}",
+    ],
+    ['{"class_names": ["a", "b", "c", "d", "e", "f", "g"], "annotator": null, "masks": ', "{", 9, "}" * 9 + "}"],
+    ['{"class_names": ["a", "b", "c", "d", "e", "f", "g"], "annotator": null, "masks": {"\\u0000": ', "1", 1, "}}"],
     ['{"class_names": [], "annotator": {', '"\\u0000": 1,', 9_000, '"b": 2}, "tl_fast": null}'],
 ]
 IDS = [
@@ -621,6 +645,8 @@ def read(path: Path) -> tuple[str, str, BetonReader | None]:
     if reader.spec is not None:
         batches = [np.arange(start, min(start + 8, len(reader))) for start in range(0, len(reader), 8)]
         steps += [lambda batch=batch: reader.label_maps(batch) for batch in batches]
+    if reader.mask_spec is not None:
+        steps += [lambda i=i: reader.mask(i) for i in range(len(reader))]
     if reader.has_crc:
         steps += [lambda i=i: (reader.crc(i), reader.check(i)) for i in range(len(reader))]
     for step in steps:
@@ -646,8 +672,8 @@ def read(path: Path) -> tuple[str, str, BetonReader | None]:
 
 def compare(reader: BetonReader, right: Content, outcome: str) -> None:
     """A file that was not sealed says what it said before, sample by sample, or a check finds the sample."""
-    head = reader.spec, reader.class_names, reader.annotator, len(reader)
-    if head != (right.spec, right.class_names, right.annotator, len(right.samples)):
+    head = reader.spec, reader.mask_spec, reader.class_names, reader.annotator, len(reader)
+    if head != (right.spec, right.masks, right.class_names, right.annotator, len(right.samples)):
         raise Violation(f"read wrong: {head}")
     for i, sample in enumerate(right.samples):
         try:
@@ -690,6 +716,11 @@ def contradictions(reader: BetonReader, size: int) -> None:
             raise Violation("label maps with classes >= C or scores that are not finite")
         if reader.labels.min() < 0 or reader.labels.max() >= reader.spec.num_classes:
             raise Violation("labels outside of the label maps' classes")
+    if reader.mask_spec is not None:
+        for i in range(len(reader)):
+            mask = reader.mask(i)
+            if mask.shape != (reader.heights[i], reader.widths[i]) or not reader.mask_spec.allowed[mask].all():
+                raise Violation("masks of another size than their image, or with other values")
 
 
 # ---------------------------------------------------------------- processes

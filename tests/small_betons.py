@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 from tl_fast.convert.encode import Sample
 from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
+from tl_fast.masks.format import MaskSpec
 
 
 def random_maps(count: int, spec: MapSpec, seed: int = 0) -> list[np.void]:
@@ -67,3 +69,46 @@ def write(
     ]
     write_beton(path, samples, class_names=class_names, spec=spec, **options)
     return path
+
+
+def masked_samples(
+    count: int, sizes: Sequence[tuple[int, int]] = ((96, 128),), num_classes: int = 5, seed: int = 0
+) -> list[tuple[bytes, np.ndarray]]:
+    """`count` JPEGs with their masks, uint8 [H, W]: polygons of one colour a class, 255 and black unlabelled.
+
+    sizes: (height, width), taken in turn.
+    """
+    palette = np.random.default_rng(seed).integers(40, 256, (256, 3)).astype(np.uint8)
+    palette[255] = 0
+    samples = []
+    for i in range(count):
+        mask = polygon_mask(*sizes[i % len(sizes)], num_classes, seed=seed + i)
+        Image.fromarray(palette[mask]).save(buffer := io.BytesIO(), "JPEG", quality=95, subsampling=0)
+        samples.append((buffer.getvalue(), mask))
+    return samples
+
+
+def masked_beton(
+    path: Path,
+    count: int = 8,
+    sizes: Sequence[tuple[int, int]] = ((96, 128),),
+    num_classes: int = 5,
+    seed: int = 0,
+    spec: MapSpec | None = None,
+    **options,
+) -> list[np.ndarray]:
+    """Write a beton of `masked_samples` and return their masks; skips the test where simplejpeg is not installed.
+
+    spec: of label maps, which the beton then has too. `options` are `write_beton`'s.
+    """
+    pytest.importorskip("simplejpeg", reason="simplejpeg, which writing a beton needs, is not installed")
+    drawn = masked_samples(count, sizes, num_classes, seed)
+    maps = [None] * count if spec is None else [lambda r=r: r for r in random_maps(count, spec)]
+    samples = [
+        Sample(f"image-{i}.jpg", 0, lambda image=image: image, maps[i], mask=lambda mask=mask: mask)
+        for i, (image, mask) in enumerate(drawn)
+    ]
+    masks = MaskSpec(num_classes, class_names=tuple(f"class {c}" for c in range(num_classes)))
+    class_names = [f"class {c}" for c in range(spec.num_classes if spec else 1)]
+    write_beton(path, samples, class_names=class_names, spec=spec, masks=masks, **options)
+    return [mask for _, mask in drawn]

@@ -57,6 +57,7 @@ FIELDS = {  # what a message may name: every one of these checks is reached by t
     "image",
     "label",
     "label_map",
+    "mask",
     "crc",
 }
 

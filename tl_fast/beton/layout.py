@@ -27,13 +27,13 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 LABEL_MAP = np.dtype([("ptr", "<u8"), ("score_min", "<f4"), ("score_step", "<f4")])
 BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
-INT, RGB_IMAGE, CUSTOM = 1, 2, 255
+INT, RGB_IMAGE, BYTES_FIELD, CUSTOM = 1, 2, 3, 255
 # float, int, image, bytes, array, JSON, tensor: a sample's entry in the metadata table
 STOCK_TYPES = {
     0: np.dtype("<f8"),
     INT: np.dtype("<i8"),
     RGB_IMAGE: IMAGE,
-    3: BYTES,
+    BYTES_FIELD: BYTES,
     4: np.dtype("<u8"),
     5: BYTES,
     6: np.dtype("<u8"),

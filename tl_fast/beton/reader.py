@@ -2,7 +2,7 @@
 
 `tl_fast.beton.verify` checks a whole file, `tl_fast.convert.write` writes one. The bytes are laid out as ffcv 1.0 lays
 them out, so stock `ffcv.Loader` opens the file; docs/file_format.md has the tables. Beyond that a file of ours holds
-label maps, a CRC-32 for every sample and every table, class names, source ids and the annotator's manifest.
+label maps, masks, a CRC-32 for every sample and every table, class names, source ids and the annotator's manifest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.tables import DAMAGED, BetonTables
 from tl_fast.labelmaps.format import LEVELS, encoded_sizes
+from tl_fast.masks.format import MaskError
+from tl_fast.masks.format import decode as decode_mask
 from tl_fast.system.crc import crc32
 
 # No JPEG holds more: a block of 8×8 pixels takes at least one bit. No memory is taken for a header that claims more.
@@ -41,10 +43,10 @@ class BetonReader(BetonTables):
     Files of the stock ffcv writer open too, without ids, class names and CRCs.
 
     `len()` or `num_samples`; `heights`, `widths` int32 `[n]` in pixels; `labels` int64 `[n]`; `spec` (None without
-    label maps); `class_names`; `source_ids`; `annotator` (the label-map store's manifest, or None); `conversion` (what
-    was converted and how, or None). Picklable: another process opens the file itself. Every table is checked when the
-    file is opened; a sample's bytes are checked by `check`. Raises BetonError that names file and field, OSError if
-    there is no such file.
+    label maps); `mask_spec` (None without masks); `class_names`; `source_ids`; `annotator` (the label-map store's
+    manifest, or None); `conversion` (what was converted and how, or None). Picklable: another process opens the file
+    itself. Every table is checked when the file is opened; a sample's bytes are checked by `check`. Raises BetonError
+    that names file and field, OSError if there is no such file.
 
     The file must stay as it is while it is open. If it is shortened, or its disk or server fails, the operating system
     ends the process with SIGBUS, as with every memory-mapped file; no code of ours can prevent that. So replace a file
@@ -74,14 +76,21 @@ class BetonReader(BetonTables):
         """Bytes of every sample's label map, int64 `[n]`; None without label maps."""
         return None if self.spec is None else self._map_size
 
+    @property
+    def mask_sizes(self) -> np.ndarray | None:
+        """Bytes of every sample's mask, int64 `[n]`; None without masks."""
+        return None if self.mask_spec is None else self._mask_size
+
     def _places(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the JPEGs, and label maps, of samples first to last − 1 begin in the file, and their sizes in bytes.
+        """Where the JPEGs, label maps and masks of samples first to last − 1 begin in the file, and their bytes.
 
         Both int64 `[parts, samples]`, the JPEG first.
         """
         starts, sizes = [self._jpeg_ptr], [self._jpeg_size]
         if self.spec is not None:
             starts, sizes = [*starts, self._map_ptr], [*sizes, self._map_size]
+        if self.mask_spec is not None:
+            starts, sizes = [*starts, self._mask_ptr], [*sizes, self._mask_size]
         return np.stack([start[first:last] for start in starts]), np.stack([size[first:last] for size in sizes])
 
     def jpeg(self, i: int) -> np.ndarray:
@@ -123,6 +132,35 @@ class BetonReader(BetonTables):
         metadata = self._column("label_map")[indices]
         ranges = np.stack([metadata["score_min"], metadata["score_step"]], axis=1)
         return [self._map_bytes(int(i)) for i in indices], ranges.astype(np.float32)
+
+    def mask_bytes(self, i: int) -> np.ndarray:
+        """Sample i's mask as it lies in the file (docs/file_format.md), unchecked: uint8 `[size]`, a read-only view.
+
+        Raises BetonError when the file has no masks.
+        """
+        if self.mask_spec is None:
+            raise self._error("mask", "the file has no masks; convert with --masks")
+        start = int(self._mask_ptr[i])
+        return self._bytes[start : start + int(self._mask_size[i])]
+
+    def mask(self, i: int) -> np.ndarray:
+        """Sample i's mask, uint8 `[H, W]`, as large as its image: a class, or `mask_spec.ignore_index`. A new array.
+
+        Call `tl_fast.masks.format.compile_loops` before threads call this. Raises BetonError when the file has no
+        masks, or this one is damaged.
+        """
+        return self._decode_mask(i, self.mask_bytes(i), int(self._jpeg_size[i]))
+
+    def _decode_mask(self, i: int, data: np.ndarray, jpeg_size: int) -> np.ndarray:
+        height, width = int(self.heights[i]), int(self.widths[i])
+        if height * width > PIXELS_PER_BYTE * jpeg_size:
+            raise self._error(
+                "mask", f"{self._name(i)}: {width}×{height} pixels beside a JPEG of {jpeg_size} bytes; {DAMAGED}"
+            )
+        try:
+            return decode_mask(data, height, width, self.mask_spec)
+        except MaskError as error:
+            raise self._error("mask", f"{self._name(i)}: {error}; {DAMAGED}") from error
 
     def _expand(
         self, data: np.ndarray, starts: np.ndarray, indices: np.ndarray
@@ -168,7 +206,7 @@ class BetonReader(BetonTables):
         return None if self._index is None else self._column("crc")
 
     def crc(self, i: int) -> int:
-        """The stored CRC-32 of sample i, over the JPEG's bytes and then the label map's.
+        """The stored CRC-32 of sample i, over the JPEG's bytes, then the label map's, then the mask's.
 
         Raises BetonError in files of the stock writer.
         """
@@ -181,6 +219,8 @@ class BetonReader(BetonTables):
         stored, computed = self.crc(i), crc32(self.jpeg(i))
         if self.spec is not None:
             computed = crc32(self._map_bytes(i), computed)
+        if self.mask_spec is not None:
+            computed = crc32(self.mask_bytes(i), computed)
         if computed != stored:
             raise self._crc_error(i, computed)
 
@@ -208,6 +248,8 @@ class BetonReader(BetonTables):
                 self._check_size(i, parts[0])
                 if decode:
                     self.check_decode(i, parts[0])
+                if self.mask_spec is not None:
+                    self._decode_mask(i, block[part_bounds[-1][0] : part_bounds[-1][1]], len(parts[0]))
             except BetonError as error:
                 errors[i] = error
         rows = np.array([i for i in range(first, first + count) if self.spec is not None and i not in errors], np.int64)

@@ -27,11 +27,17 @@ class Samples:
                     f"{reader.path}: label maps are {reader.spec}, but {first.path} has {first.spec}; "
                     "convert both alike"
                 )
+            if reader.mask_spec != first.mask_spec:
+                raise InputError(
+                    f"{reader.path}: masks are {_in_words(reader)}, but {first.path} has {_in_words(first)}; convert"
+                    " both with the same --mask-classes"
+                )
             if reader.class_names != first.class_names:
                 raise InputError(
                     f"{reader.path}: class names differ from those of {first.path}; convert both from the same classes"
                 )
         self.spec = first.spec
+        self.mask_spec = first.mask_spec
         self.class_names = first.class_names
         self.heights = np.concatenate([reader.heights for reader in self.readers]).astype(np.int64)
         self.widths = np.concatenate([reader.widths for reader in self.readers]).astype(np.int64)
@@ -99,6 +105,11 @@ class Samples:
                 maps[b] = label_map
         return maps, ranges
 
+    def mask(self, sample_id: int) -> np.ndarray:
+        """The sample's mask, uint8 [H, W] (`BetonReader.mask`)."""
+        reader, index = self.locate(sample_id)
+        return reader.mask(index)
+
     def _by_file(self, sample_ids: np.ndarray) -> Iterator[tuple[BetonReader, np.ndarray, np.ndarray]]:
         """The reader of each file that holds some of the samples, where these stand among them, and their indices in
         the file."""
@@ -115,6 +126,10 @@ class Samples:
     def close(self) -> None:
         for reader in self.readers:
             reader.close()
+
+
+def _in_words(reader: BetonReader) -> str:
+    return "none" if reader.mask_spec is None else f"of {reader.mask_spec}, {reader.mask_spec.class_names!s:.60}"
 
 
 def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:

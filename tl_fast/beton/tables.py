@@ -20,6 +20,7 @@ import numpy as np
 
 from tl_fast.beton.layout import (
     ALLOCATION,
+    BYTES,
     CUSTOM,
     FIELD,
     HEADER,
@@ -39,6 +40,7 @@ from tl_fast.beton.layout import (
     spec_from_arguments,
 )
 from tl_fast.labelmaps.format import LEVELS, LabelMapError, encoded_sizes
+from tl_fast.masks.format import MaskError, MaskSpec
 from tl_fast.system.crc import crc32
 
 DAMAGED = "the file is damaged: convert again or copy it anew"
@@ -158,6 +160,7 @@ class BetonTables:
         self.annotator: dict[str, Any] | None = None
         self.conversion: dict[str, Any] | None = None
         self.tl_fast_version: str | None = None
+        self.mask_spec: MaskSpec | None = None
         if self._index is None:
             return
         head = self._bytes[: self._head_size].copy()
@@ -197,6 +200,18 @@ class BetonTables:
         self.conversion, self.tl_fast_version = info.get("conversion"), info.get("tl_fast")
         if not isinstance(self.tl_fast_version, str | None) or not isinstance(self.conversion, dict | None):
             raise self._error("info", f"tl_fast is not a string, or conversion not an object; {DAMAGED}")
+        self._read_mask_spec(info.get("masks"))
+
+    def _read_mask_spec(self, values: Any) -> None:
+        """Check the description of the masks, and that there is a field of them if there is a description."""
+        column = self._fields.get("mask")
+        if (column is None) != (values is None) or column is not None and self._metadata.dtype[column] != BYTES:
+            raise self._error("info", f"masks do not fit the fields {list(self._fields)}; {DAMAGED}")
+        if values is not None:
+            try:
+                self.mask_spec = MaskSpec.from_dict(values)
+            except MaskError as error:
+                raise self._error("info", f"{ascii(str(error))[1:-1]}; {DAMAGED}") from error
 
     def _check_crc(self, name: str, data: np.ndarray) -> None:
         computed, stored = crc32(data), int(self._index[f"{name}_crc"])
@@ -281,7 +296,7 @@ class BetonTables:
         return size[row]
 
     def _read_samples(self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        """Check every sample's image, label and label map as the metadata table describes them."""
+        """Check every sample's image, label, label map and mask as the metadata table describes them."""
         image = self._column("image")
         if len(raw := np.flatnonzero(image["mode"] != 0)):
             raise self._error(
@@ -308,6 +323,8 @@ class BetonTables:
             )
         if self.spec is not None:
             self._read_map_entries(allocations)
+        if self.mask_spec is not None:
+            self._read_mask_entries(allocations)
 
     def _read_map_entries(self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         """Check every sample's label map as the metadata table describes it."""
@@ -332,6 +349,23 @@ class BetonTables:
                 f"sample {bad[0]} has score_min {low[bad[0]]:g} and score_step {step[bad[0]]:g}, and so scores that"
                 f" float32 does not hold, or falling ones; {DAMAGED}",
             )
+
+    def _read_mask_entries(self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        """Check every sample's mask as the metadata table describes it."""
+        masks = self._column("mask")
+        self._mask_ptr = masks["ptr"].astype(np.int64)
+        self._mask_size = self._allocated_sizes(allocations, self._mask_ptr, "mask")
+        if len(bad := np.flatnonzero(self._mask_size != masks["size"])):
+            raise self._error(
+                "mask",
+                f"sample {bad[0]} has {masks['size'][bad[0]]} bytes, {self._mask_size[bad[0]]} by the allocation table;"
+                f" {DAMAGED}",
+            )
+        shared = self._mask_ptr == self._jpeg_ptr
+        if self.spec is not None:
+            shared |= self._mask_ptr == self._map_ptr
+        if len(bad := np.flatnonzero(shared)):
+            raise self._error("mask", f"sample {bad[0]} has its mask where its JPEG or label map is; {DAMAGED}")
 
     def _column(self, name: str) -> np.ndarray:
         return self._metadata[f"f{self._fields[name]}"]

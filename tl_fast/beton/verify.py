@@ -1,4 +1,4 @@
-"""Checks a whole beton: every table, and of every sample its entry in the tables, its bytes and its label map."""
+"""Checks a whole beton: every table, and of every sample its entry in the tables, its bytes, label map and mask."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tl_fast.beton.reader import BetonReader
+from tl_fast.masks.format import compile_loops
 from tl_fast.system.threads import ordered_map
 
 VERIFY_CHUNK = 64  # samples per task; a task costs some 20 µs of its own
@@ -47,7 +48,7 @@ def _layout_problems(reader: BetonReader) -> list[str]:
 def _read_block(reader: BetonReader, handle: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     """Read the bytes of samples first to last − 1 with as few calls as possible.
 
-    Returns them, uint8, and where in them each JPEG and each label map begins, int64 `[parts, samples]`. Raises
+    Returns them, uint8, and where in them each JPEG, label map and mask begins, int64 `[parts, samples]`. Raises
     OSError, also where the file has become shorter.
     """
     starts, sizes = reader._places(first, last)
@@ -74,9 +75,10 @@ def verify(
 ) -> list[str]:
     """Check a whole file; returns the problems, each beginning with file and field.
 
-    Checked are every table, every label map, and of every sample its entry in the tables, its CRC-32 (in files of ours)
-    and the size in its JPEG's header; with `decode` every JPEG's coded data too. progress: called with the number of
-    samples done. Raises BetonError where the tables are damaged, because they do not tell then where samples are.
+    Checked are every table, every label map and mask, and of every sample its entry in the tables, its CRC-32 (in files
+    of ours) and the size in its JPEG's header; with `decode` every JPEG's coded data too. progress: called with the
+    number of samples done. Raises BetonError where the tables are damaged, because they do not tell then where samples
+    are.
     """
 
     def problems_of(first: int) -> list[str]:
@@ -103,6 +105,8 @@ def verify(
         if reader.spec is not None:
             # Compile now: threads that compile at once hinder one another (`tl_fast.convert.image.compile_kernels`).
             reader._expand(np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64))
+        if reader.mask_spec is not None:
+            compile_loops()
         chunks = ordered_map(workers, problems_of, range(0, len(reader), VERIFY_CHUNK))
         for chunk, chunk_problems in enumerate(chunks, 1):
             problems += chunk_problems

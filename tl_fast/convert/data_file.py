@@ -10,6 +10,8 @@ import numpy as np
 
 from tl_fast.beton.layout import (
     ALLOCATION,
+    BYTES,
+    BYTES_FIELD,
     CUSTOM,
     FIELD,
     HEADER,
@@ -26,6 +28,7 @@ from tl_fast.beton.layout import (
 )
 from tl_fast.convert.block_writer import BlockWriter, write_all
 from tl_fast.labelmaps.format import MapSpec
+from tl_fast.masks.format import MaskSpec
 from tl_fast.system.crc import crc32
 
 if TYPE_CHECKING:
@@ -34,36 +37,44 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
-    """A sample as it goes into the file; `crc` covers the image's parts followed by `label_map`."""
+    """A sample as it goes into the file.
+
+    payloads: of its label map and its mask, those that the file has, in this order: the bytes that follow the image,
+    and what the sample's row in the metadata table says of them behind the pointer. crc: of all parts of the image and
+    then the payloads.
+    """
 
     image: Prepared
-    label_map: bytes
-    score_min: float
-    score_step: float
+    payloads: tuple[tuple[bytes, tuple], ...]
     crc: int
 
     def __reduce__(self):
         """Pickled in a third of the time that a frozen dataclass takes."""
-        return Encoded, (self.image, self.label_map, self.score_min, self.score_step, self.crc)
+        return Encoded, (self.image, self.payloads, self.crc)
 
 
 class BetonFile:
     """Appends samples to the file of `blocks`, then closes it with tables and header.
 
-    reserved: samples to come, at most. page_size: bytes. spec: of the label maps; None: there are none.
+    reserved: samples to come, at most. page_size: bytes. spec, masks: of the label maps and the masks; None: there are
+    none. payloads: names of the fields of `Encoded.payloads`.
     """
 
-    def __init__(self, blocks: BlockWriter, reserved: int, page_size: int, spec: MapSpec | None) -> None:
-        self.blocks, self.page_size, self.spec = blocks, page_size, spec
-        kinds = [("image", RGB_IMAGE, IMAGE), ("label", INT, STOCK_TYPES[INT])]
-        kinds += [("label_map", CUSTOM, LABEL_MAP)] if spec is not None else []
+    def __init__(
+        self, blocks: BlockWriter, reserved: int, page_size: int, spec: MapSpec | None, masks: MaskSpec | None
+    ) -> None:
+        self.blocks, self.page_size = blocks, page_size
+        payloads = [("label_map", CUSTOM, LABEL_MAP)] if spec is not None else []
+        payloads += [("mask", BYTES_FIELD, BYTES)] if masks is not None else []
+        self.payloads = [name for name, _, _ in payloads]
+        kinds = [("image", RGB_IMAGE, IMAGE), ("label", INT, STOCK_TYPES[INT]), *payloads]
         kinds += [("crc", INT, STOCK_TYPES[INT])]
         self.fields = np.zeros(len(kinds), FIELD)
         self.fields["name"], self.fields["type_id"] = [name for name, _, _ in kinds], [kind for _, kind, _ in kinds]
         if spec is not None:
             self.fields["arguments"][2] = spec_to_arguments(spec)
         self.metadata = np.zeros(reserved, metadata_dtype([dtype for _, _, dtype in kinds]))
-        self.allocations = np.zeros(reserved * (1 if spec is None else 2), ALLOCATION)
+        self.allocations = np.zeros(reserved * (1 + len(payloads)), ALLOCATION)
         self.offset, self.samples, self.allocated = HEADER.itemsize + self.fields.nbytes + self.metadata.nbytes, 0, 0
         self._rows: list[tuple] = []
         self._allocations: list[tuple[int, int, int]] = []
@@ -72,12 +83,14 @@ class BetonFile:
     def add(self, sample: Encoded, label: int) -> None:
         """Append one sample, all of it in one page: ffcv's process cache maps whole pages and nothing across them.
 
-        JPEG and label map begin at even offsets, as label maps are uint16. The sample is in the file after the next
-        `flush`. Raises ValueError when it is larger than a page.
+        Each part begins at an even offset, as label maps are uint16. The sample is in the file after the next `flush`.
+        Raises ValueError when it is larger than a page.
         """
-        jpeg_size, map_size = sum(map(len, sample.image.parts)), len(sample.label_map)
-        odd = jpeg_size % 2
-        size = jpeg_size + odd * (map_size > 0) + map_size
+        jpeg_size = size = sum(map(len, sample.image.parts))
+        offsets = []
+        for data, _ in sample.payloads:
+            offsets.append(size + size % 2)
+            size = offsets[-1] + len(data)
         if size > self.page_size:
             raise ValueError(
                 f"its {size} bytes do not fit in a page of {self.page_size}; set --page-size"
@@ -91,14 +104,14 @@ class BetonFile:
         for part in sample.image.parts:
             self.blocks.write(part)
         number = self.samples + len(self._rows)
-        row = (0, sample.image.width, sample.image.height, start), label, sample.crc
         self._allocations.append((number, start, jpeg_size))
-        if self.spec is not None:
-            map_start = start + jpeg_size + odd
-            self.blocks.write(b"\0" * odd + sample.label_map)
-            self._allocations.append((number, map_start, map_size))
-            row = *row[:2], (map_start, sample.score_min, sample.score_step), row[2]
-        self._rows.append(row)
+        entries, end = [], jpeg_size
+        for offset, (data, more) in zip(offsets, sample.payloads, strict=True):
+            self.blocks.write(bytes(offset - end) + data)
+            self._allocations.append((number, start + offset, len(data)))
+            entries.append((start + offset, *more))
+            end = offset + len(data)
+        self._rows.append(((0, sample.image.width, sample.image.height, start), label, *entries, sample.crc))
         self.offset = start + size
 
     def list_rows(self) -> None:

@@ -45,7 +45,7 @@ def estimate(conversion: Conversion, options: EncodeOptions, tries: int = 32) ->
         # What was decoded beside earlier samples would stay in memory during the conversion.
         conversion.source.release(but_for=int(conversion.indices[number]))
         sample = conversion[number]
-        result = encode(sample, spec, options)
+        result = encode(sample, spec, None, options)
         if isinstance(result, Encoded):
             actions[result.image.action] += 1
             actions["stripped"] += result.image.stripped > 0

@@ -58,7 +58,8 @@ class Prepared:
     image data untouched), `transcoded` (without loss), `re-encoded` or `resized`; stripped: bytes of metadata or behind
     the end left out (0 for files other than JPEGs); rotated: the source states an EXIF orientation other than upright,
     whether ignored or applied; crc: CRC-32 (zlib's) of the parts; row_index: its restart markers let regions be cut out
-    of it (`tl_fast.jpeg.restarts.splice`), asked for and so made or found.
+    of it (`tl_fast.jpeg.restarts.splice`), asked for and so made or found; shrunk_from: the (height, width) that a
+    resized image had before.
     """
 
     parts: tuple[bytes | memoryview, ...]
@@ -69,6 +70,7 @@ class Prepared:
     rotated: bool
     crc: int
     row_index: bool = False
+    shrunk_from: tuple[int, int] | None = None
 
     def __reduce_ex__(self, protocol: int):
         """Its bytes out of band where the protocol can (`tl_fast.convert.processes`)."""
@@ -324,13 +326,23 @@ def _segment(marker: int, payload: bytes) -> bytes:
 def _encode(data: bytes, limit: int, quality: int, exif: str, record: list[int] | None = None) -> Prepared:
     """Decode (`open_rgb`), shrink to `limit` where needed, encode. record: of a JPEG."""
     image, orientation = open_rgb(data, exif)
-    longest, action = max(image.size), "re-encoded"
+    longest, action, shrunk_from = max(image.size), "re-encoded", None
     if longest > limit:
+        shrunk_from = image.height, image.width
         size = [max(1, (side * limit + longest // 2) // longest) for side in image.size]
         image, action = image.resize(size, Image.Resampling.LANCZOS), "resized"
     encoded = simplejpeg.encode_jpeg(np.asarray(image), quality=quality, colorspace="RGB", colorsubsampling="420")
     stripped = _left_out(data, record) if record is not None else 0
-    return Prepared((encoded,), image.height, image.width, action, stripped, orientation > 1, crc32(encoded))
+    return Prepared(
+        (encoded,),
+        image.height,
+        image.width,
+        action,
+        stripped,
+        orientation > 1,
+        crc32(encoded),
+        shrunk_from=shrunk_from,
+    )
 
 
 # --- a row index

@@ -105,6 +105,11 @@ def print_info(path: Path, console: Console | None = None) -> None:
         if spec is not None:
             cells = f"{spec.height}×{spec.width} cells, extent {spec.extent}"
             rows.append(("label maps", f"top {spec.k} of {spec.num_classes:,} classes in {cells}"))
+        if (masks := reader.mask_spec) is not None:
+            names = (
+                f": {', '.join(masks.class_names[:8])}{' ...' * (masks.num_classes > 8)}" if masks.class_names else ""
+            )
+            rows.append(("masks", f"{masks}{names}; {reader.mask_sizes.mean():,.0f} bytes each"))
         rows += [(f"annotator {key}", str(value)) for key, value in (reader.annotator or {}).items()]
         for key, value in (reader.conversion or {}).items():
             if value is not None and key != "inputs":  # those are digests, for --resume

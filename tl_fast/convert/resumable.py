@@ -19,7 +19,7 @@ from tl_fast.sources.rejects import Reject, reason_of, reject_lines
 
 COMMIT_SECONDS = 2.0  # how much work a kill may cost
 ACTIONS = ("copied", "transcoded", "re-encoded", "resized")  # `tl_fast.convert.image.Prepared.action`
-COUNTS = (*ACTIONS, "stripped", "rotated", "row_indexed", "image_bytes", "label_map_bytes")
+COUNTS = (*ACTIONS, "stripped", "rotated", "row_indexed", "image_bytes", "label_map_bytes", "mask_bytes")
 
 
 class ResumableWriter:
@@ -66,7 +66,7 @@ class ResumableWriter:
                 f"{self.partial.path}: cannot be resumed, the first {head['taken']} samples (their ids, labels, file"
                 " sizes or times) are not those of the unfinished run; leave --resume out to start over"
             )
-        self.counts, self.taken = head["counts"], head["taken"]
+        self.counts, self.taken = {**self.counts, **head["counts"]}, head["taken"]
         self._committed = (self.file.samples, self.file.allocated, len(self.rejects))
 
     def _add_to_digest(self, sample: Sample) -> None:
@@ -103,7 +103,8 @@ class ResumableWriter:
         counts["rotated"] += image.rotated
         counts["row_indexed"] += image.row_index
         counts["image_bytes"] += sum(map(len, image.parts))
-        counts["label_map_bytes"] += len(result.label_map)
+        for name, (data, _) in zip(self.file.payloads, result.payloads, strict=True):
+            counts[f"{name}_bytes"] += len(data)
         return None
 
     def reject(self, sample: Sample, problem: Exception) -> None:

@@ -29,6 +29,7 @@ from tl_fast.convert.partial_file import PartialFile
 from tl_fast.convert.processes import Forked, ProcessDied
 from tl_fast.convert.resumable import ResumableWriter
 from tl_fast.labelmaps.format import MapSpec
+from tl_fast.masks.format import MaskSpec
 from tl_fast.sources.rejects import list_beside, reason_of, write_rejects
 from tl_fast.system.threads import ordered_map
 
@@ -57,6 +58,7 @@ class WriteSummary:
     resumed: int
     image_bytes: int
     label_map_bytes: int
+    mask_bytes: int
     file_bytes: int
     seconds: float
 
@@ -72,20 +74,23 @@ Progress = Callable[[int, int, int], None]  # samples taken from the source, sam
 class Description:
     """What a beton says of its samples as a whole.
 
-    class_names: name of every label. spec: of the label maps; None: there are none. annotator, conversion: JSON-able
-    records of how the label maps were made and of what was converted.
+    class_names: name of every label. spec, masks: of the label maps and the masks; None: there are none. annotator,
+    conversion: JSON-able records of how the label maps were made and of what was converted.
     """
 
     class_names: Sequence[str]
     spec: MapSpec | None = None
     annotator: dict[str, Any] | None = None
     conversion: dict[str, Any] | None = None
+    masks: MaskSpec | None = None
 
     def info(self, rejected: int = 0) -> dict[str, Any]:
         """As it is kept in the file."""
         info = {"annotator": self.annotator, "class_names": list(self.class_names), "tl_fast": tl_fast.__version__}
         if self.conversion is not None:
             info["conversion"] = {**self.conversion, "rejected": rejected}
+        if self.masks is not None:
+            info["masks"] = self.masks.to_dict()
         return info
 
     def check(self, path: Path) -> None:
@@ -109,6 +114,7 @@ def write_beton(
     *,
     class_names: Sequence[str],
     spec: MapSpec | None = None,
+    masks: MaskSpec | None = None,
     annotator: dict[str, Any] | None = None,
     conversion: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -117,11 +123,12 @@ def write_beton(
     """Write `samples` (with a `len()`; iterated once, in order) to `path`, in one pass, in bounded memory.
 
     class_names: name of every label; with `spec` as many as the label maps' classes, for token targets and labels are
-    of one kind. annotator, conversion: JSON-able records of how the label maps were made and of what was converted,
-    kept in the file; a resumed run must have the same, but for conversion["inputs"], as every sample taken is compared
-    by its own stamp. progress: called with the samples taken from the source, those of them left out, and the bytes
-    written. options: the fields of `EncodeOptions` (quality, max_resolution, decode_check, row_index, exif) and
-    `RunOptions` (workers, processes, page_size, on_error, max_rejects, overwrite, resume); None is the default.
+    of one kind. masks: every sample has a mask, with these classes. annotator, conversion: JSON-able records of how the
+    label maps were made and of what was converted, kept in the file; a resumed run must have the same, but for
+    conversion["inputs"], as every sample taken is compared by its own stamp. progress: called with the samples taken
+    from the source, those of them left out, and the bytes written. options: the fields of `EncodeOptions` (quality,
+    max_resolution, decode_check, row_index, exif) and `RunOptions` (workers, processes, page_size, on_error,
+    max_rejects, overwrite, resume); None is the default.
 
     With `processes`, `samples` must be a sequence, and the bytes of its images and label maps are asked for in the
     forked processes; samples with `decodes_groups` are read by threads in any case. Raises BetonError that names the
@@ -130,7 +137,9 @@ def write_beton(
     encoding, run = take_options(EncodeOptions, options), take_options(RunOptions, options)
     if options:
         raise TypeError(f"write_beton() has no option {', '.join(options)}")
-    return write(Path(path), samples, Description(class_names, spec, annotator, conversion), encoding, run, progress)
+    return write(
+        Path(path), samples, Description(class_names, spec, annotator, conversion, masks), encoding, run, progress
+    )
 
 
 def write(
@@ -148,14 +157,14 @@ def write(
     description.check(path)
     _check_free(path, run.overwrite)
     settings = _settings(samples, description, encoding, run)
-    compile_kernels(description.spec)
+    compile_kernels(description.spec, description.masks)
     try:
         with contextlib.ExitStack() as stack:
             # The encoders first: they fork, before anything has threads and locks.
-            encoders = stack.enter_context(Encoders(samples, description.spec, encoding, run))
+            encoders = stack.enter_context(Encoders(samples, description, encoding, run))
             partial = stack.enter_context(PartialFile(path, settings, run.resume))
             blocks = stack.enter_context(BlockWriter(partial.handle, partial.partial))
-            file = BetonFile(blocks, len(samples), run.page_size, description.spec)
+            file = BetonFile(blocks, len(samples), run.page_size, description.spec, description.masks)
             writer, source = ResumableWriter(partial, file, description.class_names), iter(samples)
             writer.restore(source)
             resumed = writer.taken
@@ -196,6 +205,7 @@ def _settings(
         "samples": len(samples),
         "class_names": list(description.class_names),
         "label maps": None if description.spec is None else description.spec.to_dict(),
+        "masks": None if description.masks is None else description.masks.to_dict(),
         "annotator": description.annotator,
         **dataclasses.asdict(encoding),
         "page_size": run.page_size,
@@ -212,8 +222,10 @@ def library_versions() -> dict[str, str]:
 class Encoders:
     """The threads or forked processes that read and encode samples."""
 
-    def __init__(self, samples: SampleSource, spec: MapSpec | None, encoding: EncodeOptions, run: RunOptions) -> None:
-        self._samples, self._spec, self._encoding, self._workers = samples, spec, encoding, run.workers
+    def __init__(
+        self, samples: SampleSource, description: Description, encoding: EncodeOptions, run: RunOptions
+    ) -> None:
+        self._samples, self._description, self._encoding, self._workers = samples, description, encoding, run.workers
         forks = run.processes and not getattr(samples, "decodes_groups", False)
         self._forked = Forked(run.workers, self._encode_range) if forks else None
 
@@ -227,7 +239,8 @@ class Encoders:
             self._forked.__exit__(*exception)
 
     def _encode_samples(self, samples: Iterable[Sample]) -> list[Encoded | Exception]:
-        return [encode(sample, self._spec, self._encoding) for sample in samples]
+        spec, masks = self._description.spec, self._description.masks
+        return [encode(sample, spec, masks, self._encoding) for sample in samples]
 
     def _encode_range(self, numbers: range) -> list[Encoded | Exception]:
         """In a forked process, which has the samples already; exceptions may not survive the way back."""

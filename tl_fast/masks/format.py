@@ -7,6 +7,7 @@ stores what changes from row to row (`encode`, docs/file_format.md), without los
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,14 @@ class MaskSpec:
         if not isinstance(values, dict) or "num_classes" not in values or not values.keys() <= keys:
             raise MaskError(f"mask spec: must have the keys {sorted(keys)}, got {values!r:.100}")
         return cls(**values)
+
+
+@functools.cache
+def compile_loops() -> None:
+    """Compile, or load, what `encode` and `decode` call. To be called before threads call them: numba's tables get
+    damaged where two threads call a function for the first time at once."""
+    spec = MaskSpec(2)
+    decode(encode(np.zeros((1, 400), np.uint8), spec), 1, 400, spec)
 
 
 def encode(mask: np.ndarray, spec: MaskSpec) -> bytes:
