@@ -76,3 +76,49 @@ def token_targets(classes, scores, crops, flips, num_classes, grid, smoothing) -
         off = smoothing / num_classes
         targets.append(p * (1 - smoothing + off) + off)
     return np.stack(targets)
+
+
+def segment_crop(random, mask, scale, base_size, crop_size, max_class_share=0.75, ignore_index=255):
+    """mmsegmentation's Resize (ratio_range), RandomCrop (cat_max_ratio, ten tries and one more) and RandomFlip.
+
+    random: numpy Generator; mask: uint8 [h, w]; base_size: (long, short) or None; crop_size: (height, width).
+    Returns (height and width of the scaled image, top, left, flipped).
+    """
+    height, width = mask.shape
+    factor = random.uniform(*scale)
+    if base_size is not None:
+        factor *= min(max(base_size) / max(height, width), min(base_size) / min(height, width))
+    rows, columns = int(height * factor + 0.5), int(width * factor + 0.5)
+    scaled = mask[((np.arange(rows) + 0.5) * height / rows).astype(int)]
+    scaled = scaled[:, ((np.arange(columns) + 0.5) * width / columns).astype(int)]
+
+    def box():
+        return [random.integers(0, max(size - side, 0) + 1) for size, side in zip(scaled.shape, crop_size, strict=True)]
+
+    top, left = box()
+    for _ in range(10):
+        shown = scaled[top : top + crop_size[0], left : left + crop_size[1]]
+        classes, counts = np.unique(shown, return_counts=True)
+        counts = counts[classes != ignore_index]
+        if len(counts) > 1 and counts.max() / counts.sum() < max_class_share:
+            break
+        top, left = box()
+    return rows, columns, top, left, random.random() < 0.5
+
+
+def photometric_distortion(random) -> list[tuple[str, float]]:
+    """mmsegmentation's PhotoMetricDistortion: the operations applied to one image, in order, with their arguments.
+
+    random: numpy Generator. Hue in OpenCV's units of 2 degrees.
+    """
+    operations = []
+    if random.integers(2):
+        operations.append(("brightness", random.uniform(-32, 32)))
+    contrast_first = random.integers(2)
+    contrast = [("contrast", random.uniform(0.5, 1.5))] if random.integers(2) else []
+    operations += contrast if contrast_first else []
+    if random.integers(2):
+        operations.append(("saturation", random.uniform(0.5, 1.5)))
+    if random.integers(2):
+        operations.append(("hue", float(random.integers(-18, 18))))
+    return operations + ([] if contrast_first else contrast)

@@ -29,6 +29,9 @@ DRAW_NOISE = np.uint64(17)
 DRAW_JITTER = np.uint64(20)  # and 21
 DRAW_LAYER = np.uint64(32)  # RandAugment's layer n uses words 32 + 2 n and the one after it
 DRAW_ERASE = np.uint64(64)  # whether; tries 0..9 use words 65..74
+DRAW_SCALE = np.uint64(128)  # of segmentation
+DRAW_DISTORT = np.uint64(129)  # and 130, 131
+DRAW_SEGMENT_CROP = np.uint64(256)  # try n uses word 256 + n
 DRAW_ORDER = np.uint64(1 << 16)
 DRAW_MIX_BOX = np.uint64(1 << 17)
 DRAW_MIXUP = np.uint64(1 << 18)
@@ -47,6 +50,8 @@ AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLO
 )
 SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(11, 15)
 OP_COUNT = 15
+# mmsegmentation's photometric operations, behind the fifteen that RandAugment draws from.
+ADD, SATURATE, HUE = 15, 16, 17
 LEVELS = 10.0  # a level of 10 is an operation's full strength
 
 

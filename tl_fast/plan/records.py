@@ -67,17 +67,9 @@ def draw(
     is drawn from `augment.ratio`, whatever the output's (as in torchvision and timm). `seed` is taken modulo 2**64,
     `epoch` must fit 32 bits. Raises ValueError for negative ids or images without pixels.
     """
-    ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
-    heights = np.ascontiguousarray(heights, dtype=np.int64)
-    widths = np.ascontiguousarray(widths, dtype=np.int64)
-    if not ids.shape == heights.shape == widths.shape or ids.ndim != 1:
-        raise ValueError(
-            f"sample_ids, heights and widths must be [B], got {ids.shape}, {heights.shape}, {widths.shape}"
-        )
-    if ids.size and (ids.min() < 0 or heights.min() < 1 or widths.min() < 1):
-        raise ValueError("sample ids must be >= 0 and image sizes >= 1 pixel")
+    ids, heights, widths = checked_samples(sample_ids, heights, widths)
     plans = np.zeros(ids.shape, PLAN)
-    _draw(_seed(seed), _epoch(epoch), ids, heights, widths, _settings(augment, aspect), plans)
+    _draw(seed_word(seed), epoch_word(epoch), ids, heights, widths, _settings(augment, aspect), plans)
     return plans
 
 
@@ -112,7 +104,7 @@ def erase_boxes(plans: np.ndarray, image_size: Sides) -> np.ndarray:
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     """The epoch's random order: a permutation of 0..num_samples-1, int64 [n], by sorting one 64-bit draw per sample."""
     keys = np.empty(num_samples, np.uint64)
-    _order_keys(_seed(seed), _epoch(epoch), keys)
+    _order_keys(seed_word(seed), epoch_word(epoch), keys)
     return np.argsort(keys, kind="stable")
 
 
@@ -123,7 +115,7 @@ def mix_box(seed: int, epoch: int, step: int, grid: Sides) -> np.ndarray:
     the grid. The box may be empty.
     """
     rows, columns = both_sides(grid)
-    words = _scalar.draw4(_seed(seed), _epoch(epoch), np.uint64(step), _scalar.DRAW_MIX_BOX)
+    words = _scalar.draw4(seed_word(seed), epoch_word(epoch), np.uint64(step), _scalar.DRAW_MIX_BOX)
     side = math.sqrt(1.0 - _scalar.unit(words[0]))
     box = np.empty(4, np.int32)
     for axis, (cells, word) in enumerate(((rows, words[1]), (columns, words[2]))):
@@ -134,11 +126,25 @@ def mix_box(seed: int, epoch: int, step: int, grid: Sides) -> np.ndarray:
     return box
 
 
-def _seed(seed: int) -> np.uint64:
+def checked_samples(sample_ids, heights, widths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids and sizes in pixels as int64 [B], checked."""
+    ids = np.ascontiguousarray(sample_ids, dtype=np.int64)
+    heights = np.ascontiguousarray(heights, dtype=np.int64)
+    widths = np.ascontiguousarray(widths, dtype=np.int64)
+    if not ids.shape == heights.shape == widths.shape or ids.ndim != 1:
+        raise ValueError(
+            f"sample_ids, heights and widths must be [B], got {ids.shape}, {heights.shape}, {widths.shape}"
+        )
+    if ids.size and (ids.min() < 0 or heights.min() < 1 or widths.min() < 1):
+        raise ValueError("sample ids must be >= 0 and image sizes >= 1 pixel")
+    return ids, heights, widths
+
+
+def seed_word(seed: int) -> np.uint64:
     return np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
 
 
-def _epoch(epoch: int) -> np.uint64:
+def epoch_word(epoch: int) -> np.uint64:
     if not 0 <= epoch < 1 << 32:
         raise ValueError(f"epoch must be in [0, 2**32), got {epoch}")
     return np.uint64(epoch)
