@@ -1,4 +1,4 @@
-"""The CPU's side of the decode pipeline: images and token targets, by loops that numba compiles.
+"""The CPU's side of the decode pipeline: images, masks and token targets, by loops that numba compiles.
 
 Every loop releases the GIL and writes one sample (or a range of samples), so callers split a batch over their own
 threads.
@@ -10,6 +10,7 @@ import numpy as np
 
 from tl_fast.kernels.colour import cpu as colour
 from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.kernels.masks import cpu as masks
 from tl_fast.kernels.targets import cpu as targets
 from tl_fast.kernels.targets.crops import affines_of_crops
 from tl_fast.maths.compile import njit
@@ -48,6 +49,21 @@ def _own_type(array: np.ndarray) -> np.ndarray:
 def _augment(region, origin_y, origin_x, height, width, crop, affine, interpolation, ops, arguments, fill, out):
     warp.show(region, origin_y, origin_x, height, width, crop, affine, interpolation, fill, out)
     colour.apply(out, ops, arguments)
+
+
+def show_mask(mask: np.ndarray, plan: np.void, ignore_index: int, out: np.ndarray) -> None:
+    """One sample's mask as its plan, a record of `tl_fast.plan.PLAN`, says: what `augment` does to the image's pixels,
+    but without interpolation.
+
+    mask: uint8 [h, w], class indices, of the stored image's size; ignore_index: 0..255, the class outside the image;
+    out: uint8 [H, W], written: the class of the pixel under each output pixel's centre.
+
+    Raises ValueError for arrays of another type.
+    """
+    for name, array in (("mask", mask), ("out", out)):
+        if array.ndim != 2 or array.dtype != np.uint8:
+            raise ValueError(f"{name} must be uint8 [height, width], got {array.dtype} {array.shape}")
+    masks.show(_own_type(mask), _own_type(plan["affine"]), np.uint8(ignore_index), out)
 
 
 def token_targets(

@@ -303,6 +303,18 @@ def curve(op, argument, value):
     return value
 
 
+def nearest_pixel(i, j, rows, columns, along, across, start):
+    """The source pixel, counted along one axis, under the centre of pixel (i, j) of an output of rows x columns pixels;
+    negative or too large outside the source.
+
+    along, across, start: float32, the axis' part of an affine: x = along u + across v + start, u and v in 0..1. Every
+    backend computes in float32 and rounds every step, so all find the same pixel.
+    """
+    u = (np.float32(j) + np.float32(0.5)) / np.float32(columns)
+    v = (np.float32(i) + np.float32(0.5)) / np.float32(rows)
+    return int(math.floor(product(along, u) + product(across, v) + start))
+
+
 def round53(n):
     """A positive integer rounded to 53 significant bits (to the nearest, halves to even), as float64 would."""
     bits = 0
