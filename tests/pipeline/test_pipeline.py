@@ -27,8 +27,7 @@ from tl_fast.beton.reader import BetonReader
 from tl_fast.kernels import cpu
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.maths import scalar
-from tl_fast.pipeline import loader as loader_module
-from tl_fast.pipeline import planner
+from tl_fast.pipeline import batch_loader, planner
 from tl_fast.pipeline.loader import Loader
 from tl_fast.pipeline.regions import DecodeError
 from tl_fast.plan import rand_augment
@@ -400,9 +399,9 @@ def test_batches_under_way_are_bounded_in_bytes(photo_beton, monkeypatch):
             return loader.prefetch, loader._planner.batch_bytes()
 
     assert prefetch() == (2, prefetch()[1]) and prefetch(prefetch=7)[0] == 7
-    monkeypatch.setattr(loader_module, "PREFETCH_BYTES", 2 * prefetch()[1] - 1)
+    monkeypatch.setattr(batch_loader, "PREFETCH_BYTES", 2 * prefetch()[1] - 1)
     assert prefetch()[0] == 1
-    monkeypatch.setattr(loader_module, "PREFETCH_BYTES", 1)
+    monkeypatch.setattr(batch_loader, "PREFETCH_BYTES", 1)
     assert prefetch()[0] == 1
     with BetonReader(photo_beton) as reader:
         pixels = 3 * float((reader.heights.astype(float) * reader.widths).mean()) + 3 * 32 * 32

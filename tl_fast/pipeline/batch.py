@@ -24,6 +24,7 @@ class Batch:
     erase: int32 [B, 4] = (top, left, height, width) in pixels, the boxes of random erasing, height 0 for none. Erasing
         is left to the training device (`tl_fast.models.erase`). None without random erasing.
     noise: int64 [B], seeds of what the boxes are filled with; None without random erasing.
+    masks: uint8 [B, H, W], class indices, `ignore_index` outside the image; None but in segmentation.
     """
 
     images: torch.Tensor
@@ -32,6 +33,7 @@ class Batch:
     sample_ids: torch.Tensor
     erase: torch.Tensor | None = None
     noise: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class BatchPlan:
     heights, widths: int64 [B], sizes of the stored images in pixels.
     plans: PLAN records [B] (`tl_fast.plan.records`).
     starts, shapes: int64 [B, 2], first pixel (row, column) and size of the regions to decode.
+    image_size: (height, width) of the batch's images in pixels.
     affines: float32 [B, 6], as `cpu.warped_targets` takes them; None for no targets.
     extras: further arrays for the batch, by field of `Batch`.
+    masks: uint8 [h, w] each, the samples' decoded masks; None where the batch has none.
     """
 
     ids: np.ndarray
@@ -52,8 +56,10 @@ class BatchPlan:
     plans: np.ndarray
     starts: np.ndarray
     shapes: np.ndarray
+    image_size: tuple[int, int]
     affines: np.ndarray | None
     extras: dict[str, np.ndarray]
+    masks: list[np.ndarray] | None = None
 
 
 @dataclass(frozen=True)

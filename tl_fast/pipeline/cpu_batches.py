@@ -14,7 +14,7 @@ import torch
 from tl_fast.kernels import cpu
 from tl_fast.pipeline.batch import Batch, BatchPlan, UnderWay
 from tl_fast.pipeline.decode import Decoder
-from tl_fast.pipeline.planner import Planner
+from tl_fast.pipeline.planner import BatchPlanner
 from tl_fast.pipeline.settings import Decoding
 
 
@@ -25,12 +25,12 @@ class CpuBatches:
     decoding: threads, and whether samples are checked.
     """
 
-    def __init__(self, planner: Planner, decoding: Decoding):
-        self.samples, self.crops, self.targets = planner.samples, planner.crops, planner.targets
+    def __init__(self, planner: BatchPlanner, decoding: Decoding):
+        self.samples, self.targets = planner.samples, planner.targets
         self.decoding = decoding
         self.decoder = Decoder(self.samples, decoding.threads)
         self.buffers = Buffers()
-        self._fill = np.array(self.crops.augment.fill, np.uint8)
+        self._fill = np.array(planner.crops.augment.fill, np.uint8)
         self._workers = ThreadPoolExecutor(decoding.threads, "tl_fast-kernel")
         self._compiled = False
 
@@ -40,11 +40,12 @@ class CpuBatches:
     def start(self, plan: BatchPlan) -> UnderWay:
         """Start the decoding and the kernels of one batch."""
         size, threads = len(plan.ids), min(self.decoding.threads, len(plan.ids))
-        images = self.buffers.take((size, 3, *self.crops.image_size), np.uint8)
+        images = self.buffers.take((size, 3, *plan.image_size), np.uint8)
+        masks = None if plan.masks is None else self.buffers.take((size, *plan.image_size), np.uint8)
         # Each thread takes the next sample that none has taken; the first one is a part of its own for `_share`.
         queue = iter(range(size))
         parts = [itertools.islice(queue, 1), *[queue] * threads]
-        futures = self._share(functools.partial(self._augment, plan, images), parts)
+        futures = self._share(functools.partial(self._augment, plan, images, masks), parts)
         delivered = None
         if plan.affines is not None:
             shape = (size, self.targets.tokens, self.samples.num_classes)
@@ -62,18 +63,21 @@ class CpuBatches:
             labels=torch.from_numpy(self.samples.labels[plan.ids]),
             targets=delivered,
             sample_ids=torch.from_numpy(np.ascontiguousarray(plan.ids)),
+            masks=None if masks is None else torch.from_numpy(masks),
             **{name: torch.from_numpy(values) for name, values in plan.extras.items()},
         )
         return UnderWay(futures, batch)
 
-    def _augment(self, plan: BatchPlan, images: np.ndarray, part: Iterator[int]) -> None:
-        """Decode these samples and write their images."""
+    def _augment(self, plan: BatchPlan, images: np.ndarray, masks: np.ndarray | None, part: Iterator[int]) -> None:
+        """Decode these samples and write their images, and their masks where the batch has some."""
         for b in part:
             if self.decoding.check:
                 self.samples.check(plan.ids[b])
             # The augmentation finds the region in the core's cache.
             region = self.decoder.region(plan.ids[b], plan.starts[b], plan.shapes[b])
             cpu.augment(region, *plan.starts[b], plan.heights[b], plan.widths[b], plan.plans[b], self._fill, images[b])
+            if masks is not None:
+                cpu.show_mask(plan.masks[b], plan.plans[b], self.samples.mask_spec.ignore_index, masks[b])
 
     def _token_targets(
         self,
@@ -126,11 +130,14 @@ class CpuBatches:
         self.decoder.close()
 
 
+MOST_SHAPES = 8  # of arrays that `Buffers` keeps memory of
+
+
 class Buffers:
     """Memory of batches that nobody holds any more, to be written again.
 
     New memory costs a page fault every 4 KB: for token targets of 1,000 classes several times what computing them
-    takes.
+    takes. Memory is kept of the shapes asked for last: whole images come in any number of shapes.
     """
 
     def __init__(self) -> None:
@@ -139,7 +146,10 @@ class Buffers:
 
     def take(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         """An array with any content; it is in use as long as it, or a view or tensor made from it, is referred to."""
-        free = self._free.setdefault((shape, dtype), [])
+        key = shape, dtype
+        free = self._free[key] = self._free.pop(key, [])  # as the dictionary's last
+        if len(self._free) > MOST_SHAPES:
+            del self._free[next(iter(self._free))]
         try:
             memory = free.pop()
         except IndexError:

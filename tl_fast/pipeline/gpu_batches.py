@@ -25,7 +25,7 @@ from tl_fast.pipeline.batch import Batch, BatchPlan, UnderWay
 from tl_fast.pipeline.choice import AutoDecoder, HybridDecoder, OnRank0, call
 from tl_fast.pipeline.decode import Decoder
 from tl_fast.pipeline.nvjpeg import NvjpegDecoder
-from tl_fast.pipeline.planner import Planner
+from tl_fast.pipeline.planner import BatchPlanner
 from tl_fast.pipeline.regions import Regions, RegionsDecoder, Started
 from tl_fast.pipeline.settings import Decoding
 from tl_fast.system.mistakes import InputError
@@ -49,7 +49,7 @@ def find_device(name: str | torch.device) -> torch.device:
 
 
 def open_decoder(
-    planner: Planner, device: torch.device | None, decoding: Decoding, on_rank_0: OnRank0
+    planner: BatchPlanner, device: torch.device | None, decoding: Decoding, on_rank_0: OnRank0
 ) -> RegionsDecoder:
     """The decoder of a way. device: the CUDA device; None for the simulator, whose pixels stay on the host.
 
@@ -115,7 +115,7 @@ class GpuBatches:
     """
 
     def __init__(
-        self, planner: Planner, device: torch.device, decoding: Decoding, ahead: int, on_rank_0: OnRank0 = call
+        self, planner: BatchPlanner, device: torch.device, decoding: Decoding, ahead: int, on_rank_0: OnRank0 = call
     ):
         self.samples, self.crops, self.targets = planner.samples, planner.crops, planner.targets
         self.device, self.decoding, self.ahead = device, decoding, ahead
@@ -158,7 +158,7 @@ class GpuBatches:
         span, offsets = regions.span()
         pixels = np.asarray(span) if self.stream is None else numba_cuda.as_cuda_array(span, sync=False)
         parts = upload_parts(self.samples, plan, offsets)
-        size, image_size = len(plan.ids), self.crops.image_size
+        size, image_size = len(plan.ids), plan.image_size
         with _launching, torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
             if decoded is not None:
                 self.stream.wait_event(decoded)

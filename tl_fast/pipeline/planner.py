@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ EVAL_INTERPOLATION = scalar.BICUBIC  # the published evaluation's
 
 
 @dataclass(frozen=True)
-class Planner:
+class BatchPlanner(abc.ABC):
     """The plans of one rank's batches: a batch depends on (seed, epoch, step) and on nothing else.
 
     samples: the data set.
@@ -30,8 +32,7 @@ class Planner:
     crops: what the images show.
     targets: how the token targets are made; None for none.
     seed: of all randomness.
-    train: random crops in a new order every epoch, whole global batches only; False: centre crops of every sample in
-        file order.
+    train: random crops in a new order every epoch, whole global batches only; False: every sample in file order.
 
     Raises InputError when training's samples do not fill one global batch.
     """
@@ -54,15 +55,13 @@ class Planner:
         """Steps of one whole epoch; the same on every rank when training."""
         if self.train:
             return len(self.samples) // self.share.global_batch
-        samples_of_rank = len(range(self.share.rank, len(self.samples), self.share.world_size))
-        return -(-samples_of_rank // self.share.batch_size)
+        return len(self._batch_starts) - 1
 
-    def batch_bytes(self) -> int:
-        """About what a batch takes on its way: decoded pixels, of whole images at most, images and token targets."""
-        pixels = 3 * float((self.samples.heights * self.samples.widths).mean()) + 3 * math.prod(self.crops.image_size)
-        size = 2 if self.targets is not None and self.targets.dtype == "bfloat16" else 4  # bytes
-        targets = 0 if self.targets is None else size * self.targets.tokens * self.samples.num_classes
-        return int(self.share.batch_size * (pixels + targets)) + 1
+    @functools.cached_property
+    def _batch_starts(self) -> np.ndarray:
+        """Where evaluation's batches begin among this rank's samples, and the end: int64 [steps + 1]."""
+        samples_of_rank = len(range(self.share.rank, len(self.samples), self.share.world_size))
+        return np.append(np.arange(0, samples_of_rank, self.share.batch_size), samples_of_rank)
 
     def order(self, epoch: int) -> np.ndarray:
         """The order of all ranks' samples in an epoch, int64 [number of samples]."""
@@ -72,40 +71,31 @@ class Planner:
 
     def ids(self, order: np.ndarray, step: int) -> np.ndarray:
         """This rank's samples of a step, int64 [B]."""
-        size = self.share.batch_size
         if self.train:
-            start = step * self.share.global_batch + self.share.rank * size
-            return order[start : start + size]
-        return order[self.share.rank :: self.share.world_size][step * size : (step + 1) * size]
+            start = step * self.share.global_batch + self.share.rank * self.share.batch_size
+            return order[start : start + self.share.batch_size]
+        return order[self.share.rank :: self.share.world_size][self._batch_starts[step] : self._batch_starts[step + 1]]
 
+    def batch_bytes(self) -> int:
+        """About what a batch takes on its way."""
+        return int(self.share.batch_size * self._sample_bytes()) + 1
+
+    @abc.abstractmethod
+    def _sample_bytes(self) -> float:
+        """What a sample takes, on average; of decoded pixels at most the whole image's."""
+
+    @abc.abstractmethod
     def draw(self, ids: np.ndarray, epoch: int) -> np.ndarray:
         """Training's plans of these samples, PLAN records [B]."""
-        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
-        return records.draw(self.seed, epoch, ids, heights, widths, self.crops.augment, self.crops.aspect)
 
+    @abc.abstractmethod
     def regions(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The samples' plans, PLAN records [B], and the pixels that they need: the first and the one behind the last,
         (row, column), int64 [B, 2] each."""
-        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
-        if self.train:
-            plans = self.draw(ids, epoch)
-        else:
-            boxes = center_boxes(heights, widths, self.crops.image_size, self.crops.crop_pct)
-            plans = records.of_boxes(boxes, EVAL_INTERPOLATION)
-        return plans, *geometry.needed(plans, heights, widths, self.crops.image_size)
 
+    @abc.abstractmethod
     def plan(self, ids: np.ndarray, epoch: int) -> BatchPlan:
         """All that is decided about a batch of these samples, int64 [B]."""
-        plans, starts, stops = self.regions(ids, epoch)
-        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
-        affines = None
-        if self.targets is not None:
-            affines = map_affines(plans, heights, widths, self.samples.spec.extent, self.targets.geometry)
-        extras = {}
-        if self.train and self.crops.augment.erase > 0:
-            extras["erase"] = records.erase_boxes(plans, self.crops.image_size)
-            extras["noise"] = plans["noise"].view(np.int64).copy()
-        return BatchPlan(ids, heights, widths, plans, starts, stops - starts, affines, extras)
 
     def trial(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Batches to try decoders on, without end, as (ids, starts, shapes): this rank's of epoch 0, its crops
@@ -115,3 +105,39 @@ class Planner:
             ids = self.ids(order, step)
             _, starts, stops = self.regions(ids, 0)
             yield ids, starts, stops - starts
+
+
+@dataclass(frozen=True)
+class Planner(BatchPlanner):
+    """Plans of images and token targets. Training shows random resized crops, evaluation centre crops."""
+
+    def _sample_bytes(self) -> float:
+        pixels = 3 * float((self.samples.heights * self.samples.widths).mean()) + 3 * math.prod(self.crops.image_size)
+        size = 2 if self.targets is not None and self.targets.dtype == "bfloat16" else 4  # bytes
+        return pixels + (0 if self.targets is None else size * self.targets.tokens * self.samples.num_classes)
+
+    def draw(self, ids: np.ndarray, epoch: int) -> np.ndarray:
+        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
+        return records.draw(self.seed, epoch, ids, heights, widths, self.crops.augment, self.crops.aspect)
+
+    def regions(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
+        if self.train:
+            plans = self.draw(ids, epoch)
+        else:
+            boxes = center_boxes(heights, widths, self.crops.image_size, self.crops.crop_pct)
+            plans = records.of_boxes(boxes, EVAL_INTERPOLATION)
+        return plans, *geometry.needed(plans, heights, widths, self.crops.image_size)
+
+    def plan(self, ids: np.ndarray, epoch: int) -> BatchPlan:
+        plans, starts, stops = self.regions(ids, epoch)
+        heights, widths = self.samples.heights[ids], self.samples.widths[ids]
+        affines = None
+        if self.targets is not None:
+            affines = map_affines(plans, heights, widths, self.samples.spec.extent, self.targets.geometry)
+        extras = {}
+        if self.train and self.crops.augment.erase > 0:
+            extras["erase"] = records.erase_boxes(plans, self.crops.image_size)
+            extras["noise"] = plans["noise"].view(np.int64).copy()
+        size = self.crops.image_size
+        return BatchPlan(ids, heights, widths, plans, starts, stops - starts, size, affines, extras)
