@@ -18,6 +18,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "models.token_label": ["TokenLabelModel"],
         "pipeline.batch": ["Batch"],
         "pipeline.loader": ["Loader"],
+        "pipeline.segment_loader": ["SegmentLoader"],
         "plan.augment": ["Augment"],
+        "plan.segment": ["SegmentAugment"],
     },
 )

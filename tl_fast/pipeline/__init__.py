@@ -1,4 +1,4 @@
-"""The loader: a beton's samples to batches of pixels and token targets."""
+"""The loader: a beton's samples to batches of pixels and token targets, or of pixels and masks."""
 
 import lazy_loader
 
@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "decode": ["DecodeError"],
         "batch": ["Batch"],
         "loader": ["Loader"],
+        "segment_loader": ["SegmentLoader"],
     },
 )

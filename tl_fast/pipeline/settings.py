@@ -10,6 +10,7 @@ from tl_fast.pipeline.nvjpeg import HW_DECODER_LOAD, graph_definition
 from tl_fast.pipeline.ways import DECODES, check_hybrid_share
 from tl_fast.plan.augment import Augment
 from tl_fast.plan.boxes import GEOMETRIES
+from tl_fast.plan.segment import SegmentAugment
 from tl_fast.system.mistakes import InputError
 
 
@@ -45,11 +46,11 @@ class Crops:
 
     image_size: (height, width) of the output in pixels, at least 1.
     augment: ranges of training's random decisions; its `fill` is the colour outside the image.
-    crop_pct: share of the resized image that evaluation keeps, (0, 1].
+    crop_pct: share of the resized image that evaluation keeps, (0, 1]; of no effect in segmentation.
     """
 
     image_size: tuple[int, int] = (224, 224)
-    augment: Augment = Augment()
+    augment: Augment | SegmentAugment = Augment()
     crop_pct: float = 0.9
 
     def __post_init__(self) -> None:
