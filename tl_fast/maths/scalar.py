@@ -50,7 +50,8 @@ AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLO
 )
 SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(11, 15)
 OP_COUNT = 15
-# mmsegmentation's photometric operations, behind the fifteen that RandAugment draws from.
+# mmsegmentation's photometric operations, behind the fifteen that RandAugment draws from. Arguments: grey levels added,
+# factor of HSV's saturation, degrees that the hue is turned by (mmsegmentation's hue_delta counts in 2 degrees).
 ADD, SATURATE, HUE = 15, 16, 17
 LEVELS = 10.0  # a level of 10 is an operation's full strength
 
@@ -300,6 +301,9 @@ def curve(op, argument, value):
         return min(255, value + np.int64(argument)) if value < 128 else value
     if op == BRIGHTNESS:
         return blend(np.int64(0), value, np.float32(argument))
+    if op == ADD:
+        total = np.float32(value) + np.float32(argument)
+        return np.int32(min(max(total, np.float32(0.0)), np.float32(255.0)))
     return value
 
 
@@ -313,6 +317,62 @@ def nearest_pixel(i, j, rows, columns, along, across, start):
     u = (np.float32(j) + np.float32(0.5)) / np.float32(columns)
     v = (np.float32(i) + np.float32(0.5)) / np.float32(rows)
     return int(math.floor(product(along, u) + product(across, v) + start))
+
+
+def changes_colours(op):
+    """False for NO_OP and for the operations that move pixels."""
+    return (AUTO_CONTRAST <= op <= SHARPNESS and op != ROTATE) or ADD <= op <= HUE
+
+
+def to_grey(value):
+    """A float32 in 0..255 -> int32, rounded, halves up."""
+    return np.int32(value + np.float32(0.5))
+
+
+def saturated(red, green, blue, factor):
+    """The saturation of HSV times `factor` >= 0, clipped at 1, hue and value kept: float32 channels 0..255 -> the same,
+    int32.
+
+    The distance of a channel to the highest one grows by `factor`, as far as the lowest channel can follow.
+    """
+    high, low = max(max(red, green), blue), min(min(red, green), blue)
+    factor = min(factor, high / max(high - low, np.float32(1.0)))
+    return (
+        to_grey(high - product(factor, high - red)),
+        to_grey(high - product(factor, high - green)),
+        to_grey(high - product(factor, high - blue)),
+    )
+
+
+def sextants(degrees):
+    """An angle -> the same one in units of 60 degrees, in -3..3; both float32, on every backend."""
+    turns = degrees / np.float32(360.0)
+    return np.float32(6.0) * (turns - np.float32(math.floor(turns + np.float32(0.5))))
+
+
+def turned(red, green, blue, turn):
+    """The hue of HSV turned by `turn` (of `sextants`), saturation and value kept: float32 channels 0..255 -> the same,
+    int32.
+
+    The hue is counted in sextants times `span`, the highest channel less the lowest: so nothing is divided, and a grey
+    pixel, which has no hue, stays.
+    """
+    high, low = max(max(red, green), blue), min(min(red, green), blue)
+    span = high - low
+    hue = (red - green) - (span + span)
+    hue = (blue - red) + (span + span) if high == green else hue
+    hue = green - blue if high == red else hue
+    hue += product(turn, span)
+    whole, half = np.float32(6.0) * span, np.float32(3.0) * span
+    hue = hue - whole if hue > half else hue
+    hue = hue + whole if hue < -half else hue
+    # A channel is highest within a sextant of its own hue, lowest beyond two, and linear in between.
+    from_green, from_blue = abs(hue + span), abs(hue - span)
+    return (
+        to_grey(high - min(max(abs(hue) - span, np.float32(0.0)), span)),
+        to_grey(high - min(max(max(span + span - from_green, from_green - (half + span)), np.float32(0.0)), span)),
+        to_grey(high - min(max(max(span + span - from_blue, from_blue - (half + span)), np.float32(0.0)), span)),
+    )
 
 
 def round53(n):

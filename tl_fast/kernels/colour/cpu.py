@@ -1,8 +1,8 @@
-"""CPU loops of the colour operations, as Pillow computes them: pointwise ones as tables, the rest in passes over the
-pixels.
+"""CPU loops of the colour operations, as Pillow (and, of ADD, SATURATE and HUE, mmsegmentation) computes them:
+pointwise ones as tables, the rest in passes over the pixels.
 
-Tables of successive operations are combined, so one pass applies all of them. `Color` and `Sharpness` look at more than
-one value and have a pass each. Compiled from `tl_fast.maths.scalar`; no loop needs the GIL.
+Tables of successive operations are combined, so one pass applies all of them. `Color`, `Sharpness`, `SATURATE` and
+`HUE` look at more than one value and have a pass each. Compiled from `tl_fast.maths.scalar`; no loop needs the GIL.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from tl_fast.maths.compile import compile_scalar, njit
 _scalar = compile_scalar(njit)
 _curve, _stretch, _blend, _luma = _scalar.curve, _scalar.stretch, _scalar.blend, _scalar.luma
 AUTO_CONTRAST, EQUALIZE = scalar.AUTO_CONTRAST, scalar.EQUALIZE
+_changes_colours, _sextants = _scalar.changes_colours, _scalar.sextants
+_saturated, _turned = _scalar.saturated, _scalar.turned
 COLOR, CONTRAST, SHARPNESS = scalar.COLOR, scalar.CONTRAST, scalar.SHARPNESS
+SATURATE, HUE = scalar.SATURATE, scalar.HUE
 
 
 @njit
@@ -27,7 +30,7 @@ def apply(image, ops, arguments):
     pending = False
     for n in range(ops.size):
         op, argument = ops[n], arguments[n]
-        if not AUTO_CONTRAST <= op <= SHARPNESS or op == scalar.ROTATE:
+        if not _changes_colours(op):
             continue
         if not pending:
             for c in range(3):
@@ -42,14 +45,18 @@ def apply(image, ops, arguments):
                 for value in range(256):
                     table[c, value] = _blend(grey, np.int64(table[c, value]), np.float32(argument))
             pending = True
-        elif op == COLOR or op == SHARPNESS:
+        elif op == COLOR or op == SHARPNESS or op == SATURATE or op == HUE:
             if pending:
                 _look_up(image, table)
                 pending = False
             if op == COLOR:
                 _saturate(image, np.float32(argument))
-            else:
+            elif op == SHARPNESS:
                 _sharpen(image, np.float32(argument))
+            elif op == SATURATE:
+                _saturate_hsv(image, np.float32(argument))
+            else:
+                _turn_hue(image, _sextants(np.float32(argument)))
         else:
             for c in range(3):
                 for value in range(256):
@@ -113,6 +120,7 @@ def _mean_luma(image, table):
 
 @njit
 def _saturate(image, factor):
+    """Pillow's Color."""
     for y in range(image.shape[1]):
         red, green, blue = image[0, y], image[1, y], image[2, y]
         for x in range(red.size):
@@ -120,6 +128,24 @@ def _saturate(image, factor):
             red[x] = _blend(grey, np.int32(red[x]), factor)
             green[x] = _blend(grey, np.int32(green[x]), factor)
             blue[x] = _blend(grey, np.int32(blue[x]), factor)
+
+
+@njit
+def _saturate_hsv(image, factor):
+    for y in range(image.shape[1]):
+        red, green, blue = image[0, y], image[1, y], image[2, y]
+        for x in range(red.size):
+            r, g, b = np.float32(red[x]), np.float32(green[x]), np.float32(blue[x])
+            red[x], green[x], blue[x] = _saturated(r, g, b, factor)
+
+
+@njit
+def _turn_hue(image, turn):
+    for y in range(image.shape[1]):
+        red, green, blue = image[0, y], image[1, y], image[2, y]
+        for x in range(red.size):
+            r, g, b = np.float32(red[x]), np.float32(green[x]), np.float32(blue[x])
+            red[x], green[x], blue[x] = _turned(r, g, b, turn)
 
 
 @njit
