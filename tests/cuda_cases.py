@@ -29,7 +29,7 @@ FILL = (124, 116, 104)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Of a target: the GPU fuses multiplications with additions, and its exponential is another.
 TOLERANCE = 2e-6 if SIMULATED else 1e-5
-COLOURS = [op for op in range(scalar.AUTO_CONTRAST, scalar.SHARPNESS + 1) if op != scalar.ROTATE]
+COLOURS = [op for op in range(scalar.HUE + 1) if scalar.changes_colours(op)]
 ARGUMENTS = {
     scalar.POSTERIZE: 3.0,
     scalar.SOLARIZE: 100.0,
@@ -38,6 +38,9 @@ ARGUMENTS = {
     scalar.CONTRAST: 0.37,
     scalar.BRIGHTNESS: 1.44,
     scalar.SHARPNESS: 1.9,
+    scalar.ADD: -20.6,
+    scalar.SATURATE: 1.37,
+    scalar.HUE: -31.3,
 }
 
 
@@ -431,6 +434,8 @@ def test_colours_are_the_cpus_to_the_last_bit(size):
         [scalar.SOLARIZE, scalar.COLOR, scalar.AUTO_CONTRAST, scalar.CONTRAST],
         [scalar.BRIGHTNESS, scalar.SHARPNESS],
         [scalar.EQUALIZE, scalar.CONTRAST, scalar.POSTERIZE],
+        [scalar.ADD, scalar.BRIGHTNESS, scalar.SATURATE, scalar.HUE, scalar.ROTATE, scalar.ADD],
+        [scalar.SHARPNESS, scalar.HUE, scalar.SATURATE],
         [],
     ]
     images = np.stack([picture(rng, size, size).transpose(2, 0, 1) for _ in chains])

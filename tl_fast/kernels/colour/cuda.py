@@ -1,9 +1,9 @@
 """The CUDA kernel of the colour operations and of the output's number format: one launch a batch, a block an image.
 
 As `tl_fast.kernels.colour.cpu`: pointwise operations are combined in tables of 256 values a channel, histograms and
-means are taken of what image and table make, and only `Color`, `Sharpness` and the end touch every pixel. The last pass
-writes the table's values as they are, or normalised as 16-bit floats: then it is a table too. Integers are Pillow's to
-the last bit.
+means are taken of what image and table make, and only `Color`, `Sharpness`, `SATURATE`, `HUE` and the end touch every
+pixel. The last pass writes the table's values as they are, or normalised as 16-bit floats: then it is a table too.
+Integers are the CPU's to the last bit, as those are Pillow's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from tl_fast.maths import scalar
 
 _curve, _stretch, _blend, _luma = scalar32.curve, scalar32.stretch, scalar32.blend, scalar32.luma
 _rounded_mean, _smoothed = scalar32.rounded_mean, scalar32.smoothed
-AUTO_CONTRAST, EQUALIZE, ROTATE = scalar.AUTO_CONTRAST, scalar.EQUALIZE, scalar.ROTATE
+_changes_colours, _sextants = scalar32.changes_colours, scalar32.sextants
+_saturated, _turned = scalar32.saturated, scalar32.turned
+AUTO_CONTRAST, EQUALIZE = scalar.AUTO_CONTRAST, scalar.EQUALIZE
 COLOR, CONTRAST, SHARPNESS = scalar.COLOR, scalar.CONTRAST, scalar.SHARPNESS
+SATURATE, HUE = scalar.SATURATE, scalar.HUE
 
 # Threads of a block, and blocks that a multiprocessor shall have room for: 256 images then run at once on 132 of them.
 BOUNDS = 512, 2
@@ -143,9 +146,22 @@ def _blend_with_mean(source, planes, factor, table, ends):
 
 
 @device
-def _saturate(source, planes, factor, table):
-    """Pillow's Color of the image that `source` and `table` make, in place."""
+def _mixed(op, argument, turn, red, green, blue):
+    """The pixel, int32, that COLOR, SATURATE or HUE makes of another. turn: the argument of HUE in sextants."""
+    if op == COLOR:
+        grey = np.int32(_luma(red, green, blue))
+        return _blend(grey, red, argument), _blend(grey, green, argument), _blend(grey, blue, argument)
+    r, g, b = np.float32(red), np.float32(green), np.float32(blue)
+    if op == SATURATE:
+        return _saturated(r, g, b, argument)
+    return _turned(r, g, b, turn)
+
+
+@device
+def _mix_channels(op, source, planes, argument, table):
+    """COLOR, SATURATE or HUE of the image that `source` and `table` make, in place."""
     first, plane, unit = planes
+    turn = _sextants(argument)
     for p in range(gpu.threadIdx.x * unit, plane, gpu.blockDim.x * unit):
         red, green = _get(source, first + p, unit), _get(source, first + plane + p, unit)
         blue = _get(source, first + 2 * plane + p, unit)
@@ -153,10 +169,10 @@ def _saturate(source, planes, factor, table):
         for n in range(unit):
             r, g = np.int32(table[_byte(red, n)]), np.int32(table[256 + _byte(green, n)])
             b = np.int32(table[512 + _byte(blue, n)])
-            grey = np.int32(_luma(r, g, b))
-            new_red |= np.uint32(_blend(grey, r, factor)) << np.uint32(8 * n)
-            new_green |= np.uint32(_blend(grey, g, factor)) << np.uint32(8 * n)
-            new_blue |= np.uint32(_blend(grey, b, factor)) << np.uint32(8 * n)
+            r, g, b = _mixed(op, argument, turn, r, g, b)
+            new_red |= np.uint32(r) << np.uint32(8 * n)
+            new_green |= np.uint32(g) << np.uint32(8 * n)
+            new_blue |= np.uint32(b) << np.uint32(8 * n)
         _put(source, first + p, unit, new_red)
         _put(source, first + plane + p, unit, new_green)
         _put(source, first + 2 * plane + p, unit, new_blue)
@@ -245,7 +261,7 @@ def finish(image, spare, plans, rows, columns, unit, layout, normal, out):
     cuda.syncthreads()
     for n_op in range(len(ops)):
         op, argument = np.int32(ops[n_op]), arguments[n_op]
-        if op < AUTO_CONTRAST or op > SHARPNESS or op == ROTATE:
+        if not _changes_colours(op):
             continue
         source = spare if moved else image
         if op == AUTO_CONTRAST or op == EQUALIZE:
@@ -255,8 +271,8 @@ def finish(image, spare, plans, rows, columns, unit, layout, normal, out):
         elif op == CONTRAST:
             _blend_with_mean(source, planes, argument, table, ends)
             pending = True
-        elif op == COLOR:
-            _saturate(source, planes, argument, table)
+        elif op == COLOR or op == SATURATE or op == HUE:
+            _mix_channels(op, source, planes, argument, table)
             cuda.syncthreads()
             _reset(table)
             pending = False
