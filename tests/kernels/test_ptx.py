@@ -9,7 +9,7 @@ import pytest
 from tests import kernel_figures
 from tl_fast.kernels.cuda_device import SIMULATED
 
-LAUNCHED = ("images: geometry", "images: colours", "targets: bytes, float32")
+LAUNCHED = ("images: geometry", "images: colours", "masks", "targets: bytes, float32")
 
 pytestmark = pytest.mark.skipif(SIMULATED, reason="NUMBA_ENABLE_CUDASIM is set: nothing is compiled")
 CASES = [(name, architecture) for architecture in kernel_figures.ARCHITECTURES for name in kernel_figures.KERNELS]

@@ -1,5 +1,5 @@
-"""The GPU's side of the decode pipeline: token targets and images as `tl_fast.kernels.cpu` makes them, from arrays on
-the device.
+"""The GPU's side of the decode pipeline: token targets, images and masks as `tl_fast.kernels.cpu` makes them, from
+arrays on the device.
 
 Arrays are numba device arrays, CUDA tensors of torch (bfloat16 ones too) or, under numba's simulator, numpy arrays or
 CPU tensors; bfloat16 without torch is uint16. They must be contiguous. Nothing here waits for the GPU unless its
@@ -23,6 +23,7 @@ from tl_fast.kernels.colour import cuda as cuda_colour
 from tl_fast.kernels.cuda_device import SIMULATED
 from tl_fast.kernels.geometry import cuda as cuda_geometry
 from tl_fast.kernels.geometry.cuda import REGION
+from tl_fast.kernels.masks import cuda as cuda_masks
 from tl_fast.kernels.targets import cuda as cuda_targets
 from tl_fast.kernels.targets import cuda_rows
 from tl_fast.kernels.targets.crops import affines_of_crops
@@ -320,6 +321,36 @@ def _normal(mean: tuple[float, ...], std: tuple[float, ...], half: bool, device:
     table = cuda.to_device(bits)
     cuda.synchronize()  # once: the kernels' stream does not wait for the default one
     return table
+
+
+def show_masks(masks: Any, regions: Any, plans: Any, ignore_index: int, out: Any, *, stream: int = 0) -> None:
+    """A batch of masks as their plans say: `tl_fast.kernels.cpu.show_mask` to the bit, in one launch, without waiting.
+
+    masks: uint8 [M], memory in which the masks' regions lie, one byte a pixel; regions: `REGION` records [B] (or their
+    bytes, uint8) with at least the pixels under the outputs' centres, to which those of
+    `tl_fast.kernels.geometry.cpu.needed` belong (no others are read); plans: `tl_fast.plan.PLAN` records [B] (or their
+    bytes); ignore_index: 0..255, the class outside the image; out: uint8 [B, H, W], written. Raises ValueError for what
+    does not fit.
+    """
+    shape = tuple(int(n) for n in out.shape)
+    if len(shape) != 3 or str(out.dtype).removeprefix("torch.") != "uint8":
+        raise ValueError(f"out must be uint8 [B, H, W], got {out.dtype} {shape}")
+    batch, rows, columns = shape
+    regions, plans = _records(regions, REGION), _records(plans, PLAN)
+    if len(regions) != batch or len(plans) != batch:
+        raise ValueError(f"{batch} masks need as many regions and plans, got {len(regions)} and {len(plans)}")
+    if rows * columns >= 1 << 30 or not 0 <= ignore_index <= 255:
+        raise ValueError(
+            f"H * W below 2**30 and ignore_index in 0..255 needed, got {rows} x {columns} and {ignore_index}"
+        )
+    if 0 in shape:
+        return
+    flat = _flat(out, np.uint8)
+    unit = 4 if rows * columns % 4 == 0 and _pointer(flat) % 4 == 0 else 1
+    threads = SIMULATED_LANES if SIMULATED else cuda_masks.BOUNDS[0]
+    blocks = 1 if SIMULATED else -(-rows * columns // (threads * unit))
+    arguments = _flat(masks, np.uint8), regions, plans, np.uint8(ignore_index), rows, columns, unit, flat
+    cuda_launch.launch("masks", (blocks, batch), (threads,), arguments, stream)
 
 
 def _records(array: Any, dtype: np.dtype) -> Any:

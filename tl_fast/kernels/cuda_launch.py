@@ -19,6 +19,7 @@ from numba.np import numpy_support
 from tl_fast.kernels.colour import cuda as cuda_colour
 from tl_fast.kernels.cuda_device import SIMULATED
 from tl_fast.kernels.geometry import cuda as cuda_geometry
+from tl_fast.kernels.masks import cuda as cuda_masks
 from tl_fast.kernels.targets import cuda as cuda_targets
 from tl_fast.plan.records import PLAN
 
@@ -60,9 +61,11 @@ _BYTES, _WORDS, _WHOLE = _array(types.uint8), _array(types.uint16), types.int64
 _REGIONS, _PLANS = _array(numpy_support.from_dtype(cuda_geometry.REGION)), _array(numpy_support.from_dtype(PLAN))
 _SHOW = _BYTES, _REGIONS, _PLANS, types.UniTuple(types.uint8, 3), _WHOLE, _WHOLE, _BYTES
 _FINISH = _BYTES, _BYTES, _PLANS, _WHOLE, _WHOLE, _WHOLE, _WHOLE, _WORDS, _WORDS
+_MASKS = _BYTES, _REGIONS, _PLANS, types.uint8, _WHOLE, _WHOLE, _WHOLE, _BYTES
 KERNELS = {
     "images: geometry": Kernel(cuda_geometry.SHOW, cuda_geometry.BOUNDS, _SHOW),
     "images: colours": Kernel(cuda_colour.finish, cuda_colour.BOUNDS, _FINISH),
+    "masks": Kernel(cuda_masks.show, cuda_masks.BOUNDS, _MASKS),
     **{targets_name(kind, bfloat16): _targets(kind, bfloat16) for kind, bfloat16 in cuda_targets.KERNELS},
 }
 
