@@ -229,6 +229,45 @@ def test_taking_a_batch_makes_the_stream_wait_and_never_the_host(streams, made_o
     assert streams.calls("synchronize") == [("synchronize", made.event)]
 
 
+@pytest.fixture
+def made_with_masks(made_on):
+    """Another of `made_on`: of batches with masks in place of targets."""
+
+    def build(ahead):
+        batches, make = made_on(ahead)
+        samples = SimpleNamespace(labels=np.arange(8), mask_spec=SimpleNamespace(ignore_index=200))
+        masks = [np.arange(40 * 50, dtype=np.uint8).reshape(40, 50) + n for n in range(2)]
+        starts, heights, widths = np.array([[3, 5], [36, 1]]), np.full(2, 40), np.full(2, 50)
+        batch_plan = dataclasses.replace(
+            make.plan, heights=heights, widths=widths, starts=starts, affines=None, extras={}, masks=masks
+        )
+        batches.samples = samples
+        return batches, batch_plan
+
+    return build
+
+
+def test_masks_are_one_launch_and_their_memory_is_kept_for_the_consumer(streams, made_with_masks):
+    batches, batch_plan = made_with_masks(3)
+    made = batches.make(batch_plan, two_regions(), None)
+    kernels = [name for _, name in streams.calls("launch")]
+    assert kernels == ["images: geometry", "images: colours", "masks"] and made.maps is None
+    batch = batches.hand_over(made)
+    assert batch.masks.dtype == torch.uint8 and batch.masks.shape == (2, 8, 8) and batch.targets is None
+    assert batch.masks.data_ptr() in {address for _, stream, address in streams.calls("use")}
+
+
+def test_of_masks_the_part_is_uploaded_that_the_images_show(made_with_masks):
+    batches, batch_plan = made_with_masks(1)
+    parts = gpu_batches.upload_parts(batches.samples, batch_plan, np.array([0, 48]))
+    regions, values = parts["mask_regions"], parts["mask_bytes"]
+    assert regions["offset"].tolist() == [0, 16] and parts["regions"]["offset"].tolist() == [0, 48]
+    assert (regions["rows"] == 4).all() and regions["height"].tolist() == [40, 40] and values.size == 32
+    for b, (top, left) in enumerate([(3, 5), (36, 1)]):
+        expected = batch_plan.masks[b][top : top + 4, left : left + 4]
+        np.testing.assert_array_equal(values[16 * b : 16 * b + 16].reshape(4, 4), expected)
+
+
 def test_pixels_are_kept_until_their_kernels_are_through(streams, made_on):
     batches, make = made_on(3)
     regions = two_regions()

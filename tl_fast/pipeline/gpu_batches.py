@@ -1,5 +1,5 @@
-"""Batches made on the GPU: what the host knows is uploaded in one copy, and two kernels on a stream of their own make
-images and token targets.
+"""Batches made on the GPU: what the host knows is uploaded in one copy, and kernels on a stream of their own make
+images, token targets and masks.
 
 Under numba's simulator (NUMBA_ENABLE_CUDASIM=1) the device's memory is the host's and there are no streams, so tests
 run all of this without a GPU.
@@ -168,36 +168,47 @@ class GpuBatches:
             scratch = torch.empty(cuda.scratch_bytes(size, *image_size, False), dtype=torch.uint8, device=self.device)
             fill = self.crops.augment.fill
             cuda.augment(pixels, up["regions"], up["plans"], fill, images, scratch=scratch, stream=handle)
-            targets = flags = event = None
+            targets = flags = masks = event = None
             if plan.affines is not None:
-                shape = (size, self.targets.tokens, self.samples.num_classes)
-                targets = torch.empty(shape, dtype=getattr(torch, self.targets.dtype), device=self.device)
-                errors = up["errors"].view(torch.int32)
-                spec = self.samples.spec
-                cuda.packed_targets(
-                    up["maps"],
-                    up["starts"].view(torch.int64),
-                    up["ranges"].view(torch.float32).view(-1, 2),
-                    up["affines"].view(torch.float32).view(-1, 6),
-                    spec,
-                    self.targets.grid,
-                    self.targets.smoothing,
-                    spec.extent == "full",  # as on the CPU: what is beyond a square map is image
-                    targets,
-                    errors,
-                    stream=handle,
-                )
-                flags = torch.empty(size, dtype=torch.int32, pin_memory=self.stream is not None)
-                flags.copy_(errors, non_blocking=True)
+                targets, flags = self._launch_targets(up, size, handle)
+            if plan.masks is not None:
+                masks = torch.empty((size, *image_size), dtype=torch.uint8, device=self.device)
+                ignored = self.samples.mask_spec.ignore_index
+                cuda.show_masks(up["mask_bytes"], up["mask_regions"], up["plans"], ignored, masks, stream=handle)
             if self.stream is not None:
                 event = _event_on(self.stream)
                 self._running.append((event, regions))
-        batch = Batch(images, up["labels"].view(torch.int64), targets, up["ids"].view(torch.int64))
+        batch = Batch(images, up["labels"].view(torch.int64), targets, up["ids"].view(torch.int64), masks=masks)
         for name, values in plan.extras.items():
             dtype = torch.from_numpy(values[:0]).dtype
             setattr(batch, name, up[name].view(dtype).view(values.shape))
-        memory = [tensor for tensor in (uploaded, images, targets) if tensor is not None]
+        memory = [tensor for tensor in (uploaded, images, targets, masks) if tensor is not None]
         return Made(batch, memory, event, None if flags is None else Maps(plan.ids, flags, event))
+
+    def _launch_targets(self, up: dict[str, torch.Tensor], size: int, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Launch the kernel of a batch's token targets -> targets, and what was wrong with each map, on the host.
+
+        up: what was uploaded; handle: the stream's.
+        """
+        shape, spec = (size, self.targets.tokens, self.samples.num_classes), self.samples.spec
+        targets = torch.empty(shape, dtype=getattr(torch, self.targets.dtype), device=self.device)
+        errors = up["errors"].view(torch.int32)
+        cuda.packed_targets(
+            up["maps"],
+            up["starts"].view(torch.int64),
+            up["ranges"].view(torch.float32).view(-1, 2),
+            up["affines"].view(torch.float32).view(-1, 6),
+            spec,
+            self.targets.grid,
+            self.targets.smoothing,
+            spec.extent == "full",  # as on the CPU: what is beyond a square map is image
+            targets,
+            errors,
+            stream=handle,
+        )
+        flags = torch.empty(size, dtype=torch.int32, pin_memory=self.stream is not None)
+        flags.copy_(errors, non_blocking=True)
+        return targets, flags
 
     def _wait_for_old(self) -> None:
         """Forget the batches that are made or consumed. Wait, in this thread alone, until fewer than `ahead` batches
@@ -300,6 +311,15 @@ def upload_parts(samples: Samples, plan: BatchPlan, offsets: np.ndarray) -> dict
         parts["maps"] = np.concatenate(maps)
         parts["affines"] = plan.affines
         parts["errors"] = np.zeros(len(plan.ids), np.int32)
+    if plan.masks is not None:
+        # Of the masks the pixels that the images show: those under the outputs' centres are among them.
+        cut = [
+            mask[top : top + rows, left : left + columns].ravel()
+            for mask, (top, left), (rows, columns) in zip(plan.masks, plan.starts, plan.shapes, strict=True)
+        ]
+        parts["mask_bytes"] = np.concatenate(cut)
+        parts["mask_regions"] = regions.copy()
+        parts["mask_regions"]["offset"] = np.cumsum([0] + [part.size for part in cut[:-1]])
     return parts
 
 
