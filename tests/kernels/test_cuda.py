@@ -129,3 +129,31 @@ def test_images_at_real_sizes(photos, dtype):
         out = ((out.float().cpu() * std + mean) * 255).round()
     off = np.abs(out.cpu().numpy().astype(int) - expected)
     assert (off > 3).mean() < 5e-3 and (off > (0 if dtype == torch.uint8 else 1)).mean() < 0.1
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_segmentation_at_real_sizes(photos):
+    """Crops of 512 pixels with distorted colours and their masks, whose indices are the CPU's."""
+    from PIL import Image
+
+    from tests import cuda_cases
+    from tl_fast.kernels import cuda
+    from tl_fast.plan.segment import SegmentAugment
+    from tl_fast.plan.segment_records import draw_segment
+
+    size = (512, 512)
+    images = [np.array(Image.open(file).convert("RGB")) for file in sorted(photos.glob("*/*/*.jpg"))[::8]]
+    masks = [image[:, :, 1] // 2 for image in images]
+    heights, widths = (np.array([image.shape[n] for image in images]) for n in (0, 1))
+    plans = draw_segment(5, 1, np.arange(len(images)), heights, widths, SegmentAugment(), size)
+    pixels, regions, expected = cuda_cases.make_batch(images, plans, size)
+    off = np.abs(cuda_cases.augmented(pixels, regions, plans, size).astype(int) - expected)
+    assert (off > 3).mean() < 5e-3 and (off > 0).mean() < 0.1
+    labels, regions, expected = cuda_cases.make_masks(masks, plans, size, 255)
+    out = torch.full(expected.shape, 77, dtype=torch.uint8, device="cuda")
+    arrays = [torch.from_numpy(array.view(np.uint8).reshape(-1).copy()).cuda() for array in (labels, regions, plans)]
+    torch.cuda.synchronize()
+    cuda.show_masks(*arrays, 255, out, stream=torch.cuda.current_stream().cuda_stream)
+    np.testing.assert_array_equal(out.cpu().numpy(), expected)
+    assert 0 < (expected == 255).mean() < 0.9
