@@ -6,9 +6,10 @@ they may take.
 Token targets: 14 x 14 tokens and the class token, maps of 18 x 18 cells, top 5 of 1,000 classes, as they lie in a
 beton. Bytes are those of the output and of the maps, each once; the copy counts what it reads and what it writes.
 torch: scatter into dense maps, torchvision's RoIAlign, softmax, smoothing, all on the GPU. Images: regions of 500 x 375
-images to 224 px; bytes are those of the decoded regions and of the output. Every kernel is compared with its CPU twin
-first: its rows say whether it `matches`, and if one does not, the program ends with a failing status. --small runs each
-kernel once on few samples, for compute-sanitizer. Rows go to benchmarks/results/gpu/rows.jsonl.
+images to 224 px; bytes are those of the decoded regions and of the output. Masks: regions of the same size, as
+segmentation's training crops them, to 512 px. Every kernel is compared with its CPU twin first: its rows say whether it
+`matches`, and if one does not, the program ends with a failing status. --small runs each kernel once on few samples,
+for compute-sanitizer. Rows go to benchmarks/results/gpu/rows.jsonl.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from tl_fast.labelmaps.format import encode, pack, unpack
 from tl_fast.maths import scalar
 from tl_fast.plan import records as plan
 from tl_fast.plan.boxes import map_affines
+from tl_fast.plan.segment import SegmentAugment
+from tl_fast.plan.segment_records import draw_segment
 
 GRID, SIZE, SMOOTHING, SETS = 14, 224, 0.1, 4
+CROP, IGNORE_INDEX = 512, 255  # of masks
 HEIGHT, WIDTH = 375, 500
 RECIPES = {
     "crop + flip": plan.Augment(),
@@ -150,6 +154,40 @@ class Images:
         return out
 
 
+class Masks:
+    """One batch of masks' regions on the device, their classes random."""
+
+    def __init__(self, number: int, batch: int):
+        heights, widths = np.full(batch, HEIGHT), np.full(batch, WIDTH)
+        self.plans = draw_segment(0, number, np.arange(batch), heights, widths, SegmentAugment(), (CROP, CROP))
+        starts, stops = warp.needed(self.plans, heights, widths, CROP)
+        rng = np.random.default_rng(number)
+        self.masks = [np.repeat(rng.integers(0, 150, (HEIGHT, WIDTH // 4), np.uint8), 4, 1) for _ in range(batch)]
+        boxes = zip(self.masks, starts, stops, strict=True)
+        cut = [mask[top:end, left:right].ravel() for mask, (top, left), (end, right) in boxes]
+        regions = np.zeros(batch, cuda.REGION)
+        regions["offset"] = np.cumsum([0] + [part.size for part in cut[:-1]])
+        regions["rows"], regions["columns"] = (stops - starts).T
+        regions["top"], regions["left"] = starts.T
+        regions["height"], regions["width"] = HEIGHT, WIDTH
+        self.bytes = sum(part.size for part in cut)
+        self.arrays = [device(a.view(np.uint8)) for a in (np.concatenate(cut), regions, self.plans)]
+
+    def run(self, out: torch.Tensor) -> None:
+        cuda.show_masks(*self.arrays, IGNORE_INDEX, out, stream=torch.cuda.current_stream().cuda_stream)
+
+    def match(self, out: torch.Tensor) -> bool:
+        """Are the first masks the CPU's?"""
+        self.run(out.fill_(77))
+        expected = np.empty((min(8, len(out)), CROP, CROP), np.uint8)
+        for b in range(len(expected)):
+            cpu.show_mask(self.masks[b], self.plans[b], IGNORE_INDEX, expected[b])
+        wrong = (out[: len(expected)].cpu().numpy() != expected).mean()
+        if wrong:
+            print(f"MISMATCH: masks: {wrong:.2%} of the pixels", flush=True)
+        return not wrong
+
+
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, label: str) -> bool:
     try:
         torch.testing.assert_close(got.float().cpu(), expected.cpu(), atol=tolerance, rtol=1e-2)
@@ -259,6 +297,14 @@ def main() -> None:
         figures(label, milliseconds(lambda n, images=images: images[n].run(out, scratch), SETS), moved, **facts)
         times = milliseconds(lambda n, images=images: images[n].run(normalised, scratch, **normalise), SETS)
         figures(f"{label}, bfloat16 channels-last", times, moved + out.nbytes, **facts)
+
+    masks = [Masks(n, batch) for n in range(1 if arguments.small else SETS)]
+    out = torch.empty((batch, CROP, CROP), dtype=torch.uint8, device="cuda")
+    matches["masks"] = masks[0].match(out)
+    if not arguments.small:
+        facts = {"batch": batch, "image_size": CROP, "source": f"{WIDTH} x {HEIGHT}"}
+        moved = out.nbytes + sum(batch_of_masks.bytes for batch_of_masks in masks) // len(masks)
+        figures("masks", milliseconds(lambda n: masks[n].run(out), SETS), moved, **facts)
     wrong = [label for label, same in matches.items() if not same]
     if wrong:
         raise SystemExit(f"differs from its CPU twin: {'; '.join(wrong)}")
