@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tl_fast.maths.compile import compile_scalar, njit
+from tl_fast.maths.memory import address, load_big
 from tl_fast.plan.boxes import Sides, both_sides
 from tl_fast.plan.records import PLAN, checked_samples, epoch_word, seed_word
 from tl_fast.plan.segment import SegmentAugment
@@ -23,6 +24,7 @@ ADDEND = 32.0  # levels, and FACTOR, HUE_STEPS: how far mmsegmentation's PhotoMe
 FACTOR = 0.5, 1.5  # of contrast and saturation
 HUE_STEPS = 18  # of 2 degrees
 _NO_MASK = np.zeros((0, 0), np.uint8)
+_EIGHT_TIMES = np.uint64(0x0101010101010101)  # a byte times this: eight of it
 
 
 def draw_segment(
@@ -146,16 +148,19 @@ def _first_centre(edge):
 def _largest_share(mask, ignore_index):
     """The largest class's share of the labelled pixels of mask uint8 [h, w], 0..1; 1 where none is labelled."""
     counts = np.zeros(256, np.int64)
+    eight, last = np.uint64(8), mask.shape[1] - 8
     for y in range(mask.shape[0]):
         row = mask[y]
-        start = 0
-        for x in range(1, row.size):
-            # Equal neighbours are counted together: masks are runs, and a counter is no faster than its memory.
-            if row[x] != row[start]:
-                counts[row[start]] += x - start
-                start = x
-        if row.size:
-            counts[row[start]] += row.size - start
+        base, x = address(row), np.uint64(0)
+        # A mask's rows are long runs: eight pixels are compared at once.
+        while x < row.size:
+            start, value = x, row[x]
+            run = np.uint64(value) * _EIGHT_TIMES
+            while np.int64(x) <= last and load_big(base, x) == run:
+                x += eight
+            while x < row.size and row[x] == value:
+                x += np.uint64(1)
+            counts[value] += np.int64(x - start)
     counts[ignore_index] = 0
     labelled = counts.sum()
     return counts.max() / labelled if labelled else 1.0
