@@ -287,7 +287,7 @@ def test_betons_without_masks_are_refused(photos, tmp_path, monkeypatch):
     "options, message",
     [
         ({"batch_size": 13}, "do not fill"),
-        ({"crop_size": (0, 64)}, "image_size must be at least 1 pixel"),
+        ({"crop_size": (0, 64)}, "crop_size must be at least 1 pixel"),
         ({"crop_size": 3.5}, "a whole number or two"),
         ({"prefetch": 0}, "prefetch"),
         ({"device": "cuda"}, "on the CPU alone, got device='cuda'"),

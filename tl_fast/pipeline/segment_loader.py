@@ -62,7 +62,10 @@ class SegmentLoader(BatchLoader):
         prefetch: int | None = None,
     ):
         share = Share(batch_size, rank, world_size)
-        crops = Crops(both_sides(crop_size), augment or SegmentAugment())
+        crop_size = both_sides(crop_size)
+        if min(crop_size) < 1:
+            raise InputError(f"crop_size must be at least 1 pixel, got crop_size={crop_size}")
+        crops = Crops(crop_size, augment or SegmentAugment())
         threads = threads or cores_of_this_rank()
         decoding = Decoding(torch.device(device), decode, hybrid_share, hw_decoder_load, threads, check)
         if decoding.device.type != "cpu":
@@ -71,7 +74,7 @@ class SegmentLoader(BatchLoader):
         if samples.mask_spec is None:
             names = ", ".join(map(str, samples.paths))
             raise InputError(f"{names}: no masks to segment by; pack them with `converters/to_beton.py --masks DIR`")
-        self.crop_size, self.mask_spec = crops.image_size, samples.mask_spec
+        self.crop_size, self.mask_spec = crop_size, samples.mask_spec
         self._mask_threads = ThreadPoolExecutor(threads, "tl_fast-mask")
         planner = SegmentPlanner(samples, share, crops, None, seed, train, self._mask_threads)
         super().__init__(planner, decoding, prefetch, on_rank_0)
