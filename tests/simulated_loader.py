@@ -1,5 +1,5 @@
-"""Run by tests/pipeline/test_gpu_loader.py with NUMBA_ENABLE_CUDASIM=1: `simulated_loader.py BETON OUT.npz`, an epoch
-of every setting on the simulated device.
+"""Run by tests/pipeline/test_gpu_loader.py with NUMBA_ENABLE_CUDASIM=1: `simulated_loader.py BETON MASKED DAMAGED
+OUT.npz`, an epoch of every setting on the simulated device.
 
 Arrays of setting s, batch b are stored as "s/b/field"; the words of errors that were asked for as "error/...".
 """
@@ -20,25 +20,40 @@ SETTINGS = {
     "rectangle": {"augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "erase": 0.5}, "seed": 2, **RECTANGLE},
     "validation, rectangle": {"train": False, **RECTANGLE},
 }
+SEGMENT_SETTINGS = {
+    "segment": {"crop_size": (12, 20), "seed": 2},
+    "segment, validation": {"train": False},
+}
 COMMON = {"batch_size": 3, "image_size": 16, "grid": 2, "threads": 1}
 
 
-def run(beton: str, device: str) -> dict[str, np.ndarray]:
-    from tl_fast.pipeline.batch import Batch
-    from tl_fast.pipeline.loader import Loader
+def run(beton: str, masked: str, device: str) -> dict[str, np.ndarray]:
+    """beton: with label maps; masked: with masks."""
+    from tl_fast.pipeline import Loader, SegmentLoader
     from tl_fast.plan.augment import Augment
 
-    found = {}
+    arrays = {}
     for name, setting in SETTINGS.items():
         setting = setting | ({"augment": Augment(**setting["augment"])} if "augment" in setting else {})
         with Loader(beton, device=device, **COMMON | setting) as loader:
-            loader.set_epoch(1)
-            for number, batch in enumerate(loader):
-                for field in fields(Batch):
-                    if (value := getattr(batch, field.name)) is not None:
-                        half = value.dtype == torch.bfloat16  # numpy knows no such type
-                        found[f"{name}/{number}/{field.name}"] = (value.float() if half else value).numpy()
-    return found
+            arrays |= epoch_of(loader, name)
+    for name, setting in SEGMENT_SETTINGS.items():
+        with SegmentLoader(masked, 3, device=device, threads=1, **setting) as loader:
+            arrays |= epoch_of(loader, name)
+    return arrays
+
+
+def epoch_of(loader, name: str) -> dict[str, np.ndarray]:
+    from tl_fast.pipeline.batch import Batch
+
+    arrays = {}
+    loader.set_epoch(1)
+    for number, batch in enumerate(loader):
+        for field in fields(Batch):
+            if (value := getattr(batch, field.name)) is not None:
+                half = value.dtype == torch.bfloat16  # numpy knows no such type
+                arrays[f"{name}/{number}/{field.name}"] = (value.float() if half else value).numpy()
+    return arrays
 
 
 def main() -> None:
@@ -48,16 +63,16 @@ def main() -> None:
 
     assert SIMULATED, "NUMBA_ENABLE_CUDASIM=1 is needed"
     torch.set_num_threads(1)
-    beton, damaged, out = sys.argv[1:]
-    found = run(beton, "cuda")
+    beton, masked, damaged, out = sys.argv[1:]
+    arrays = run(beton, masked, "cuda")
     with Loader(damaged, device="cuda", **COMMON | {"batch_size": 2}) as loader:  # which leaves no sample out
         for name, use in (("epoch", lambda: list(loader)), ("batch", lambda: loader.batch(np.array([0, 1])))):
             try:
                 use()
             except BetonError as error:
-                found[f"error/{name}"] = np.array(str(error))
+                arrays[f"error/{name}"] = np.array(str(error))
         loader.batch(np.array([0, 2]))
-    np.savez(Path(out), **found)
+    np.savez(Path(out), **arrays)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_betons import write
+from small_betons import masked_beton, write
 
 from tests import simulated_loader
 from tl_fast.beton.layout import BetonError
@@ -73,23 +73,28 @@ def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_b
     damaged = with_damaged_map(small_beton, tmp_path / "damaged.beton", 1)
     out = tmp_path / "simulated.npz"
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.simulated_loader", str(small_beton), str(damaged), str(out)]
+    masked_beton(masked := tmp_path / "masked.beton", 6, ((24, 30), (20, 16)))
+    command = [sys.executable, "-m", "tests.simulated_loader", *map(str, (small_beton, masked, damaged, out))]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     simulated = dict(np.load(out))
     for name in ("epoch", "batch"):
         words = str(simulated.pop(f"error/{name}"))
         assert "damaged.beton: label_map: sample 1 (image-1.jpg)" in words and "outside 0..4" in words, words
-    expected = simulated_loader.run(str(small_beton), "cpu")
+    expected = simulated_loader.run(str(small_beton), str(masked), "cpu")
     assert simulated.keys() == expected.keys()
-    assert len({name.split("/")[0] for name in simulated}) == len(simulated_loader.SETTINGS)
+    settings = simulated_loader.SETTINGS.keys() | simulated_loader.SEGMENT_SETTINGS.keys()
+    assert {name.split("/")[0] for name in simulated} == settings
     for name, values in expected.items():
         field = name.split("/")[-1]
         assert simulated[name].dtype == values.dtype and simulated[name].shape == values.shape, name
         if field == "images":
             off = np.abs(simulated[name].astype(int) - values)
             # Within a level; operations like Equalize and Posterize multiply a level that differs.
-            assert (off > 1).mean() < (0.02 if name.startswith(("recipe", "rectangle")) else 1e-9), (name, off.max())
+            assert (off > 1).mean() < (0.02 if name.startswith(("recipe", "rectangle", "segment/")) else 1e-9), (
+                name,
+                off.max(),
+            )
         elif field == "targets":
             # What differs in the last bit may be rounded to the next bfloat16.
             step = 2.0**-8 if name.startswith("bfloat16") else 0
@@ -97,6 +102,7 @@ def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_b
         else:
             np.testing.assert_array_equal(simulated[name], values, err_msg=name)
     assert "recipe/0/erase" in simulated and "validation/0/targets" not in simulated
+    assert "segment/0/masks" in simulated and "segment, validation/5/masks" in simulated
 
 
 # --- streams and events, recorded in place of a GPU

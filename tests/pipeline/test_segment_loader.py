@@ -1,6 +1,5 @@
 """The loader of segmentation: image and mask aligned, what a batch depends on, whole images in evaluation."""
 
-import collections
 import dataclasses
 import io
 
@@ -18,12 +17,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as joint
 
 from tl_fast.beton.samples import Samples
+from tl_fast.convert.encode import Sample
+from tl_fast.convert.write import write_beton
 from tl_fast.kernels import cpu
+from tl_fast.masks.format import MaskSpec
 from tl_fast.pipeline import SegmentLoader
 from tl_fast.pipeline.cpu_batches import MOST_SHAPES, Buffers
 from tl_fast.plan import SegmentAugment
 
-MaskSpec = collections.namedtuple("MaskSpec", "num_classes ignore_index", defaults=(255,))
 IGNORE = 255
 FILL = (0, 0, 255)
 STEADY = SegmentAugment(distort=False, fill=FILL)
@@ -34,14 +35,19 @@ def jpeg(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def masked_beton(path, images, masks, spec, monkeypatch):
-    monkeypatch.setattr(Samples, "mask_spec", spec, raising=False)
-    monkeypatch.setattr(Samples, "mask", lambda self, sample_id: masks[sample_id].copy(), raising=False)
-    return write(path, images)
+def write_masked(path, images, masks, num_classes):
+    """A beton of these JPEGs and masks; its path."""
+    pytest.importorskip("simplejpeg", reason="simplejpeg, which writing a beton needs, is not installed")
+    samples = [
+        Sample(f"image-{i}.jpg", 0, lambda image=image: image, mask=lambda mask=mask: mask)
+        for i, (image, mask) in enumerate(zip(images, masks, strict=True))
+    ]
+    write_beton(path, samples, class_names=["picture"], masks=MaskSpec(num_classes))
+    return path
 
 
 @pytest.fixture
-def photo_beton(photos, tmp_path, monkeypatch):
+def photo_beton(photos, tmp_path):
     """12 bundled photos with masks of 5 classes drawn in blocks, and the masks."""
     files = sorted(photos.glob("train/*/*.jpg"))[:12]
     masks = []
@@ -51,7 +57,7 @@ def photo_beton(photos, tmp_path, monkeypatch):
         cells = np.random.default_rng(number).choice([0, 1, 2, 3, 4, IGNORE], (-(-height // 40), -(-width // 40)))
         masks.append(np.kron(cells, np.ones((40, 40))).astype(np.uint8)[:height, :width].copy())
     images = [file.read_bytes() for file in files]
-    return masked_beton(tmp_path / "photos.beton", images, masks, MaskSpec(5), monkeypatch), masks, files
+    return write_masked(tmp_path / "photos.beton", images, masks, 5), masks, files
 
 
 def collect(loader) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], list[int]]:
@@ -73,13 +79,13 @@ ROWS, COLUMNS = 8, 10  # cells
 OFFSET = 20  # level of the first row and column; the next ones are a level apart
 
 
-def coordinates(tmp_path, monkeypatch, count: int):
+def coordinates(tmp_path, count: int):
     """`count` times an image whose red is its row and whose green its column, and a mask whose class is the cell."""
     y, x = np.mgrid[: ROWS * CELL, : COLUMNS * CELL]
     pixels = np.stack([y + OFFSET, np.minimum(x + OFFSET, 255), np.full_like(y, 90)], axis=2).astype(np.uint8)
     mask = (y // CELL * COLUMNS + x // CELL).astype(np.uint8)
     path = tmp_path / "coordinates.beton"
-    return masked_beton(path, [jpeg(pixels)] * count, [mask] * count, MaskSpec(ROWS * COLUMNS), monkeypatch)
+    return write_masked(path, [jpeg(pixels)] * count, [mask] * count, ROWS * COLUMNS)
 
 
 def misplacement(batch) -> tuple[np.ndarray, np.ndarray]:
@@ -106,8 +112,8 @@ ALIGNED = 1.5  # pixels: levels of a JPEG are off by one or two
     ],
     ids=["scale+crop", "flip", "scale+crop+flip", "padding"],
 )
-def test_every_pixel_has_the_class_of_its_place(tmp_path, monkeypatch, augment, crop, pads):
-    path = coordinates(tmp_path, monkeypatch, 16)
+def test_every_pixel_has_the_class_of_its_place(tmp_path, augment, crop, pads):
+    path = coordinates(tmp_path, 16)
     padding = 0
     with SegmentLoader(path, 8, crop_size=crop, augment=augment, seed=1, threads=2) as loader:
         for epoch in range(2):
@@ -124,7 +130,7 @@ def test_every_pixel_has_the_class_of_its_place(tmp_path, monkeypatch, augment, 
 
 
 def test_the_alignment_test_notices_wrong_geometry(tmp_path, monkeypatch):
-    path = coordinates(tmp_path, monkeypatch, 8)
+    path = coordinates(tmp_path, 8)
     show = cpu.show_mask
 
     def mirrored(mask, plan, ignore_index, out):
@@ -208,11 +214,24 @@ def test_dominated_crops_are_drawn_again(photo_beton):
         assert 0 < kept < 12
 
 
+def test_distorted_colours_change_no_mask(photo_beton):
+    distorted = dataclasses.replace(STEADY, distort=True)
+    with (
+        SegmentLoader(photo_beton[0], 12, crop_size=64, augment=STEADY, seed=9) as steady,
+        SegmentLoader(photo_beton[0], 12, crop_size=64, augment=distorted, seed=9) as changing,
+    ):
+        (plain,), (batch,) = steady, changing
+        operations = (changing.draw(batch.sample_ids.numpy())["ops"] >= 0).any(axis=1)
+    assert torch.equal(plain.masks, batch.masks) and operations.sum() > 6
+    differs = (plain.images != batch.images).flatten(1).any(dim=1).numpy()
+    assert (differs == operations).all()
+
+
 # --- evaluation
 
 
 @pytest.fixture
-def mixed_beton(photos, tmp_path, monkeypatch):
+def mixed_beton(photos, tmp_path):
     """Eleven photos of two sizes, in runs of 1 to 4, and what a beton of them holds."""
     images, masks, pixels = [], [], []
     for number, wide in enumerate([1, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1]):
@@ -221,7 +240,7 @@ def mixed_beton(photos, tmp_path, monkeypatch):
         images.append(jpeg(np.asarray(image)))
         pixels.append(np.asarray(Image.open(io.BytesIO(images[-1]))))
         masks.append(np.random.default_rng(number).integers(0, 5, pixels[-1].shape[:2], np.uint8))
-    return masked_beton(tmp_path / "mixed.beton", images, masks, MaskSpec(5), monkeypatch), pixels, masks
+    return write_masked(tmp_path / "mixed.beton", images, masks, 5), pixels, masks
 
 
 def test_evaluation_gives_whole_images_once_in_batches_of_equal_sizes(mixed_beton):
@@ -276,8 +295,7 @@ def test_a_damaged_mask_surfaces(photo_beton, monkeypatch):
             collect(loader)
 
 
-def test_betons_without_masks_are_refused(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(Samples, "mask_spec", None, raising=False)
+def test_betons_without_masks_are_refused(photos, tmp_path):
     path = write(tmp_path / "plain.beton", [next(photos.glob("train/*/*.jpg")).read_bytes()])
     with pytest.raises(ValueError, match="plain.beton: no masks.*--masks DIR"):
         SegmentLoader(path, 1)
@@ -290,7 +308,7 @@ def test_betons_without_masks_are_refused(photos, tmp_path, monkeypatch):
         ({"crop_size": (0, 64)}, "crop_size must be at least 1 pixel"),
         ({"crop_size": 3.5}, "a whole number or two"),
         ({"prefetch": 0}, "prefetch"),
-        ({"device": "cuda"}, "on the CPU alone, got device='cuda'"),
+        ({"device": "cuda:99"}, "CUDA devices that torch can use"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(photo_beton, options, message):

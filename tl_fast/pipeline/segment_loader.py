@@ -32,7 +32,7 @@ class SegmentLoader(BatchLoader):
         most, and the number of batches may differ from rank to rank.
     augment: ranges of the random decisions; None for mmsegmentation's.
     seed, threads, device, decode, hybrid_share, hw_decoder_load, rank, world_size, on_rank_0, check, prefetch: as for
-        `tl_fast.pipeline.Loader`. Batches are made on the CPU alone so far.
+        `tl_fast.pipeline.Loader`.
 
     `Batch.masks` holds class indices, `mask_spec.ignore_index` where nothing is labelled and outside the image;
     `Batch.targets` is None. Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was
@@ -68,8 +68,6 @@ class SegmentLoader(BatchLoader):
         crops = Crops(crop_size, augment or SegmentAugment())
         threads = threads or cores_of_this_rank()
         decoding = Decoding(torch.device(device), decode, hybrid_share, hw_decoder_load, threads, check)
-        if decoding.device.type != "cpu":
-            raise InputError(f"segmentation's batches are made on the CPU alone, got device={str(device)!r}")
         samples = Samples(paths)
         if samples.mask_spec is None:
             names = ", ".join(map(str, samples.paths))
