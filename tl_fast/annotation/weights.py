@@ -15,9 +15,10 @@ from torch import nn
 
 import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
 from tl_fast.annotation.annotator import AnnotateError, Annotator, Preprocessing
+from tl_fast.models.backbone import BACKBONE
 from tl_fast.models.build import build_model, check_name, create, without_weights
 from tl_fast.models.lvvit import LVViT
-from tl_fast.models.token_label import BACKBONE, backbone_of
+from tl_fast.models.token_label import backbone_of
 from tl_fast.models.weights import WeightsError, class_count, fit, heads, no_pretrained_weights
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.sides import Sides, both_sides, one_if_square

@@ -1,4 +1,4 @@
-"""LV-ViT, a token head on any timm model, the token-labeling loss and the training step."""
+"""LV-ViT, a token head or a segmentation decoder on any timm model, losses and training steps."""
 
 import lazy_loader
 
@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "build": ["build_model"],
         "loss": ["TokenLabelLoss"],
         "lvvit": ["LVViT"],
+        "segmentation": ["Segmenter", "build_segmenter"],
         "step": ["TrainStep"],
         "token_label": ["TokenLabelModel", "backbone_state_dict"],
     },

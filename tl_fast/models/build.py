@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,22 +42,39 @@ def build_model(
     Raises InputError naming a bad argument, or what of the model's features gives no token for each cell of a grid.
     """
     check_name(name)
-    arguments = {**(options or {}), "num_classes": num_classes, "drop_path_rate": drop_path}
-    try:
-        try:
-            network = create(name, img_size, **arguments)
-        except TypeError as error:  # timm's only sign that a model has no drop path
-            if drop_path or "'drop_path_rate'" not in str(error):
-                raise
-            del arguments["drop_path_rate"]
-            network = create(name, img_size, **arguments)
+    with mistakes_named(name, img_size, options, "takes no token labels"):
+        network, anew = create_with_drop_path(name, img_size, drop_path, num_classes=num_classes, options=options)
         if isinstance(network, LVViT):
             network.eval_token_weight = 0.5 if eval_token_weight is None else eval_token_weight
             return network
-        anew = functools.partial(create, name, img_size=img_size, **arguments)
         return TokenLabelModel(network, img_size, eval_token_weight, anew)
+
+
+def create_with_drop_path(
+    name: str, img_size: Sides, drop_path: float, *, num_classes: int, options: dict[str, Any] | None
+) -> tuple[nn.Module, Callable[..., nn.Module]]:
+    """`create` with a drop path rate, which not every model takes: the network, and what makes such a one anew from
+    further arguments. Raises what timm raises."""
+    arguments = {**(options or {}), "num_classes": num_classes, "drop_path_rate": drop_path}
+    anew = functools.partial(create, name, img_size=img_size, **arguments)
+    try:
+        return anew(), anew
+    except TypeError as error:  # timm's only sign that a model has no drop path
+        if drop_path or "'drop_path_rate'" not in str(error):
+            raise
+    del arguments["drop_path_rate"]
+    anew = functools.partial(create, name, img_size=img_size, **arguments)
+    return anew(), anew
+
+
+@contextlib.contextmanager
+def mistakes_named(name: str, img_size: Sides, options: dict[str, Any] | None, unfit: str) -> Iterator[None]:
+    """Inside, mistakes in building a model become InputErrors that name it. unfit: the predicate of a sentence about a
+    model whose features do not fit."""
+    try:
+        yield
     except InputError as error:
-        raise InputError(f"model {name} at {img_size} px takes no token labels: {error}") from error
+        raise InputError(f"model {name} at {img_size} px {unfit}: {error}") from error
     except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError, AttributeError, OSError) as error:
         hint = ": set drop_path 0, this model has none" if "'drop_path_rate'" in str(error) else ""
         given = f" with model_kwargs {options}" if options else ""

@@ -14,11 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvision
-
-# isort: split
-from timm.models import group_parameters
-
+from tl_fast.models.backbone import OnBackbone
 from tl_fast.models.mix_token import MixBox, box_mask
 from tl_fast.models.token_layout import (
     TokenLayoutError,
@@ -30,10 +26,8 @@ from tl_fast.models.token_layout import (
 )
 from tl_fast.system.sides import Sides, both_sides
 
-BACKBONE = "backbone."  # in front of the backbone's names in a TokenLabelModel's
 
-
-class TokenLabelModel(nn.Module):
+class TokenLabelModel(OnBackbone):
     """A timm model with a head for every token of its last features.
 
     Args:
@@ -41,8 +35,7 @@ class TokenLabelModel(nn.Module):
         img_size: side, or (height, width), of the input in pixels.
         eval_token_weight: what the maximum of the token logits counts in evaluation, beside the class logits. None: 0.5
             for a backbone with a token head of its own, as published, else 0.
-        create: makes such a backbone anew from timm's keyword arguments (`img_size`, `pretrained`, ...), for weights
-            from files.
+        create: see OnBackbone.
 
     After construction: `layout` of the features, `grid_size` (h, w), `num_classes` C, `can_mix_tokens`: whether the
     grid divides the image into whole patches, as MixToken needs it, and `has_own_token_head`: whether the tokens' head
@@ -59,8 +52,7 @@ class TokenLabelModel(nn.Module):
         eval_token_weight: float | None = None,
         create: Callable[..., nn.Module] | None = None,
     ) -> None:
-        super().__init__()
-        self.backbone, self.create_backbone = backbone, create
+        super().__init__(backbone, create)
         self.img_size = height, width = both_sides(img_size)
         self.num_classes: int = backbone.num_classes
         if self.num_classes < 1:
@@ -99,21 +91,6 @@ class TokenLabelModel(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The class logits' classifier, the backbone's own."""
         return self.backbone.get_classifier()
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters besides norms and biases that the optimiser must not decay: the backbone's."""
-        names = getattr(self.backbone, "no_weight_decay", set)()
-        return {BACKBONE + name for name in names}
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
-        """timm's layer groups: the backbone's own, and the token head last. Raises AttributeError for a backbone that
-        states none."""
-        layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
-        return lambda name: (layers.get(name.removeprefix(BACKBONE), max(layers.values())),)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
-        self.backbone.set_grad_checkpointing(enable)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised images [B,3,H,W] -> the backbone's features, without MixToken."""
@@ -174,8 +151,8 @@ class TokenLabelModel(nn.Module):
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """timm's network in a model: of a TokenLabelModel its backbone, else the model."""
-    return model.backbone if isinstance(model, TokenLabelModel) else model
+    """timm's network in a model: the backbone of a model that puts its own parts behind one, else the model."""
+    return model.backbone if isinstance(model, OnBackbone) else model
 
 
 def backbone_state_dict(model: nn.Module) -> dict[str, Tensor]:

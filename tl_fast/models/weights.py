@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from tl_fast.models.backbone import BACKBONE
 from tl_fast.models.lvvit import PATCH, resize_pos_embed
-from tl_fast.models.token_label import BACKBONE, TokenLabelModel
+from tl_fast.models.token_label import TokenLabelModel
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.sides import Sides, both_sides
 
