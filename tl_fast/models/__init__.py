@@ -9,6 +9,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "loss": ["TokenLabelLoss"],
         "lvvit": ["LVViT"],
         "segmentation": ["Segmenter", "build_segmenter"],
+        "segmentation_loss": ["SegmentationLoss"],
+        "segmentation_step": ["SegmentStep"],
         "step": ["TrainStep"],
         "token_label": ["TokenLabelModel", "backbone_state_dict"],
     },

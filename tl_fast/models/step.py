@@ -33,6 +33,12 @@ ATTENTION_BACKENDS = {
 }
 
 
+def attention(backend: str) -> contextlib.AbstractContextManager:
+    """Inside, `backend` computes attention: "default", or one of ATTENTION_BACKENDS, without which torch then raises
+    RuntimeError."""
+    return contextlib.nullcontext() if backend == "default" else sdpa_kernel(ATTENTION_BACKENDS[backend])
+
+
 def usable_attention_backends(model: nn.Module, img_size: Sides, device: torch.device, dtype: str) -> list[str]:
     """The ATTENTION_BACKENDS with which `model` runs forward and backward on `device`, on images of `img_size` pixels
     in the type that the config's `dtype` means there."""
@@ -56,8 +62,8 @@ class TrainStep(nn.Module):
         criterion: the loss.
         normalise: uint8 images to float32.
         dtype: autocast type of the model: "float32", "bfloat16", or "auto" (see `normalise.autocast`).
-        attention_backend: "default", or one of ATTENTION_BACKENDS, without which torch then raises RuntimeError. Not
-            for a model with gradient checkpointing, which computes attention again outside this module.
+        attention_backend: see `attention`. Not for a model with gradient checkpointing, which computes attention again
+            outside this module.
         hard_labels: label smoothing 0..1 of targets that are their strongest class alone; None: targets as they come.
     """
 
@@ -103,14 +109,9 @@ class TrainStep(nn.Module):
             inputs, targets = mix(inputs, targets, mixing)
         if self.hard_labels is not None:
             targets = strongest_class(targets, self.hard_labels)
-        with autocast(images.device, self.dtype), self._attention():
+        with autocast(images.device, self.dtype), attention(self.attention_backend):
             cls_logits, token_logits = self.model(inputs, mix_box)
         return self.criterion(cls_logits, token_logits, targets, mix_box, ground_truth, with_terms=True)
-
-    def _attention(self) -> contextlib.AbstractContextManager:
-        if self.attention_backend == "default":
-            return contextlib.nullcontext()
-        return sdpa_kernel(ATTENTION_BACKENDS[self.attention_backend])
 
 
 def compiled(step: nn.Module, device: torch.device, mode: str = "default") -> Callable:
