@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import safetensors.torch
@@ -13,8 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tl_fast.models.backbone import BACKBONE
-from tl_fast.models.lvvit import PATCH, resize_pos_embed
-from tl_fast.models.token_label import TokenLabelModel
+from tl_fast.models.lvvit import PATCH, LVViT, resize_pos_embed
+from tl_fast.models.segmentation import Segmenter
+from tl_fast.models.token_label import TokenLabelModel, backbone_of
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.sides import Sides, both_sides
 
@@ -59,15 +61,19 @@ def read_file(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], list
 
 
 def fit(model: nn.Module, state: dict[str, Tensor], path: Path, trained_size: Sides | None = None) -> list[str]:
-    """Load a state dict into a model of `build_model`; remarks on what was adapted, to be shown to the user.
+    """Load a state dict into a model of `build_model` or `build_segmenter`; remarks on what was adapted, to be shown to
+    the user.
 
     Position embeddings are resized to the model's grid. Heads of another class count are left out, so the model keeps
-    its own. A TokenLabelModel takes its own names and those of its backbone alone, as timm knows them.
+    its own. A TokenLabelModel takes its own names and those of its backbone alone, as timm knows them. A Segmenter
+    takes its own names, and those of a classifier for its backbone, whose heads are left out.
     path: where the weights come from, for messages. trained_size: pixels that they were trained at; None: of a square.
     Raises WeightsError when anything else does not fit.
     """
     if isinstance(model, TokenLabelModel):
         return _fit_token_label_model(model, state, path, trained_size)
+    if isinstance(model, Segmenter):
+        return _fit_segmenter(model, state, path, trained_size)
     remarks: list[str] = []
     state, own = dict(state), model.state_dict()
     position = state.get("pos_embed")
@@ -107,14 +113,34 @@ def fit(model: nn.Module, state: dict[str, Tensor], path: Path, trained_size: Si
 def _fit_token_label_model(
     model: TokenLabelModel, state: dict[str, Tensor], path: Path, trained_size: Sides | None
 ) -> list[str]:
-    """`fit`, by way of a backbone made for the state's class count: timm's own loader renames what other code saved and
-    resizes what depends on the image size. It takes all weights for a square's, so that of those of another rectangle
-    the backbone is made for that one first."""
-    of_backbone = {key.removeprefix(BACKBONE): value for key, value in state.items() if key.startswith(BACKBONE)}
+    """`fit`, by way of a backbone made for the state's class count."""
     of_token_head = {key.removeprefix("token_head."): state[key] for key in state if key.startswith("token_head.")}
-    of_backbone = of_backbone or state
-    classes = class_count(of_backbone, heads(model.backbone)) or 0
-    overlay = dict(state_dict=dict(of_backbone), num_classes=classes, source="", custom_load=False, label_offset=0)
+    donor, classes, resized = _loaded_by_timm(model, _of_backbone(state), path, trained_size)
+    remarks = _take_backbone(model, donor, classes, str(path)) + resized
+    if not model.has_own_token_head:
+        if of_token_head and of_token_head["weight"].shape == model.token_head.weight.shape:
+            model.token_head.load_state_dict(of_token_head)
+        else:
+            remarks.append(f"{path}: holds no token head for {model.num_classes} classes, so that one starts anew")
+    return remarks
+
+
+def _of_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's weights under its own names; all of a state dict without a backbone."""
+    return {key.removeprefix(BACKBONE): value for key, value in state.items() if key.startswith(BACKBONE)} or state
+
+
+def _loaded_by_timm(
+    model: TokenLabelModel | Segmenter, state: dict[str, Tensor], path: Path, trained_size: Sides | None
+) -> tuple[nn.Module, int, list[str]]:
+    """A network such as the model's backbone, classifier included, with the weights of a state dict; its class count;
+    remarks on what was resized.
+
+    timm's own loader renames what other code saved and resizes what depends on the image size. It takes all weights for
+    a square's, so that of those of another rectangle the network is made for that one first. Raises WeightsError.
+    """
+    classes = class_count(state, heads(model.backbone)) or 0
+    overlay = dict(state_dict=dict(state), num_classes=classes, source="", custom_load=False, label_offset=0)
     name, size = type(model.backbone).__name__, both_sides(trained_size or model.img_size)
     if size[0] == size[1]:
         size = model.img_size
@@ -126,23 +152,65 @@ def _fit_token_label_model(
         raise WeightsError(f"{path} does not fit {name}: {error}") from error
     if size != model.img_size:
         _resize(donor, model, f"{path} was trained at {size} px, and")
-    remarks = _take_backbone(model, donor, classes, str(path))
     resized = [
-        f"{key} from {list(of_backbone[key].shape)} to {list(value.shape)}"
+        f"{key} from {list(state[key].shape)} to {list(value.shape)}"
         for key, value in donor.state_dict().items()
-        if key in of_backbone and of_backbone[key].shape != value.shape
+        if key in state and state[key].shape != value.shape
     ]
-    if resized:
-        remarks.append(f"{path}: resized {resized[0]}" + (f", and {len(resized) - 1} more" if resized[1:] else ""))
-    if not model.has_own_token_head:
-        if of_token_head and of_token_head["weight"].shape == model.token_head.weight.shape:
-            model.token_head.load_state_dict(of_token_head)
-        else:
-            remarks.append(f"{path}: holds no token head for {model.num_classes} classes, so that one starts anew")
+    more = f", and {len(resized) - 1} more" if resized[1:] else ""
+    return donor, classes, [f"{path}: resized {resized[0]}{more}"] if resized else []
+
+
+def _fit_segmenter(model: Segmenter, state: dict[str, Tensor], path: Path, trained_size: Sides | None) -> list[str]:
+    """`fit`, by way of a whole network such as the backbone was before it was pruned."""
+    own, of_backbone = model.state_dict(), _of_backbone(state)
+    is_segmenter = any(key in own and not key.startswith(BACKBONE) for key in state)
+    if is_segmenter:
+        # What the segmenter pruned, its checkpoint lacks: a new network's weights stand in, and nobody reads them.
+        _check_names(own, state, path, type(model).__name__)
+        of_backbone = {**model.create_backbone().state_dict(), **of_backbone}
+    if isinstance(model.backbone, LVViT):
+        donor = model.create_backbone()  # without heads
+        without_heads = {key: value for key, value in of_backbone.items() if not key.startswith(_HEADS)}
+        remarks = fit(donor, without_heads, path, trained_size)
+    else:
+        donor, _, remarks = _loaded_by_timm(model, of_backbone, path, trained_size)
+    if not is_segmenter:
+        return remarks + _take_features(model, donor, str(path))
+    _take_features(model, donor, str(path))
+    parts = {key: value for key, value in state.items() if not key.startswith(BACKBONE)}
+    classes = {key for key in parts if key.startswith(("classifier.", "aux_classifier."))}
+    wrong = sorted(key for key in parts if parts[key].shape != own[key].shape)
+    if set(wrong) - classes:
+        raise WeightsError(f"{path} does not fit {type(model).__name__}: {wrong[:5]} are of other shape")
+    if wrong:
+        remarks.append(
+            f"{path}: left out classifier and aux_classifier ({len(parts['classifier.bias'])} classes), as the model"
+            f" has {model.num_classes} classes: these keep their initial weights"
+        )
+    model.load_state_dict({key: value for key, value in parts.items() if key not in wrong}, strict=False)
     return remarks
 
 
-def _resize(donor: nn.Module, model: TokenLabelModel, origin: str) -> None:
+def _check_names(own: Iterable[str], given: Iterable[str], path: Path, kind: str) -> None:
+    missing, unexpected = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+    if missing or unexpected:
+        raise WeightsError(f"{path} does not fit {kind}: missing {missing[:5]}, unexpected {unexpected[:5]}")
+
+
+def _take_features(model: Segmenter, donor: nn.Module, origin: str) -> list[str]:
+    """Copy what the backbone has of a whole network of its kind; a remark on the heads. Raises WeightsError."""
+    given, own = donor.state_dict(), model.backbone.state_dict()
+    wrong = [key for key in own if key not in given or given[key].shape != own[key].shape]
+    if wrong:
+        raise WeightsError(
+            f"{origin} does not fit {type(model.backbone).__name__}: {wrong[:5]} missing, or of other shape"
+        )
+    model.backbone.load_state_dict({key: given[key] for key in own})
+    return [f"{origin}: took the backbone's features without classifiers; the segmentation heads start anew"]
+
+
+def _resize(donor: nn.Module, model: TokenLabelModel | Segmenter, origin: str) -> None:
     """Resize what depends on the image size of a network of the model's backbone's kind, from a rectangle. Raises
     WeightsError where timm cannot."""
     resize = getattr(donor, "set_input_size", None)
@@ -151,7 +219,8 @@ def _resize(donor: nn.Module, model: TokenLabelModel, origin: str) -> None:
         return
     # Convolutions fit any size; so do windows that are the same ones.
     windows, own_windows = (
-        [getattr(module, "window_size", None) for module in network.modules()] for network in (donor, model.backbone)
+        [module.window_size for module in network.modules() if hasattr(module, "window_size")]
+        for network in (donor, model.backbone)
     )
     if windows != own_windows or any(name.endswith("pos_embed") for name in donor.state_dict()):
         raise WeightsError(
@@ -160,11 +229,12 @@ def _resize(donor: nn.Module, model: TokenLabelModel, origin: str) -> None:
 
 
 def load_pretrained(model: nn.Module, name: str) -> list[str]:
-    """Load timm's pretrained weights into a model of `build_model`, from timm's cache or the hub; remarks for the user.
+    """Load timm's pretrained weights into a model of `build_model` or the backbone of one of `build_segmenter`, from
+    timm's cache or the hub; remarks for the user.
 
     Raises InputError where there are none, or none can be had.
     """
-    if not isinstance(model, TokenLabelModel):
+    if isinstance(backbone_of(model), LVViT):
         raise InputError(f"model {name}: no hub holds weights for it; set init_weights to a file instead of pretrained")
     try:
         # With as many classes as the weights have: timm then compares all names and shapes.
@@ -176,7 +246,10 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
             " init_weights to a file"
         )
         raise InputError(f"{no_pretrained_weights(name, error)}. {remedy}") from error
-    return _take_backbone(model, donor, classes, f"{name}'s pretrained weights")
+    origin = f"{name}'s pretrained weights"
+    if isinstance(model, Segmenter):
+        return _take_features(model, donor, origin)
+    return _take_backbone(model, donor, classes, origin)
 
 
 def no_pretrained_weights(name: str, error: Exception) -> str:

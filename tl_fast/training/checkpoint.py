@@ -306,7 +306,8 @@ def read_weights(path: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], l
 def load_weights(model: nn.Module, path: Path, use_ema: bool = True) -> list[str]:
     """Load weights of any origin (`read_weights`) into a model (`models.weights.fit`); remarks for the user."""
     state, remarks = read_weights(path, use_ema)
-    trained_size = read_meta(path)["config"].get("img_size") if path.is_dir() else None
+    config = read_meta(path)["config"] if path.is_dir() else {}
+    trained_size = config.get("img_size", config.get("crop_size"))  # a segmentation run has the latter
     return remarks + weights.fit(model, state, path, trained_size)
 
 
