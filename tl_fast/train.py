@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
-from tl_fast.training.config import parse_command
+from tl_fast.training.config import DESCRIPTION, TrainConfig
+from tl_fast.training.read_config import parse_command
 
 PROG = "train.py"
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
-    """The command line; see config.parse_command. prog: what messages call the command."""
+    """The command line; see read_config.parse_command. prog: what messages call the command."""
     with one_speaks_for_its_node():
-        config, show_traceback = parse_command(arguments, prog)
+        config, show_traceback = parse_command(TrainConfig, arguments, prog, DESCRIPTION)
     # Imported when the command line is in order: they take seconds.
     from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tl_fast.training.config import TrainConfig, parse_config, save_config
+from tl_fast.training.config import TrainConfig, parse_config
+from tl_fast.training.read_config import save_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

@@ -25,6 +25,7 @@ from tl_fast.training.data import check_class_names, check_size, images_a_pass, 
 from tl_fast.training.freeze import freeze_layers
 from tl_fast.training.kept_batches import KeptBatches
 from tl_fast.training.network import build_network, build_step, compiles, grid_of, set_train, silence_token_head
+from tl_fast.training.optimiser import Schedule, build_schedule
 from tl_fast.training.progress import Progress
 from tl_fast.training.stopping import Agreement
 from tl_fast.training.task import Task
@@ -95,6 +96,9 @@ class Classification(Task):
             size = config.img_size
             remarks.append(f"mix_token is off: {tokens} tokens do not divide {size} pixels into whole patches")
         return remarks
+
+    def build_schedule(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Schedule:
+        return build_schedule(optimizer, self.config, steps_per_epoch)
 
     def build_step(self, model: nn.Module) -> nn.Module:
         return build_step(model, self.config, self.ranks)

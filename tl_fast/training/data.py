@@ -7,11 +7,11 @@ from typing import Any
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks
-from tl_fast.training.config import TrainConfig
 from tl_fast.training.network import compiles
+from tl_fast.training.run_config import RunConfig
 
 
-def images_a_pass(config: TrainConfig, ranks: Ranks) -> int:
+def images_a_pass(config: RunConfig, ranks: Ranks) -> int:
     """Images of one forward pass of one rank. Raises InputError when settings do not fit the number or kind of
     ranks."""
     per_rank, rest = divmod(config.batch_size, ranks.world_size * config.accumulate)
@@ -32,7 +32,7 @@ def images_a_pass(config: TrainConfig, ranks: Ranks) -> int:
     return per_rank
 
 
-def loader_options(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+def loader_options(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """Arguments of every loader of a run."""
     return dict(
         seed=config.seed,
@@ -46,7 +46,7 @@ def loader_options(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     )
 
 
-def check_size(config: TrainConfig, train_loader: Loader) -> None:
+def check_size(config: RunConfig, train_loader: Loader) -> None:
     """Raises InputError for data of less than one global batch."""
     if len(train_loader) < config.accumulate:
         raise InputError(

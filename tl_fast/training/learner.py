@@ -13,7 +13,7 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before timm and torchvisio
 from timm.utils import ModelEmaV3
 
 from tl_fast.models.normalise import resolved_dtype
-from tl_fast.training.optimiser import Schedule, build_optimizer, build_schedule
+from tl_fast.training.optimiser import Schedule, build_optimizer
 from tl_fast.training.task import Task
 
 
@@ -48,7 +48,7 @@ def build_learner(task: Task, steps_per_epoch: int, *, load_init_weights: bool) 
     # With this gamma and power, timm's warm-up is min(decay, (1 + t) / (10 + t)) at step t, when told step t + 2.
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup, warmup_gamma=9, warmup_power=1)
     optimizer = ranks.agree(build_optimizer, model, config)
-    return Learner(model, ema, optimizer, build_schedule(optimizer, config, steps_per_epoch)), remarks
+    return Learner(model, ema, optimizer, task.build_schedule(optimizer, steps_per_epoch)), remarks
 
 
 def _load_weights(task: Task, model: nn.Module) -> list[str]:

@@ -26,7 +26,7 @@ from tl_fast.system.ranks import Ranks, join
 from tl_fast.training import checkpoint
 from tl_fast.training.checkpoint_writer import CheckpointWriter
 from tl_fast.training.classification import Classification
-from tl_fast.training.config import TrainConfig, save_config
+from tl_fast.training.config import TrainConfig
 from tl_fast.training.learner import Learner, build_learner
 from tl_fast.training.lock import sole_writer
 from tl_fast.training.meter import Meter
@@ -34,8 +34,10 @@ from tl_fast.training.network import compiles
 from tl_fast.training.nonfinite import NonFinite
 from tl_fast.training.optimiser import highest_lr
 from tl_fast.training.progress import Progress
+from tl_fast.training.read_config import save_config
 from tl_fast.training.record import complete_record, versions, write_record
 from tl_fast.training.resume import choose, identify, resume
+from tl_fast.training.run_config import RunConfig
 from tl_fast.training.runlog import RunLog
 from tl_fast.training.stopping import Agreement, StopSignals
 from tl_fast.training.task import Task
@@ -79,7 +81,8 @@ def _run(task: Task, writer: CheckpointWriter, agreement: Agreement) -> dict[str
     config, ranks, train_loader = task.config, task.ranks, task.train_loader
     folder = Path(config.output_dir)
     steps_per_epoch = len(train_loader) // config.accumulate
-    end = min(config.total_epochs * steps_per_epoch, config.max_steps or math.inf)
+    milestones = config.milestones(steps_per_epoch)
+    end = milestones.end
     chosen = choose(config, ranks)
     learner, remarks = build_learner(task, steps_per_epoch, load_init_weights=chosen is None)
     model, ema, optimizer = learner.model, learner.ema, learner.optimizer
@@ -112,24 +115,25 @@ def _run(task: Task, writer: CheckpointWriter, agreement: Agreement) -> dict[str
             f" {ranks.device.type}; from step {begun} to {end}"
         )
         while True:
-            # Between epochs, or where a run starts or ends: validate and save what is due
+            # At a pause, or where a run starts: validate and save what is due
             unsaved, improved = saved_step != progress.global_step, False
             if progress.global_step and not agreement.now():
-                if task.val_loader is not None and _validation_is_due(config, progress, end):
+                if task.val_loader is not None and milestones.validation_is_due(progress):
                     metrics = task.validate(agreement)
                     if not agreement.now():  # else the metrics are of a part of the set
                         progress.last_validation, progress.validated, unsaved = metrics, True, True
                         improved = ranks.on_main(_is_best, writer, progress.global_step, metrics, task.score_metrics)
                         log.row("val", progress.global_step, progress.epoch, metrics, task.in_words(metrics))
-            if unsaved and (agreement.now() or _checkpoint_is_due(config, progress, end, improved)):
+            if unsaved and (agreement.now() or milestones.checkpoint_is_due(progress, improved)):
                 _save(writer, ranks, learner, progress, guard, facts)
                 agreement.saved()
                 saved_step = progress.global_step
             if progress.global_step >= end or agreement.now():
                 break
 
-            # Epoch
-            goes_on = progress.global_step + steps_per_epoch - progress.step_in_epoch < end
+            # Epoch, or what comes of it before the next pause
+            pause, end_of_epoch = milestones.pause(progress), milestones.end_of_epoch(progress)
+            goes_on = pause == end_of_epoch < end
             train_loader.set_epoch(
                 progress.epoch,
                 start_step=progress.step_in_epoch * config.accumulate,
@@ -138,7 +142,7 @@ def _run(task: Task, writer: CheckpointWriter, agreement: Agreement) -> dict[str
             )
             task.set_train(model)
             with meter.epoch(train_loader):
-                while progress.step_in_epoch < steps_per_epoch and progress.global_step < end and not agreement.stop:
+                while progress.global_step < pause and not agreement.stop:
                     # Step
                     step = progress.global_step
                     seed_step(config.seed, step, ranks.rank)
@@ -164,12 +168,10 @@ def _run(task: Task, writer: CheckpointWriter, agreement: Agreement) -> dict[str
                     log.advance(progress.global_step, progress.epoch)
                     meter.end_step()
 
-                    # Save within an epoch
-                    every = config.checkpoint_steps
+                    # Save before the pause
                     writer.check()
-                    due = agreement.after_step() or every is not None and progress.global_step % every == 0
-                    within = progress.step_in_epoch < steps_per_epoch and progress.global_step < end
-                    if due and within and not agreement.stop:
+                    due = agreement.after_step() or milestones.checkpoint_is_due_between(progress)
+                    if due and progress.global_step < pause and not agreement.stop:
                         with meter.saving():
                             _save(writer, ranks, learner, progress, guard, facts)
                             agreement.saved()
@@ -192,7 +194,7 @@ def _run(task: Task, writer: CheckpointWriter, agreement: Agreement) -> dict[str
     return summary
 
 
-def _resolved(config: TrainConfig, ranks: Ranks, train_loader: Loader) -> dict[str, Any]:
+def _resolved(config: RunConfig, ranks: Ranks, train_loader: Loader) -> dict[str, Any]:
     """What came of the config's "auto" and null."""
     return {
         "device": str(ranks.device),
@@ -205,22 +207,10 @@ def _resolved(config: TrainConfig, ranks: Ranks, train_loader: Loader) -> dict[s
     }
 
 
-def _record_start(config: TrainConfig, step: int, running_on: dict[str, str | None], resolved: dict[str, Any]) -> None:
+def _record_start(config: RunConfig, step: int, running_on: dict[str, str | None], resolved: dict[str, Any]) -> None:
     folder = Path(config.output_dir)
     save_config(config, folder / "config.yaml")
     write_record(folder, config, step, running_on, resolved)
-
-
-def _validation_is_due(config: TrainConfig, progress: Progress, end: float) -> bool:
-    """Asked where an epoch or the run has ended, or starts."""
-    between_epochs = progress.step_in_epoch == 0 and progress.epoch % config.eval_every == 0
-    return not progress.validated and (progress.global_step == end or between_epochs)
-
-
-def _checkpoint_is_due(config: TrainConfig, progress: Progress, end: float, improved: bool) -> bool:
-    """Asked where an epoch or the run has ended, or starts. improved: these weights are the best so far."""
-    between_epochs = progress.step_in_epoch == 0 and (progress.epoch % config.checkpoint_every == 0 or improved)
-    return progress.global_step == end or between_epochs
 
 
 def _save(

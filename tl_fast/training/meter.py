@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tl_fast.pipeline.batch import Batch
 from tl_fast.system.ranks import Ranks
-from tl_fast.training.config import TrainConfig
 from tl_fast.training.nonfinite import NonFinite
+from tl_fast.training.run_config import RunConfig
 from tl_fast.training.runlog import RunLog
 
 # One step's values on the device, float32 [5]: loss, gradient norm, the loss's two terms, and 1 where it was not finite
@@ -61,7 +61,7 @@ class Meter:
     """
 
     def __init__(
-        self, ranks: Ranks, guard: NonFinite, log: RunLog, config: TrainConfig, loss_terms: tuple[str, str]
+        self, ranks: Ranks, guard: NonFinite, log: RunLog, config: RunConfig, loss_terms: tuple[str, str]
     ) -> None:
         self.ranks, self.guard, self.log, self.config, self.loss_terms = ranks, guard, log, config, loss_terms
         self.row: dict[str, float] = {}  # of the last window reported

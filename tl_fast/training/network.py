@@ -15,6 +15,7 @@ from tl_fast.models.step import TrainStep, compiled, usable_attention_backends
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks
 from tl_fast.training.config import TrainConfig
+from tl_fast.training.run_config import RunConfig
 
 # What torch before 2.13 calls broadcast_buffers, and later ones warn of.
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -59,7 +60,7 @@ def set_train(model: nn.Module, freeze_norms: bool = False) -> None:
                 module.eval()
 
 
-def compiles(config: TrainConfig, device: torch.device) -> bool:
+def compiles(config: RunConfig, device: torch.device) -> bool:
     """Whether the training step is compiled: by default on GPUs."""
     return device.type == "cuda" if config.compile is None else config.compile
 
@@ -87,7 +88,7 @@ def build_step(model: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module
     return over_ranks(step, config, ranks)
 
 
-def over_ranks(step: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
+def over_ranks(step: nn.Module, config: RunConfig, ranks: Ranks) -> nn.Module:
     """A step, compiled where the config asks for it, and with several ranks in DistributedDataParallel."""
     if compiles(config, ranks.device):
         step = compiled(step, ranks.device, config.compile_mode)

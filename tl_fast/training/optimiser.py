@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,9 +17,10 @@ from timm.scheduler import CosineLRScheduler
 from tl_fast.models.token_label import backbone_of
 from tl_fast.system.mistakes import InputError
 from tl_fast.training.config import TrainConfig
+from tl_fast.training.run_config import RunConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; no decay on norms, biases, class token and position embeddings.
 
     With layer_decay every parameter group has an `lr_scale`, by which the schedule multiplies its rates. The model's
@@ -43,21 +45,28 @@ def highest_lr(optimizer: torch.optim.Optimizer) -> float:
     return max(group["lr"] for group in optimizer.param_groups)
 
 
+class Schedule(Protocol):
+    """The learning rate, a function of the global step alone. A parameter group with an `lr_scale` gets that share of
+    it."""
+
+    def step_update(self, step: int) -> None:
+        """Set the optimiser's learning rate for the step that comes after `step` others."""
+
+
 @dataclass(frozen=True)
-class Schedule:
-    """The learning rate, a function of the global step alone."""
+class CosineSchedule:
+    """timm's cosine with warm-up."""
 
     cosine: CosineLRScheduler  # over steps, or over epochs
     steps: int  # for which a learning rate holds
 
     def step_update(self, step: int) -> None:
-        """Set the optimiser's learning rate for the step that comes after `step` others."""
         self.cosine.step_update(step // self.steps)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> Schedule:
-    """Linear warm-up, cosine to min_lr over `epochs`, min_lr after: at every step or, by epoch, the same within one. A
-    parameter group with an `lr_scale` gets that share of it."""
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> CosineSchedule:
+    """Linear warm-up, cosine to min_lr over `epochs`, min_lr after: at every step or, by epoch, the same within
+    one."""
     by_step = config.schedule_by == "step"
     length = steps_per_epoch if by_step else 1  # of an epoch, in the scheduler's units
     cosine = CosineLRScheduler(
@@ -68,4 +77,4 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_
         warmup_t=round(config.warmup_epochs * steps_per_epoch) if by_step else config.warmup_epochs,
         warmup_lr_init=config.warmup_lr,
     )
-    return Schedule(cosine, 1 if by_step else steps_per_epoch)
+    return CosineSchedule(cosine, 1 if by_step else steps_per_epoch)

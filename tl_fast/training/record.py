@@ -18,7 +18,7 @@ import tl_fast
 from tl_fast.system.atomic import write_atomic
 from tl_fast.system.ranks import Ranks
 from tl_fast.system.versions import commit, version
-from tl_fast.training.config import TrainConfig
+from tl_fast.training.run_config import RunConfig
 
 RECORD = "run.json"
 
@@ -65,7 +65,7 @@ def read_record(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_record(
-    folder: Path, config: TrainConfig, step: int, versions: dict[str, str | None], resolved: dict[str, Any]
+    folder: Path, config: RunConfig, step: int, versions: dict[str, str | None], resolved: dict[str, Any]
 ) -> None:
     """Add this start at `step` to the run's record: time, command, versions and commit, the recipe, and what came of
     its "auto" and null."""

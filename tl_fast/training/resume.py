@@ -15,27 +15,13 @@ from tl_fast.beton.samples import Samples
 from tl_fast.system.mistakes import InputError, share
 from tl_fast.system.ranks import Ranks
 from tl_fast.training import checkpoint
-from tl_fast.training.config import TrainConfig
 from tl_fast.training.learner import Learner
 from tl_fast.training.progress import Progress
 from tl_fast.training.record import began_here
-
-# A run continued with other values of these would be neither the old run nor a new one.
-FIXED_ON_RESUME = (
-    "model",
-    "model_kwargs",
-    "img_size",
-    "num_classes",
-    "token_label",
-    "freeze",
-    "layer_decay",
-    "batch_size",
-    "seed",
-    "steps_per_epoch",
-)
+from tl_fast.training.run_config import RunConfig
 
 
-def choose(config: TrainConfig, ranks: Ranks) -> Path | None:
+def choose(config: RunConfig, ranks: Ranks) -> Path | None:
     """The checkpoint that `config.resume` asks to continue from, None to start afresh; the main rank alone looks, so
     that all take the same.
 
@@ -50,7 +36,7 @@ def choose(config: TrainConfig, ranks: Ranks) -> Path | None:
 
 def resume(
     chosen: Path | None,
-    config: TrainConfig,
+    config: RunConfig,
     ranks: Ranks,
     steps_per_epoch: int,
     data: dict[str, Any],
@@ -59,8 +45,9 @@ def resume(
     """Load the chosen checkpoint, if any, into the learner on every rank; where to continue.
 
     Rank 0 alone reads the files, and passes on what it has read: the others need not see output_dir. On every rank
-    raises CheckpointError for a broken checkpoint, and when one of FIXED_ON_RESUME or the `data` (see identify) differs
-    from what it was trained with; InputError when the ranks do not have the same data.
+    raises CheckpointError for a broken checkpoint, and when a field in the config's `fixed_on_resume`, the steps of an
+    epoch, or the `data` (see identify) differ from what it was trained with; InputError when the ranks do not have the
+    same data.
     """
     first, *others = ranks.gather(data)
     for rank, other in enumerate(others, 1):
@@ -83,16 +70,13 @@ def resume(
     return progress
 
 
-def _restore(
-    chosen: Path, config: TrainConfig, steps_per_epoch: int, data: dict[str, Any], learner: Learner
-) -> Progress:
+def _restore(chosen: Path, config: RunConfig, steps_per_epoch: int, data: dict[str, Any], learner: Learner) -> Progress:
     """Load a checkpoint that is of this run; where to continue. Raises CheckpointError."""
     meta = checkpoint.read_meta(chosen)
     then = meta["config"] | {"steps_per_epoch": meta["steps_per_epoch"]}
     now = config.to_dict() | {"steps_per_epoch": steps_per_epoch}
-    different = [
-        f"{name} {then.get(name)!r} -> {now[name]!r}" for name in FIXED_ON_RESUME if then.get(name) != now[name]
-    ]
+    fixed = (*config.fixed_on_resume, "steps_per_epoch")
+    different = [f"{name} {then.get(name)!r} -> {now[name]!r}" for name in fixed if then.get(name) != now[name]]
     if "data" in meta and not _same_data(meta["data"], data):  # checkpoints of earlier versions do not say
         different.append(f"train_data {_words(meta['data'])} -> {_words(data)}")
     if different:
@@ -146,7 +130,7 @@ def _words(data: dict[str, Any]) -> str:
     return f"{data['samples']} samples with digest {data['digest']} ({', '.join(data['files'])})"
 
 
-def _choose(config: TrainConfig, restarts: int) -> Path | None:
+def _choose(config: RunConfig, restarts: int) -> Path | None:
     folder = Path(config.output_dir) / "checkpoints"
     if folder.is_dir():
         checkpoint.recover(folder)

@@ -6,13 +6,15 @@ import abc
 import dataclasses
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tl_fast.pipeline.batch import Batch
 from tl_fast.pipeline.loader import Loader
 from tl_fast.system.ranks import Ranks
-from tl_fast.training.config import TrainConfig
+from tl_fast.training.optimiser import Schedule
 from tl_fast.training.progress import Progress
+from tl_fast.training.run_config import RunConfig
 from tl_fast.training.stopping import Agreement
 
 
@@ -29,7 +31,7 @@ class Task(abc.ABC):
     score_metrics: ClassVar[tuple[str, ...]]
     """The metrics that judge a checkpoint: that with the largest of them is the best."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.train_loader: Loader | None = None
         self.val_loader: Loader | None = None
@@ -70,6 +72,10 @@ class Task(abc.ABC):
     def prepare(self, model: nn.Module) -> list[str]:
         """Freeze what does not learn, after the weights are loaded; remarks for the user. Raises InputError. Speaks to
         no other rank."""
+
+    @abc.abstractmethod
+    def build_schedule(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Schedule:
+        """The learning rate from step to step."""
 
     @abc.abstractmethod
     def build_step(self, model: nn.Module) -> nn.Module:
