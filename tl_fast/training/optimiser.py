@@ -18,6 +18,7 @@ from tl_fast.models.token_label import backbone_of
 from tl_fast.system.mistakes import InputError
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.run_config import RunConfig
+from tl_fast.training.segment_config import SegmentConfig
 
 
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
@@ -78,3 +79,44 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_
         warmup_lr_init=config.warmup_lr,
     )
     return CosineSchedule(cosine, 1 if by_step else steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class PolySchedule:
+    """mmsegmentation's: a polynomial from `lr` to `min_lr` over `steps`, and during the first `warmup_steps` a share of
+    it that rises linearly from `warmup_ratio` to 1. (timm's PolyLRScheduler rises to `lr` itself instead, from which it
+    then drops onto the polynomial.)"""
+
+    optimizer: torch.optim.Optimizer
+    lr: float
+    min_lr: float
+    steps: int
+    power: float
+    warmup_steps: int
+    warmup_ratio: float
+
+    def step_update(self, step: int) -> None:
+        lr = self.rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the step that comes after `step` others."""
+        left = max(1 - step / self.steps, 0.0)
+        lr = self.min_lr + (self.lr - self.min_lr) * left**self.power
+        if step < self.warmup_steps:
+            lr *= 1 - (1 - step / self.warmup_steps) * (1 - self.warmup_ratio)
+        return lr
+
+
+def build_poly_schedule(optimizer: torch.optim.Optimizer, config: SegmentConfig) -> PolySchedule:
+    """The schedule of a segmentation run."""
+    return PolySchedule(
+        optimizer,
+        lr=config.peak_lr,
+        min_lr=config.min_lr,
+        steps=config.steps,
+        power=config.poly_power,
+        warmup_steps=config.warmup_steps,
+        warmup_ratio=config.warmup_ratio,
+    )
