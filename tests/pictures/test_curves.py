@@ -136,3 +136,13 @@ def test_options_of_betons_and_other_formats_are_refused(tmp_path, capsys):
         with pytest.raises(SystemExit):
             show.main([str(run), *arguments])
         assert named in capsys.readouterr().err
+
+
+def test_a_segmentation_run_has_its_own_terms_and_mean_iou(tmp_path):
+    losses = {"loss": 1.4, "decoder_loss": 1.0, "aux_loss": 1.0}
+    rows = [{"kind": "train", "step": step, "epoch": 0, **losses} for step in (10, 20)]
+    rows += [{"kind": "val", "step": 20, "epoch": 0, "val_miou_ema": 40.0, "val_miou_raw": 39.0}]
+    figure = curves.figure_of("run", rows, ())
+    assert titles(figure) == ["training loss", "validation mIoU"]
+    assert points(figure.axes[0]).keys() == {"loss 1.4", "decoder 1", "aux 1"}
+    assert points(figure.axes[1]) == {"EMA 40": [(20, 40.0)], "raw 39": [(20, 39.0)]}

@@ -1,8 +1,8 @@
 """The curves of a run, drawn from its metrics.jsonl: `python -m tl_fast.show RUN_DIR` writes RUN_DIR/curves.png.
 
-One panel a quantity over optimiser steps: loss with its class and token terms, validation top-1 and loss of EMA and raw
-weights, learning rate, gradient norm, images/s, data wait. Grey vertical lines are the steps at which the run was
-continued after a stop.
+One panel a quantity over optimiser steps: loss with its two terms, validation top-1 (mIoU in segmentation) and loss of
+EMA and raw weights, learning rate, gradient norm, images/s, data wait. Grey vertical lines are the steps at which the
+run was continued after a stop.
 """
 
 from __future__ import annotations
@@ -50,9 +50,12 @@ class Panel:
     scale: float = 1
 
 
+# The loss's two terms are those of classification or of segmentation.
+LOSSES = {"loss": "loss", "class_loss": "class", "token_loss": "tokens", "decoder_loss": "decoder", "aux_loss": "aux"}
 PANELS = (
-    Panel("training loss", "nats", "train", {"loss": "loss", "class_loss": "class", "token_loss": "tokens"}),
+    Panel("training loss", "nats", "train", LOSSES),
     Panel("validation top-1", "%", "val", {"val_top1_ema": "EMA", "val_top1_raw": "raw"}),
+    Panel("validation mIoU", "%", "val", {"val_miou_ema": "EMA", "val_miou_raw": "raw"}),
     Panel("validation loss", "nats", "val", {"val_loss_ema": "EMA", "val_loss_raw": "raw"}),
     Panel("learning rate", "", "train", {"lr": "lr"}, zero=True),
     Panel("gradient norm before clipping", "", "train", {"grad_norm": "norm"}, zero=True),
