@@ -44,7 +44,7 @@ def count_pixels(
     visits = torch.zeros(samples, dtype=torch.int64)
     with in_eval_mode([segmenter.model for segmenter in segmenters]):
         for (sample_id, image, mask), answers in segment(segmenters, _images(batches, ranks.device), inference):
-            predictions = [probabilities.argmax(dim=0).to(torch.uint8) for probabilities in answers]
+            predictions = [class_scores.argmax(dim=0).to(torch.uint8) for class_scores in answers]
             for matrix, predicted in zip(matrices, predictions, strict=True):
                 update(matrix, predicted, mask, ignore_index)
             visits[sample_id] += 1

@@ -152,33 +152,41 @@ def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
 class _Task:
     """An image on its way: collects its windows' logits, in their order, view after view.
 
-    probabilities: of every call, float32 [C, *size], after the last window.
+    scores: of every call, float32 [C, *size], after the last window (see `segment`).
     """
 
     def __init__(self, sides: tuple[int, int], size: tuple[int, int], key: Any, inference: Inference) -> None:
         self.key, self._size = key, size
         self.views = _views(*sides, inference)
         self._windows = iter([(view, start) for view in self.views for start in view.starts])
-        self.probabilities: list[Tensor] = []
+        self.scores: list[Tensor] = []
         self._sums: list[Tensor] = []
 
     def add(self, logits: Sequence[Tensor]) -> bool:
         """Take every call's logits [C, h / s, w / s] of the next window; True after the last one."""
-        view, (top, left) = next(self._windows)
-        if (top, left) == view.starts[0]:
-            self._sums = [one.new_zeros(len(one), *view.padded) for one in logits]
-        for sums, one in zip(self._sums, logits, strict=True):
-            sums[:, top : top + view.window[0], left : left + view.window[1]] += _bilinear(one, view.window)
-        if (top, left) != view.starts[-1]:
+        view, start = next(self._windows)
+        self._add_window([_bilinear(one, view.window) for one in logits], view, start)
+        if start != view.starts[-1]:
             return False
-        shares = [_bilinear(view.average(sums), self._size).softmax(dim=0) / len(self.views) for sums in self._sums]
-        self._sums = []
-        if self.probabilities:
-            for total, share in zip(self.probabilities, shares, strict=True):
-                total += share
+        means = [_bilinear(view.average(sums), self._size) for sums in self._sums]
+        if len(self.views) == 1:
+            self.scores = means
+        elif view is self.views[0]:
+            self.scores = [mean.softmax(dim=0) for mean in means]
         else:
-            self.probabilities = shares
+            for total, mean in zip(self.scores, means, strict=True):
+                total += mean.softmax(dim=0)
         return view is self.views[-1]
+
+    def _add_window(self, logits: list[Tensor], view: _View, start: tuple[int, int]) -> None:
+        if len(view.starts) == 1:
+            self._sums = logits
+            return
+        if start == view.starts[0]:
+            self._sums = [one.new_zeros(len(one), *view.padded) for one in logits]
+        top, left = start
+        for sums, one in zip(self._sums, logits, strict=True):
+            sums[:, top : top + view.window[0], left : left + view.window[1]] += one
 
 
 def _bilinear(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -191,17 +199,18 @@ def _bilinear(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def segment(
     calls: Sequence[Call], images: Iterable[tuple[Tensor, tuple[int, int], Any]], inference: Inference
 ) -> Iterator[tuple[Any, list[Tensor]]]:
-    """Probabilities of the classes of images' pixels, from several networks at once.
+    """Scores of the classes of images' pixels, from several networks at once: the class of the highest score is the
+    predicted one. With several scales or flips they are sums of probabilities, else the logits.
 
     images: of each one its pixels uint8 [3, H, W] on the networks' device, the (height, width) of the result, and
-    anything to know it by, its key. Yields in the same order the key, and of every call the probabilities float32
+    anything to know it by, its key. Yields in the same order the key, and of every call the scores float32
     [C, height, width]. Takes images from the iterable until their windows fill a batch.
     """
     for group in _groups(images, inference):
         stacked = torch.stack([window for _, window in group])
         for (task, _), *logits in zip(group, *(call(stacked) for call in calls), strict=True):
             if task.add(logits):
-                yield task.key, task.probabilities
+                yield task.key, task.scores
 
 
 def _groups(
@@ -227,6 +236,7 @@ def _groups(
 def probabilities(call: Call, images: Tensor, size: tuple[int, int], inference: Inference) -> Tensor:
     """Probabilities float32 [B, C, *size] of the classes of every pixel; images: uint8 [B, 3, H, W] on the device of
     `call`; size: (height, width) of the result."""
-    return torch.stack(
-        [values for _, (values,) in segment([call], ((image, size, None) for image in images), inference)]
-    )
+    results = segment([call], ((image, size, None) for image in images), inference)
+    scores = torch.stack([values for _, (values,) in results])
+    views = len(inference.scales) * (1 + inference.flip)
+    return scores.softmax(dim=1) if views == 1 else scores / views
