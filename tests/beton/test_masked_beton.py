@@ -158,7 +158,7 @@ for image, label, mask, crc in Loader(sys.argv[1], batch_size=4, num_workers=1, 
         stored = reader.mask_bytes(i)
         assert (row[: len(stored)] == stored).all()
         i += 1
-print(i, image.shape[1:])
+print(i, *image.shape[1:])
 """
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=250)
-    assert result.stdout.split() == ["10", *str((96, 128, 3)).split()], result.stderr
+    assert result.stdout.split() == ["10", "96", "128", "3"], result.stderr
