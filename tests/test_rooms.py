@@ -168,5 +168,5 @@ def test_a_wheel_holds_every_module(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "-w", tmp_path, source], check=True, capture_output=True, text=True)
     (wheel,) = tmp_path.glob("tl_fast-*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
-    assert packed == {str(path.relative_to(ROOT)) for path in MODULES.values()}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", ".csv"))}
+    assert packed == {str(path.relative_to(ROOT)) for path in [*MODULES.values(), *PACKAGE.rglob("*.csv")]}

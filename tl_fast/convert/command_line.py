@@ -1,6 +1,7 @@
-"""Images and label maps → one .beton file. Also: what is in such a file, and is it sound?
+"""Images with label maps or masks → one .beton file. Also: what is in such a file, and is it sound?
 
     python converters/to_beton.py IMAGES OUT.beton [--label-maps MAPS [--extent full|center_square]] [options]
+    python converters/to_beton.py IMAGES OUT.beton --masks DIR --mask-classes TABLE [options]
     python converters/to_beton.py info FILE.beton ...
     python converters/to_beton.py verify FILE.beton ... [--decode]
 
@@ -9,7 +10,8 @@
 IMAGES: a folder with one folder per class (torchvision's layout), the official ImageNet tars as downloaded, Hugging
 Face parquet shards, WebDataset shards, or betons; several files, a folder of them, or a pattern in quotes. MAPS: a
 store that `python -m tl_fast.annotate` made, or the published label maps (one .pt an image), in a folder or still in
-their archive. docs/converting.md has the details.
+their archive. DIR: a folder of PNGs laid out as the images are, with the class of every pixel. docs/converting.md has
+the details.
 
 The file appears when it is whole. Killed runs and runs that failed leave `.OUT.beton.partial`, from which --resume goes
 on. Exit code 0: done, sound; 1: an error or a damaged file, said on stderr; 2: wrong usage.
@@ -25,6 +27,7 @@ from typing import Any
 
 from tl_fast.convert.options import PAGE_SIZE, EncodeOptions, RunOptions, take_options
 from tl_fast.labelmaps.format import EXTENTS
+from tl_fast.masks.classes import IGNORED, TABLES
 from tl_fast.sources.image import EXIF
 from tl_fast.sources.open import add_source_options
 from tl_fast.sources.rejects import add_reject_options
@@ -63,6 +66,15 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
         help="store of tl_fast.annotate, or the published maps; default: none",
     )
     group.add_argument("--extent", choices=EXTENTS, help="what the published maps span; must be said for them")
+    group.add_argument("--masks", type=Path, metavar="DIR", help="of segmentation: a PNG of classes an image")
+    group.add_argument(
+        "--mask-classes",
+        metavar="TABLE",
+        help=f"what their values mean: {', '.join(TABLES)}, a CSV file (id, train_id, name), or a number of classes",
+    )
+    group.add_argument(
+        "--ignore-index", type=int, default=IGNORED, metavar="N", help=f"value of unlabelled pixels (default {IGNORED})"
+    )
     add_source_options(group)
     group.add_argument(
         "--order", choices=("source", "shuffled"), default="source", help="of the samples in the file (default source)"

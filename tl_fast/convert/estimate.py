@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tl_fast.beton.layout import ALLOCATION, IMAGE, LABEL_MAP, BetonError
+from tl_fast.beton.layout import ALLOCATION, BYTES, IMAGE, LABEL_MAP, BetonError
 from tl_fast.convert.data_file import Encoded
 from tl_fast.convert.encode import encode
 from tl_fast.convert.options import EncodeOptions
@@ -38,28 +38,32 @@ class Estimate:
 def estimate(conversion: Conversion, options: EncodeOptions, tries: int = 32) -> Estimate:
     """Convert `tries` samples, evenly spread, to nowhere, and scale by the sizes of the inputs."""
     spec = None if conversion.maps is None else conversion.maps.spec
+    masks = None if conversion.masks is None else conversion.masks.spec
     tried = np.unique(np.linspace(0, len(conversion) - 1, tries).astype(int)).tolist()
     actions: Counter[str] = Counter()
-    problems, read, written, started = [], 0, 0, time.perf_counter()
+    problems, read, written, mask_sizes, started = [], 0, 0, [0], time.perf_counter()
     for number in sorted(tried, key=conversion.indices.__getitem__):
         # What was decoded beside earlier samples would stay in memory during the conversion.
         conversion.source.release(but_for=int(conversion.indices[number]))
         sample = conversion[number]
-        result = encode(sample, spec, None, options)
+        result = encode(sample, spec, masks, options)
         if isinstance(result, Encoded):
             actions[result.image.action] += 1
             actions["stripped"] += result.image.stripped > 0
             actions["rotated"] += result.image.rotated
             read += int(conversion.source.sizes[conversion.indices[number]])
             written += sum(map(len, result.image.parts))
+            mask_sizes += [len(result.payloads[-1][0])] if masks is not None else []
         else:
             problems.append(f"{sample.name}: {reason_of(result)}")
     seconds = (time.perf_counter() - started) / len(tried) * len(conversion)
     conversion.source.release()
     images = int(conversion.source.sizes[conversion.indices].sum()) * (written / read if read else 1)
-    maps = 0 if spec is None else spec.dtype.itemsize + LABEL_MAP.itemsize + ALLOCATION.itemsize
+    payloads = 0 if spec is None else spec.dtype.itemsize + LABEL_MAP.itemsize + ALLOCATION.itemsize
+    if masks is not None:
+        payloads += sum(mask_sizes) / max(len(mask_sizes) - 1, 1) + BYTES.itemsize + ALLOCATION.itemsize
     ids = sum(len(conversion.source.ids[i]) for i in conversion.indices.tolist())
-    tables = len(conversion) * (maps + IMAGE.itemsize + ALLOCATION.itemsize + 16 + 4) + ids
+    tables = len(conversion) * (payloads + IMAGE.itemsize + ALLOCATION.itemsize + 16 + 4) + ids
     return Estimate(len(tried), actions, problems, int(images + tables), seconds)
 
 

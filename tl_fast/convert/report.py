@@ -33,16 +33,19 @@ def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
 
 def print_plan(console: Console, out: Path, conversion: Conversion, expected: Estimate) -> None:
     """What a run would do."""
-    source, missing, label_maps = conversion.source, len(conversion.without_map), "none"
-    if conversion.maps is not None:
-        label_maps = f"{len(conversion) - missing:,} found, {missing:,} missing"
+    source = conversion.source
+
+    def counted(has: bool, missing: int) -> str:
+        return f"{len(conversion) - missing:,} found, {missing:,} missing" if has else "none"
+
     tried = f"of {expected.tried} tried"
     actions = [(f"{tried}, {action}", f"{count:,}") for action, count in expected.actions.items() if count]
     rows = [
         ("source", f"{source.kind} {source.root}"),
         ("samples", f"{len(conversion):,} of {len(source.ids):,} in {len(source.class_names):,} classes"),
         ("files ignored", f"{source.ignored:,}"),
-        ("label maps", label_maps),
+        ("label maps", counted(conversion.maps is not None, len(conversion.without_map))),
+        ("masks", counted(conversion.masks is not None, len(conversion.without_mask))),
         *actions,
         (f"{tried}, bad", f"{len(expected.problems):,}"),
         ("file", f"about {expected.size / 1e9:,.3g} GB; {free_space(out) / 1e9:,.3g} GB are free"),
@@ -76,6 +79,7 @@ def print_summary(
         ("files ignored (no image by name)", f"{source.ignored:,}"),
         ("images", f"{summary.image_bytes / 1e6:,.1f} MB"),
         ("label maps", f"{summary.label_map_bytes / 1e6:,.1f} MB" if conversion.maps is not None else "none"),
+        ("masks", f"{summary.mask_bytes / 1e6:,.1f} MB" if conversion.masks is not None else "none"),
         ("file", f"{megabytes:,.1f} MB"),
         ("speed", speed),
         *([("taken from an earlier run", f"{summary.resumed:,} samples")] if summary.resumed else []),

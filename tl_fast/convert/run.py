@@ -19,6 +19,9 @@ from tl_fast.convert.partial_file import partial_paths
 from tl_fast.convert.report import print_plan, print_summary
 from tl_fast.convert.selection import Conversion, Shard, annotator_record, difference, open_maps
 from tl_fast.convert.write import Description, WriteSummary, write
+from tl_fast.masks.classes import IGNORED, read_classes
+from tl_fast.masks.folder import MaskFolder
+from tl_fast.sources.source import Source, read_class_names
 from tl_fast.system.progress import ProgressDisplay
 
 
@@ -28,13 +31,18 @@ class Inputs:
 
     images, labels, class_names, image_column, label_column: as `tl_fast.beton.source.open_images` takes them.
     label_maps: a store of label maps or the published ones; None: the beton gets none. extent: what the published ones
-    span. exif: ignore or apply, for the images and their label maps alike; None: as the images were converted before,
-    else ignore. order: of the samples in the file. seed: of the order `shuffled`. shard: the part to write; None: all.
+    span. masks: a folder of masks; None: the beton gets none. mask_classes, ignore_index: as
+    `tl_fast.masks.classes.read_classes` takes them. exif: ignore or apply, for the images and their label maps alike;
+    None: as the images were converted before, else ignore. order: of the samples in the file. seed: of the order
+    `shuffled`. shard: the part to write; None: all.
     """
 
     images: Path | Sequence[Path]
     label_maps: Path | None = None
     extent: str | None = None
+    masks: Path | None = None
+    mask_classes: str | None = None
+    ignore_index: int = IGNORED
     labels: Path | None = None
     class_names: Path | None = None
     image_column: str | None = None
@@ -46,7 +54,11 @@ class Inputs:
 
     @contextlib.contextmanager
     def open(self, out: Path) -> Iterator[tuple[Conversion, str]]:
-        """The samples, and what is done about EXIF orientations. Raises SourceError, LabelMapError, BetonError."""
+        """The samples, and what is done about EXIF orientations.
+
+        Raises SourceError, LabelMapError, MaskError, BetonError.
+        """
+        masks = self._open_masks(out)
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(
                 open_images(
@@ -55,20 +67,36 @@ class Inputs:
                     class_names=self.class_names,
                     image_column=self.image_column,
                     label_column=self.label_column,
+                    unlabelled=masks is not None,
                 )
             )
+            if not source.class_names:
+                self._label_flat(source)
             exif, maps = settled_exif(source, self.exif), None
             if self.label_maps is not None:
                 maps = open_maps(self.label_maps, self.extent, source, exif)
                 stack.enter_context(contextlib.closing(maps))
             order = source.order(self.seed if self.order == "shuffled" else None)
-            conversion = Conversion(source, maps, order if self.shard is None else self.shard.cut(order))
+            conversion = Conversion(source, maps, order if self.shard is None else self.shard.cut(order), masks)
             if len(conversion) == 0:
                 raise BetonError(
                     f"{out}: {len(order)} images are too few for {self.shard.count} shards; give a smaller n in"
                     " --shard i/n"
                 )
             yield conversion, exif
+
+    def _open_masks(self, out: Path) -> MaskFolder | None:
+        if (self.masks is None) != (self.mask_classes is None):
+            given, other = ("--mask-classes", "--masks") if self.masks is None else ("--masks", "--mask-classes")
+            raise BetonError(f"{out}: {given} needs {other} too; docs/converting.md says which values it takes")
+        if self.masks is None:
+            return None
+        return MaskFolder(self.masks, read_classes(self.mask_classes, self.ignore_index))
+
+    def _label_flat(self, source: Source) -> None:
+        """Images of a flat folder, which only masks make useful, are all of the first class."""
+        source.class_names = ["unlabelled"] if self.class_names is None else read_class_names(self.class_names)
+        source.labels = np.zeros(len(source.ids), np.int64)
 
 
 def convert(
@@ -93,10 +121,10 @@ def convert(
         _refuse_to_replace(out)
     with inputs.open(out) as (conversion, exif):
         encoding = dataclasses.replace(encoding, exif=exif)
-        source, maps = conversion.source, conversion.maps
+        source, maps, masks = conversion.source, conversion.maps, conversion.masks
         record = _record(inputs, conversion, encoding, options)
         if options.on_error == "stop":
-            _refuse_missing_maps(conversion)
+            _refuse_missing(conversion)
         if options.resume and out.exists() and not partial_paths(out)[0].exists():
             if _is_finished(out, conversion, record, options):
                 words = f"{out}: is already there, whole and of these images; nothing to do"
@@ -112,7 +140,8 @@ def convert(
             partial = partial_paths(out)[0]
             check_space(out, expected.size, partial.stat().st_blocks * 512 if partial.exists() else 0)
         spec = None if maps is None else maps.spec
-        description = Description(source.class_names, spec, annotator_record(maps), record)
+        mask_spec = None if masks is None else masks.spec
+        description = Description(source.class_names, spec, annotator_record(maps), record, mask_spec)
         with ProgressDisplay("packing", len(conversion), console) as display:
 
             def progress(taken: int, rejected: int, size: int) -> None:
@@ -135,11 +164,17 @@ def _refuse_to_replace(out: Path) -> None:
             )
 
 
-def _refuse_missing_maps(conversion: Conversion) -> None:
+def _refuse_missing(conversion: Conversion) -> None:
     if len(without := conversion.without_map):
         raise BetonError(
             f"{conversion.source.origin(without[0])}: {conversion.why_without(without[0])}; {len(without) - 1} other"
             f" images of {len(conversion)} have none either. Annotate them, or leave them out with --on-error"
+            " quarantine"
+        )
+    if len(without := conversion.without_mask):
+        raise BetonError(
+            f"{conversion.source.origin(without[0])}: has no mask in {conversion.masks.root}; {len(without) - 1} other"
+            f" images of {len(conversion)} have none either. Add them, or leave the images out with --on-error"
             " quarantine"
         )
 

@@ -1,5 +1,5 @@
-"""What goes into one beton: which samples of a source, in which order, each with its label map; and whether a finished
-beton is what would be made.
+"""What goes into one beton: which samples of a source, in which order, each with its label map and mask; and whether a
+finished beton is what would be made.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tl_fast.beton.reader import BetonReader
 from tl_fast.convert.encode import Sample
 from tl_fast.labelmaps.published import PublishedMaps, open_label_maps
 from tl_fast.labelmaps.store import LabelMapStore
+from tl_fast.masks.folder import MaskFolder
 from tl_fast.sources.source import Source
 
 
@@ -79,22 +80,29 @@ class Shard:
 
 
 class Conversion:
-    """The samples of one beton as `write_beton` takes them, with a length, indexable, iterable; images and label maps
-    are read when a worker asks for them.
+    """The samples of one beton as `write_beton` takes them, with a length, indexable, iterable; images, label maps and
+    masks are read when a worker asks for them.
 
-    indices: int64 `[n]`, indices into `source`. map_indices: int64 `[n]`, indices into `maps`, -1 where an image has
-    none; or None.
+    indices: int64 `[n]`, indices into `source`. map_indices, mask_indices: int64 `[n]`, indices into `maps` and
+    `masks`, -1 where an image has none; or None.
     """
 
-    def __init__(self, source: Source, maps: LabelMapStore | PublishedMaps | None, indices: np.ndarray) -> None:
-        self.source, self.maps, self.indices = source, maps, indices
+    def __init__(
+        self,
+        source: Source,
+        maps: LabelMapStore | PublishedMaps | None,
+        indices: np.ndarray,
+        masks: MaskFolder | None = None,
+    ) -> None:
+        self.source, self.maps, self.indices, self.masks = source, maps, indices, masks
         self.refused = {} if maps is None else maps.rejects  # index into the maps -> annotation's reason
         self._stamps = source.stamps, None if maps is None else maps.stamps  # made when asked for
-        self.map_indices: np.ndarray | None = None
+        self.map_indices = self.mask_indices = None
+        ids = [source.ids[i] for i in indices.tolist()]
         if maps is not None:
-            self.map_indices = maps.locate(
-                [source.ids[i] for i in indices.tolist()], source.class_names, source.labels[indices]
-            )
+            self.map_indices = maps.locate(ids, source.class_names, source.labels[indices])
+        if masks is not None:
+            self.mask_indices = masks.locate(ids)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -104,14 +112,17 @@ class Conversion:
 
     def __getitem__(self, number: int) -> Sample:
         source, i = self.source, int(self.indices[number])
-        image, label_map = functools.partial(source.read, i), None
+        image, label_map, mask = functools.partial(source.read, i), None, None
         stamp = self._stamps[0][i].tobytes()
         if self.map_indices is not None and (j := int(self.map_indices[number])) >= 0:
             label_map = functools.partial(self.maps.record, j)
             stamp += self._stamps[1][j].tobytes()
             if j in self.refused:  # reading its map raises annotation's reason, whatever the image looks like now
                 image = label_map
-        return Sample(source.ids[i], int(source.labels[i]), image, label_map, source.origin(i), stamp.hex())
+        if self.mask_indices is not None and (j := int(self.mask_indices[number])) >= 0:
+            mask = functools.partial(self.masks.read, j)
+            stamp += self.masks.stamps[j].tobytes()
+        return Sample(source.ids[i], int(source.labels[i]), image, label_map, source.origin(i), stamp.hex(), mask)
 
     @property
     def decodes_groups(self) -> bool:
@@ -125,6 +136,11 @@ class Conversion:
             return self.indices[:0]
         return self.indices[(self.map_indices < 0) | np.isin(self.map_indices, list(self.refused))]
 
+    @property
+    def without_mask(self) -> np.ndarray:
+        """Indices into the source of the images that have no mask, int64."""
+        return self.indices[:0] if self.mask_indices is None else self.indices[self.mask_indices < 0]
+
     def why_without(self, i: int) -> str:
         """Why image i of the source, one of `without_map`, has no label map."""
         j = int(self.map_indices[np.flatnonzero(self.indices == i)[0]])
@@ -136,17 +152,22 @@ class Conversion:
 
     def inputs(self) -> dict[str, str | None]:
         """Digests of the inputs: the samples' ids and labels, in order; sizes and times of the images and of the label
-        maps.
+        maps; where there are masks, of these too, and of the meaning of their values.
         """
         ids = "\n".join(self.source.ids[i] for i in self.indices.tolist()).encode("utf-8", "surrogateescape")
         maps = None
         if self.map_indices is not None:
             maps = _digest(self._stamps[1][self.map_indices], self.map_indices < 0)
+        masks = {}
+        if self.mask_indices is not None:
+            stamps = self.masks.stamps[self.mask_indices]
+            masks = {"masks": _digest(stamps, self.mask_indices < 0, self.masks.classes.values)}
         return {
             "ids": _digest(ids),
             "labels": _digest(self.source.labels[self.indices]),
             "images": _digest(self._stamps[0][self.indices]),
             "label_maps": maps,
+            **masks,
         }
 
 
@@ -162,6 +183,7 @@ _INPUTS = {
     "labels": "the images' classes",
     "images": "the images' sizes or times",
     "label_maps": "the label maps, their sizes or times",
+    "masks": "the masks, their sizes or times, or which values are which classes,",
 }
 
 
@@ -193,6 +215,11 @@ def difference(
             return f"it was made with{'out' if reader.spec is None else ''} label maps"
         if reader.spec != spec:
             return f"its label maps were {reader.spec} and are now {spec}"
+        masks = None if conversion.masks is None else conversion.masks.spec
+        if (reader.mask_spec is None) != (masks is None):
+            return f"it was made with{'out' if reader.mask_spec is None else ''} masks"
+        if reader.mask_spec != masks:
+            return f"its masks were of {reader.mask_spec} and are now of {masks}, or have other names or colours"
         for key, before, now in _changed(reader.annotator, annotator):
             return f"the label maps' {key} was {before!s:.100} and is now {now!s:.100}"
         for key, before, now in _changed(then, record, "inputs", "rejected"):

@@ -5,6 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "classes": ["MaskClasses", "read_classes"],
+        "folder": ["MaskFolder"],
         "format": ["MaskError", "MaskSpec"],
     },
 )

@@ -139,7 +139,7 @@ def tiff_orientation(tiff: bytes) -> int:
 
 
 def _open(data: bytes, size: int) -> Image.Image:
-    with _in_our_words(size):
+    with in_our_words(size):
         return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
@@ -148,14 +148,14 @@ def _open_jpeg(data: bytes) -> tuple[Image.Image, int]:
     frame, orientation, bare = read_jpeg_header(data)  # Pillow refuses some JPEGs for their metadata alone
     image = _open(bare, len(data))
     check_size(*image.size, len(data), huffman=frame <= _LAST_HUFFMAN_FRAME)
-    with _in_our_words(len(data)):
+    with in_our_words(len(data)):
         image.load()
     return _to_rgb(image), orientation
 
 
 def _load(image: Image.Image, size: int) -> tuple[Image.Image, int]:
     """The same for an opened PNG, WebP or other image that Pillow does not turn."""
-    with _in_our_words(size):
+    with in_our_words(size):
         image.load()  # before the EXIF is read: in a PNG it may follow the pixels
     exif = image.info.get("exif", b"")
     profile = image.info.get("Raw profile type exif")  # as ImageMagick writes it into PNG
@@ -168,7 +168,7 @@ def _load(image: Image.Image, size: int) -> tuple[Image.Image, int]:
 def _load_tiff(image: Image.Image, size: int) -> tuple[Image.Image, int]:
     """The same for an opened TIFF. Pillow turns a TIFF upright when it loads it, and then removes the tag."""
     image.info.pop("xmp", None)  # Pillow would turn the image by it where the tag is missing
-    with _in_our_words(size):
+    with in_our_words(size):
         stated, bits, photometric = (image.tag_v2.get(tag) for tag in (ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC))
         image.load()
     rgb = _to_rgb(image, max(bits or [1]), photometric == 0)
@@ -196,7 +196,7 @@ def _to_rgb(image: Image.Image, bits: int = 16, white_is_zero: bool = False) -> 
 
 
 @contextlib.contextmanager
-def _in_our_words(size: int) -> Iterator[None]:
+def in_our_words(size: int) -> Iterator[None]:
     """Inside, what Pillow raises for a file of `size` bytes becomes a ValueError."""
     try:
         yield
