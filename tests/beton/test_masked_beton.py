@@ -17,6 +17,8 @@ from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.samples import Samples
 from tl_fast.beton.verify import verify
+from tl_fast.convert import resumable
+from tl_fast.convert import write as write_module
 from tl_fast.convert.encode import Sample
 from tl_fast.convert.report import print_info
 from tl_fast.convert.write import write_beton
@@ -126,6 +128,26 @@ def test_bad_masks_are_bad_samples(tmp_path: Path) -> None:
         assert words in reasons
     with pytest.raises(BetonError, match=r"1\.jpg: has no mask"):
         write_beton(tmp_path / "stop.beton", samples, **options)
+
+
+def test_a_run_that_ended_early_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resumable, "COMMIT_SECONDS", 0.0)
+    masked_beton(tmp_path / "whole.beton", 80, SIZES, spec=SPEC)
+    path, broken = tmp_path / "out.beton", MaskSpec(5).allowed  # what is no mask ends the run
+    with pytest.MonkeyPatch.context() as patch:
+        right = write_module.encode
+
+        def encode(sample: Sample, *others: object) -> object:
+            if sample.source_id == "image-60.jpg":
+                sample = dataclasses.replace(sample, mask=lambda: broken)
+            return right(sample, *others)
+
+        patch.setattr(write_module, "encode", encode)
+        with pytest.raises(BetonError, match=r"image-60.jpg: its mask is 256 pixels") as error:
+            masked_beton(path, 80, SIZES, spec=SPEC, workers=1)
+    assert "--resume" in error.value.__notes__[0] and not path.exists()
+    masked_beton(path, 80, SIZES, spec=SPEC, resume=True)
+    assert path.read_bytes() == (tmp_path / "whole.beton").read_bytes()
 
 
 def test_a_shrunk_image_has_a_shrunk_mask(tmp_path: Path) -> None:
