@@ -32,7 +32,7 @@ class SegmentLoader(BatchLoader):
         most, and the number of batches may differ from rank to rank.
     augment: ranges of the random decisions; None for mmsegmentation's.
     seed, threads, device, decode, hybrid_share, hw_decoder_load, rank, world_size, on_rank_0, check, prefetch: as for
-        `tl_fast.pipeline.Loader`.
+        `tl_fast.pipeline.Loader`. On a GPU images of 8.4 million pixels or more are refused, in evaluation too.
 
     `Batch.masks` holds class indices, `mask_spec.ignore_index` where nothing is labelled and outside the image;
     `Batch.targets` is None. Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was
