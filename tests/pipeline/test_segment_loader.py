@@ -1,7 +1,9 @@
 """The loader of segmentation: image and mask aligned, what a batch depends on, whole images in evaluation."""
 
 import dataclasses
+import gc
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -282,7 +284,20 @@ def test_memory_is_kept_of_few_shapes():
     assert buffers.allocated == allocated
 
 
-# --- errors
+# --- errors and endings
+
+
+def test_a_loader_that_is_dropped_ends_its_threads(photo_beton):
+    before = set(threading.enumerate())
+    loader = SegmentLoader(photo_beton[0], 4, crop_size=64, threads=2)
+    next(iter(loader))
+    threads = set(threading.enumerate()) - before
+    assert any(thread.name.startswith("tl_fast-mask") for thread in threads)
+    del loader
+    gc.collect()
+    for thread in threads:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
 
 
 def test_a_damaged_mask_surfaces(photo_beton, monkeypatch):
