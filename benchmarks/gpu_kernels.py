@@ -36,6 +36,7 @@ from tl_fast.plan.segment_records import draw_segment
 
 GRID, SIZE, SMOOTHING, SETS = 14, 224, 0.1, 4
 CROP, IGNORE_INDEX = 512, 255  # of masks
+FILL = 124, 116, 104  # outside the image
 HEIGHT, WIDTH = 375, 500
 RECIPES = {
     "crop + flip": plan.Augment(),
@@ -138,7 +139,7 @@ class Images:
             self.pixels,
             self.device_regions,
             self.device_plans,
-            (124, 116, 104),
+            FILL,
             out,
             scratch=scratch,
             stream=torch.cuda.current_stream().cuda_stream,
@@ -149,7 +150,7 @@ class Images:
         region, out = self.regions[b], np.empty((3, SIZE, SIZE), np.uint8)
         rows, columns = int(region["rows"]), int(region["columns"])
         pixels = self.host[int(region["offset"]) :][: 3 * rows * columns].reshape(rows, columns, 3)
-        fill = np.array((124, 116, 104), np.uint8)
+        fill = np.array(FILL, np.uint8)
         cpu.augment(pixels, region["top"], region["left"], HEIGHT, WIDTH, self.plans[b], fill, out)
         return out
 
@@ -173,15 +174,16 @@ class Masks:
         self.bytes = sum(part.size for part in cut)
         self.arrays = [device(a.view(np.uint8)) for a in (np.concatenate(cut), regions, self.plans)]
 
-    def run(self, out: torch.Tensor) -> None:
-        cuda.show_masks(*self.arrays, IGNORE_INDEX, out, stream=torch.cuda.current_stream().cuda_stream)
+    def run(self, out: torch.Tensor, images: torch.Tensor) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        cuda.show_masks(*self.arrays, IGNORE_INDEX, FILL, out, images, stream=stream)
 
-    def match(self, out: torch.Tensor) -> bool:
+    def match(self, out: torch.Tensor, images: torch.Tensor) -> bool:
         """Are the first masks the CPU's?"""
-        self.run(out.fill_(77))
-        expected = np.empty((min(8, len(out)), CROP, CROP), np.uint8)
+        self.run(out.fill_(77), images)
+        expected, image = np.empty((min(8, len(out)), CROP, CROP), np.uint8), np.empty((3, CROP, CROP), np.uint8)
         for b in range(len(expected)):
-            cpu.show_mask(self.masks[b], self.plans[b], IGNORE_INDEX, expected[b])
+            cpu.show_mask(self.masks[b], self.plans[b], IGNORE_INDEX, expected[b], image, np.array(FILL, np.uint8))
         wrong = (out[: len(expected)].cpu().numpy() != expected).mean()
         if wrong:
             print(f"MISMATCH: masks: {wrong:.2%} of the pixels", flush=True)
@@ -300,11 +302,12 @@ def main() -> None:
 
     masks = [Masks(n, batch) for n in range(1 if arguments.small else SETS)]
     out = torch.empty((batch, CROP, CROP), dtype=torch.uint8, device="cuda")
-    matches["masks"] = masks[0].match(out)
+    images = torch.zeros((batch, 3, CROP, CROP), dtype=torch.uint8, device="cuda")
+    matches["masks"] = masks[0].match(out, images)
     if not arguments.small:
         facts = {"batch": batch, "image_size": CROP, "source": f"{WIDTH} x {HEIGHT}"}
         moved = out.nbytes + sum(batch_of_masks.bytes for batch_of_masks in masks) // len(masks)
-        figures("masks", milliseconds(lambda n: masks[n].run(out), SETS), moved, **facts)
+        figures("masks", milliseconds(lambda n: masks[n].run(out, images), SETS), moved, **facts)
     wrong = [label for label, same in matches.items() if not same]
     if wrong:
         raise SystemExit(f"differs from its CPU twin: {'; '.join(wrong)}")

@@ -526,19 +526,24 @@ def test_augment_refuses_what_does_not_fit(change, message):
 # --- masks
 
 
-def make_masks(masks, plans, size, ignore_index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `make_batch`: regions of masks one after the other, and the CPU's output of the whole masks."""
+FILL = 1, 2, 3
+
+
+def make_masks(masks, plans, size, ignore_index) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """As `make_batch`: regions of masks one after the other, and the CPU's outputs of the whole masks: classes, and
+    images that were of 9s."""
     heights, widths = (np.array([mask.shape[n] for mask in masks]) for n in (0, 1))
     starts, stops = warp.needed(plans, heights, widths, size)
     regions, parts, offset = np.zeros(len(masks), cuda.REGION), [np.zeros(3, np.uint8)], 3
     expected = np.full((len(masks), *both_sides(size)), 99, np.uint8)
+    images = np.full((len(masks), 3, *both_sides(size)), 9, np.uint8)
     for b, mask in enumerate(masks):
         part = mask[starts[b, 0] : stops[b, 0], starts[b, 1] : stops[b, 1]]
         regions[b] = (offset, *part.shape, *starts[b], *mask.shape)
         parts.append(part.ravel())
         offset += part.size
-        cpu.show_mask(mask, plans[b], ignore_index, expected[b])
-    return np.concatenate(parts), regions, expected
+        cpu.show_mask(mask, plans[b], ignore_index, expected[b], images[b], np.array(FILL, np.uint8))
+    return np.concatenate(parts), regions, expected, images
 
 
 @pytest.mark.parametrize("size", [(12, 20), (9, 7), (40, 24)], ids=str)
@@ -558,18 +563,19 @@ def test_masks_are_the_cpus_to_the_last_bit(size):
     )
     plans["affine"][3] *= 1.7  # beyond the mask on the right and below
     masks = [rng.integers(0, 150, (40, 50)).astype(np.uint8) for _ in plans]
-    bytes_of_regions, regions, expected = make_masks(masks, plans, size, 200)
-    out = put(np.full(expected.shape, 77, np.uint8))
-    cuda.show_masks(put(bytes_of_regions), put(regions), put(plans), 200, out)
+    bytes_of_regions, regions, expected, expected_images = make_masks(masks, plans, size, 200)
+    out, images = put(np.full(expected.shape, 77, np.uint8)), put(np.full_like(expected_images, 9))
+    cuda.show_masks(put(bytes_of_regions), put(regions), put(plans), 200, FILL, out, images)
     np.testing.assert_array_equal(get(out), expected)
+    np.testing.assert_array_equal(get(images), expected_images)
     assert (expected[3] == 200).mean() > 0.3 and (expected[4] == 200).any() and (expected[-1] != 200).all()
 
 
 def test_regions_of_masks_that_lack_pixels_are_not_overrun():
     plans = affine_plans(1, (0, 0, 40, 50), 1, [("Rotate", 20.0)])
     regions = np.array([(0, 10, 12, 15, 20, 40, 50)], cuda.REGION)
-    out = put(np.full((1, 9, 9), 77, np.uint8))
-    cuda.show_masks(put(np.full(120, 50, np.uint8)), put(regions), put(plans), 255, out)
+    out, images = put(np.full((1, 9, 9), 77, np.uint8)), put(np.zeros((1, 3, 9, 9), np.uint8))
+    cuda.show_masks(put(np.full(120, 50, np.uint8)), put(regions), put(plans), 255, FILL, out, images)
     assert set(np.unique(get(out))) == {50, 255}
 
 
@@ -578,7 +584,12 @@ def test_regions_of_masks_that_lack_pixels_are_not_overrun():
     [
         ({"out": np.zeros((1, 3, 4, 4), np.uint8)}, "out must be uint8"),
         ({"out": np.zeros((1, 4, 4), np.int16)}, "out must be uint8"),
-        ({"out": np.zeros((2, 4, 4), np.uint8)}, "as many regions"),
+        (
+            {"out": np.zeros((2, 4, 4), np.uint8), "images": np.zeros((2, 3, 4, 4), np.uint8)},
+            "as many regions",
+        ),
+        ({"images": np.zeros((1, 3, 4, 5), np.uint8)}, "images must be uint8"),
+        ({"fill": (0, 0, 256)}, "fill must be three numbers"),
         ({"ignore_index": 256}, "ignore_index in 0..255"),
         ({"regions": np.zeros(1, np.float32)}, "records"),
     ],
@@ -589,7 +600,9 @@ def test_masks_that_do_not_fit_are_refused(change, message):
         "regions": np.array([(0, 4, 4, 0, 0, 4, 4)], cuda.REGION),
         "plans": affine_plans(1, (0, 0, 4, 4), 0),
         "ignore_index": 255,
+        "fill": FILL,
         "out": np.zeros((1, 4, 4), np.uint8),
+        "images": np.zeros((1, 3, 4, 4), np.uint8),
     } | change
     arguments = {name: put(value) if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):

@@ -150,10 +150,13 @@ def test_segmentation_at_real_sizes(photos):
     pixels, regions, expected = cuda_cases.make_batch(images, plans, size)
     off = np.abs(cuda_cases.augmented(pixels, regions, plans, size).astype(int) - expected)
     assert (off > 3).mean() < 5e-3 and (off > 0).mean() < 0.1
-    labels, regions, expected = cuda_cases.make_masks(masks, plans, size, 255)
+    labels, regions, expected, expected_images = cuda_cases.make_masks(masks, plans, size, 255)
     out = torch.full(expected.shape, 77, dtype=torch.uint8, device="cuda")
+    shown = torch.full(expected_images.shape, 9, dtype=torch.uint8, device="cuda")
     arrays = [torch.from_numpy(array.view(np.uint8).reshape(-1).copy()).cuda() for array in (labels, regions, plans)]
     torch.cuda.synchronize()
-    cuda.show_masks(*arrays, 255, out, stream=torch.cuda.current_stream().cuda_stream)
+    stream = torch.cuda.current_stream().cuda_stream
+    cuda.show_masks(*arrays, 255, cuda_cases.FILL, out, shown, stream=stream)
     np.testing.assert_array_equal(out.cpu().numpy(), expected)
+    np.testing.assert_array_equal(shown.cpu().numpy(), expected_images)
     assert 0 < (expected == 255).mean() < 0.9

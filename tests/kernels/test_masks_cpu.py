@@ -10,12 +10,14 @@ from tl_fast.plan import SegmentAugment
 from tl_fast.plan import records as plan
 from tl_fast.plan.segment_records import draw_segment
 
-IGNORE = 255
+IGNORE, FILL = 255, np.array([1, 2, 3], np.uint8)
 
 
 def show(mask: np.ndarray, record: np.void, shape: tuple[int, int], ignore_index: int = IGNORE) -> np.ndarray:
-    out = np.full(shape, 99, np.uint8)
-    cpu.show_mask(mask, record, ignore_index, out)
+    out, image = np.full(shape, 99, np.uint8), np.full((3, *shape), 9, np.uint8)
+    cpu.show_mask(mask, record, ignore_index, out, image, FILL)
+    padded = (image == FILL[:, None, None]).all(axis=0)
+    assert ((image == 9).all(axis=0) == ~padded).all() and (padded == (out == ignore_index)).all()
     return out
 
 
@@ -88,7 +90,10 @@ def test_whole_masks_are_resized_as_by_pillow(shape):
 
 def test_masks_that_do_not_fit_are_refused():
     (record,) = plan.of_boxes(np.array([[0.0, 0.0, 4.0, 4.0]]))
+    mask, image = np.zeros((4, 4), np.uint8), np.zeros((3, 4, 4), np.uint8)
     with pytest.raises(ValueError, match=r"mask must be uint8 \[height, width\], got int64"):
-        cpu.show_mask(np.zeros((4, 4), int), record, IGNORE, np.zeros((4, 4), np.uint8))
+        cpu.show_mask(mask.astype(int), record, IGNORE, mask, image, FILL)
     with pytest.raises(ValueError, match="out must be uint8"):
-        cpu.show_mask(np.zeros((4, 4), np.uint8), record, IGNORE, np.zeros((1, 4, 4), np.uint8))
+        cpu.show_mask(mask, record, IGNORE, mask[None], image, FILL)
+    with pytest.raises(ValueError, match=r"image must be uint8 \(3, 4, 4\), got uint8 \(3, 4, 3\)"):
+        cpu.show_mask(mask, record, IGNORE, mask, image[:, :, :3], FILL)

@@ -135,14 +135,14 @@ def test_the_alignment_test_notices_wrong_geometry(tmp_path, monkeypatch):
     path = coordinates(tmp_path, 8)
     show = cpu.show_mask
 
-    def mirrored(mask, plan, ignore_index, out):
-        show(mask, plan, ignore_index, out)
+    def mirrored(mask, plan, ignore_index, out, *padding):
+        show(mask, plan, ignore_index, out, *padding)
         out[:] = out[:, ::-1].copy()
 
-    def moved(mask, plan, ignore_index, out):
+    def moved(mask, plan, ignore_index, out, *padding):
         plan = plan.copy()
         plan["affine"][5] += 4
-        show(mask, plan, ignore_index, out)
+        show(mask, plan, ignore_index, out, *padding)
 
     for wrong, share in ((mirrored, 0.5), (moved, 0.02)):
         monkeypatch.setattr(cpu, "show_mask", wrong)

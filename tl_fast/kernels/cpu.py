@@ -51,19 +51,24 @@ def _augment(region, origin_y, origin_x, height, width, crop, affine, interpolat
     colour.apply(out, ops, arguments)
 
 
-def show_mask(mask: np.ndarray, plan: np.void, ignore_index: int, out: np.ndarray) -> None:
+def show_mask(
+    mask: np.ndarray, plan: np.void, ignore_index: int, out: np.ndarray, image: np.ndarray, fill: np.ndarray
+) -> None:
     """One sample's mask as its plan, a record of `tl_fast.plan.PLAN`, says: what `augment` does to the image's pixels,
-    but without interpolation.
+    but without interpolation; and the image's padding, whose colour operations are undone.
 
     mask: uint8 [h, w], class indices, of the stored image's size; ignore_index: 0..255, the class outside the image;
-    out: uint8 [H, W], written: the class of the pixel under each output pixel's centre.
+    out: uint8 [H, W], written: the class of the pixel under each output pixel's centre; image: uint8 [3, H, W] of
+    `augment`, written outside the stored image: fill uint8 [3].
 
-    Raises ValueError for arrays of another type.
+    Raises ValueError for arrays of another type or shape.
     """
     for name, array in (("mask", mask), ("out", out)):
         if array.ndim != 2 or array.dtype != np.uint8:
             raise ValueError(f"{name} must be uint8 [height, width], got {array.dtype} {array.shape}")
-    masks.show(_own_type(mask), _own_type(plan["affine"]), np.uint8(ignore_index), out)
+    if image.shape != (3, *out.shape) or image.dtype != np.uint8:
+        raise ValueError(f"image must be uint8 {(3, *out.shape)}, got {image.dtype} {image.shape}")
+    masks.show(_own_type(mask), _own_type(plan["affine"]), np.uint8(ignore_index), out, image, _own_type(fill))
 
 
 def token_targets(

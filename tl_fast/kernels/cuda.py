@@ -323,19 +323,34 @@ def _normal(mean: tuple[float, ...], std: tuple[float, ...], half: bool, device:
     return table
 
 
-def show_masks(masks: Any, regions: Any, plans: Any, ignore_index: int, out: Any, *, stream: int = 0) -> None:
+def show_masks(
+    masks: Any,
+    regions: Any,
+    plans: Any,
+    ignore_index: int,
+    fill: Sequence[int],
+    out: Any,
+    images: Any,
+    *,
+    stream: int = 0,
+) -> None:
     """A batch of masks as their plans say: `tl_fast.kernels.cpu.show_mask` to the bit, in one launch, without waiting.
 
     masks: uint8 [M], memory in which the masks' regions lie, one byte a pixel; regions: `REGION` records [B] (or their
     bytes, uint8) with at least the pixels under the outputs' centres, to which those of
     `tl_fast.kernels.geometry.cpu.needed` belong (no others are read); plans: `tl_fast.plan.PLAN` records [B] (or their
-    bytes); ignore_index: 0..255, the class outside the image; out: uint8 [B, H, W], written. Raises ValueError for what
-    does not fit.
+    bytes); ignore_index: 0..255, the class outside the image; fill: RGB, 0..255; out: uint8 [B, H, W], written; images:
+    uint8 [B, 3, H, W] of `augment`, written outside the stored images. Raises ValueError for what does not fit.
     """
     shape = tuple(int(n) for n in out.shape)
     if len(shape) != 3 or str(out.dtype).removeprefix("torch.") != "uint8":
         raise ValueError(f"out must be uint8 [B, H, W], got {out.dtype} {shape}")
     batch, rows, columns = shape
+    of_images = tuple(int(n) for n in images.shape)
+    if of_images != (batch, 3, rows, columns) or str(images.dtype).removeprefix("torch.") != "uint8":
+        raise ValueError(f"images must be uint8 {(batch, 3, rows, columns)}, got {images.dtype} {of_images}")
+    if len(fill) != 3 or not all(0 <= int(value) <= 255 for value in fill):
+        raise ValueError(f"fill must be three numbers in 0..255, got {fill}")
     regions, plans = _records(regions, REGION), _records(plans, PLAN)
     if len(regions) != batch or len(plans) != batch:
         raise ValueError(f"{batch} masks need as many regions and plans, got {len(regions)} and {len(plans)}")
@@ -349,8 +364,9 @@ def show_masks(masks: Any, regions: Any, plans: Any, ignore_index: int, out: Any
     unit = 4 if rows * columns % 4 == 0 and _pointer(flat) % 4 == 0 else 1
     threads = SIMULATED_LANES if SIMULATED else cuda_masks.BOUNDS[0]
     blocks = 1 if SIMULATED else -(-rows * columns // (threads * unit))
-    arguments = _flat(masks, np.uint8), regions, plans, np.uint8(ignore_index), rows, columns, unit, flat
-    cuda_launch.launch("masks", (blocks, batch), (threads,), arguments, stream)
+    colour = tuple(map(np.uint8, fill))
+    arguments = _flat(masks, np.uint8), regions, plans, np.uint8(ignore_index), colour, rows, columns, unit, flat
+    cuda_launch.launch("masks", (blocks, batch), (threads,), (*arguments, _flat(images, np.uint8)), stream)
 
 
 def _records(array: Any, dtype: np.dtype) -> Any:

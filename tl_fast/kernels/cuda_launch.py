@@ -61,7 +61,7 @@ _BYTES, _WORDS, _WHOLE = _array(types.uint8), _array(types.uint16), types.int64
 _REGIONS, _PLANS = _array(numpy_support.from_dtype(cuda_geometry.REGION)), _array(numpy_support.from_dtype(PLAN))
 _SHOW = _BYTES, _REGIONS, _PLANS, types.UniTuple(types.uint8, 3), _WHOLE, _WHOLE, _BYTES
 _FINISH = _BYTES, _BYTES, _PLANS, _WHOLE, _WHOLE, _WHOLE, _WHOLE, _WORDS, _WORDS
-_MASKS = _BYTES, _REGIONS, _PLANS, types.uint8, _WHOLE, _WHOLE, _WHOLE, _BYTES
+_MASKS = _BYTES, _REGIONS, _PLANS, types.uint8, types.UniTuple(types.uint8, 3), *[_WHOLE] * 3, _BYTES, _BYTES
 KERNELS = {
     "images: geometry": Kernel(cuda_geometry.SHOW, cuda_geometry.BOUNDS, _SHOW),
     "images: colours": Kernel(cuda_colour.finish, cuda_colour.BOUNDS, _FINISH),

@@ -77,7 +77,8 @@ class CpuBatches:
             region = self.decoder.region(plan.ids[b], plan.starts[b], plan.shapes[b])
             cpu.augment(region, *plan.starts[b], plan.heights[b], plan.widths[b], plan.plans[b], self._fill, images[b])
             if masks is not None:
-                cpu.show_mask(plan.masks[b], plan.plans[b], self.samples.mask_spec.ignore_index, masks[b])
+                ignored = self.samples.mask_spec.ignore_index
+                cpu.show_mask(plan.masks[b], plan.plans[b], ignored, masks[b], images[b], self._fill)
 
     def _token_targets(
         self,

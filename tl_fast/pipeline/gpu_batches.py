@@ -174,7 +174,8 @@ class GpuBatches:
             if plan.masks is not None:
                 masks = torch.empty((size, *image_size), dtype=torch.uint8, device=self.device)
                 ignored = self.samples.mask_spec.ignore_index
-                cuda.show_masks(up["mask_bytes"], up["mask_regions"], up["plans"], ignored, masks, stream=handle)
+                source = up["mask_bytes"], up["mask_regions"], up["plans"]
+                cuda.show_masks(*source, ignored, fill, masks, images, stream=handle)
             if self.stream is not None:
                 event = _event_on(self.stream)
                 self._running.append((event, regions))

@@ -11,10 +11,11 @@ _nearest_pixel = _scalar.nearest_pixel
 
 
 @njit
-def show(mask, affine, ignore_index, out):
+def show(mask, affine, ignore_index, out, image, fill):
     """Write the class under the centre of every output pixel to out uint8 [H, W], `ignore_index` outside the mask.
 
-    mask: uint8 [h, w]; affine: float32 [6] (`tl_fast.plan.records.PLAN`).
+    mask: uint8 [h, w]; affine: float32 [6] (`tl_fast.plan.records.PLAN`); image: uint8 [3, H, W], written outside the
+    mask: fill uint8 [3].
     """
     xu, xv, x0, yu, yv, y0 = affine[0], affine[1], affine[2], affine[3], affine[4], affine[5]
     height, width = mask.shape
@@ -24,7 +25,12 @@ def show(mask, affine, ignore_index, out):
             for j in range(columns):
                 x = _nearest_pixel(i, j, rows, columns, xu, xv, x0)
                 y = _nearest_pixel(i, j, rows, columns, yu, yv, y0)
-                out[i, j] = mask[y, x] if 0 <= x < width and 0 <= y < height else ignore_index
+                if 0 <= x < width and 0 <= y < height:
+                    out[i, j] = mask[y, x]
+                else:
+                    out[i, j] = ignore_index
+                    for c in range(3):
+                        image[c, i, j] = fill[c]
         return
     # Along the axes all rows read the same columns, and those that show the mask are in one piece.
     sources = np.empty(columns, np.int64)
@@ -39,7 +45,11 @@ def show(mask, affine, ignore_index, out):
     previous = np.int64(-1)
     for i in range(rows):
         target, y = out[i], _nearest_pixel(i, 0, rows, columns, yu, yv, y0)
-        if not 0 <= y < height:
+        inside = 0 <= y < height
+        for c in range(3):
+            image[c, i, : first if inside else columns] = fill[c]
+            image[c, i, end:] = fill[c]
+        if not inside:
             target[:] = ignore_index
         elif y == previous:
             target[:] = out[i - 1]
