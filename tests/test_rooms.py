@@ -19,7 +19,7 @@ from tl_fast.maths.compile import COMPILED
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tl_fast"
-DOORS = {"annotate", "train", "evaluate", "show", "demo", "command"}
+DOORS = {"annotate", "train", "segment", "evaluate", "show", "demo", "command"}
 
 # Bottom floor first. A room may import what stands here, and nothing else of ours.
 MAY_IMPORT = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
+from tl_fast.system.mistakes import one_speaks_for_its_node
 from tl_fast.training.config import DESCRIPTION, TrainConfig
 from tl_fast.training.read_config import parse_command
 
@@ -23,22 +23,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     """The command line; see read_config.parse_command. prog: what messages call the command."""
     with one_speaks_for_its_node():
         config, show_traceback = parse_command(TrainConfig, arguments, prog, DESCRIPTION)
-    # Imported when the command line is in order: they take seconds.
-    from torch.distributed.elastic.multiprocessing.errors import record
+    from tl_fast.training.process import run  # when the command line is in order: it takes seconds
 
-    from tl_fast.system.memory import reuse_memory
-    from tl_fast.training.loop import train
-
-    reuse_memory()  # the loader's threads take and give back hundreds of KB for every image
-
-    @record  # so that torchrun prints the traceback of the rank that failed first
-    def run() -> int:
-        with in_a_sentence(prog, show_traceback):
-            return train(config)["stopped"]
-
-    stopped = run()
-    if stopped:
-        raise SystemExit(128 + stopped)
+    run(config, prog, show_traceback)
 
 
 if __name__ == "__main__":

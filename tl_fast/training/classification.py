@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -11,17 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tl_fast.models.weights import load_pretrained
 from tl_fast.pipeline.batch import Batch
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.mixup import draw_mix
 from tl_fast.plan.records import mix_box
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks
-from tl_fast.training import checkpoint
 from tl_fast.training.accuracy import Classifier, accuracy, check_labels
 from tl_fast.training.config import TrainConfig
-from tl_fast.training.data import check_class_names, check_size, images_a_pass, loader_options
+from tl_fast.training.data import check_names, check_size, images_a_pass, loader_options
 from tl_fast.training.freeze import freeze_layers
 from tl_fast.training.kept_batches import KeptBatches
 from tl_fast.training.network import build_network, build_step, compiles, grid_of, set_train, silence_token_head
@@ -36,6 +33,7 @@ class Classification(Task):
     losses in nats."""
 
     config: TrainConfig
+    name: ClassVar[str] = "classification"
     loss_terms: ClassVar[tuple[str, str]] = ("class_loss", "token_loss")
     score_metrics: ClassVar[tuple[str, ...]] = ("val_top1_ema", "val_top1_raw")
 
@@ -75,15 +73,10 @@ class Classification(Task):
         check_size(self.config, self.train_loader)
         if self.val_loader is not None:
             check_labels(self.val_loader, self.config.num_classes)
-            check_class_names(self.train_loader, self.val_loader)
+            check_names(self.class_names, self.val_loader.samples.class_names)
 
     def build_network(self) -> nn.Module:
         return build_network(self.config)
-
-    def read_weights(self, model: nn.Module) -> list[str]:
-        if self.config.pretrained:
-            return load_pretrained(model, self.config.model)
-        return checkpoint.load_weights(model, checkpoint.find(Path(self.config.init_weights)), self.config.init_ema)
 
     def prepare(self, model: nn.Module) -> list[str]:
         config, remarks = self.config, []

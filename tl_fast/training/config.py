@@ -33,9 +33,6 @@ class TrainConfig(RunConfig):
     freeze: int | None = None
     """Layer groups that keep their weights and batch norm's statistics (fine-tuning), counted from the input: 1 the
     stem, 1 + n also the first n blocks; -1 all but the last group, the heads. Null: none. Groups are timm's."""
-    attention_backend: Literal["default", "flash", "cudnn", "efficient", "math"] = "default"
-    """What computes attention in a training step; default: torch's choice. One that the device lacks is refused at the
-    start. Not yet measured on a GPU."""
 
     token_label: bool = True
     """Train with token labels; false: cross-entropy on the image label alone, the control."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tl_fast.pipeline.loader import Loader
+from tl_fast.pipeline.batch_loader import BatchLoader
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks
 from tl_fast.training.network import compiles
@@ -46,7 +46,7 @@ def loader_options(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     )
 
 
-def check_size(config: RunConfig, train_loader: Loader) -> None:
+def check_size(config: RunConfig, train_loader: BatchLoader) -> None:
     """Raises InputError for data of less than one global batch."""
     if len(train_loader) < config.accumulate:
         raise InputError(
@@ -55,9 +55,8 @@ def check_size(config: RunConfig, train_loader: Loader) -> None:
         )
 
 
-def check_class_names(train_loader: Loader, val_loader: Loader) -> None:
+def check_names(names: list[str], val_names: list[str]) -> None:
     """Raises InputError where validation's classes are called otherwise."""
-    names, val_names = train_loader.samples.class_names, val_loader.samples.class_names
     if names and val_names and names != val_names:
         raise InputError(
             f"val_data has the classes {val_names[:5]}..., train_data {names[:5]}...: convert both "

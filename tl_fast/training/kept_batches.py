@@ -6,17 +6,17 @@ import dataclasses
 from collections.abc import Iterator
 
 from tl_fast.pipeline.batch import Batch
-from tl_fast.pipeline.loader import Loader
+from tl_fast.pipeline.batch_loader import BatchLoader
 
 # Bytes a rank. Of ImageNet's validation set an eighth at 224 px takes 0.94e9.
 LIMIT = 1 << 30
 
 
 class KeptBatches:
-    """The batches of an evaluation loader. The first pass keeps in host memory what fits into `limit` bytes of images;
-    later passes decode the rest alone."""
+    """The batches of an evaluation loader. The first pass keeps in host memory what fits into `limit` bytes of images
+    and masks; later passes decode the rest alone."""
 
-    def __init__(self, loader: Loader, limit: int = LIMIT) -> None:
+    def __init__(self, loader: BatchLoader, limit: int = LIMIT) -> None:
         self.loader = loader
         self._kept: list[Batch] = []
         self._room = limit
@@ -25,7 +25,7 @@ class KeptBatches:
         yield from tuple(self._kept)
         self.loader.set_epoch(0, len(self._kept))
         for batch in self.loader:
-            size = batch.images.nbytes
+            size = batch.images.nbytes + (0 if batch.masks is None else batch.masks.nbytes)
             if size <= self._room:
                 self._kept.append(_on_host(batch))
                 self._room -= size

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from tl_fast.models.normalise import resolved_dtype
-from tl_fast.pipeline.loader import Loader
+from tl_fast.pipeline.batch_loader import BatchLoader
 from tl_fast.system.ranks import Ranks, join
 from tl_fast.training import checkpoint
 from tl_fast.training.checkpoint_writer import CheckpointWriter
@@ -39,18 +39,22 @@ from tl_fast.training.record import complete_record, versions, write_record
 from tl_fast.training.resume import choose, identify, resume
 from tl_fast.training.run_config import RunConfig
 from tl_fast.training.runlog import RunLog
+from tl_fast.training.segment_config import SegmentConfig
+from tl_fast.training.segment_task import Segmentation
 from tl_fast.training.stopping import Agreement, StopSignals
 from tl_fast.training.task import Task
 
+_TASKS: dict[type[RunConfig], type[Task]] = {TrainConfig: Classification, SegmentConfig: Segmentation}
 
-def train(config: TrainConfig) -> dict[str, Any]:
+
+def train(config: RunConfig) -> dict[str, Any]:
     """Run the training that `config` describes; every rank of a torchrun job calls it.
 
     Returns a summary: `steps`, `epochs` (finished), `loss` (mean of the last window logged), `val_top1_ema`,
     `val_top1_raw` (percent, last validation; None without val_data), `best_top1` (of the kept checkpoints' better
-    weights), `images_per_second` (over all ranks, without validation), `data_wait` (share of that time), `skipped`
-    (steps), `stopped` (number of the signal that ended it early, after a checkpoint; 0: none), `checkpoint`,
-    `best_checkpoint`, `metrics` (paths).
+    weights; these three are `val_miou_ema`, `val_miou_raw` and `best_miou` in segmentation), `images_per_second` (over
+    all ranks, without validation), `data_wait` (share of that time), `skipped` (steps), `stopped` (number of the signal
+    that ended it early, after a checkpoint; 0: none), `checkpoint`, `best_checkpoint`, `metrics` (paths).
 
     Raises InputError (a ValueError) for data or options that do not fit one another, FileNotFoundError for missing
     data, CheckpointError for a checkpoint that cannot be resumed: what any rank meets before the first step, all raise.
@@ -63,7 +67,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if config.decode == "auto":  # which measures, and nvJPEG's pixels differ from the CPU's
                 config = dataclasses.replace(config, decode="cpu")
         ranks = stack.enter_context(join(config.device, config.timeout_minutes))
-        task = Classification(config, ranks)
+        task = _TASKS[type(config)](config, ranks)
         stack.callback(task.close)
         task.open()
         ranks.on_main(stack.enter_context, sole_writer(Path(config.output_dir)))
@@ -93,6 +97,7 @@ def _run(task: Task, writer: CheckpointWriter, agreement: Agreement) -> dict[str
         "steps_per_epoch": steps_per_epoch,
         "data": identify(samples),
         "config": config.to_dict(),
+        "task": task.name,
         "class_names": task.class_names,
         "score_metrics": task.score_metrics,
         "versions": versions(ranks),
@@ -194,7 +199,7 @@ def _run(task: Task, writer: CheckpointWriter, agreement: Agreement) -> dict[str
     return summary
 
 
-def _resolved(config: RunConfig, ranks: Ranks, train_loader: Loader) -> dict[str, Any]:
+def _resolved(config: RunConfig, ranks: Ranks, train_loader: BatchLoader) -> dict[str, Any]:
     """What came of the config's "auto" and null."""
     return {
         "device": str(ranks.device),

@@ -14,6 +14,7 @@ from tl_fast.models.normalise import Normalise
 from tl_fast.models.step import TrainStep, compiled, usable_attention_backends
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.ranks import Ranks
+from tl_fast.system.sides import Sides
 from tl_fast.training.config import TrainConfig
 from tl_fast.training.run_config import RunConfig
 
@@ -65,10 +66,11 @@ def compiles(config: RunConfig, device: torch.device) -> bool:
     return device.type == "cuda" if config.compile is None else config.compile
 
 
-def _check_attention(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+def check_attention(model: nn.Module, size: Sides, config: RunConfig, device: torch.device) -> None:
+    """Raises InputError where the device lacks the config's attention backend for images of `size` pixels."""
     if config.attention_backend == "default":
         return
-    usable = usable_attention_backends(model, config.img_size, device, config.dtype)
+    usable = usable_attention_backends(model, size, device, config.dtype)
     if config.attention_backend not in usable:
         raise InputError(
             f"attention_backend {config.attention_backend!r} does not run model {config.model} on {device.type} with"
@@ -80,7 +82,7 @@ def build_step(model: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module
     """The `TrainStep` of a model, which stays the caller's; compiled where the config asks for it, and with several
     ranks in DistributedDataParallel. Every rank calls it; raises InputError where a rank lacks the attention
     backend."""
-    ranks.agree(_check_attention, model, config, ranks.device)
+    ranks.agree(check_attention, model, config.img_size, config, ranks.device)
     criterion = TokenLabelLoss(config.cls_weight, config.dense_weight if config.token_label else 0.0)
     normalise = Normalise(config.mean, config.std).to(ranks.device)
     hard_labels = config.smoothing if config.labels == "argmax" else None

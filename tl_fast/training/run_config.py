@@ -104,6 +104,9 @@ class RunConfig:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's mode on cuda; reduce-overhead replays CUDA graphs, which needs accumulate 1. Not yet measured on
     a GPU."""
+    attention_backend: Literal["default", "flash", "cudnn", "efficient", "math"] = "default"
+    """What computes attention in a training step; default: torch's choice. One that the device lacks is refused at the
+    start. Not yet measured on a GPU."""
     deterministic: bool = False
     """Only operations with the same result every time, on GPUs at a price in speed. (On the CPU runs repeat bit for bit
     anyway.)"""

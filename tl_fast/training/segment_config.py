@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from tl_fast.plan.segment import SegmentAugment
 from tl_fast.system.mistakes import InputError
 from tl_fast.system.sides import both_sides, one_if_square
 from tl_fast.training.milestones import Milestones
@@ -57,7 +58,7 @@ class SegmentConfig(RunConfig):
     out_indices: tuple[int, ...] | None = None
     """Blocks or stages whose features the decoder sees, four of them, counted from 0; null: the model's usual ones."""
     decoder_channels: int = 512
-    """Channels of the decoder's feature maps."""
+    """Channels of the decoder's feature maps. Published: 256 for LV-ViT-S and M, 512 for L."""
     aux_weight: float = 0.4
     """Weight of the auxiliary head's cross-entropy beside the decoder's; 0: no auxiliary loss."""
 
@@ -107,10 +108,23 @@ class SegmentConfig(RunConfig):
     def __post_init__(self) -> None:
         object.__setattr__(self, "crop_size", one_if_square(self.crop_size))
         super().__post_init__()
+        self.augment  # noqa: B018  validates scale, base_size, flip ...
         if self.warmup_steps > self.steps:
             raise InputError(f"warmup_steps is part of steps: {self.warmup_steps} > {self.steps}")
         if self.lr < self.min_lr:
             raise InputError(f"the peak lr {self.lr} is below min_lr {self.min_lr}: lower that")
+
+    @property
+    def augment(self) -> SegmentAugment:
+        """The ranges of the plan's random decisions. Raises InputError naming the one that is wrong."""
+        return SegmentAugment(
+            scale=self.scale,
+            base_size=self.base_size,
+            max_class_share=self.max_class_share,
+            flip=self.flip,
+            distort=self.distort,
+            fill=self.fill,
+        )
 
     @property
     def window_stride(self) -> tuple[int, int]:

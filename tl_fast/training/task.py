@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tl_fast.models.weights import load_pretrained
 from tl_fast.pipeline.batch import Batch
-from tl_fast.pipeline.loader import Loader
+from tl_fast.pipeline.batch_loader import BatchLoader
 from tl_fast.system.ranks import Ranks
+from tl_fast.training import checkpoint
 from tl_fast.training.optimiser import Schedule
 from tl_fast.training.progress import Progress
 from tl_fast.training.run_config import RunConfig
@@ -26,6 +29,8 @@ class Task(abc.ABC):
     says otherwise.
     """
 
+    name: ClassVar[str]
+    """In a checkpoint's meta.json."""
     loss_terms: ClassVar[tuple[str, str]]
     """What a row of the log calls the two terms of the loss."""
     score_metrics: ClassVar[tuple[str, ...]]
@@ -33,8 +38,8 @@ class Task(abc.ABC):
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        self.train_loader: Loader | None = None
-        self.val_loader: Loader | None = None
+        self.train_loader: BatchLoader | None = None
+        self.val_loader: BatchLoader | None = None
 
     def open(self) -> None:
         """Open the loaders, fill the config's `num_classes`, and check that the data fit. Raises what `make_loaders`
@@ -50,7 +55,7 @@ class Task(abc.ABC):
             loader.close()
 
     @abc.abstractmethod
-    def make_loaders(self) -> tuple[Loader, Loader | None]:
+    def make_loaders(self) -> tuple[BatchLoader, BatchLoader | None]:
         """The training and validation loaders of this rank. Raises InputError when settings do not fit the number or
         kind of ranks, FileNotFoundError. Speaks to no other rank."""
 
@@ -64,9 +69,11 @@ class Task(abc.ABC):
         """The model on the CPU, randomly initialised from torch's generator. Raises InputError naming what does not
         fit. Speaks to no other rank."""
 
-    @abc.abstractmethod
     def read_weights(self, model: nn.Module) -> list[str]:
         """Load the weights that the config starts from; remarks for the user. The main rank alone calls it."""
+        if self.config.pretrained:
+            return load_pretrained(model, self.config.model)
+        return checkpoint.load_weights(model, checkpoint.find(Path(self.config.init_weights)), self.config.init_ema)
 
     @abc.abstractmethod
     def prepare(self, model: nn.Module) -> list[str]:

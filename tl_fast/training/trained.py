@@ -41,6 +41,9 @@ def find_trained(weights: Path, use_ema: bool, changes: dict[str, Any]) -> tuple
     """
     path = checkpoint.find(weights)
     meta = checkpoint.read_meta(path) if path.is_dir() else {}
+    task = meta.get("task", "classification")  # checkpoints of earlier versions do not say
+    if task != "classification":
+        raise InputError(f"{path} is of a {task} run, and no classifier: evaluate it with tl-fast segment --evaluate")
     if not meta and changes["model"] is None:
         raise InputError(f"{path} does not say which model it is: give --model (lvvit_s, say, or any name of timm's)")
     values = meta["config"] if meta else {"train_data": "unused: evaluation only"}
