@@ -25,6 +25,7 @@ COMMANDS = [  # as they are typed, without `python`
     "converters/to_beton.py verify",
     "tl_fast/train.py",
     "tl_fast/segment.py",
+    "tl_fast/segment.py --evaluate",
     "-m tl_fast.evaluate",
     "-m tl_fast.show",
     "-m tl_fast.demo",

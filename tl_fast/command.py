@@ -16,7 +16,7 @@ COMMANDS = {  # name -> module with the command's `main`, what it does
     "annotate": ("tl_fast.annotate", "label maps of a data set, by a machine annotator"),
     "convert": ("tl_fast.convert.command_line", "images and label maps into one .beton file; info and verify"),
     "train": ("tl_fast.train", "training with token labeling"),
-    "segment": ("tl_fast.segment", "training for semantic segmentation"),
+    "segment": ("tl_fast.segment", "training for semantic segmentation, and its evaluation"),
     "evaluate": ("tl_fast.evaluate", "top-1 and top-5 accuracy of a checkpoint"),
     "show": ("tl_fast.show", "pictures of samples, of a recipe's crops, of a run's curves"),
     "demo": ("tl_fast.demo", "all of it on the bundled photos, in a clone"),

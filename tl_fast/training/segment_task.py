@@ -109,14 +109,7 @@ class Segmentation(Task):
         if self.val_loader is None:
             return
         config, device = self.config, self.ranks.device
-        self._inference = Inference(
-            mode=config.eval_mode,
-            crop=config.crop_size,
-            stride=config.window_stride,
-            base_size=config.base_size,
-            multiple=model.multiple,
-            fill=config.fill,
-        )
+        self._inference = inference_of(config, model.multiple)
         compiled = config.eval_mode == "slide" and compiles(config, device)
         whole = self._inference.batch if compiled else None
         # Without a moving average both are the same weights.
@@ -155,3 +148,16 @@ class Segmentation(Task):
     @property
     def network_in_words(self) -> str:
         return f"UPerNet on {self.config.model} at {self.config.crop_size} px"
+
+
+def inference_of(config: SegmentConfig, multiple: int) -> Inference:
+    """How a config's validation looks at images, with a network whose images have sides that are multiples of
+    `multiple`."""
+    return Inference(
+        mode=config.eval_mode,
+        crop=config.crop_size,
+        stride=config.window_stride,
+        base_size=config.base_size,
+        multiple=multiple,
+        fill=config.fill,
+    )
