@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_families import FAMILIES
 from torch import nn
 
@@ -16,7 +17,8 @@ import timm
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 
-from tl_fast.models.segmentation import Segmenter, build_segmenter, default_indices
+from tl_fast.models.segmentation import Segmenter, WholeImage, build_segmenter, default_indices
+from tl_fast.models.step import compiled
 from tl_fast.models.token_label import backbone_of
 from tl_fast.system.mistakes import InputError
 
@@ -165,6 +167,38 @@ def test_layer_groups_end_behind_the_backbones_and_positions_do_not_decay():
     assert {"backbone.pos_embed", "backbone.cls_token", "neck.0.1.weight", "decoder.feature_norms.0.weight"} <= names
     assert "classifier.bias" in names and not names & {"classifier.weight", "neck.0.0.weight", "aux_head.0.weight"}
     assert backbone_of(model) is model.backbone
+
+
+def test_spreading_one_pixel_is_the_decoders_interpolation():
+    psp, features = tiny().eval().decoder.psp, torch.randn(2, 32, 4, 6)
+    assert isinstance(psp.blocks[0], WholeImage)
+    spread = psp(features)
+    psp.blocks[0] = nn.Sequential(*psp.blocks[0])
+    torch.testing.assert_close(psp(features), spread)
+
+
+class Spread(nn.Module):
+    """What UPerNet's pyramid does to a block's pixel."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(self.block(features), size=features.shape[2:], mode="bilinear", align_corners=False)
+
+
+@pytest.mark.slow
+def test_inductors_gradient_of_spreading_one_pixel_is_the_eager_one():
+    torch.manual_seed(0)
+    layers, features = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 8, 1)], torch.randn(2, 16, 4, 6)
+    gradients = []
+    for block, compile_it in ((nn.Sequential(*layers), False), (WholeImage(*layers), True)):
+        spread = Spread(block)
+        block.zero_grad()
+        (compiled(spread, features.device) if compile_it else spread)(features).square().mean().backward()
+        gradients.append([parameter.grad for parameter in block.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_gradient_checkpointing_changes_no_gradient():

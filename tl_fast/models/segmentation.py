@@ -52,6 +52,18 @@ class Pyramid(nn.ModuleList):
         return [layer(features) for layer, features in zip(self, maps, strict=True)]
 
 
+class WholeImage(nn.Sequential):
+    """The block of UPerNet's pyramid that pools a map [B,D,h,w] to one pixel, and spreads its result [B,D',1,1] over
+    [B,D',h,w].
+
+    The decoder spreads it by bilinear interpolation, which from one pixel gives the same. But inductor's code for the
+    gradient of that is wrong on CPUs: every gradient of the graph is 0, or inductor fails (docs/decisions.md).
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features).expand(-1, -1, *features.shape[2:])
+
+
 class Segmenter(OnBackbone):
     """A class for every pixel: a backbone's features at four depths, UPerNet's decoder, a classifier, and an auxiliary
     head for training.
@@ -99,6 +111,7 @@ class Segmenter(OnBackbone):
 
         # The decoder's first two maps would be of strides 1 and 2; it reads neither.
         self.decoder = UPerNetDecoder((0, 0, *channels), decoder_channels=decoder_channels)
+        self.decoder.psp.blocks[0] = WholeImage(*self.decoder.psp.blocks[0])
         self.dropout = nn.Dropout2d(DROPOUT)
         self.classifier = nn.Conv2d(decoder_channels, num_classes, 1)
         self.aux_head = nn.Sequential(
