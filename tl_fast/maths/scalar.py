@@ -288,6 +288,11 @@ def blend(degenerate, value, factor):
     return np.int32(min(max(mixed, np.float32(0.0)), np.float32(255.0)))
 
 
+def added(value, addend):
+    """A grey value (integer) and a float32, added: truncated to 0..255, int32."""
+    return np.int32(min(max(np.float32(value) + addend, np.float32(0.0)), np.float32(255.0)))
+
+
 def curve(op, argument, value):
     """The grey value (int64, 0..255) that a pointwise operation makes of `value`; other operations leave it."""
     if op == INVERT:
@@ -302,8 +307,7 @@ def curve(op, argument, value):
     if op == BRIGHTNESS:
         return blend(np.int64(0), value, np.float32(argument))
     if op == ADD:
-        total = np.float32(value) + np.float32(argument)
-        return np.int32(min(max(total, np.float32(0.0)), np.float32(255.0)))
+        return added(value, np.float32(argument))
     return value
 
 

@@ -16,9 +16,9 @@ _scalar = compile_scalar(njit)
 _curve, _stretch, _blend, _luma = _scalar.curve, _scalar.stretch, _scalar.blend, _scalar.luma
 AUTO_CONTRAST, EQUALIZE = scalar.AUTO_CONTRAST, scalar.EQUALIZE
 _changes_colours, _sextants = _scalar.changes_colours, _scalar.sextants
-_saturated, _turned = _scalar.saturated, _scalar.turned
+_added, _saturated, _turned = _scalar.added, _scalar.saturated, _scalar.turned
 COLOR, CONTRAST, SHARPNESS = scalar.COLOR, scalar.CONTRAST, scalar.SHARPNESS
-SATURATE, HUE = scalar.SATURATE, scalar.HUE
+BRIGHTNESS, ADD, SATURATE, HUE = scalar.BRIGHTNESS, scalar.ADD, scalar.SATURATE, scalar.HUE
 
 
 @njit
@@ -31,6 +31,13 @@ def apply(image, ops, arguments):
     for n in range(ops.size):
         op, argument = ops[n], arguments[n]
         if not _changes_colours(op):
+            continue
+        if not pending and (op == ADD or op == BRIGHTNESS):
+            # Vectors of pixels take a fifth of the time that looking each up in a table takes.
+            if op == ADD:
+                _add(image, np.float32(argument))
+            else:
+                _brighten(image, np.float32(argument))
             continue
         if not pending:
             for c in range(3):
@@ -74,6 +81,25 @@ def _look_up(image, table):
             row = image[c, y]
             for x in range(row.size):
                 row[x] = curve[row[x]]
+
+
+@njit
+def _add(image, addend):
+    for c in range(3):
+        for y in range(image.shape[1]):
+            row = image[c, y]
+            for x in range(row.size):
+                row[x] = _added(np.int32(row[x]), addend)
+
+
+@njit
+def _brighten(image, factor):
+    """Pillow's Brightness."""
+    for c in range(3):
+        for y in range(image.shape[1]):
+            row = image[c, y]
+            for x in range(row.size):
+                row[x] = _blend(np.int32(0), np.int32(row[x]), factor)
 
 
 @njit

@@ -41,7 +41,7 @@ def show(mask, affine, ignore_index, out, image, fill):
         first += 1
     while end > first and not 0 <= sources[end - 1] < width:
         end -= 1
-    shown = sources[first:end]
+    shown = sources[first:end].view(np.uint64)  # an index that might be negative takes longer
     previous = np.int64(-1)
     for i in range(rows):
         target, y = out[i], _nearest_pixel(i, 0, rows, columns, yu, yv, y0)
