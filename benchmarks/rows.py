@@ -36,10 +36,19 @@ def measure(contenders: dict[str, Callable[[int], int]], rounds: int) -> dict[st
 
 def stock_ffcv_is_here() -> bool:
     """Whether stock FFCV (extra `interop`), a contender of some benchmarks, is installed; says where it is not."""
-    if importlib.util.find_spec("ffcv") and importlib.util.find_spec("cv2"):
+    return _is_here("stock FFCV", "ffcv", "cv2")
+
+
+def opencv_is_here() -> bool:
+    """As `stock_ffcv_is_here`, for contenders that decode by OpenCV (the same extra)."""
+    return _is_here("OpenCV", "cv2")
+
+
+def _is_here(name: str, *modules: str) -> bool:
+    if all(map(importlib.util.find_spec, modules)):
         return True
     remedy = "`bash .ci/setup --interop` adds it or says what it lacks"
-    print(f"stock FFCV is left out: it is not installed ({remedy})", file=sys.stderr)
+    print(f"{name} is left out: it is not installed ({remedy})", file=sys.stderr)
     return False
 
 
