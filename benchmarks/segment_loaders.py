@@ -6,7 +6,8 @@ torchvision's joint transforms, one with a pipeline as mmsegmentation has it?
 All scale by 0.5 to 2, crop, flip, distort colours and pad, and deliver uint8 batches of images and masks, with the same
 number of threads or worker processes, from files in the page cache. Ours and mmsegmentation's pipeline draw a crop
 again, up to ten times, where one class covers more than 75 % of it; torchvision has no such transform, so its crops are
-taken as they come. "no distortion": scale, crop and flip alone. --masks: PNG masks under the images' relative names;
+taken as they come. "no distortion": scale, crop and flip alone. "row index": from a beton converted with --row-index.
+--masks: PNG masks under the images' relative names;
 without it masks are made of the images: 16 classes, the blurred brightness in eight steps, left and right of the
 middle. --base-size: images are first resized to fit (long, short), as for ADE20K. Rounds are interleaved, after one
 that is not counted. Appends one row a contender to benchmarks/results/segment_loaders.jsonl.
@@ -45,7 +46,8 @@ MEAN = (124, 116, 104)  # what is beyond the image
 MADE_CLASSES = 16  # of masks that are made of the images
 RESULTS = ROOT / "benchmarks" / "results" / "segment_loaders.jsonl"
 
-OURS, TORCHVISION, MMSEG = "tl_fast", "torchvision v2 + DataLoader", "mmsegmentation style + DataLoader"
+OURS, INDEXED = "tl_fast", "tl_fast, row index"
+TORCHVISION, MMSEG = "torchvision v2 + DataLoader", "mmsegmentation style + DataLoader"
 PLAIN = ", no distortion"
 
 Epoch = Callable[[int], int]
@@ -203,7 +205,7 @@ def pair_files(images: Path, masks: Path | None, folder: Path) -> list[tuple[Pat
     return pairs
 
 
-def build(out: Path, pairs: list[tuple[Path, Path]], classes: int) -> None:
+def build(out: Path, pairs: list[tuple[Path, Path]], classes: int, row_index: bool) -> None:
     """A beton of the pairs in this order."""
 
     def read_mask(file: Path) -> np.ndarray:
@@ -216,7 +218,7 @@ def build(out: Path, pairs: list[tuple[Path, Path]], classes: int) -> None:
         Sample(f"{i}", 0, image.read_bytes, mask=lambda mask=mask: read_mask(mask), origin=str(image))
         for i, (image, mask) in enumerate(pairs)
     ]
-    write_beton(out, samples, class_names=["image"], masks=MaskSpec(classes))
+    write_beton(out, samples, class_names=["image"], masks=MaskSpec(classes), row_index=row_index)
 
 
 def main() -> None:
@@ -226,6 +228,7 @@ def main() -> None:
     )
     parser.add_argument("--masks", type=Path, help="folder of their masks (default: made of the images)")
     parser.add_argument("--classes", type=int, default=MADE_CLASSES, help="of --masks; higher values are unlabelled")
+    parser.add_argument("--name", help="of the data set in the rows (default: the folder's)")
     parser.add_argument("--samples", type=int, default=512, help="the images are repeated to fill it")
     parser.add_argument("--crop", type=int, default=512, metavar="PIXELS")
     parser.add_argument("--base-size", type=int, nargs=2, metavar=("LONG", "SHORT"))
@@ -240,11 +243,11 @@ def main() -> None:
         pairs = pair_files(arguments.images, arguments.masks, Path(folder) / "masks")
         pairs = list(itertools.islice(itertools.cycle(pairs), arguments.samples))
         run = forked(pairs, arguments.threads, arguments.crop, base)
-        beton = Path(folder) / "bench.beton"
-        build(beton, pairs, arguments.classes)
-        for distort in (True, False):
-            name = OURS + ("" if distort else PLAIN)
-            run[name] = ours(beton, arguments.threads, arguments.crop, base, distort)
+        for name in (OURS, INDEXED):
+            beton = Path(folder) / f"{name}.beton"
+            build(beton, pairs, arguments.classes, row_index=name == INDEXED)
+            for distort in (True, False):
+                run[name + ("" if distort else PLAIN)] = ours(beton, arguments.threads, arguments.crop, base, distort)
         rates = measure(run, arguments.rounds)
     rows = write_rows(
         arguments.results,
@@ -252,7 +255,7 @@ def main() -> None:
         rates,
         "images/s",
         ("torch", "torchvision", "numba", "opencv-python-headless", "Pillow"),
-        images=arguments.images.parent.name if arguments.images.name == "images" else arguments.images.name,
+        images=arguments.name or arguments.images.name,
         samples=arguments.samples,
         mean_bytes=round(sum(image.stat().st_size for image, _ in pairs) / len(pairs)),
         crop=arguments.crop,
@@ -261,9 +264,9 @@ def main() -> None:
         threads=arguments.threads,
     )
     medians = {row["contender"]: row["median"] for row in rows}
-    for kind, peer in itertools.product(("", PLAIN), (TORCHVISION, MMSEG)):
+    for kind, own, peer in itertools.product(("", PLAIN), (OURS, INDEXED), (TORCHVISION, MMSEG)):
         if peer + kind in medians:
-            print(f"{medians[OURS + kind] / medians[peer + kind]:6.2f} times: {OURS + kind} / {peer + kind}")
+            print(f"{medians[own + kind] / medians[peer + kind]:6.2f} times: {own + kind} / {peer + kind}")
 
 
 if __name__ == "__main__":
