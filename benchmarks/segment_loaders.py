@@ -7,10 +7,11 @@ All scale by 0.5 to 2, crop, flip, distort colours and pad, and deliver uint8 ba
 number of threads or worker processes, from files in the page cache. Ours and mmsegmentation's pipeline draw a crop
 again, up to ten times, where one class covers more than 75 % of it; torchvision has no such transform, so its crops are
 taken as they come. "no distortion": scale, crop and flip alone. "row index": from a beton converted with --row-index.
---masks: PNG masks under the images' relative names;
-without it masks are made of the images: 16 classes, the blurred brightness in eight steps, left and right of the
-middle. --base-size: images are first resized to fit (long, short), as for ADE20K. Rounds are interleaved, after one
-that is not counted. Appends one row a contender to benchmarks/results/segment_loaders.jsonl.
+
+--masks: PNG masks under the images' relative names; without it masks are made of the images: 16 classes, the blurred
+brightness in eight steps, left and right of the middle. --base-size: images are first resized to fit (long, short), as
+for ADE20K. Rounds are interleaved, after one that is not counted; a round of a loader with worker processes is a
+quarter of the samples. Appends one row a contender to benchmarks/results/segment_loaders.jsonl.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tl_fast.plan import records
 from tl_fast.plan.segment_records import draw_segment
 from tl_fast.system.mistakes import InputError
 
-TASK = 4  # samples that a thread plans at a time: handing one over costs a tenth of planning one
+TASK = 8  # samples that a thread plans at a time: handing one over costs a tenth of planning one
 
 
 @dataclass(frozen=True)
