@@ -1,7 +1,7 @@
 """How many images/s do loaders for segmentation deliver from the same JPEGs and masks: ours, a DataLoader with
 torchvision's joint transforms, one with a pipeline as mmsegmentation has it?
 
-    python benchmarks/segment_loaders.py [--images FOLDER [--masks FOLDER --classes N]] [--crop 512] [--rounds 5]
+    python benchmarks/segment_loaders.py [--images FOLDER [--masks FOLDER --classes N]] [--rounds 5] [--table]
 
 All scale by 0.5 to 2, crop, flip, distort colours and pad, and deliver uint8 batches of images and masks, with the same
 number of threads or worker processes, from files in the page cache. Ours and mmsegmentation's pipeline draw a crop
@@ -11,7 +11,8 @@ taken as they come. "no distortion": scale, crop and flip alone. "row index": fr
 --masks: PNG masks under the images' relative names; without it masks are made of the images: 16 classes, the blurred
 brightness in eight steps, left and right of the middle. --base-size: images are first resized to fit (long, short), as
 for ADE20K. Rounds are interleaved, after one that is not counted; a round of a loader with worker processes is a
-quarter of the samples. Appends one row a contender to benchmarks/results/segment_loaders.jsonl.
+quarter of the samples. Appends one row a contender to benchmarks/results/segment_loaders.jsonl. --table prints the
+newest rows of each data set as docs/benchmarks.md has them, and measures nothing.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ import tl_fast.system.torchvision_shim  # noqa: F401  before torchvision
 
 # isort: split
 import torchvision.tv_tensors
-from loaders import find_images
-from rows import ROOT, measure, opencv_is_here, write_rows
+from loaders import find_images, table
+from rows import ROOT, measure, newest_runs, opencv_is_here, write_rows
 from torchvision.transforms import v2
 
 from tl_fast.convert.encode import Sample
@@ -236,7 +237,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted epochs of each contender")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the table of docs/benchmarks.md from the rows")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(newest_runs(arguments.results)))
+        return
     torch.set_num_threads(1)
     reuse_memory()  # for all contenders, as in training
     base = None if arguments.base_size is None else tuple(arguments.base_size)

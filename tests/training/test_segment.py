@@ -58,6 +58,7 @@ def small(masked, tmp_path):
             **BACKBONE,
             crop_size=64,
             decoder_channels=8,
+            aux_channels=8,
             batch_size=4,
             steps=8,
             warmup_steps=2,

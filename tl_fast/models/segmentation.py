@@ -90,7 +90,7 @@ class Segmenter(OnBackbone):
         crop_size: Sides,
         num_classes: int,
         out_indices: Sequence[int] | None = None,
-        decoder_channels: int = 512,
+        decoder_channels: int = 256,
         aux_channels: int = 256,
         create: Callable[..., nn.Module] | None = None,
     ) -> None:
@@ -183,7 +183,7 @@ def build_segmenter(
     drop_path: float = 0.0,
     options: dict[str, Any] | None = None,
     out_indices: tuple[int, ...] | None = None,
-    decoder_channels: int = 512,
+    decoder_channels: int = 256,
     aux_channels: int = 256,
 ) -> Segmenter:
     """The Segmenter on the model `name`, LV-ViT or any of timm's, randomly initialised from torch's generator.

@@ -57,8 +57,10 @@ class SegmentConfig(RunConfig):
 
     out_indices: tuple[int, ...] | None = None
     """Blocks or stages whose features the decoder sees, four of them, counted from 0; null: the model's usual ones."""
-    decoder_channels: int = 512
+    decoder_channels: int = 256
     """Channels of the decoder's feature maps. Published: 256 for LV-ViT-S and M, 512 for L."""
+    aux_channels: int = 256
+    """Channels of the auxiliary head. Published: 256 for LV-ViT-S and M, 512 for L."""
     aux_weight: float = 0.4
     """Weight of the auxiliary head's cross-entropy beside the decoder's; 0: no auxiliary loss."""
 
@@ -84,6 +86,7 @@ class SegmentConfig(RunConfig):
         "crop_size",
         "out_indices",
         "decoder_channels",
+        "aux_channels",
     )
     model_fields: ClassVar[dict[str, str]] = {
         **RunConfig.model_fields,
@@ -96,6 +99,7 @@ class SegmentConfig(RunConfig):
         ("crop_size", 16, 4096),
         ("base_size", 16, 1 << 16),
         ("decoder_channels", 1, 1 << 16),
+        ("aux_channels", 1, 1 << 16),
         ("aux_weight", 0, 1e6),
         ("steps", 1, 1 << 40),
         ("lr", 1e-12, 1e3),

@@ -71,6 +71,7 @@ class Segmentation(Task):
             options=config.model_options,
             out_indices=config.out_indices,
             decoder_channels=config.decoder_channels,
+            aux_channels=config.aux_channels,
         )
         if config.eval_mode == "whole" and model.input_size is not None:
             raise InputError(
