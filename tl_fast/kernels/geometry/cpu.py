@@ -90,40 +90,44 @@ def _interleave(lines, block):
 
 
 @njit
-def _filter_columns(block, first, count, weights, x, total, out):
-    """out uint8 [3 ROWS] = the sum of `count` columns, weighted with row `x` of `weights`, rounded and clipped.
+def _filter_columns(block, first, count, weights, flip, total, out):
+    """out uint8 [n or more, 3 ROWS]: row x, counted from the other end when `flip`, = the sum of the count[x] columns
+    of the block from first[x] on, weighted with weights[x], rounded and clipped. first, count [n].
 
-    total: float32 [3 ROWS] to work in. All indices are uint64: views cost more here than the sum, and LLVM would have
-    to reckon with negative signed indices."""
+    total: float32 [3 ROWS] to work in. One call makes all rows: a call counts references to its arrays, which takes as
+    long as the sums of a row. All indices are uint64: views cost more here than the sum, and LLVM would have to reckon
+    with negative signed indices."""
     size, one, two, three = np.uint64(3 * ROWS), np.uint64(1), np.uint64(2), np.uint64(3)
     half, low, high = np.float32(0.5), np.float32(0.0), np.float32(255.0)
-    w0, w1, second = weights[x, 0], np.float32(0.0), first
-    if count >= two:
-        w1, second = weights[x, one], first + one
-    if count <= two:
+    for x in range(np.uint64(first.size)):
+        row = np.uint64(first.size) - one - x if flip else x
+        column, taps = np.uint64(first[x]), np.uint64(count[x])
+        w0, w1, second = weights[x, 0], np.float32(0.0), column
+        if taps >= two:
+            w1, second = weights[x, one], column + one
+        if taps <= two:
+            for i in range(size):
+                out[row, i] = np.uint8(min(max(half + w0 * block[column, i] + w1 * block[second, i], low), high))
+            continue
+        w2, third = weights[x, two], column + two
+        if taps == three:
+            for i in range(size):
+                value = half + w0 * block[column, i] + w1 * block[second, i] + w2 * block[third, i]
+                out[row, i] = np.uint8(min(max(value, low), high))
+            continue
         for i in range(size):
-            out[i] = np.uint8(min(max(half + w0 * block[first, i] + w1 * block[second, i], low), high))
-        return
-    w2, third = weights[x, two], first + two
-    if count == three:
+            total[i] = half + w0 * block[column, i] + w1 * block[second, i] + w2 * block[third, i]
+        t = three
+        while t < taps:
+            w0, w1, second = weights[x, t], np.float32(0.0), column + t
+            third = second
+            if t + one < taps:
+                w1, third = weights[x, t + one], second + one
+            for i in range(size):
+                total[i] += w0 * block[second, i] + w1 * block[third, i]
+            t += two
         for i in range(size):
-            out[i] = np.uint8(
-                min(max(half + w0 * block[first, i] + w1 * block[second, i] + w2 * block[third, i], low), high)
-            )
-        return
-    for i in range(size):
-        total[i] = half + w0 * block[first, i] + w1 * block[second, i] + w2 * block[third, i]
-    t = three
-    while t < count:
-        w0, w1, column = weights[x, t], np.float32(0.0), first + t
-        second = column
-        if t + one < count:
-            w1, second = weights[x, t + one], column + one
-        for i in range(size):
-            total[i] += w0 * block[column, i] + w1 * block[second, i]
-        t += two
-    for i in range(size):
-        out[i] = np.uint8(min(max(total[i], low), high))
+            out[row, i] = np.uint8(min(max(total[i], low), high))
 
 
 @njit
@@ -191,6 +195,7 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
             raise ValueError("the decoded region lacks rows that the box needs")
     if begin < 0 or end > region.shape[1]:
         raise ValueError("the decoded region lacks columns that the box needs")
+    first, count, shown_weights = x_first[x_low:x_high] - begin, x_count[x_low:x_high], x_weights[x_low:x_high]
     pixels = region.reshape(region.shape[0], region.shape[1] * 3)
     width_read = (end - begin + 1) // 2 * 2
     lines = np.zeros((ROWS, 3 * width_read), np.float32)
@@ -205,11 +210,7 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
             if y_count[y0 + r]:
                 _filter_rows(pixels, y_first[y0 + r], y_count[y0 + r], y_weights[y0 + r], 3 * begin, 3 * end, lines[r])
         _interleave(lines, block)
-        for x in range(shown):
-            column = x_low + x
-            first, count = np.uint64(x_first[column] - begin), np.uint64(x_count[column])
-            target = columns_done[shown - 1 - x if flip else x]
-            _filter_columns(block, first, count, x_weights, np.uint64(column), total, target)
+        _filter_columns(block, first, count, shown_weights, flip, total, columns_done)
         _transpose(columns_done, turned, rows_done)
         for r in range(n):
             if y_count[y0 + r]:
