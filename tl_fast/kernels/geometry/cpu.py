@@ -49,28 +49,29 @@ def _filter_table(box_start, box_extent, out_size, in_size, origin, interpolatio
 
 
 @njit
-def _add_rows(row, weight, row1, weight1, line):
+def _filter_rows(pixels, first, count, weights, begin, end, lines):
+    """lines float32 [n or more, end - begin or more]: row r = the sum of the count[r] rows of pixels from first[r] on,
+    columns begin to end, weighted with weights[r]; not written where count[r] is 0. first, count [n]."""
     # Loops from 0 over views: an index that might be negative keeps LLVM from using vectors.
-    for x in range(line.size):
-        line[x] += weight * np.float32(row[x]) + weight1 * np.float32(row1[x])
-
-
-@njit
-def _filter_rows(pixels, first, count, weights, begin, end, line):
-    """line = the weighted sum of `count` rows of pixels, columns begin to end."""
-    row, weight = pixels[first, begin:end], weights[0]
-    t = 1
-    if count & 1:
-        for x in range(line.size):
-            line[x] = weight * np.float32(row[x])
-    else:
-        row1, weight1 = pixels[first + 1, begin:end], weights[1]
-        for x in range(line.size):
-            line[x] = weight * np.float32(row[x]) + weight1 * np.float32(row1[x])
-        t = 2
-    while t < count:
-        _add_rows(pixels[first + t, begin:end], weights[t], pixels[first + t + 1, begin:end], weights[t + 1], line)
-        t += 2
+    for r in range(first.size):
+        if count[r] == 0:
+            continue
+        line, row, weight = lines[r], pixels[first[r], begin:end], weights[r, 0]
+        t = 1
+        if count[r] & 1:
+            for x in range(row.size):
+                line[x] = weight * np.float32(row[x])
+        else:
+            row1, weight1 = pixels[first[r] + 1, begin:end], weights[r, 1]
+            for x in range(row.size):
+                line[x] = weight * np.float32(row[x]) + weight1 * np.float32(row1[x])
+            t = 2
+        while t < count[r]:
+            row, weight = pixels[first[r] + t, begin:end], weights[r, t]
+            row1, weight1 = pixels[first[r] + t + 1, begin:end], weights[r, t + 1]
+            for x in range(row.size):
+                line[x] += weight * np.float32(row[x]) + weight1 * np.float32(row1[x])
+            t += 2
 
 
 @njit
@@ -94,9 +95,9 @@ def _filter_columns(block, first, count, weights, flip, total, out):
     """out uint8 [n or more, 3 ROWS]: row x, counted from the other end when `flip`, = the sum of the count[x] columns
     of the block from first[x] on, weighted with weights[x], rounded and clipped. first, count [n].
 
-    total: float32 [3 ROWS] to work in. One call makes all rows: a call counts references to its arrays, which takes as
-    long as the sums of a row. All indices are uint64: views cost more here than the sum, and LLVM would have to reckon
-    with negative signed indices."""
+    total: float32 [3 ROWS] to work in. One call makes all rows: the references that a call counts to its arrays take
+    as long as the sums of a row. All indices are uint64: views cost more here than the sum, and LLVM would have to
+    reckon with negative signed indices."""
     size, one, two, three = np.uint64(3 * ROWS), np.uint64(1), np.uint64(2), np.uint64(3)
     half, low, high = np.float32(0.5), np.float32(0.0), np.float32(255.0)
     for x in range(np.uint64(first.size)):
@@ -206,9 +207,9 @@ def resample(region, origin_y, origin_x, height, width, box, flip, interpolation
     rows_done = np.empty((3 * ROWS, columns_done.shape[0]), np.uint8)
     for y0 in range(0, rows, ROWS):
         n = min(ROWS, rows - y0)
-        for r in range(n):
-            if y_count[y0 + r]:
-                _filter_rows(pixels, y_first[y0 + r], y_count[y0 + r], y_weights[y0 + r], 3 * begin, 3 * end, lines[r])
+        _filter_rows(
+            pixels, y_first[y0 : y0 + n], y_count[y0 : y0 + n], y_weights[y0 : y0 + n], 3 * begin, 3 * end, lines
+        )
         _interleave(lines, block)
         _filter_columns(block, first, count, shown_weights, flip, total, columns_done)
         _transpose(columns_done, turned, rows_done)
