@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tl_fast.maths.compile import njit
-from tl_fast.maths.memory import address, load_big
+from tl_fast.maths.memory import address, leading_zeros, load_big
 
 # What is wrong with a mask; 0 stands for nothing.
 BAD_SIZE, BAD_CLASS, BAD_CODE, BAD_RUN = 1, 2, 3, 4
@@ -221,12 +221,10 @@ def _gamma(window: int) -> tuple[int, int]:
 
     (0, 0): none below 65,536.
     """
-    zeros = np.uint64(0)
-    while not window >> np.uint64(63):
-        window <<= np.uint64(1)
-        zeros += np.uint64(1)
-        if zeros == 16:
-            return 0, 0
+    zeros = leading_zeros(window)
+    if zeros >= np.uint64(16):
+        return 0, 0
+    window <<= zeros
     return np.int64(window >> (np.uint64(63) - zeros)), 2 * np.int64(zeros) + 1
 
 

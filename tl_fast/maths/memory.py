@@ -1,4 +1,4 @@
-"""Reads and writes at an address, for inner loops that are functions of their own.
+"""Reads and writes at an address, for inner loops that are functions of their own; and a count of zero bits.
 
 Numba counts references to the arrays that a function is given, with atomic instructions at each call. An address is a
 plain number, which costs nothing. Nothing is checked, and the caller keeps the array alive.
@@ -109,6 +109,16 @@ def _store(kind: types.Type) -> Callable:
 store_uint8, store_int16, store_uint16, store_float32 = (
     _store(kind) for kind in (types.uint8, types.int16, types.uint16, types.float32)
 )
+
+
+@intrinsic
+def leading_zeros(typingctx, word):
+    """How many zeros a word's bits begin with, the highest bit first; 64 of 0. Both uint64."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.uint64(types.uint64), generate
 
 
 @intrinsic

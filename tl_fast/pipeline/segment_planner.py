@@ -73,20 +73,17 @@ class SegmentPlanner(BatchPlanner):
     def _masks_and_plans(self, ids: np.ndarray, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
         """The samples' decoded masks, uint8 [h, w] each, and their plans, PLAN records [B]."""
 
-        def of_sample(sample_id: int) -> tuple[np.ndarray, np.ndarray]:
-            mask = self.samples.mask(sample_id)
-            height, width = self.samples.heights[[sample_id]], self.samples.widths[[sample_id]]
+        def of_samples(sample_ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+            masks = [self.samples.mask(sample_id) for sample_id in sample_ids.tolist()]
+            heights, widths = self.samples.heights[sample_ids], self.samples.widths[sample_ids]
             if not self.train:
-                return mask, records.of_boxes(np.array([[0, 0, height[0], width[0]]]))
-            ignore_index = self.samples.mask_spec.ignore_index
-            settings = self.crops.augment, self.crops.image_size, [mask], ignore_index
-            return mask, draw_segment(self.seed, epoch, [sample_id], height, width, *settings)
-
-        def of_samples(sample_ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-            return [of_sample(sample_id) for sample_id in sample_ids.tolist()]
+                corners = np.zeros_like(heights)
+                return masks, records.of_boxes(np.stack([corners, corners, heights, widths], axis=1))
+            settings = self.crops.augment, self.crops.image_size, masks, self.samples.mask_spec.ignore_index
+            return masks, draw_segment(self.seed, epoch, sample_ids, heights, widths, *settings)
 
         # The first one alone: numba does not bear two threads that compile one function.
         tasks = [ids[first : first + TASK] for first in range(1, len(ids), TASK)]
         parts = [of_samples(ids[:1]), *self.pool.map(of_samples, tasks)]
-        masks, plans = zip(*itertools.chain.from_iterable(parts), strict=True)
-        return list(masks), np.concatenate(plans)
+        masks, plans = zip(*parts, strict=True)
+        return list(itertools.chain.from_iterable(masks)), np.concatenate(plans)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tl_fast.maths.compile import compile_scalar, njit
-from tl_fast.maths.memory import address, load_big
+from tl_fast.maths.memory import address, leading_zeros, load_big
 from tl_fast.plan.boxes import Sides, both_sides
 from tl_fast.plan.records import PLAN, checked_samples, epoch_word, seed_word
 from tl_fast.plan.segment import SegmentAugment
@@ -148,7 +148,7 @@ def _first_centre(edge):
 def _largest_share(mask, ignore_index):
     """The largest class's share of the labelled pixels of mask uint8 [h, w], 0..1; 1 where none is labelled."""
     counts = np.zeros(256, np.int64)
-    eight, last = np.uint64(8), mask.shape[1] - 8
+    three, eight, last = np.uint64(3), np.uint64(8), mask.shape[1] - 8
     for y in range(mask.shape[0]):
         row = mask[y]
         base, x = address(row), np.uint64(0)
@@ -158,8 +158,11 @@ def _largest_share(mask, ignore_index):
             run = np.uint64(value) * _EIGHT_TIMES
             while np.int64(x) <= last and load_big(base, x) == run:
                 x += eight
-            while x < row.size and row[x] == value:
-                x += np.uint64(1)
+            if np.int64(x) <= last:
+                x += leading_zeros(load_big(base, x) ^ run) >> three
+            else:
+                while x < row.size and row[x] == value:
+                    x += np.uint64(1)
             counts[value] += np.int64(x - start)
     counts[ignore_index] = 0
     labelled = counts.sum()
