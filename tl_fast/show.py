@@ -1,6 +1,7 @@
 """Pictures to look at.
 
-    python -m tl_fast.show FILE.beton --out picture.png     a sheet of samples (tl_fast.pictures.sample_sheet)
+    python -m tl_fast.show FILE.beton --out picture.png         a sheet of samples (tl_fast.pictures.sample_sheet)
+    python -m tl_fast.show FILE.beton --masks --out picture.png     masks, predictions (tl_fast.pictures.mask_sheet)
     python -m tl_fast.show --recipe lvvit_s_224                 a recipe's crops (tl_fast.pictures.crop_sheet)
     python -m tl_fast.show RUN_DIR                          the curves of a training run (tl_fast.pictures.curves)
 
@@ -10,7 +11,7 @@ Mistakes end it with one sentence: exit code 2 for the command line, 1 for data 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tl_fast.system.mistakes import in_a_sentence
@@ -26,12 +27,16 @@ def _ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sample ids such as 1,2,3") from None
 
 
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
 def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=(
-            "Draw a sheet of a beton's samples with their labels; with --recipe, of crops augmented as that recipe"
-            " trains on them; or the curves of a run."
+            "Draw a sheet of a beton's samples with their labels; with --masks, of their masks; with --recipe, of"
+            " crops augmented as that recipe trains on them; or the curves of a run."
         ),
     )
     parser.add_argument(
@@ -55,6 +60,13 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--samples", type=int, help="how many, spread evenly over the file (default 8, with --recipe 24)"
+    )
+    parser.add_argument("--masks", action="store_true", default=None, help="show masks for segmentation, not crops")
+    parser.add_argument(
+        "--predictions",
+        nargs="+",
+        metavar="DIR",
+        help="beside the masks, what `segment --evaluate --save-predictions` wrote into these folders",
     )
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--first", type=int, metavar="ID", help="show samples in sequence from this one")
@@ -92,13 +104,20 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     if recipe is None and not run and (beton is None or out is None):
         parser.error("FILE.beton and --out are needed, or --recipe, or a run's folder")
     if run and settings:
-        options = ", ".join("--" + name.replace("_", "-") for name in settings)
-        parser.error(f"{beton} is a run's folder: {options} is for betons")
+        parser.error(f"{beton} is a run's folder: {_flags(settings)} is for betons")
+    masks = settings.pop("masks", False) or "predictions" in settings
+    of_crops = [name for name in settings if name not in ("predictions", "samples", "first", "ids")]
+    if masks and (recipe is not None or of_crops):
+        parser.error(f"masks are shown whole: {_flags(of_crops or ['recipe'])} is for crops")
     with in_a_sentence(parser.prog, show_traceback):  # the imports are here because they take seconds
         if run:
             from tl_fast.pictures.curves import draw_curves
 
             print(draw_curves(Path(beton), Path(out) if out else None))
+        elif masks:
+            from tl_fast.pictures.mask_sheet import show_masks
+
+            print(show_masks(beton, out, **settings))
         elif recipe is None:
             from tl_fast.pictures.sample_sheet import show
 

@@ -52,6 +52,13 @@ def test_cityscapes() -> None:
     assert (classes.values[others] == 255).all() and (classes.values[34:255] == -1).all()
 
 
+def test_camvid() -> None:
+    classes = read_classes("camvid")
+    assert classes.spec.num_classes == 11 and classes.spec.class_names[::5] == ("sky", "tree", "bicyclist")
+    assert classes.spec.colours[3] == (128, 64, 128) and len(set(classes.spec.colours)) == 11
+    assert classes.values[:13].tolist() == [*range(11), 255, -1]
+
+
 def test_numbers_and_tables(tmp_path: Path) -> None:
     classes = read_classes("11", ignore_index=11)
     assert (classes.spec.num_classes, classes.spec.ignore_index, classes.spec.class_names) == (11, 11, ())
@@ -88,7 +95,7 @@ def test_tables_that_are_wrong(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_classes_that_are_not_there() -> None:
-    with pytest.raises(MaskError, match="give ade20k, cityscapes, a number of classes, or a CSV file"):
+    with pytest.raises(MaskError, match="give ade20k, cityscapes, camvid, a number of classes, or a CSV file"):
         read_classes("ade")
     for number in ("0", "256"):
         with pytest.raises(MaskError, match="num_classes must be"):

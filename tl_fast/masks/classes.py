@@ -11,7 +11,7 @@ import numpy as np
 
 from tl_fast.masks.format import MaskError, MaskSpec
 
-TABLES = ("ade20k", "cityscapes")  # in tables/
+TABLES = ("ade20k", "cityscapes", "camvid")  # in tables/
 IGNORED = 255  # the train_id in a table of values that are no class; an empty one and those below 0 mean the same
 COLOURS = ("red", "green", "blue")
 

@@ -18,12 +18,8 @@ from PIL import Image, ImageDraw
 from tl_fast.pictures import sheet
 from tl_fast.pictures.sheet import GAP, LINE, MARGIN, PANEL, PAPER, SWATCH, Cells, best_of_map, best_of_targets
 from tl_fast.pipeline.loader import Loader
-from tl_fast.pipeline.regions import DecodeError
 from tl_fast.plan.boxes import crop_fractions
-from tl_fast.sources.image import open_rgb
 from tl_fast.system.sides import Sides
-
-WIDEST = 336  # pixels: an original wider than 3:2 is drawn lower instead
 
 
 @dataclass(frozen=True)
@@ -82,13 +78,9 @@ def _row(loader: Loader, sample_id: int) -> Row:
     samples, one = loader.samples, np.array([sample_id])
     batch, plan = loader.batch(one), loader.draw(one)[0]
     reader, index = samples.locate(sample_id)
-    try:
-        original, _ = open_rgb(samples.jpeg(sample_id))
-    except ValueError as error:
-        raise DecodeError(f"cannot decode {samples.name(sample_id)}: {error}, then convert again") from error
+    original = sheet.open_original(samples, sample_id)
     height, width = original.height, original.width
-    scale = min(PANEL / height, WIDEST / width)
-    drawn = max(round(width * scale), 1), max(round(height * scale), 1)
+    drawn = sheet.original_size(height, width)[::-1]
     top, left, crop_height, crop_width = (int(plan[name]) for name in ("top", "left", "height", "width"))
     edges = (left, 0, width), (top, 1, height), (left + crop_width, 0, width), (top + crop_height, 1, height)
     box = tuple(round(edge * drawn[axis] / size) for edge, axis, size in edges)

@@ -12,11 +12,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tl_fast.beton.samples import Samples
 from tl_fast.pipeline.loader import Loader
+from tl_fast.pipeline.regions import DecodeError
+from tl_fast.sources.image import open_rgb
 from tl_fast.system.atomic import write_atomic
 from tl_fast.system.mistakes import InputError
 
 PANEL = 224  # pixels: side of a crop's panel, and height of an original's beside it
+WIDEST = 336  # pixels: an original wider than 3:2 is drawn lower instead
 MARGIN, GAP, LINE, SWATCH = 14, 12, 20, 13  # pixels
 OPACITY = 0.55  # of a cell whose class is certain; the image must stay visible below it
 SMALLEST_GRID = 6  # pixels: the lines between cells smaller than this would hide them
@@ -118,6 +122,20 @@ def assign_colours(panels: Iterable[Cells | None]) -> dict[int, np.ndarray]:
     return {c: PALETTE[i] if i < len(PALETTE) else OTHER for i, c in enumerate(by_share)}
 
 
+def open_original(samples: Samples, sample_id: int) -> Image.Image:
+    """A sample's image, upright, RGB. Raises DecodeError naming the sample."""
+    try:
+        return open_rgb(samples.jpeg(sample_id))[0]
+    except ValueError as error:
+        raise DecodeError(f"cannot decode {samples.name(sample_id)}: {error}, then convert again") from error
+
+
+def original_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) in pixels at which an image of this size is drawn: PANEL high, WIDEST wide at most."""
+    scale = min(PANEL / height, WIDEST / width)
+    return max(round(height * scale), 1), max(round(width * scale), 1)
+
+
 def panel_of(image: Tensor) -> np.ndarray:
     """An image uint8 [3, H, W] as uint8 [h, w, 3], whose longer side is PANEL."""
     longer = max(image.shape[1:])
@@ -216,7 +234,7 @@ def wrap(pieces: Sequence[str], width: float, between: str = "  ·  ") -> list[s
 
 def _legend(colours: dict[int, np.ndarray], names: Sequence[str], room: int) -> list[tuple[int, int, np.ndarray, str]]:
     """(x, y, colour, name) of every entry, in pixels from the legend's corner."""
-    entries = [(colour, class_name(names, c)) for c, colour in colours.items()][: len(PALETTE)]
+    entries = [(colour, class_name(names, c)) for c, colour in colours.items() if colour is not OTHER]
     if (rest := len(colours) - len(entries)) > 0:
         entries.append((OTHER, f"other ({rest} classes)"))
     placed, x, y = [], 0, 0
