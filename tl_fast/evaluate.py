@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
 from tl_fast.system.sides import read_sides
+from tl_fast.training.evaluation_options import add_machine, add_weights
 
 PROG = "python -m tl_fast.evaluate"
 
@@ -24,17 +24,7 @@ PROG = "python -m tl_fast.evaluate"
 def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Top-1 and top-5 accuracy of a checkpoint on a beton.")
     parser.add_argument("data", nargs="+", help="the beton(s), paths or globs")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file",
-    )
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--ema", dest="use_ema", action="store_true", default=True, help="the weights' moving average (default)"
-    )
-    weights.add_argument("--raw", dest="use_ema", action="store_false", help="the weights themselves")
+    add_weights(parser, "a run's folder (its newest checkpoint), a checkpoint's folder, or a weights file")
     parser.add_argument("--model", help="timm name; needed for files that are not checkpoints of ours")
     parser.add_argument(
         "--img-size",
@@ -50,14 +40,10 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
         type=float,
         help="what the maximum of the token logits counts beside the class logits; default: the training's",
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images per step and rank")
-    parser.add_argument("--threads", type=int, help="loader threads per rank")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument(
         "--decode", choices=("auto", "cpu", "mixed"), default="auto", help="mixed: nvJPEG, on GPUs; auto: cpu"
     )
-    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
+    add_machine(parser, 64, "images")
     return parser
 
 

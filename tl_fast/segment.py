@@ -19,6 +19,7 @@ from typing import Any
 
 from tl_fast.system.mistakes import in_a_sentence, one_speaks_for_its_node
 from tl_fast.system.sides import read_sides
+from tl_fast.training.evaluation_options import add_machine, add_weights
 from tl_fast.training.read_config import parse_command
 from tl_fast.training.segment_config import SegmentConfig
 
@@ -32,17 +33,7 @@ def build_evaluation_parser(prog: str = PROG) -> argparse.ArgumentParser:
         prog=prog, description="mIoU, mean accuracy and pixel accuracy of a segmentation run's checkpoint on a beton."
     )
     parser.add_argument("--evaluate", nargs="*", metavar="DATA", help="the beton(s) with masks, paths or globs")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="a run's folder (its newest checkpoint) or a checkpoint's folder",
-    )
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--ema", dest="use_ema", action="store_true", default=True, help="the weights' moving average (default)"
-    )
-    weights.add_argument("--raw", dest="use_ema", action="store_false", help="the weights themselves")
+    add_weights(parser, "a run's folder (its newest checkpoint) or a checkpoint's folder")
     look = parser.add_argument_group("how images are looked at; by default as in the run's validation")
     look.add_argument("--mode", choices=("slide", "whole"), help="windows that overlap, or the whole image at once")
     look.add_argument("--crop", type=read_sides, metavar="PIXELS", help="side of a window, or [height,width]")
@@ -71,11 +62,7 @@ def build_evaluation_parser(prog: str = PROG) -> argparse.ArgumentParser:
     outputs.add_argument(
         "--overlays", action="store_true", help="the classes' colours over the images, in DIR/overlays"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="windows per step and rank")
-    parser.add_argument("--threads", type=int, help="loader threads per rank")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was met")
+    add_machine(parser, 8, "windows")
     return parser
 
 
