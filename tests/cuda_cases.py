@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +25,10 @@ from tl_fast.maths import scalar
 from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import OPS
 from tl_fast.system.sides import both_sides
+
+if SIMULATED:
+    # The simulator polls its threads without ever waiting: each barrier would cost them Python's 5 ms a turn.
+    sys.setswitchinterval(1e-4)  # seconds
 
 FILL = (124, 116, 104)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

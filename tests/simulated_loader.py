@@ -62,6 +62,7 @@ def main() -> None:
     from tl_fast.pipeline.loader import Loader
 
     assert SIMULATED, "NUMBA_ENABLE_CUDASIM=1 is needed"
+    sys.setswitchinterval(1e-4)  # seconds, as tests/cuda_cases.py
     torch.set_num_threads(1)
     beton, masked, damaged, out = sys.argv[1:]
     arrays = run(beton, masked, "cuda")
