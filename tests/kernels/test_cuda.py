@@ -32,9 +32,9 @@ QUICK = "negative_scores or flipped_crops or class_beyond or masks"
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(f"not ({QUICK})", marks=pytest.mark.slow)], ids=["few", "rest"])
 @pytest.mark.timeout(900)
 def test_kernels_in_the_simulator(cases):
-    """In processes of their own, for NUMBA_ENABLE_CUDASIM counts when numba is imported: on small odd shapes, against
-    the njit kernels. The simulator keeps one core busy, so that two share the many cases."""
-    run_cases({"NUMBA_ENABLE_CUDASIM": "1"}, "-k", cases, *([] if cases == QUICK else ["-n", "2"]))
+    """In a process of its own, for NUMBA_ENABLE_CUDASIM counts when numba is imported: on small odd shapes, against
+    the njit kernels."""
+    run_cases({"NUMBA_ENABLE_CUDASIM": "1"}, "-k", cases)
 
 
 def test_importing_needs_no_gpu():
