@@ -53,11 +53,19 @@ def epoch(loader: Loader, number: int, images: np.ndarray, targets: np.ndarray) 
         heights, widths = loader.samples.heights[ids], loader.samples.widths[ids]
         lap("plan")
         for b, plan in enumerate(plans):
-            region = cpu._own_type(loader._maker.decoder.region(ids[b], starts[b], stops[b] - starts[b]))
+            pixels = loader._maker.decoder.pixels(ids[b], starts[b], stops[b] - starts[b])
             lap("decode of the crop")
             crop = tuple(float(plan[name]) for name in ("top", "left", "height", "width"))
-            image = int(starts[b, 0]), int(starts[b, 1]), int(heights[b]), int(widths[b])
-            warp.show(region, *image, crop, plan["affine"], int(plan["interpolation"]), fill, images[b])
+            warp.show(
+                pixels,
+                int(heights[b]),
+                int(widths[b]),
+                crop,
+                plan["affine"],
+                int(plan["interpolation"]),
+                fill,
+                images[b],
+            )
             lap("geometry")
             colour.apply(images[b], plan["ops"], plan["arguments"])
             lap("colours")

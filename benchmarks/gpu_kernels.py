@@ -29,6 +29,7 @@ from tl_fast.kernels import cpu, cuda
 from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.labelmaps.format import encode, pack, unpack
 from tl_fast.maths import scalar
+from tl_fast.maths.ycbcr import pixels_of
 from tl_fast.plan import records as plan
 from tl_fast.plan.boxes import map_affines
 from tl_fast.plan.segment import SegmentAugment
@@ -151,7 +152,8 @@ class Images:
         rows, columns = int(region["rows"]), int(region["columns"])
         pixels = self.host[int(region["offset"]) :][: 3 * rows * columns].reshape(rows, columns, 3)
         fill = np.array(FILL, np.uint8)
-        cpu.augment(pixels, region["top"], region["left"], HEIGHT, WIDTH, self.plans[b], fill, out)
+        pixels = pixels_of(pixels, int(region["top"]), int(region["left"]))
+        cpu.augment(pixels, HEIGHT, WIDTH, self.plans[b], fill, out)
         return out
 
 

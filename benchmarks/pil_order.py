@@ -25,6 +25,7 @@ from timm.data import auto_augment
 
 from tl_fast.kernels import cpu
 from tl_fast.maths import scalar
+from tl_fast.maths.ycbcr import pixels_of
 from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import OPS
 
@@ -81,7 +82,8 @@ def timms(
 def ours(image: Image.Image, record: np.void, fill: tuple[int, int, int]) -> np.ndarray:
     """uint8 [SIZE, SIZE, 3] of the whole decoded image."""
     out = np.empty((3, SIZE, SIZE), np.uint8)
-    cpu.augment(np.asarray(image), 0, 0, image.height, image.width, record, np.array(fill, np.uint8), out)
+    pixels = np.asarray(image)
+    cpu.augment(pixels_of(pixels, 0, 0), image.height, image.width, record, np.array(fill, np.uint8), out)
     return out.transpose(1, 2, 0)
 
 

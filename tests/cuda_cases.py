@@ -22,6 +22,7 @@ from tl_fast.kernels.geometry import cuda as cuda_geometry
 from tl_fast.labelmaps import format as labelmap
 from tl_fast.labelmaps import loops as maps
 from tl_fast.maths import scalar
+from tl_fast.maths.ycbcr import pixels_of
 from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import OPS
 from tl_fast.system.sides import both_sides
@@ -320,7 +321,8 @@ def make_batch(images, plans, size) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         regions[b] = (offset, *part.shape[:2], *starts[b], *image.shape[:2])
         parts.append(part.ravel())
         offset += part.size
-        cpu.augment(part, *starts[b], *image.shape[:2], plans[b], np.array(FILL, np.uint8), expected[b])
+        pixels, fill = pixels_of(part, *starts[b].tolist()), np.array(FILL, np.uint8)
+        cpu.augment(pixels, *image.shape[:2], plans[b], fill, expected[b])
     return np.concatenate(parts), regions, expected
 
 

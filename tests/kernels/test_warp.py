@@ -18,6 +18,7 @@ from tl_fast.kernels import cpu
 from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.kernels.targets.crops import affines_of_crops
 from tl_fast.maths import scalar
+from tl_fast.maths.ycbcr import pixels_of
 from tl_fast.plan import records as plan
 from tl_fast.plan.rand_augment import OPS
 from tl_fast.system.sides import both_sides
@@ -82,7 +83,8 @@ def show(pixels: np.ndarray, plans: np.ndarray, size=SIZE, fill=FILL, decoded="n
         pixels = np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
         pixels[start[0] : stop[0], start[1] : stop[1]] = inside
     out = np.full((3, *both_sides(size)), 99, np.uint8)
-    cpu.augment(np.ascontiguousarray(pixels), *origin, height, width, plans[0], np.asarray(fill, np.uint8), out)
+    region = np.ascontiguousarray(pixels)
+    cpu.augment(pixels_of(region, *origin), height, width, plans[0], np.asarray(fill, np.uint8), out)
     return out
 
 

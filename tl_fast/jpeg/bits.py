@@ -9,13 +9,30 @@ from __future__ import annotations
 import numpy as np
 
 from tl_fast.maths.compile import njit
-from tl_fast.maths.memory import address, before_marker, copy_to_ff, load_big
-
-U = np.uint64
-# Numba turns uint64 with int64 into a float; so loops over uint64 need their constants as uint64.
-U0, U1, U2, U3, U4, U6, U7, U8, U13, U15, U16, U17 = (U(n) for n in (0, 1, 2, 3, 4, 6, 7, 8, 13, 15, 16, 17))
-U21, U24, U26, U31, U32, U40, U48, U56, U63, U64 = (U(n) for n in (21, 24, 26, 31, 32, 40, 48, 56, 63, 64))
-U127, U255, U511, U_WORD = U(127), U(255), U(511), U(0xFFFF)
+from tl_fast.maths.memory import (
+    U0,
+    U1,
+    U2,
+    U3,
+    U4,
+    U6,
+    U7,
+    U8,
+    U16,
+    U24,
+    U32,
+    U40,
+    U48,
+    U56,
+    U63,
+    U64,
+    U255,
+    U,
+    address,
+    before_marker,
+    copy_to_ff,
+    load_big,
+)
 
 ONES, HIGHS, BYTE_NUMBERS = U(0x0101010101010101), U(0x8080808080808080), U(0x0001020304050607)
 PADDING = 64  # zeros that a decoder may read behind the data

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tl_fast.jpeg.bits import (
+from tl_fast.jpeg.bits import fill, top_up
+from tl_fast.jpeg.huffman import INDEX_SHIFT, KEY, MAX_AC_SIZE, MAX_DC_SIZE, SLOTS, read_symbol, table_slot, take_key
+from tl_fast.jpeg.markers import COMPONENTS, huffman_table
+from tl_fast.maths.compile import njit
+from tl_fast.maths.memory import (
     U0,
     U1,
     U4,
@@ -27,13 +31,11 @@ from tl_fast.jpeg.bits import (
     U255,
     U511,
     U,
-    fill,
-    top_up,
+    load_int16,
+    load_uint8,
+    load_uint64,
+    store_int16,
 )
-from tl_fast.jpeg.huffman import INDEX_SHIFT, KEY, MAX_AC_SIZE, MAX_DC_SIZE, SLOTS, read_symbol, table_slot, take_key
-from tl_fast.jpeg.markers import COMPONENTS, huffman_table
-from tl_fast.maths.compile import njit
-from tl_fast.maths.memory import load_int16, load_uint8, load_uint64, store_int16
 
 # An entry of a table of values, uint64. Bits 0..5: bits to consume; 6..12: what to advance by to the first coefficient;
 # 13..20: to the last one, and BEYOND more where the block ends; 21..25: bits of the first alone; 26..30: bits of the

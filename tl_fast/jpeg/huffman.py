@@ -11,28 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tl_fast.jpeg.bits import (
-    U0,
-    U1,
-    U4,
-    U6,
-    U8,
-    U16,
-    U17,
-    U32,
-    U63,
-    U64,
-    U511,
-    U_WORD,
-    U,
-    copy_bits,
-    fill,
-    pad,
-    put_bits,
-    refill,
-    skip_fill,
-    unstuff,
-)
+from tl_fast.jpeg.bits import copy_bits, fill, pad, put_bits, refill, skip_fill, unstuff
 from tl_fast.jpeg.markers import (
     BAD_CODE,
     BAD_RESTART,
@@ -61,7 +40,7 @@ from tl_fast.jpeg.markers import (
 )
 from tl_fast.jpeg.scan_markers import compare_head, find_end, walk_scans
 from tl_fast.maths.compile import njit
-from tl_fast.maths.memory import address, load_uint8
+from tl_fast.maths.memory import U0, U1, U4, U6, U8, U16, U17, U32, U63, U64, U511, U_WORD, U, address, load_uint8
 
 # An entry of a look-up table, int16. Bits 0..5: bits to consume, 6..14: coefficients to advance by, 15 (the sign): the
 # block ends.

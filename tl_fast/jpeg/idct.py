@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-BYTE, SHORT, INT = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-SHORTS, INTS, BYTES = (ir.VectorType(kind, 8) for kind in (SHORT, INT, BYTE))
+from tl_fast.maths.vectors import BYTES, INT, INTS, SHORT, SHORTS, same, to_bytes
+
 CONST_BITS, PASS1_BITS = 13, 2
 
 # FIX(x) of jidctint.c: x * 2^13, rounded
@@ -21,17 +21,6 @@ F_0_298631336, F_0_390180644, F_0_541196100 = 2446, 3196, 4433
 F_0_765366865, F_0_899976223, F_1_175875602 = 6270, 7373, 9633
 F_1_501321110, F_1_847759065, F_1_961570560 = 12299, 15137, 16069
 F_2_053119869, F_2_562915447, F_3_072711026 = 16819, 20995, 25172
-
-
-def same(value: int) -> ir.Constant:
-    return ir.Constant(INTS, [value] * 8)
-
-
-def to_bytes(builder: ir.IRBuilder, values: ir.Value) -> ir.Value:
-    """Eight numbers as bytes, those beyond 0..255 as the nearer end."""
-    for compare, bound in (("<", 0), (">", 255)):
-        values = builder.select(builder.icmp_signed(compare, values, same(bound)), same(bound), values)
-    return builder.trunc(values, BYTES)
 
 
 def _transform(builder: ir.IRBuilder, rows: Sequence[ir.Value], shift: int) -> list[ir.Value]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from tl_fast.jpeg.markers import OK
 from tl_fast.jpeg.memory import PixelMemory, ScanMemory, at_least
-from tl_fast.jpeg.region_loops import PLANE_ROOM, ROW_ROOM, STREAM_ROOM, decode_region, decode_regions
+from tl_fast.jpeg.region_loops import PLANE_ROOM, STREAM_ROOM, decode_pixels, decode_region, decode_regions
+from tl_fast.maths.ycbcr import ROW_ROOM, Pixels
 
 _compiling = threading.Lock()
 
@@ -70,6 +71,15 @@ class RegionDecoder(threading.local):
         self._pixels = self._pixels.with_room(*_room(rows, columns))
         status = decode_region(jpeg, (top, left, bottom, right), self._scan, self._pixels, out)
         return out[:size].reshape(rows, columns, 3) if status == OK else None
+
+    def samples(self, jpeg: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Pixels | None:
+        """As `decode`, but the samples as they are decoded, not yet RGB, in memory that this thread's next call writes
+        again."""
+        top, left, bottom, right = int(start[0]), int(start[1]), int(stop[0]), int(stop[1])
+        self._scan = self._scan.with_stream(jpeg.size + STREAM_ROOM)
+        self._pixels = self._pixels.with_room(*_room(bottom - top, right - left))
+        status, pixels = decode_pixels(jpeg, (top, left, bottom, right), self._scan, self._pixels)
+        return pixels if status == OK else None
 
     def decode_queued(self, queue: RegionQueue, out: np.ndarray) -> int | None:
         """Decode regions of a queue until it is empty -> None, or until one is left to other decoders -> its number.

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tl_fast.jpeg.bits import U0, U1, U2, U3, U8, U, fill, next_marker, skip_fill, top_up, unstuff
+from tl_fast.jpeg.bits import fill, next_marker, skip_fill, top_up, unstuff
 from tl_fast.jpeg.blocks import BLOCK, VALUES, ZIGZAG, prepare_values, read_ac, read_dc, skip_ac
-from tl_fast.jpeg.colour import colour_row, grey_row, repeat, upsample
 from tl_fast.jpeg.huffman import KEY, TABLE, prepare_tables, table_slot
 from tl_fast.jpeg.idct import idct
 from tl_fast.jpeg.markers import (
@@ -41,6 +40,12 @@ from tl_fast.jpeg.markers import (
 )
 from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import (
+    U0,
+    U1,
+    U2,
+    U3,
+    U8,
+    U,
     address,
     bytes_from,
     load_uint16,
@@ -49,51 +54,71 @@ from tl_fast.maths.memory import (
     store_uint16,
     take_number,
 )
+from tl_fast.maths.ycbcr import AS_GREY, AS_PLANES, Pixels, write_row
 
 UNFIT = -1  # a file that is left to other decoders
 STREAM_ROOM = 4096  # bytes behind the data that may be read: an MCU of damaged data takes up to 10 blocks of 216
 PLANE_ROOM = 96  # of rows and columns: MCUs that the region cuts, a margin of chroma, vectors read beyond a row's end
-ROW_ROOM = 64  # bytes that vectors may write behind a row
 
 # What the decoder knows of each block of an MCU (`lay_out_blocks`).
 SLOT, NUMBER, OFFSET, DOWN_STEP, ACROSS_STEP, BLOCK_FIELDS = range(6)
 
 
 @njit
-def decode_region(data, region, scan, pixels, out):
-    """Write the RGB pixels of a region of a JPEG to `out` -> status.
+def decode_region(data, region, scan, memory, out):
+    """Write the RGB pixels of a region of a JPEG to `out` -> status, as of `decode_pixels`.
 
-    data: uint8 [n]; region: first row, first column, and the row and column behind the last ones; out: uint8 [rows *
-    columns * 3 or more]. OK: all pixels are there. Any other status: the file is damaged, or of a kind that is left to
-    others (UNFIT), or the region leads outside the image. scan: `ScanMemory` whose stream holds n + STREAM_ROOM bytes
-    or more; pixels: `PixelMemory` with planes of 3 (rows + PLANE_ROOM) (columns + PLANE_ROOM) bytes and rows of
-    3 (2 columns + ROW_ROOM) bytes or more.
+    out: uint8 [rows * columns * 3 or more]; the rest as of `decode_pixels`.
+    """
+    status, pixels = decode_pixels(data, region, scan, memory)
+    if status == OK:
+        top, left, bottom, right = region
+        target, room, line = address(out), address(memory.rows), U3 * U(right - left)
+        for y in range(top, bottom):
+            write_row(pixels, y, left, right, U3, room, target)
+            target += line
+    return status
+
+
+@njit
+def decode_pixels(data, region, scan, memory):
+    """Decode the samples of a region of a JPEG into planes -> (status, `Pixels`).
+
+    data: uint8 [n]; region: first row, first column, and the row and column behind the last ones. OK: all pixels are
+    there, until `memory` is used again. Any other status: the file is damaged, or of a kind that is left to others
+    (UNFIT), or the region leads outside the image. scan: `ScanMemory` whose stream holds n + STREAM_ROOM bytes or more;
+    memory: `PixelMemory` with planes of 3 (rows + PLANE_ROOM) (columns + PLANE_ROOM) bytes or more.
     """
     record = scan.record
     status = read_markers(data, record, scan.head)
+    if status == OK and not is_fit(record, region):
+        status = UNFIT
     if status != OK:
-        return status
-    if not is_fit(record, region):
-        return UNFIT
+        return status, Pixels(AS_GREY, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0)
     across, down = sampling(record)
     area = mcus_of(record, region)
     rows, columns = 8 * (area[2] - area[0]), 8 * (area[3] - area[1])  # of chroma
     strides = (columns * across, columns, columns)
     starts = (0, rows * down * columns * across, rows * columns * (down * across + 1))
-    status = decode_planes(data, area, scan, pixels, starts, strides)
-    if status == OK:
-        write_pixels(record, region, area, pixels, starts, strides, out)
-    return status
+    status = decode_planes(data, area, scan, memory, starts, strides)
+    planes = np.int64(address(memory.planes))
+    # Of the image's first sample, which is before the area's.
+    first = planes - 8 * (area[0] * down * strides[0] + area[1] * across)
+    chroma = planes - 8 * (area[0] * columns + area[1])
+    blue, red = chroma + starts[1], chroma + starts[2]
+    kind = AS_GREY if record[COMPONENTS] == 1 else AS_PLANES
+    height, width = -(-record[HEIGHT] // down), -(-record[WIDTH] // across)
+    return status, Pixels(kind, first, strides[0], blue, red, columns, across, down, height, width, *region)
 
 
 @njit
-def decode_regions(taken, jpegs, regions, starts, scan, pixels, out):
+def decode_regions(taken, jpegs, regions, starts, scan, memory, out):
     """Decode region after region that no other thread has taken, until none is left (-1) or one has a status other
     than OK, as `decode_region` has it -> its number; the caller sees to that region and calls again.
 
     taken: int64 [1], regions taken so far, by all threads; jpegs: uint64 [B, 2], address and size in bytes of each
     region's JPEG; regions: int64 [B, 4], as `decode_region` takes one; starts: int64 [B], of each region's pixels in
-    `out`, uint8. scan, pixels: as `decode_region` takes them, large enough for every region.
+    `out`, uint8. scan, memory: as `decode_region` takes them, large enough for every region.
     """
     counter = address(taken)
     while True:
@@ -102,7 +127,7 @@ def decode_regions(taken, jpegs, regions, starts, scan, pixels, out):
             return -1
         data = bytes_from(jpegs[b, 0], jpegs[b, 1])
         region = (regions[b, 0], regions[b, 1], regions[b, 2], regions[b, 3])
-        if decode_region(data, region, scan, pixels, out[starts[b] :]) != OK:
+        if decode_region(data, region, scan, memory, out[starts[b] :]) != OK:
             return b
 
 
@@ -135,25 +160,25 @@ def mcus_of(record, region):
 
 
 @njit
-def decode_planes(data, area, scan, pixels, starts, strides):
+def decode_planes(data, area, scan, memory, starts, strides):
     """Decode the MCUs of `area` into planes -> status.
 
-    area: as `mcus_of`; pixels.planes: component c's samples begin at starts[c], with rows of strides[c]; scan, pixels:
+    area: as `mcus_of`; memory.planes: component c's samples begin at starts[c], with rows of strides[c]; scan, pixels:
     as `decode_region`.
     """
     record, stream = scan.record, scan.stream
     blocks, status = prepare_tables(data, scan)
     if status != OK:
         return status
-    prepare_values(data, record, pixels.keys, pixels.values)
-    copy_factors(data, record, pixels.factors)
+    prepare_values(data, record, memory.keys, memory.values)
+    copy_factors(data, record, memory.factors)
     order = np.empty((MAX_BLOCKS, BLOCK_FIELDS), np.int64)
     lay_out_blocks(record, starts, strides, order)
-    fill(pixels.coefficients, 0, len(pixels.coefficients), 0)
+    fill(memory.coefficients, 0, len(memory.coefficients), 0)
     previous = np.zeros(MAX_COMPONENTS, np.uint16)  # DC value of each component's last block
     bytes_in, order_in, previous_in = address(stream), address(order), address(previous)
-    tables = (address(pixels.values), address(scan.lookup), address(scan.keys), address(ZIGZAG))
-    coefficients, factors, planes = address(pixels.coefficients), address(pixels.factors), address(pixels.planes)
+    tables = (address(memory.values), address(scan.lookup), address(scan.keys), address(ZIGZAG))
+    coefficients, factors, planes = address(memory.coefficients), address(memory.factors), address(memory.planes)
     row_mcus = -(-record[WIDTH] // (8 * sampling(record)[0]))
     mcus = mcu_count(record)
     interval = record[RESTART] if record[RESTART] else mcus
@@ -275,38 +300,3 @@ def read_mcu(stream, position, window, bits, blocks, order, tables, previous, co
         if not (dc_exists and ac_exist):
             return position, window, bits, False
     return position, window, bits, True
-
-
-# --- pixels
-
-
-@njit
-def write_pixels(record, region, area, pixels, starts, strides, out):
-    """Turn the planes that `decode_planes` filled into the region's RGB pixels at `out`."""
-    across, down = sampling(record)
-    height, width = -(-record[HEIGHT] // down), -(-record[WIDTH] // across)  # of chroma
-    top, left, bottom, right = region
-    planes, rows, target, count = address(pixels.planes), address(pixels.rows), address(out), U(right - left)
-    step = U(2 * (right - left) + ROW_ROOM)
-    sums, chroma = rows, (rows + step, rows + U2 * step)
-    for y in range(top, bottom):
-        luma = planes + U((y - 8 * down * area[0]) * strides[0] + left - 8 * across * area[1])
-        if record[COMPONENTS] == 1:
-            grey_row(luma, target, count)
-        else:
-            near = y // down
-            other = min(max(near - 1 + 2 * (y % down), 0), height - 1) if down == 2 else near
-            for c in range(2):
-                start, stride = planes + U(starts[1 + c] - 8 * area[1]), strides[1 + c]
-                near_row, other_row = (
-                    start + U((near - 8 * area[0]) * stride),
-                    start + U((other - 8 * area[0]) * stride),
-                )
-                if across == 2:
-                    stop = U((right - 1) // 2 + 1)
-                    upsample(near_row, other_row, U(left // 2), stop, U(width), down, sums, chroma[c])
-                else:
-                    repeat(near_row, other_row, U(left), U(right), across, U(1 + y % 2), chroma[c])
-            skew = U(2 * (left % 2)) if across == 2 else U0
-            colour_row(luma, chroma[0] + skew, chroma[1] + skew, rows, target, count)
-        target += U3 * count

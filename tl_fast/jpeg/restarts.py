@@ -12,21 +12,7 @@ import math
 
 import numpy as np
 
-from tl_fast.jpeg.bits import (
-    U0,
-    U3,
-    U7,
-    U64,
-    U_WORD,
-    U,
-    big,
-    copy_bits,
-    next_marker,
-    pad,
-    put_bits,
-    two,
-    unstuff,
-)
+from tl_fast.jpeg.bits import big, copy_bits, next_marker, pad, put_bits, two, unstuff
 from tl_fast.jpeg.blocks import extend
 from tl_fast.jpeg.huffman import KEY, MAX_DC_SIZE, TABLE, decode_blocks, prepare_tables, read_symbol
 from tl_fast.jpeg.markers import (
@@ -49,7 +35,7 @@ from tl_fast.jpeg.markers import (
     sampling,
 )
 from tl_fast.maths.compile import njit
-from tl_fast.maths.memory import address
+from tl_fast.maths.memory import U0, U3, U7, U64, U_WORD, U, address
 
 SEGMENT = 80  # pixels across that a segment should have: narrower ones cost bytes, wider ones are decoded for nothing
 NARROWEST = 32

@@ -14,29 +14,22 @@ from tl_fast.kernels.masks import cpu as masks
 from tl_fast.kernels.targets import cpu as targets
 from tl_fast.kernels.targets.crops import affines_of_crops
 from tl_fast.maths.compile import njit
+from tl_fast.maths.ycbcr import Pixels
 from tl_fast.plan.boxes import Sides, both_sides
 
 
-def augment(
-    region: np.ndarray,
-    origin_y: int,
-    origin_x: int,
-    height: int,
-    width: int,
-    plan: np.void,
-    fill: np.ndarray,
-    out: np.ndarray,
-) -> None:
+def augment(pixels: Pixels, height: int, width: int, plan: np.void, fill: np.ndarray, out: np.ndarray) -> None:
     """One sample as its plan, a record of `tl_fast.plan.PLAN`, says: geometry first, then colours, without erasing.
 
-    region: uint8 [h, w, 3], decoded pixels of an image of `height` x `width` pixels from (origin_y, origin_x) on, at
-    least those of `tl_fast.kernels.geometry.cpu.needed`; fill: uint8 [3], RGB of what lies outside the image; out:
-    uint8 [3, H, W], written.
+    pixels: of an image of `height` x `width` pixels, at least those of `tl_fast.kernels.geometry.cpu.needed`; made by
+    `tl_fast.maths.ycbcr.pixels_of` or `planes_of`, whose array must stay; fill: uint8 [3], RGB of what lies outside the
+    image; out: uint8 [3, H, W], contiguous, written. Raises ValueError for an `out` of another kind.
     """
-    image = int(origin_y), int(origin_x), int(height), int(width)
+    if out.ndim != 3 or len(out) != 3 or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise ValueError(f"out must be uint8 [3, height, width], contiguous; got {out.dtype} {out.shape}")
     crop = float(plan["top"]), float(plan["left"]), float(plan["height"]), float(plan["width"])
     geometry = crop, plan["affine"], int(plan["interpolation"])
-    _augment(_own_type(region), *image, *geometry, plan["ops"], plan["arguments"], _own_type(fill), out)
+    _augment(pixels, int(height), int(width), *geometry, plan["ops"], plan["arguments"], _own_type(fill), out)
 
 
 def _own_type(array: np.ndarray) -> np.ndarray:
@@ -46,8 +39,8 @@ def _own_type(array: np.ndarray) -> np.ndarray:
 
 
 @njit
-def _augment(region, origin_y, origin_x, height, width, crop, affine, interpolation, ops, arguments, fill, out):
-    warp.show(region, origin_y, origin_x, height, width, crop, affine, interpolation, fill, out)
+def _augment(pixels, height, width, crop, affine, interpolation, ops, arguments, fill, out):
+    warp.show(pixels, height, width, crop, affine, interpolation, fill, out)
     colour.apply(out, ops, arguments)
 
 

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
+
+U = np.uint64
+# Numba turns uint64 with int64 into a float; so loops over uint64 need their constants as uint64.
+U0, U1, U2, U3, U4, U6, U7, U8, U13, U15, U16, U17 = (U(n) for n in (0, 1, 2, 3, 4, 6, 7, 8, 13, 15, 16, 17))
+U21, U24, U26, U31, U32, U40, U48, U56, U63, U64 = (U(n) for n in (21, 24, 26, 31, 32, 40, 48, 56, 63, 64))
+U127, U255, U511, U_WORD = U(127), U(255), U(511), U(0xFFFF)
 
 VECTOR = ir.VectorType(ir.IntType(8), 32)
 
@@ -27,6 +34,12 @@ def address(typingctx, array):
         )
 
     return types.uint64(array), generate
+
+
+@intrinsic
+def keep(typingctx, arrays):
+    """Nothing, but the arrays of this tuple stay alive until here, whose addresses alone are in use."""
+    return types.void(arrays), lambda context, builder, signature, arguments: context.get_dummy_value()
 
 
 @intrinsic
@@ -80,8 +93,8 @@ def _load(kind: types.Type, swapped: bool = False) -> Callable:
     return load
 
 
-load_uint8, load_int16, load_uint16, load_uint64 = (
-    _load(kind) for kind in (types.uint8, types.int16, types.uint16, types.uint64)
+load_uint8, load_int16, load_int32, load_uint16, load_uint64 = (
+    _load(kind) for kind in (types.uint8, types.int16, types.int32, types.uint16, types.uint64)
 )
 load_float32 = _load(types.float32)
 load_big = _load(types.uint64, swapped=True)  # the eight bytes from byte `index` on, the first one highest

@@ -73,9 +73,9 @@ class CpuBatches:
         for b in part:
             if self.decoding.check:
                 self.samples.check(plan.ids[b])
-            # The augmentation finds the region in the core's cache.
-            region = self.decoder.region(plan.ids[b], plan.starts[b], plan.shapes[b])
-            cpu.augment(region, *plan.starts[b], plan.heights[b], plan.widths[b], plan.plans[b], self._fill, images[b])
+            # The augmentation finds them in the core's cache.
+            pixels = self.decoder.pixels(plan.ids[b], plan.starts[b], plan.shapes[b])
+            cpu.augment(pixels, plan.heights[b], plan.widths[b], plan.plans[b], self._fill, images[b])
             if masks is not None:
                 ignored = self.samples.mask_spec.ignore_index
                 cpu.show_mask(plan.masks[b], plan.plans[b], ignored, masks[b], images[b], self._fill)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tl_fast.jpeg.region import RegionDecoder, RegionQueue
+from tl_fast.maths.ycbcr import PADDING, Pixels, pixels_of
 from tl_fast.pipeline.regions import DecodeError, Jpegs, Regions, RegionsDecoder, Started
 from tl_fast.sources.image import open_rgb
 
@@ -39,6 +40,7 @@ class Decoder(RegionsDecoder):
         self.busy_seconds = 0.0
         self._region_decoder = RegionDecoder()
         self._threads = ThreadPoolExecutor(threads, "tl_fast-region")
+        self._kept = threading.local()  # memory that a thread's last pixels lie in
         self._counting = threading.Lock()
         self._compiled = False
 
@@ -76,13 +78,21 @@ class Decoder(RegionsDecoder):
         with self._counting:
             self.busy_seconds += time.perf_counter() - begin
 
-    def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray) -> np.ndarray:
-        """One region's pixels on the host, uint8 [h, w, 3], in memory that this thread's next call may write again.
+    def pixels(self, sample_id: int, start: np.ndarray, shape: np.ndarray) -> Pixels:
+        """One region's samples in the host's memory, as far as they need be decoded; until this thread's next call.
 
         start, shape: int64 [2], first pixel and size of the region, (row, column).
 
         Raises DecodeError naming the sample.
         """
+        pixels = self._region_decoder.samples(self.samples.jpeg(sample_id), start, start + shape)
+        if pixels is None:
+            self._kept.region = region = self._with_pillow(sample_id, start, shape)
+            pixels = pixels_of(region, int(start[0]), int(start[1]))
+        return pixels
+
+    def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray) -> np.ndarray:
+        """One region's pixels as RGB, uint8 [h, w, 3]; otherwise as `pixels`."""
         region = self._region_decoder.decode(self.samples.jpeg(sample_id), start, start + shape)
         return self._with_pillow(sample_id, start, shape) if region is None else region
 
@@ -90,9 +100,14 @@ class Decoder(RegionsDecoder):
         """As `region`, of a file that our decoder leaves to others."""
         (top, left), (bottom, right) = start, start + shape
         try:
-            return np.asarray(open_rgb(self.samples.jpeg(sample_id))[0].crop((left, top, right, bottom)))
+            image = open_rgb(self.samples.jpeg(sample_id))[0].crop((left, top, right, bottom))
         except ValueError as error:
             raise DecodeError.of(self.samples, sample_id) from error
+        # Behind the pixels there is room for vectors.
+        memory = np.zeros(3 * image.height * image.width + PADDING, np.uint8)
+        region = memory[:-PADDING].reshape(image.height, image.width, 3)
+        region[:] = image
+        return region
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)

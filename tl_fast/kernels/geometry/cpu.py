@@ -8,255 +8,203 @@ from __future__ import annotations
 
 import numpy as np
 
-from tl_fast.kernels.geometry.taps import add_taps
+from tl_fast.kernels.geometry.taps import (
+    BLOCK,
+    CHUNK,
+    LANES,
+    PRECISION,
+    filter_across,
+    filter_down,
+    interleave,
+    merge_channels,
+    separate,
+    split_channels,
+    weigh_2_around,
+    weigh_4_around,
+)
 from tl_fast.maths import scalar
 from tl_fast.maths.compile import compile_scalar, njit
+from tl_fast.maths.memory import U0, U1, U3, U4, U8, U, address, keep, load_uint8, store_uint8
+from tl_fast.maths.ycbcr import row_room, write_row
 from tl_fast.plan.boxes import Sides, both_sides
 
 _scalar = compile_scalar(njit)
 _filter_range, _filter_weight, _filter_support = _scalar.filter_range, _scalar.filter_weight, _scalar.filter_support
-_cubic_weights = _scalar.cubic_weights
+_filter_centre = _scalar.filter_centre
 BICUBIC = scalar.BICUBIC
 BORDER = 3  # pixels around the canvas: two that the cubic filter reads beyond the image, and one for rounding
 REACH = 2  # canvas pixels that `show` may read beyond what the affine shows
-# Output rows that one pass makes: their values lie side by side, so that the horizontal filter works on vectors.
-ROWS = 32
 
 
 @njit
-def _filter_table(box_start, box_extent, out_size, in_size, origin, interpolation, inside):
-    """First pixel (counted from `origin`), number of taps and normalised weights of each output pixel along one axis;
-    no taps for those whose centre is outside the image. inside: none is."""
+def _filter_table(box_start, box_extent, out_size, in_size, interpolation, inside):
+    """The filters along one axis, as Pillow has them (`precompute_coeffs`, `normalize_coeffs_8bpc`): for each output
+    pixel its first source pixel and how many it reads, int32 [out_size], and their weights, int32 [out_size, taps],
+    whose sum is 2^PRECISION. taps: of the pixel that reads most; the others' last weights are 0.
+
+    Output pixels whose centre is outside the image read none. inside: there are no such pixels.
+    """
     taps_max = int(np.ceil(_filter_support(box_extent, out_size, interpolation))) * 2 + 1
     first = np.zeros(out_size, np.int32)
     count = np.zeros(out_size, np.int32)
-    weights = np.zeros((out_size, taps_max), np.float32)
+    whole = np.zeros((out_size, taps_max), np.int32)
+    weights = np.empty(taps_max, np.float64)
+    taps = 1
     for i in range(out_size):
-        centre = box_start + (i + 0.5) * (box_extent / out_size)
+        centre = _filter_centre(i, box_start, box_extent, out_size)
         if not inside and (centre < 0.0 or centre >= in_size):
             continue
         start, stop = _filter_range(i, box_start, box_extent, out_size, in_size, interpolation)
-        first[i] = start - origin
-        count[i] = stop - start
         total = 0.0
         for x in range(start, stop):
-            weight = _filter_weight(x, i, box_start, box_extent, out_size, interpolation)
-            weights[i, x - start] = np.float32(weight)
-            total += weight
-        for x in range(stop - start):
-            weights[i, x] *= np.float32(1.0 / total)
-    return first, count, weights
+            weights[x - start] = _filter_weight(x, i, box_start, box_extent, out_size, interpolation)
+            total += weights[x - start]
+        while stop - start > 1 and weights[stop - start - 1] == 0.0:
+            stop -= 1
+        first[i], count[i] = start, stop - start
+        taps = max(taps, stop - start)
+        for n in range(stop - start):
+            weight = weights[n] / total * (1 << PRECISION)
+            whole[i, n] = np.int32(weight + 0.5 if weight >= 0.0 else weight - 0.5)
+    return first, count, whole[:, :taps].copy()
 
 
 @njit
-def _filter_rows(pixels, first, count, weights, begin, end, lines):
-    """lines float32 [n or more, end - begin or more]: row r = the sum of the count[r] rows of pixels from first[r] on,
-    columns begin to end, weighted with weights[r]; not written where count[r] is 0. first, count [n]."""
-    # Loops from 0 over views: an index that might be negative keeps LLVM from using vectors.
-    for r in range(first.size):
-        if count[r] == 0:
-            continue
-        line, row, weight = lines[r], pixels[first[r], begin:end], weights[r, 0]
-        t = 1
-        if count[r] & 1:
-            for x in range(row.size):
-                line[x] = weight * np.float32(row[x])
-        else:
-            row1, weight1 = pixels[first[r] + 1, begin:end], weights[r, 1]
-            for x in range(row.size):
-                line[x] = weight * np.float32(row[x]) + weight1 * np.float32(row1[x])
-            t = 2
-        while t < count[r]:
-            row, weight = pixels[first[r] + t, begin:end], weights[r, t]
-            row1, weight1 = pixels[first[r] + t + 1, begin:end], weights[r, t + 1]
-            for x in range(row.size):
-                line[x] += weight * np.float32(row[x]) + weight1 * np.float32(row1[x])
-            t += 2
+def resample(pixels, height, width, box, flip, interpolation, fill, out, inside=False):
+    """Show `box` = (top, left, height, width) of an image of `height` x `width` pixels in out uint8 [3, H, W], mirrored
+    left-right when `flip`: to the bit as Pillow's `resize(box=...)`, which filters along x, rounds, filters along y
+    and rounds.
 
+    pixels: `tl_fast.maths.ycbcr.Pixels`, with those that the filters read. Output pixels whose centre is outside the
+    image get `fill`. inside: there are none, even if rounding puts a centre that is on the image's edge beyond it.
 
-@njit
-def _swap(a, b, mask, bits):
-    """Exchange the upper halves of a's fields with the lower halves of b's. mask: the lower halves, `bits` bits."""
-    return (a & mask) | ((b & mask) << bits), ((a >> bits) & mask) | (b & ~mask)
-
-
-@njit
-def _interleave(lines, block):
-    """lines float32 [ROWS, 3 n] -> block float32 [n, 3 ROWS], n even, by squares of 2 x 2 values."""
-    source, target = lines.view(np.uint64), block.reshape(3 * block.shape[0], ROWS).view(np.uint64)
-    one, mask, bits = np.uint64(1), np.uint64(0x00000000FFFFFFFF), np.uint64(32)
-    for x in range(np.uint64(source.shape[1])):
-        for r in range(np.uint64(ROWS // 2)):
-            target[x + x, r], target[x + x + one, r] = _swap(source[r + r, x], source[r + r + one, x], mask, bits)
-
-
-@njit
-def _filter_columns(block, first, count, weights, flip, total, out):
-    """out uint8 [n or more, 3 ROWS]: row x, counted from the other end when `flip`, = the sum of the count[x] columns
-    of the block from first[x] on, weighted with weights[x], rounded and clipped. first, count [n].
-
-    total: float32 [3 ROWS] to work in. One call makes all rows: the references that a call counts to its arrays take
-    as long as the sums of a row. All indices are uint64: views cost more here than the sum, and LLVM would have to
-    reckon with negative signed indices."""
-    size, one, two, three = np.uint64(3 * ROWS), np.uint64(1), np.uint64(2), np.uint64(3)
-    half, low, high = np.float32(0.5), np.float32(0.0), np.float32(255.0)
-    for x in range(np.uint64(first.size)):
-        row = np.uint64(first.size) - one - x if flip else x
-        column, taps = np.uint64(first[x]), np.uint64(count[x])
-        w0, w1, second = weights[x, 0], np.float32(0.0), column
-        if taps >= two:
-            w1, second = weights[x, one], column + one
-        if taps <= two:
-            for i in range(size):
-                out[row, i] = np.uint8(min(max(half + w0 * block[column, i] + w1 * block[second, i], low), high))
-            continue
-        w2, third = weights[x, two], column + two
-        if taps == three:
-            for i in range(size):
-                value = half + w0 * block[column, i] + w1 * block[second, i] + w2 * block[third, i]
-                out[row, i] = np.uint8(min(max(value, low), high))
-            continue
-        for i in range(size):
-            total[i] = half + w0 * block[column, i] + w1 * block[second, i] + w2 * block[third, i]
-        t = three
-        while t < taps:
-            w0, w1, second = weights[x, t], np.float32(0.0), column + t
-            third = second
-            if t + one < taps:
-                w1, third = weights[x, t + one], second + one
-            for i in range(size):
-                total[i] += w0 * block[second, i] + w1 * block[third, i]
-            t += two
-        for i in range(size):
-            out[row, i] = np.uint8(min(max(total[i], low), high))
-
-
-@njit
-def _transpose(source, turned, target):
-    """source uint8 [8 n, 3 ROWS] -> target uint8 [3 ROWS, 8 n], by squares of 8 x 8 bytes; turned: uint64 [8, 3 ROWS /
-    8], to work in.
-
-    Rows of a square are 64-bit words, which LLVM puts side by side in vectors: half the time of moving single bytes.
+    Rows of pixels become RGB four at a time, are filtered along x, and stay in a ring as long as output rows need them.
     """
-    words, result = source.view(np.uint64), target.view(np.uint64)
-    m8, m16, m32 = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00000000FFFFFFFF)
-    b8, b16, b32 = np.uint64(8), np.uint64(16), np.uint64(32)
-    for x in range(np.uint64(result.shape[1])):
-        y = x * b8
-        for g in range(np.uint64(3 * ROWS // 8)):
-            a0, a1 = _swap(words[y, g], words[y + np.uint64(1), g], m8, b8)
-            a2, a3 = _swap(words[y + np.uint64(2), g], words[y + np.uint64(3), g], m8, b8)
-            a4, a5 = _swap(words[y + np.uint64(4), g], words[y + np.uint64(5), g], m8, b8)
-            a6, a7 = _swap(words[y + np.uint64(6), g], words[y + np.uint64(7), g], m8, b8)
-            a0, a2 = _swap(a0, a2, m16, b16)
-            a1, a3 = _swap(a1, a3, m16, b16)
-            a4, a6 = _swap(a4, a6, m16, b16)
-            a5, a7 = _swap(a5, a7, m16, b16)
-            turned[0, g], turned[4, g] = _swap(a0, a4, m32, b32)
-            turned[1, g], turned[5, g] = _swap(a1, a5, m32, b32)
-            turned[2, g], turned[6, g] = _swap(a2, a6, m32, b32)
-            turned[3, g], turned[7, g] = _swap(a3, a7, m32, b32)
-        for g in range(3 * ROWS // 8):
-            for j in range(8):
-                result[8 * g + j, x] = turned[j, g]
-
-
-@njit
-def resample(region, origin_y, origin_x, height, width, box, flip, interpolation, fill, out, inside=False):
-    """Show `box` = (top, left, height, width) of an image of `height` x `width` pixels, of which `region` uint8 [h, w,
-    3] holds what begins at (origin_y, origin_x), in out uint8 [3, H, W], mirrored left-right when `flip`. Output pixels
-    whose centre is outside the image get `fill`. inside: there are none, even if rounding puts a centre that is on the
-    image's edge beyond it."""
     rows, columns = out.shape[1], out.shape[2]
-    y_first, y_count, y_weights = _filter_table(box[0], box[2], rows, height, origin_y, interpolation, inside)
-    x_first, x_count, x_weights = _filter_table(box[1], box[3], columns, width, origin_x, interpolation, inside)
-    x_low, x_high = 0, columns
-    while x_low < columns and x_count[x_low] == 0:
-        x_low += 1
-    while x_high > x_low and x_count[x_high - 1] == 0:
-        x_high -= 1
+    y_first, y_count, y_weights = _filter_table(box[0], box[2], rows, height, interpolation, inside)
+    x_first, x_count, x_weights = _filter_table(box[1], box[3], columns, width, interpolation, inside)
+    x_low, x_high = _shown(x_count)
+    y_low, y_high = _shown(y_count)
     shown = x_high - x_low
     start = columns - x_high if flip else x_low
-    for y in range(rows):
-        if y_count[y] == 0 or shown == 0:
-            for c in range(3):
-                out[c, y] = fill[c]
-        elif shown < columns:
-            for c in range(3):
-                out[c, y, :start] = fill[c]
-                out[c, y, start + shown :] = fill[c]
-    if shown == 0:
+    _fill_around(out, fill, y_low, y_high, start, start + shown)
+    if shown <= 0 or y_low >= y_high:
         return
-    begin, end = x_first[x_low], x_first[x_high - 1] + x_count[x_high - 1]
-    # Windows are cut at the image's edges alone, so first and last ones should be the outermost; this makes sure.
-    for x in range(x_low, x_high):
-        begin, end = min(begin, x_first[x]), max(end, x_first[x] + x_count[x])
-    for y in range(rows):
-        if y_count[y] and (y_first[y] < 0 or y_first[y] + y_count[y] > region.shape[0]):
-            raise ValueError("the decoded region lacks rows that the box needs")
-    if begin < 0 or end > region.shape[1]:
+    left, right = x_first[x_low], 0
+    for x in range(x_low, x_high):  # which need not be the outermost ones where windows are cut at the image's edges
+        left, right = min(left, x_first[x]), max(right, x_first[x] + x_count[x])
+    top, bottom, longest = y_first[y_low], 0, 0
+    for y in range(y_low, y_high):
+        bottom, longest = max(bottom, y_first[y] + y_count[y]), max(longest, y_count[y])
+    if top < pixels.top or bottom > pixels.bottom:
+        raise ValueError("the decoded region lacks rows that the box needs")
+    if left < pixels.left or right > pixels.right:
         raise ValueError("the decoded region lacks columns that the box needs")
-    first, count, shown_weights = x_first[x_low:x_high] - begin, x_count[x_low:x_high], x_weights[x_low:x_high]
-    pixels = region.reshape(region.shape[0], region.shape[1] * 3)
-    width_read = (end - begin + 1) // 2 * 2
-    lines = np.zeros((ROWS, 3 * width_read), np.float32)
-    block = np.empty((width_read, 3 * ROWS), np.float32)
-    total = np.empty(3 * ROWS, np.float32)
-    columns_done = np.zeros(((shown + 7) // 8 * 8, 3 * ROWS), np.uint8)
-    turned = np.empty((8, 3 * ROWS // 8), np.uint64)
-    rows_done = np.empty((3 * ROWS, columns_done.shape[0]), np.uint8)
-    for y0 in range(0, rows, ROWS):
-        n = min(ROWS, rows - y0)
-        _filter_rows(
-            pixels, y_first[y0 : y0 + n], y_count[y0 : y0 + n], y_weights[y0 : y0 + n], 3 * begin, 3 * end, lines
-        )
-        _interleave(lines, block)
-        _filter_columns(block, first, count, shown_weights, flip, total, columns_done)
-        _transpose(columns_done, turned, rows_done)
-        for r in range(n):
-            if y_count[y0 + r]:
-                for c in range(3):
-                    source, target = rows_done[c * ROWS + r], out[c, y0 + r, start : start + shown]
-                    for x in range(target.size):
-                        target[x] = source[x]
+
+    count, x_taps, y_taps = right - left, x_weights.shape[1], y_weights.shape[1]
+    line = (4 * count + 63) // 32 * 32  # bytes of a row of pixels
+    plane = (shown + CHUNK - 1) // CHUNK * CHUNK  # bytes of a channel in a row of the ring
+    slots = 2 * BLOCK
+    while slots < longest + 2 * BLOCK:
+        slots *= 2
+    lines, room = np.empty(BLOCK * line, np.uint8), np.empty(row_room(count), np.uint8)
+    block = np.zeros((line // 4 + x_taps) * 4 * BLOCK, np.uint8)
+    filtered = np.empty(plane * 4 * BLOCK, np.uint8)
+    ring, short = np.zeros(slots * 3 * plane, np.uint8), np.empty(CHUNK, np.uint8)
+    for x in range(columns):
+        x_first[x] -= left
+    step, mask = U(3 * plane), U(slots - 1)
+    lines_in, room_in, block_in, filtered_in = address(lines), address(room), address(block), address(filtered)
+    ring_in, short_in, out_in = address(ring), address(short), address(out) + U(start)
+    first_in, across_in = address(x_first) + U(4 * x_low), address(x_weights) + U(4 * x_low * x_taps)
+    down_in = address(y_weights)
+    y = y_low
+    for row in range(top, bottom, BLOCK):
+        for n in range(min(BLOCK, bottom - row)):
+            write_row(pixels, row + n, left, right, U4, room_in, lines_in + U(n * line))
+        for x in range(U0, U(count), U8):
+            interleave(lines_in + U4 * x, U(line), block_in + U(4 * BLOCK) * x)
+        filter_across(block_in, first_in, across_in, U(x_taps), U(shown), flip, filtered_in)
+        slot = ring_in + (U(row - top) & mask) * step
+        for x in range(U0, U(shown), U(LANES)):
+            separate(filtered_in + U(4 * BLOCK) * x, slot + x, step, U(plane))
+        while y < y_high and (row + BLOCK >= bottom or y_first[y] + y_count[y] <= row + BLOCK):
+            weights, first = down_in + U(4 * y * y_taps), U(y_first[y] - top)
+            for c in range(3):
+                target = out_in + U((c * rows + y) * columns)
+                source = ring_in + U(c * plane)
+                if shown >= CHUNK:
+                    filter_down(source, first, mask, step, weights, U(y_taps), U(shown), target)
+                else:
+                    filter_down(source, first, mask, step, weights, U(y_taps), U(CHUNK), short_in)
+                    for x in range(U(shown)):
+                        store_uint8(target, x, U(load_uint8(short_in, x)))
+            y += 1
+    keep((lines, room, block, filtered, ring, short, x_first, x_weights, y_weights, out))
 
 
 @njit
-def _spread(canvas, pixels):
-    """canvas uint8 [3, h, w] -> pixels float32 [h + 2 BORDER, w + 2 BORDER, 4], flat: RGB and a 0; the outermost pixels
-    are repeated all around."""
+def _shown(count):
+    """The first output line that reads pixels, and the one behind the last."""
+    low, high = 0, count.size
+    while low < high and count[low] == 0:
+        low += 1
+    while high > low and count[high - 1] == 0:
+        high -= 1
+    return low, high
+
+
+@njit
+def _fill_around(out, fill, top, bottom, left, right):
+    """Fill what is outside rows `top` to `bottom` and columns `left` to `right` of out uint8 [3, H, W]."""
+    if right <= left:
+        bottom = top
+    for c in range(3):
+        out[c, :top], out[c, bottom:] = fill[c], fill[c]
+        if right - left < out.shape[2]:
+            for y in range(top, bottom):
+                out[c, y, :left], out[c, y, right:] = fill[c], fill[c]
+
+
+@njit
+def _with_border(canvas, pixels, line):
+    """canvas uint8 [3, h, w] -> pixels uint8 [h + 2 BORDER, line], from the first byte of each row on w + 2 BORDER
+    pixels of four bytes, the fourth 0; the outermost pixels are repeated all around. line: bytes, with room for LANES
+    pixels more."""
     rows, columns = canvas.shape[1], canvas.shape[2]
-    stride = (columns + 2 * BORDER) * 4
-    one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
-    for y in range(rows + 2 * BORDER):
-        row = min(max(y - BORDER, 0), rows - 1)
-        red, green, blue = canvas[0, row], canvas[1, row], canvas[2, row]
-        line = pixels[y * stride : (y + 1) * stride]
-        inner = line[4 * BORDER : stride - 4 * BORDER]
-        for x in range(np.uint64(columns)):
-            pixel = x * four
-            inner[pixel], inner[pixel + one] = np.float32(red[x]), np.float32(green[x])
-            inner[pixel + two], inner[pixel + three] = np.float32(blue[x]), np.float32(0.0)
-        for c in range(4):
-            for x in range(BORDER):
-                line[4 * x + c] = inner[c]
-                line[stride - 4 * (x + 1) + c] = inner[4 * (columns - 1) + c]
+    plane, source, words = U(rows * columns), address(canvas), pixels.view(np.uint32)
+    for y in range(rows):
+        target = address(pixels) + U((y + BORDER) * line + 4 * BORDER)
+        x = U0
+        while x + U(LANES) <= U(columns):
+            merge_channels(source + x, plane, target + U4 * x)
+            x += U(LANES)
+        while x < U(columns):
+            for c in range(U3):
+                store_uint8(target, U4 * x + c, U(load_uint8(source + c * plane, x)))
+            store_uint8(target, U4 * x + U3, U0)
+            x += U1
+        source += U(columns)
+        row = words[y + BORDER]
+        row[:BORDER], row[BORDER + columns : 2 * BORDER + columns] = row[BORDER], row[BORDER + columns - 1]
+    for y in range(BORDER):
+        words[y], words[BORDER + rows + y] = words[BORDER], words[BORDER + rows - 1]
 
 
 @njit
-def show(region, origin_y, origin_x, height, width, crop, affine, interpolation, fill, out):
+def show(pixels, height, width, crop, affine, interpolation, fill, out):
     """Show an image of `height` x `width` pixels through `affine` (`tl_fast.plan.PLAN`) in out uint8 [3, H, W].
 
-    region: uint8 [h, w, 3], the image's pixels from (origin_y, origin_x) on, as far as `needed` says; crop: (top, left,
-    height, width) in pixels, which set the scale of a rotated or sheared sample: it is first resampled without rotation
-    at the crop's scale, as Pillow's resize does before its transform, then warped. Output pixels whose centre is
-    outside the image get `fill` uint8 [3].
+    pixels: `tl_fast.maths.ycbcr.Pixels`, those that `needed` says; crop: (top, left, height, width) in pixels, which
+    set the scale of a rotated or sheared sample: it is first resampled without rotation at the crop's scale, as
+    Pillow's resize does before its transform, then warped. Output pixels whose centre is outside the image get `fill`
+    uint8 [3].
     """
     if affine[1] == 0.0 and affine[3] == 0.0:
         flip = affine[0] < 0.0
         box_left = np.float64(affine[2]) + min(np.float64(affine[0]), 0.0)
         box = (np.float64(affine[5]), box_left, np.float64(affine[4]), abs(np.float64(affine[0])))
-        resample(region, origin_y, origin_x, height, width, box, flip, interpolation, fill, out)
+        resample(pixels, height, width, box, flip, interpolation, fill, out)
         return
     rows, columns = out.shape[1], out.shape[2]
     # The canvas: pixels of the crop's scale, counted from the crop's corner.
@@ -279,7 +227,7 @@ def show(region, origin_y, origin_x, height, width, crop, affine, interpolation,
         return
     canvas = np.empty((3, y1 - y0, x1 - x0), np.uint8)
     box = (crop[0] + y0 * scale_y, crop[1] + x0 * scale_x, (y1 - y0) * scale_y, (x1 - x0) * scale_x)
-    resample(region, origin_y, origin_x, height, width, box, False, interpolation, fill, canvas, True)
+    resample(pixels, height, width, box, False, interpolation, fill, canvas, True)
     across, down = (x_start, x_step, x_slant, x_low, x_high, x0), (y_start, y_slant, y_step, y_low, y_high, y0)
     _warp(canvas, across, down, interpolation, fill, out)
 
@@ -294,10 +242,14 @@ def _warp(canvas, across, down, interpolation, fill, out):
     x_start, x_step, x_slant, x_low, x_high, x0 = across
     y_start, y_slant, y_step, y_low, y_high, y0 = down
     rows, columns = out.shape[1], out.shape[2]
-    pixels = np.empty((canvas.shape[1] + 2 * BORDER) * (canvas.shape[2] + 2 * BORDER) * 4, np.float32)
-    _spread(canvas, pixels)
-    line = np.empty(columns * 4, np.float32)
-    stride = np.uint64((canvas.shape[2] + 2 * BORDER) * 4)
+    across = 4 * (canvas.shape[2] + 2 * BORDER + LANES)
+    pixels = np.empty((canvas.shape[1] + 2 * BORDER, across), np.uint8)
+    _with_border(canvas, pixels, across)
+    line = np.empty(4 * (columns + LANES), np.uint8)
+    before = 1 if interpolation == BICUBIC else 0  # of the pixels around a point
+    starts, xs, ys = np.empty(columns, np.int64), np.empty(columns, np.float32), np.empty(columns, np.float32)
+    memory, stride, plane = address(pixels), U(across), U(rows * columns)
+    line_in, target = address(line), address(out)
     for i in range(rows):
         x_row = x_start + (i + 0.5) * x_slant + 0.5 * x_step
         y_row = y_start + (i + 0.5) * y_step + 0.5 * y_slant
@@ -310,30 +262,36 @@ def _warp(canvas, across, down, interpolation, fill, out):
             x_low <= x_row + (last - 1) * x_step < x_high and y_low <= y_row + (last - 1) * y_slant < y_high
         ):
             last -= 1
-        for j in range(np.uint64(first), np.uint64(last)):
-            x = x_row + np.float64(j) * x_step - x0 + (BORDER - 0.5)
-            y = y_row + np.float64(j) * y_slant - y0 + (BORDER - 0.5)
-            column, row = np.int64(x), np.int64(y)
+        n = last - first
+        x_row += first * x_step - x0 + (BORDER - 0.5)
+        y_row += first * y_slant - y0 + (BORDER - 0.5)
+        for j in range(n):
+            x, y = x_row + j * x_step, y_row + j * y_slant
+            column, row = np.int32(x), np.int32(y)
+            xs[j], ys[j] = x - column, y - row
+            starts[j] = (row - before) * across + 4 * (column - before)
+        for j in range(U(n)):
+            start, pixel = memory + U(starts[j]), line_in + U4 * (U(first) + j)
             if interpolation == BICUBIC:
-                tap = np.uint64(row - 1) * stride + np.uint64(column - 1) * np.uint64(4)
-                w0, w1, w2, w3 = _cubic_weights(x - column)
-                weights_x = np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)
-                w0, w1, w2, w3 = _cubic_weights(y - row)
-                weights_y = np.float32(w0), np.float32(w1), np.float32(w2), np.float32(w3)
-                add_taps(pixels, tap, stride, weights_x, weights_y, line, j * np.uint64(4))
+                weigh_4_around(start, stride, xs[j], ys[j], pixel)
             else:
-                tap = np.uint64(row) * stride + np.uint64(column) * np.uint64(4)
-                wx, wy, one = np.float32(x - column), np.float32(y - row), np.float32(1.0)
-                add_taps(pixels, tap, stride, (one - wx, wx), (one - wy, wy), line, j * np.uint64(4))
-        for c in range(3):
-            target = out[c, i]
-            for j in range(first):
-                target[j] = fill[c]
-            for j in range(last, columns):
-                target[j] = fill[c]
-            for j in range(np.uint64(first), np.uint64(last)):
-                value = line[j * np.uint64(4) + np.uint64(c)] + np.float32(0.5)
-                target[j] = np.uint8(min(max(value, np.float32(0.0)), np.float32(255.0)))
+                weigh_2_around(start, stride, xs[j], ys[j], pixel)
+        for begin, end in ((0, first), (last, columns)):
+            for j in range(begin, end):
+                for c in range(3):
+                    line[4 * j + c] = fill[c]
+        if columns < LANES:
+            for c in range(3):
+                for j in range(columns):
+                    out[c, i, j] = line[4 * j + c]
+        else:
+            x = U0
+            while x < U(columns):
+                x = min(x, U(columns - LANES))  # the last ones overlap those before
+                split_channels(line_in + U4 * x, plane, target + x)
+                x += U(LANES)
+        target += U(columns)
+    keep((pixels, line, out))
 
 
 def needed(
