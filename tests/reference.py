@@ -21,6 +21,36 @@ def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> t
     return c0, c1, c2, c3
 
 
+def epoch_order(seed: int, epoch: int, samples: int) -> list[int]:
+    """Sample ids sorted by 64 random bits each: words 0 and 1 of the draw 2**16."""
+
+    def bits(sample: int) -> int:
+        key = (seed & _MASK, seed >> 32)
+        high, low, _, _ = philox4x32_10((sample & _MASK, sample >> 32, epoch, 1 << 16), key)
+        return high << 32 | low
+
+    return sorted(range(samples), key=bits)
+
+
+def order_groups(global_batch: int) -> int:
+    """The largest power of two up to 64 that divides the global batch."""
+    return max(power for power in (1, 2, 4, 8, 16, 32, 64) if global_batch % power == 0)
+
+
+def grouped_order(seed: int, epoch: int, samples: int, global_batch: int) -> list[int]:
+    """Dealt like cards: the samples of each group lie on a pile of its own, in the order of all; every step takes
+    equally many of each pile, pile by pile, until one has too few."""
+    groups = order_groups(global_batch)
+    share = global_batch // groups
+    piles = [[sample for sample in epoch_order(seed, epoch, samples) if sample % groups == g] for g in range(groups)]
+    order = []
+    while all(len(pile) >= share for pile in piles):
+        for pile in piles:
+            order += pile[:share]
+            del pile[:share]
+    return order
+
+
 def dense_map(classes: np.ndarray, scores: np.ndarray, num_classes: int) -> np.ndarray:
     """Sparse [k, H, W] -> dense float32 [C, H, W], classes not listed 0."""
     dense = np.zeros((num_classes, *classes.shape[1:]), np.float32)

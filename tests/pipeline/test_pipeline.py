@@ -324,6 +324,63 @@ def test_batches_do_not_depend_on_threads_batch_size_ranks_or_restart(photo_beto
         assert collect(loader)[1] != order
 
 
+@pytest.fixture(scope="module")
+def grouped_beton(photo_files, tmp_path_factory):
+    """45 samples of the bundled photos with label maps."""
+    path = tmp_path_factory.mktemp("grouped") / "grouped.beton"
+    images = [file.read_bytes() for file in (2 * photo_files)[:45]]
+    return write(path, images, spec=MapSpec(k=3, height=9, width=7, num_classes=10))
+
+
+def test_grouped_batches_are_the_same_for_every_number_of_ranks(grouped_beton):
+    """Bit for bit, images and targets, the ranks' parts laid one behind the other; a rank keeps to its groups in every
+    epoch. 45 samples in batches of 8: five steps."""
+
+    def steps(world_size, rank, epoch=1, **options):
+        options |= dict(image_size=48, grid=3, seed=9, order="grouped", rank=rank, world_size=world_size)
+        with Loader(grouped_beton, 8 // world_size, **options) as loader:
+            assert (len(loader), loader.order, loader.groups) == (5, "grouped", 8)
+            loader.set_epoch(epoch)
+            return [(batch.sample_ids, batch.images, batch.targets) for batch in loader]
+
+    whole = steps(1, 0, threads=1)
+    assert [ids.tolist() for ids, _, _ in whole] == np.reshape(reference.grouped_order(9, 1, 45, 8), (5, 8)).tolist()
+    for world_size in (2, 4):
+        ranks = [steps(world_size, rank, threads=2) for rank in range(world_size)]
+        for step, parts in zip(whole, zip(*ranks, strict=True), strict=True):
+            for ours, theirs in zip(step, map(torch.cat, zip(*parts, strict=True)), strict=True):
+                assert torch.equal(ours, theirs)
+        for rank in range(world_size):
+            seen = torch.cat([ids for epoch in (0, 1) for ids, _, _ in steps(world_size, rank, epoch)])
+            assert set((seen % 8 * world_size // 8).tolist()) == {rank}
+    with Loader(grouped_beton, 8, image_size=48, grid=3, seed=9) as loader:  # the free order's length is the same
+        loader.set_epoch(1)
+        assert (len(loader), loader.order, loader.groups) == (5, "shuffled", 1)
+        assert [batch.sample_ids.tolist() for batch in loader] != [ids.tolist() for ids, _, _ in whole]
+
+
+def test_a_grouped_epoch_may_begin_and_end_within_it(grouped_beton):
+    with Loader(grouped_beton, 8, image_size=32, grid=2, order="grouped") as loader:
+        epochs = []
+        for epoch in (0, 1):
+            loader.set_epoch(epoch, next_epoch=epoch + 1)
+            epochs.append(collect(loader)[1])
+        assert sorted(epochs[0]) != sorted(epochs[1]) and len(epochs[0]) == len(set(epochs[0])) == 40
+        loader.set_epoch(0, start_step=3, next_epoch=1)
+        assert collect(loader)[1] == epochs[0][24:]
+        loader.set_epoch(1, stop_step=2)
+        assert collect(loader)[1] == epochs[1][:16]
+
+
+def test_numbers_of_ranks_that_cannot_share_groups_are_refused(grouped_beton):
+    message = "order 'grouped' .* got 3 ranks: use 1, 2, 4, 8, 16, 32 or 64 ranks, or order 'shuffled'"
+    with pytest.raises(ValueError, match=message):
+        Loader(grouped_beton, 4, order="grouped", world_size=3)
+    # Evaluation is in file order.
+    with Loader(grouped_beton, 4, image_size=32, train=False, order="grouped", rank=1, world_size=3) as loader:
+        assert collect(loader)[1] == list(range(1, 45, 3))
+
+
 def test_choosing_the_next_epoch_leaves_the_running_one_alone(photo_beton):
     with Loader(photo_beton, 4, image_size=32, grid=2, prefetch=1) as loader:
         whole, order = collect(loader)
@@ -653,6 +710,8 @@ def test_a_loader_that_is_dropped_ends_its_threads(photo_beton):
         ({"batch_size": 25}, "do not fill"),
         ({"batch_size": 0}, "batch_size"),
         ({"rank": 2, "world_size": 2}, "rank"),
+        ({"order": "random"}, "order must be one of .'shuffled', 'grouped'., got 'random'"),
+        ({"order": "grouped", "batch_size": 25}, "do not fill"),
         ({"device": "mps"}, "device must be"),
         ({"device": "cuda:99"}, "CUDA devices that torch can use"),
         ({"geometry": "diagonal"}, "geometry"),

@@ -205,6 +205,26 @@ def test_batches_do_not_depend_on_threads_batch_size_ranks_or_restart(photo_beto
         assert all(torch.equal(a, b) for s in seen for a, b in zip(seen[s], base[s], strict=True))
 
 
+def test_grouped_batches_are_the_same_for_every_number_of_ranks(photo_beton):
+    """12 samples in batches of 4, in groups of 3: images and masks, the ranks' parts one behind the other."""
+
+    def steps(world_size, rank):
+        options = dict(crop_size=64, augment=STEADY, seed=9, order="grouped", rank=rank, world_size=world_size)
+        with SegmentLoader(photo_beton[0], 4 // world_size, **options) as loader:
+            loader.set_epoch(2)
+            return [(batch.sample_ids, batch.images, batch.masks) for batch in loader]
+
+    whole = steps(1, 0)
+    assert len(whole) == 3
+    assert [sorted((ids % 4).tolist()) for ids, _, _ in whole] == 3 * [[0, 1, 2, 3]]
+    for world_size in (2, 4):
+        ranks = [steps(world_size, rank) for rank in range(world_size)]
+        for step, parts in zip(whole, zip(*ranks, strict=True), strict=True):
+            assert all(torch.equal(a, torch.cat(b)) for a, b in zip(step, zip(*parts, strict=True), strict=True))
+    with pytest.raises(ValueError, match="got 6 ranks"):
+        SegmentLoader(photo_beton[0], 2, order="grouped", world_size=6)
+
+
 def test_dominated_crops_are_drawn_again(photo_beton):
     unruled = dataclasses.replace(STEADY, max_class_share=1.0)
     with (

@@ -96,15 +96,6 @@ def test_crops_stay_inside_extreme_images(height, width):
     assert (plans["left"] >= 0).all() and (plans["left"] + plans["width"] <= width).all()
 
 
-def test_epoch_order_is_a_fresh_permutation():
-    orders = [plan.epoch_order(seed, epoch, 5000) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    for order in orders:
-        assert (np.sort(order) == np.arange(5000)).all()
-    assert (orders[0] == plan.epoch_order(0, 0, 5000)).all()
-    assert (orders[0] == orders[1]).mean() < 0.01 and (orders[0] == orders[2]).mean() < 0.01
-    assert abs(stats.spearmanr(orders[0], np.arange(5000)).statistic) < 0.06
-
-
 def test_mix_box_covers_the_published_share():
     boxes = np.array([plan.mix_box(0, 0, step, (14, 14)) for step in range(5000)])
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= 14).all() and (boxes[:, 2:] >= boxes[:, :2]).all()

@@ -16,7 +16,7 @@ from tiny_runs import weights
 
 from tl_fast.beton.reader import BetonReader
 from tl_fast.models.normalise import Normalise
-from tl_fast.plan.records import epoch_order
+from tl_fast.plan.order import epoch_order
 from tl_fast.training import checkpoint
 from tl_fast.training import loop as training
 from tl_fast.training.meter import Meter

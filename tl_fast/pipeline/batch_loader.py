@@ -72,6 +72,7 @@ class BatchLoader:
         self.samples, self.seed, self.train = planner.samples, planner.seed, planner.train
         self.augment = planner.crops.augment
         self.batch_size, self.rank, self.world_size = share.batch_size, share.rank, share.world_size
+        self.order, self.groups = share.order, share.groups
         self.hw_decoder_load, self.threads, self.check = decoding.hw_decoder_load, decoding.threads, decoding.check
         self._planner = planner
         self.prefetch = prefetch or max(

@@ -31,6 +31,10 @@ class Loader(BatchLoader):
     augment: ranges of the random decisions; None for the paper's.
     geometry: "correct", or "published" to crop label maps where the published code does, mirrored across the diagonal.
     seed: of all randomness.
+    order: training's: "shuffled", or "grouped": sample i is of group i mod G, where G is the largest power of two up to
+        64 that divides the global batch, and every global batch takes equally many samples of each group, in an order
+        that is new every epoch. Rank r takes samples of the G / world_size groups from r * G / world_size on alone.
+        Both orders have the same `len()`. "grouped" needs 1, 2, 4, 8, 16, 32 or 64 ranks.
     threads: decode and kernel threads; None for this rank's share of the cores.
     device: where batches are made and delivered, 'cpu' or a CUDA device ('cuda': torch's current one). A CUDA device's
         batches are ready for the stream that is current when they are taken.
@@ -70,6 +74,7 @@ class Loader(BatchLoader):
         augment: Augment | None = None,
         geometry: str = "correct",
         seed: int = 0,
+        order: str = "shuffled",
         threads: int | None = None,
         device: str | torch.device = "cpu",
         decode: str = "auto",
@@ -85,7 +90,7 @@ class Loader(BatchLoader):
         check: bool = False,
         prefetch: int | None = None,
     ):
-        share = Share(batch_size, rank, world_size)
+        share = Share(batch_size, rank, world_size, order)
         crops = Crops(both_sides(image_size), augment or Augment(), crop_pct)
         targets = Targets(both_sides(grid), smoothing, geometry, targets_dtype)
         threads = threads or cores_of_this_rank()

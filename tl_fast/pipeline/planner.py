@@ -18,6 +18,7 @@ from tl_fast.pipeline.batch import BatchPlan
 from tl_fast.pipeline.settings import Crops, Share, Targets
 from tl_fast.plan import records
 from tl_fast.plan.boxes import center_boxes, map_affines
+from tl_fast.plan.order import MOST_GROUPS, epoch_order, grouped_order
 from tl_fast.system.mistakes import InputError
 
 EVAL_INTERPOLATION = scalar.BICUBIC  # the published evaluation's
@@ -34,7 +35,8 @@ class BatchPlanner(abc.ABC):
     seed: of all randomness.
     train: random crops in a new order every epoch, whole global batches only; False: every sample in file order.
 
-    Raises InputError when training's samples do not fill one global batch.
+    Raises InputError when training's samples do not fill one global batch, and for numbers of ranks among which the
+    groups of a grouped order cannot be divided.
     """
 
     samples: Samples
@@ -50,6 +52,11 @@ class BatchPlanner(abc.ABC):
                 f"{len(self.samples)} samples do not fill one global batch of {self.share.batch_size} x "
                 f"{self.share.world_size} ranks; lower the batch size"
             )
+        if self.train and self.share.order == "grouped" and self.share.groups % self.share.world_size:
+            raise InputError(
+                f"order 'grouped' divides its groups, {MOST_GROUPS} or a smaller power of two, equally among the ranks,"
+                f" got {self.share.world_size} ranks: use 1, 2, 4, 8, 16, 32 or 64 ranks, or order 'shuffled'"
+            )
 
     def __len__(self) -> int:
         """Steps of one whole epoch; the same on every rank when training."""
@@ -64,10 +71,12 @@ class BatchPlanner(abc.ABC):
         return np.append(np.arange(0, samples_of_rank, self.share.batch_size), samples_of_rank)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The order of all ranks' samples in an epoch, int64 [number of samples]."""
-        if self.train:
-            return records.epoch_order(self.seed, epoch, len(self.samples))
-        return np.arange(len(self.samples))
+        """The order of all ranks' samples in an epoch, int64 [n]; a grouped one of the epoch's whole steps alone."""
+        if not self.train:
+            return np.arange(len(self.samples))
+        if self.share.order == "grouped":
+            return grouped_order(self.seed, epoch, len(self.samples), self.share.global_batch)
+        return epoch_order(self.seed, epoch, len(self.samples))
 
     def ids(self, order: np.ndarray, step: int) -> np.ndarray:
         """This rank's samples of a step, int64 [B]."""

@@ -31,8 +31,8 @@ class SegmentLoader(BatchLoader):
         ranks, in file order. A batch then is consecutive samples of this rank that are equally large, `batch_size` at
         most, and the number of batches may differ from rank to rank.
     augment: ranges of the random decisions; None for mmsegmentation's.
-    seed, threads, device, decode, hybrid_share, hw_decoder_load, rank, world_size, on_rank_0, check, prefetch: as for
-        `tl_fast.pipeline.Loader`. On a GPU images of 8.4 million pixels or more are refused, in evaluation too.
+    seed, order, threads, device, decode, hybrid_share, hw_decoder_load, rank, world_size, on_rank_0, check, prefetch:
+        as for `tl_fast.pipeline.Loader`. On a GPU images of 8.4 million pixels or more are refused, in evaluation too.
 
     `Batch.masks` holds class indices, `mask_spec.ignore_index` where nothing is labelled and outside the image;
     `Batch.targets` is None. Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was
@@ -50,6 +50,7 @@ class SegmentLoader(BatchLoader):
         train: bool = True,
         augment: SegmentAugment | None = None,
         seed: int = 0,
+        order: str = "shuffled",
         threads: int | None = None,
         device: str | torch.device = "cpu",
         decode: str = "auto",
@@ -61,7 +62,7 @@ class SegmentLoader(BatchLoader):
         check: bool = False,
         prefetch: int | None = None,
     ):
-        share = Share(batch_size, rank, world_size)
+        share = Share(batch_size, rank, world_size, order)
         crop_size = both_sides(crop_size)
         if min(crop_size) < 1:
             raise InputError(f"crop_size must be at least 1 pixel, got crop_size={crop_size}")

@@ -10,6 +10,7 @@ from tl_fast.pipeline.nvjpeg import HW_DECODER_LOAD, graph_definition
 from tl_fast.pipeline.ways import DECODES, check_hybrid_share
 from tl_fast.plan.augment import Augment
 from tl_fast.plan.boxes import GEOMETRIES
+from tl_fast.plan.order import ORDERS, group_count
 from tl_fast.plan.segment import SegmentAugment
 from tl_fast.system.mistakes import InputError
 
@@ -21,11 +22,14 @@ class Share:
     batch_size: samples a rank and step, at least 1.
     rank: number of this rank, 0..world_size - 1.
     world_size: number of ranks, at least 1.
+    order: of training's samples: "shuffled", or "grouped": a rank keeps to groups of its own
+        (`tl_fast.plan.order.grouped_order`).
     """
 
     batch_size: int
     rank: int = 0
     world_size: int = 1
+    order: str = "shuffled"
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.world_size) < 1 or not 0 <= self.rank < self.world_size:
@@ -33,11 +37,18 @@ class Share:
                 f"batch_size, world_size >= 1 and 0 <= rank < world_size needed, got batch_size={self.batch_size},"
                 f" rank={self.rank}, world_size={self.world_size}"
             )
+        if self.order not in ORDERS:
+            raise InputError(f"order must be one of {ORDERS}, got {self.order!r}")
 
     @property
     def global_batch(self) -> int:
         """Samples a step of all ranks together."""
         return self.batch_size * self.world_size
+
+    @property
+    def groups(self) -> int:
+        """Groups that every global batch of training takes equal parts of; 1: the order is free."""
+        return group_count(self.global_batch) if self.order == "grouped" else 1
 
 
 @dataclass(frozen=True)

@@ -101,13 +101,6 @@ def erase_boxes(plans: np.ndarray, image_size: Sides) -> np.ndarray:
     return boxes
 
 
-def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """The epoch's random order: a permutation of 0..num_samples-1, int64 [n], by sorting one 64-bit draw per sample."""
-    keys = np.empty(num_samples, np.uint64)
-    _order_keys(seed_word(seed), epoch_word(epoch), keys)
-    return np.argsort(keys, kind="stable")
-
-
 def mix_box(seed: int, epoch: int, step: int, grid: Sides) -> np.ndarray:
     """MixToken's box of one step -> int32 [4] = (top, left, bottom, right) in tokens, the same on every rank.
 
@@ -283,15 +276,8 @@ def _erase_boxes(shares, rows, columns, boxes):
         boxes[b, 0], boxes[b, 1], boxes[b, 2], boxes[b, 3] = top, left, height, width
 
 
-@njit
-def _order_keys(seed, epoch, keys):
-    for i in range(keys.size):
-        words = _draw4(seed, epoch, np.uint64(i), _DRAW_ORDER)
-        keys[i] = (words[0] << np.uint64(32)) | words[1]
-
-
 _random_resized_crop, _draw4, _unit, _below = _scalar.random_resized_crop, _scalar.draw4, _scalar.unit, _scalar.below
 _rand_augment_layer, _compose = _scalar.rand_augment_layer, _scalar.compose
 _erase_fractions, _erase_box = _scalar.erase_fractions, _scalar.erase_box
-_DRAW_FLIP, _DRAW_ORDER, _DRAW_INTERPOLATION = _scalar.DRAW_FLIP, _scalar.DRAW_ORDER, _scalar.DRAW_INTERPOLATION
+_DRAW_FLIP, _DRAW_INTERPOLATION = _scalar.DRAW_FLIP, _scalar.DRAW_INTERPOLATION
 _DRAW_NOISE, _DRAW_JITTER, _NO_OP, _JITTERED = _scalar.DRAW_NOISE, _scalar.DRAW_JITTER, _scalar.NO_OP, JITTERED
