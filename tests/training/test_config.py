@@ -106,6 +106,7 @@ def test_unknown_keys_are_refused(tmp_path, capsys):
             {"compile_mode": "fastest"},
             "compile_mode must be one of 'default'.*'max-autotune-no-cudagraphs', got 'fastest'",
         ),
+        ({"order": "random"}, "order must be one of 'shuffled', 'grouped', got 'random'"),
         ({"gelu": "erf"}, "gelu must be one of 'exact', 'tanh', got 'erf'"),
         ({"residual_dtype": "float16"}, "residual_dtype must be one of 'float32', 'bfloat16'"),
         ({"targets_dtype": "float16"}, "targets_dtype must be one of 'float32', 'bfloat16'"),

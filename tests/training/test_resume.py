@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_runs import weights
 
 from tl_fast.training import checkpoint, classification, lock, record
 from tl_fast.training import loop as training
@@ -37,6 +39,45 @@ def test_another_data_set_is_not_continued_with(tiny, betons, tmp_path):
         match="train_data 87 samples with digest .* -> 174 samples with digest .*moved.beton.*--init_weights",
     ):
         training.train(twice)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_in_groups_resumes_exactly_and_in_its_order_alone(tiny):
+    """Within an epoch. Two accumulated passes of 8 would have 8 groups, the 16 images of one pass have 16."""
+    straight = training.train(tiny("straight", order="grouped", max_steps=7))
+    config = tiny("broken", order="grouped", max_steps=3)
+    stopped = Path(training.train(config)["checkpoint"])
+    assert checkpoint.read_meta(stopped)["order_groups"] == 16
+    for changes, said in (
+        ({"order": "shuffled"}, "order 'grouped' -> 'shuffled', order_groups 16 -> 1"),
+        ({"accumulate": 2}, "order_groups 16 -> 8"),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match=f"is of another run: {said}"):
+            training.train(dataclasses.replace(config, resume="auto", max_steps=7, **changes))
+    resumed = training.train(dataclasses.replace(config, resume="auto", max_steps=7))
+    expected, continued = weights(straight["checkpoint"]), weights(resumed["checkpoint"])
+    assert expected.keys() == continued.keys()
+    assert not [name for name in expected if not torch.equal(expected[name], continued[name])]
+    free = weights(training.train(tiny("free", max_steps=7))["checkpoint"])
+    assert not torch.equal(free["model.safetensors:head.weight"], expected["model.safetensors:head.weight"])
+
+
+def test_a_checkpoint_that_says_nothing_of_its_order_had_the_free_one(tiny, monkeypatch):
+    """As those of earlier versions."""
+    config = tiny(max_steps=2)
+    training.train(config)
+    read = checkpoint.read_meta
+
+    def read_earlier(path: Path) -> dict:
+        meta = read(path)
+        del meta["order_groups"], meta["config"]["order"]
+        return meta
+
+    monkeypatch.setattr(checkpoint, "read_meta", read_earlier)
+    again = dataclasses.replace(config, max_steps=3, resume="auto")
+    with pytest.raises(checkpoint.CheckpointError, match="order 'shuffled' -> 'grouped', order_groups 1 -> 16"):
+        training.train(dataclasses.replace(again, order="grouped"))
+    assert training.train(again)["steps"] == 3
 
 
 def test_what_two_runs_write_at_once_is_refused(tiny, monkeypatch):

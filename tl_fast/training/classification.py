@@ -51,6 +51,7 @@ class Classification(Task):
         train_loader = Loader(
             config.train_data,
             batch_size,
+            order=config.order,
             augment=config.augment,
             geometry=config.geometry,
             smoothing=config.smoothing,

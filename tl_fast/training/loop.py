@@ -95,6 +95,7 @@ def _run(task: Task, writer: CheckpointWriter, agreement: Agreement) -> dict[str
     samples = train_loader.samples
     facts = {  # what a checkpoint tells besides its progress
         "steps_per_epoch": steps_per_epoch,
+        "order_groups": train_loader.groups,
         "data": identify(samples),
         "config": config.to_dict(),
         "task": task.name,
@@ -102,7 +103,7 @@ def _run(task: Task, writer: CheckpointWriter, agreement: Agreement) -> dict[str
         "score_metrics": task.score_metrics,
         "versions": versions(ranks),
     }
-    progress = resume(chosen, config, ranks, steps_per_epoch, facts["data"], learner)
+    progress = resume(chosen, config, ranks, facts, learner)
     begun = saved_step = progress.global_step
     # What a step calls; validation, moving average and checkpoints use the bare model.
     network = task.build_step(model)

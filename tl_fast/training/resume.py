@@ -20,6 +20,8 @@ from tl_fast.training.progress import Progress
 from tl_fast.training.record import began_here
 from tl_fast.training.run_config import RunConfig
 
+_FIXED_FACTS = ("order_groups", "steps_per_epoch")  # as config's `fixed_on_resume`
+
 
 def choose(config: RunConfig, ranks: Ranks) -> Path | None:
     """The checkpoint that `config.resume` asks to continue from, None to start afresh; the main rank alone looks, so
@@ -38,18 +40,17 @@ def resume(
     chosen: Path | None,
     config: RunConfig,
     ranks: Ranks,
-    steps_per_epoch: int,
-    data: dict[str, Any],
+    facts: dict[str, Any],
     learner: Learner,
 ) -> Progress:
     """Load the chosen checkpoint, if any, into the learner on every rank; where to continue.
 
     Rank 0 alone reads the files, and passes on what it has read: the others need not see output_dir. On every rank
-    raises CheckpointError for a broken checkpoint, and when a field in the config's `fixed_on_resume`, the steps of an
-    epoch, or the `data` (see identify) differ from what it was trained with; InputError when the ranks do not have the
-    same data.
+    raises CheckpointError for a broken checkpoint, and when a field in the config's `fixed_on_resume` or one of these
+    `facts` differs from what it was trained with: "steps_per_epoch", "order_groups" (`BatchLoader.groups`), "data"
+    (see identify). InputError when the ranks do not have the same data.
     """
-    first, *others = ranks.gather(data)
+    first, *others = ranks.gather(facts["data"])
     for rank, other in enumerate(others, 1):
         if not _same_data(first, other):
             raise share(
@@ -62,7 +63,7 @@ def resume(
         return Progress()
     model, ema, optimizer = learner.model, learner.ema.module, learner.optimizer
     settings = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
-    progress = ranks.on_main(_restore, chosen, config, steps_per_epoch, data, learner)
+    progress = ranks.on_main(_restore, chosen, config, facts, learner)
     ranks.fill_from_main([*model.state_dict().values(), *ema.state_dict().values()])
     _pass_on_moments(optimizer, ranks)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
@@ -70,15 +71,16 @@ def resume(
     return progress
 
 
-def _restore(chosen: Path, config: RunConfig, steps_per_epoch: int, data: dict[str, Any], learner: Learner) -> Progress:
+def _restore(chosen: Path, config: RunConfig, facts: dict[str, Any], learner: Learner) -> Progress:
     """Load a checkpoint that is of this run; where to continue. Raises CheckpointError."""
     meta = checkpoint.read_meta(chosen)
-    then = meta["config"] | {"steps_per_epoch": meta["steps_per_epoch"]}
-    now = config.to_dict() | {"steps_per_epoch": steps_per_epoch}
-    fixed = (*config.fixed_on_resume, "steps_per_epoch")
+    free = {"order": "shuffled", "order_groups": 1}  # the order of samples before others could be chosen
+    then = free | meta["config"] | {name: meta[name] for name in _FIXED_FACTS if name in meta}
+    now = config.to_dict() | {name: facts[name] for name in _FIXED_FACTS}
+    fixed = (*config.fixed_on_resume, *_FIXED_FACTS)
     different = [f"{name} {then.get(name)!r} -> {now[name]!r}" for name in fixed if then.get(name) != now[name]]
-    if "data" in meta and not _same_data(meta["data"], data):  # checkpoints of earlier versions do not say
-        different.append(f"train_data {_words(meta['data'])} -> {_words(data)}")
+    if "data" in meta and not _same_data(meta["data"], facts["data"]):  # checkpoints of earlier versions do not say
+        different.append(f"train_data {_words(meta['data'])} -> {_words(facts['data'])}")
     if different:
         raise checkpoint.CheckpointError(
             f"{chosen} is of another run: {', '.join(different)}. Restore these, choose another output_dir, or "

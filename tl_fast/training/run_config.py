@@ -95,6 +95,9 @@ class RunConfig:
 
     seed: int = 0
     """Seed of initialisation, sample order, crops, drop path, and of everything else that is drawn."""
+    order: Literal["shuffled", "grouped"] = "shuffled"
+    """Order of the training samples, new every epoch: free, or in groups by sample id of which every batch takes equal
+    parts, so that a rank needs the samples of its own groups alone (1, 2, 4, 8, 16, 32 or 64 ranks)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -147,6 +150,7 @@ class RunConfig:
         "layer_decay",
         "batch_size",
         "seed",
+        "order",
     )
     """Fields without which a run continued would be neither the old run nor a new one."""
     model_fields: ClassVar[dict[str, str]] = {

@@ -44,7 +44,9 @@ class Segmentation(Task):
                 f"{ranks.world_size} ranks x accumulate {config.accumulate} leaves one: raise batch_size"
             )
         common = dict(crop_size=config.crop_size, **loader_options(config, ranks))
-        train_loader = SegmentLoader(config.train_data, batch_size, augment=config.augment, **common)
+        train_loader = SegmentLoader(
+            config.train_data, batch_size, order=config.order, augment=config.augment, **common
+        )
         if not config.val_data:
             return train_loader, None
         return train_loader, SegmentLoader(config.val_data, batch_size, train=False, **common)
