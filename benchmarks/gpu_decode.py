@@ -53,7 +53,7 @@ class DaliCpu:
         self.graph.build()
 
     def __call__(self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> Any:
-        jpegs = [self.samples.jpeg(i) for i in ids]  # memory of the beton's, which stays
+        jpegs = [self.samples.image(i) for i in ids]  # memory of the beton's, which stays
         return self.graph.run(jpegs=jpegs, starts=starts.astype(np.int32), shapes=shapes.astype(np.int32))
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class TorchvisionNvjpeg:
         self.samples, self.decode = samples, functools.partial(decode_jpeg, mode=ImageReadMode.RGB, device=device)
 
     def __call__(self, ids: np.ndarray, *_: np.ndarray) -> Any:
-        return self.decode([torch.from_numpy(self.samples.jpeg(i).copy()) for i in ids])
+        return self.decode([torch.from_numpy(self.samples.image(i).copy()) for i in ids])
 
     def close(self) -> None:
         pass
@@ -98,7 +98,7 @@ class NvImageCodec:
         streams = []
         for i, start, stop in zip(ids, starts.tolist(), (starts + shapes).tolist(), strict=True):
             view = self.codec.CodeStreamView(region=self.codec.Region(*start, *stop))
-            streams.append(self.codec.CodeStream(self.samples.jpeg(i)).get_sub_code_stream(view))
+            streams.append(self.codec.CodeStream(self.samples.image(i)).get_sub_code_stream(view))
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         images = self.decoder.decode(streams, params=self.params, cuda_stream=stream)
         missing = [int(i) for i, image in zip(ids, images, strict=True) if image is None]
@@ -155,7 +155,7 @@ def main() -> None:
         if path is None:
             return
         samples = Samples(path)
-        mean = round(float(np.mean([len(samples.jpeg(i)) for i in range(min(len(samples), 1000))])))
+        mean = round(float(np.mean([len(samples.image(i)) for i in range(min(len(samples), 1000))])))
         facts = {
             "batch": arguments.batch,
             "samples": len(samples),

@@ -188,7 +188,7 @@ def write_row(
 def mean_bytes(path: Path) -> int:
     """Bytes of a beton's JPEGs, on average."""
     with BetonReader(path) as reader:
-        return round(float(reader.jpeg_sizes.mean()))
+        return round(float(reader.image_sizes.mean()))
 
 
 def newest(folders: Iterable[Path]) -> dict[tuple, dict]:

@@ -181,7 +181,7 @@ def dali(beton: Path, threads: int, decode_only: bool = False) -> Epoch:
         while True:
             order = rng.permutation(len(reader))
             for step in range(steps):
-                yield [reader.jpeg(i) for i in order[step * BATCH : (step + 1) * BATCH]]
+                yield [reader.image(i) for i in order[step * BATCH : (step + 1) * BATCH]]
 
     graph = dali_graph(
         source=batches(),

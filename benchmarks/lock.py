@@ -53,7 +53,7 @@ class OneCallAnImage(Decoder):
 
         def decode(first: int) -> None:
             for b in range(first, min(first + PART, len(ids))):
-                jpeg, pixels = self.samples.jpeg(ids[b]), out[ends[b] - sizes[b] : ends[b]]
+                jpeg, pixels = self.samples.image(ids[b]), out[ends[b] - sizes[b] : ends[b]]
                 self._region_decoder.decode(jpeg, starts[b], starts[b] + shapes[b], pixels)
 
         futures = [self._threads.submit(decode, first) for first in range(0, len(ids), PART)]
@@ -106,7 +106,7 @@ def decode_all(planner: Planner, decoder: Decoder, batches: list[np.ndarray]) ->
 
 def decode_alone(decoder: Decoder, plans: list[BatchPlan]) -> None:
     for plan in plans:
-        queue = RegionQueue(*decoder.samples.jpeg_addresses(plan.ids), plan.starts, plan.starts + plan.shapes)
+        queue = RegionQueue(*decoder.samples.image_addresses(plan.ids), plan.starts, plan.starts + plan.shapes)
         decoder._region_decoder.decode_queued(queue, np.empty(queue.num_bytes, np.uint8))
 
 

@@ -54,7 +54,7 @@ class OurCrops(Crops):
         super().__init__(jpegs, sizes)
         self.decoder, self.parts, self.pool = Decoder(self, 1), threads, ThreadPoolExecutor(threads)
 
-    def jpeg(self, i: int) -> np.ndarray:
+    def image(self, i: int) -> np.ndarray:
         return self.jpegs[i]
 
     def name(self, i: int) -> str:

@@ -174,7 +174,7 @@ def sample_of(reader: BetonReader, i: int) -> tuple:
         int(reader.labels[i]),
         int(reader.heights[i]),
         int(reader.widths[i]),
-        bytes(reader.jpeg(i)),
+        bytes(reader.image(i)),
         maps,
         None if reader.mask_spec is None else reader.mask(i).tobytes(),
     )
@@ -641,7 +641,7 @@ def read(path: Path) -> tuple[str, str, BetonReader | None]:
     except BetonError as error:
         return "open", named(error, path), None
     first = ""
-    steps = [lambda: reader.source_ids, lambda: [reader.jpeg(i) for i in range(len(reader))]]
+    steps = [lambda: reader.source_ids, lambda: [reader.image(i) for i in range(len(reader))]]
     if reader.spec is not None:
         batches = [np.arange(start, min(start + 8, len(reader))) for start in range(0, len(reader), 8)]
         steps += [lambda batch=batch: reader.label_maps(batch) for batch in batches]
@@ -699,7 +699,7 @@ def contradictions(reader: BetonReader, size: int) -> None:
         raise Violation("labels outside of the classes")
     if reader.has_crc and len(set(reader.source_ids)) < len(reader):
         raise Violation("two samples with one id")
-    views = [reader.jpeg(i) for i in range(len(reader))]
+    views = [reader.image(i) for i in range(len(reader))]
     starts = np.array([view.ctypes.data for view in views]) - reader._bytes.ctypes.data
     order = np.argsort(starts)
     ends = starts + [len(view) for view in views]

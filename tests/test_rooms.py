@@ -122,7 +122,7 @@ def test_a_room_says_what_it_is_and_what_it_offers(room):
 READING = {
     "import tl_fast, tl_fast.beton, tl_fast.plan, tl_fast.pipeline": set(),
     "from tl_fast.beton import BetonReader; reader = BetonReader({beton!r})": {"numpy"},
-    "reader.check(3); reader.label_maps([0, 3]); reader.jpeg(3)": {"numba", "scipy"},  # scipy: numba imports it
+    "reader.check(3); reader.label_maps([0, 3]); reader.image(3)": {"numba", "scipy"},  # scipy: numba imports it
 }
 CONVERTING = {
     "import tl_fast.sources.image": {"numpy", "PIL"},

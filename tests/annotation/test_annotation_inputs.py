@@ -128,7 +128,7 @@ def test_a_beton_is_packed_anew_with_label_maps(folder: ImageFolder, to_beton, t
     assert verify(tmp_path / "with_maps.beton", decode=True) == []
     with BetonReader(tmp_path / "plain.beton") as plain, BetonReader(tmp_path / "with_maps.beton") as reader:
         assert reader.source_ids == plain.source_ids and reader.spec is not None
-        assert all((reader.jpeg(i) == plain.jpeg(i)).all() for i in range(len(plain)))
+        assert all((reader.image(i) == plain.image(i)).all() for i in range(len(plain)))
     capsys.readouterr()
     assert run(to_beton, tmp_path / "plain.beton", tmp_path / "turned.beton", "--exif", "apply") == 1
     assert "was converted with --exif ignore" in capsys.readouterr().err
@@ -348,7 +348,7 @@ def test_exif_is_ignored_with_a_word_or_applied_to_image_and_map_alike(
             assert reader.conversion["exif"] == way
             size = int(reader.widths[2]), int(reader.heights[2])
             assert size == ((96, 64) if way == "ignore" else (64, 96))
-            pixels = np.asarray(Image.open(io.BytesIO(bytes(reader.jpeg(2)))).convert("RGB"), int)
+            pixels = np.asarray(Image.open(io.BytesIO(bytes(reader.image(2)))).convert("RGB"), int)
             stored = np.asarray(Image.open(Path(turned.root) / turned.ids[2]).convert("RGB"), int)
             expected = stored if way == "ignore" else np.rot90(stored, -1)
             assert np.abs(pixels - expected).mean() < 2

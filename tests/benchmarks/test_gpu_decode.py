@@ -18,7 +18,7 @@ class Files:
     def __init__(self, files: list[bytes]):
         self.files = [np.frombuffer(file, np.uint8) for file in files]
 
-    def jpeg(self, sample_id: int) -> np.ndarray:
+    def image(self, sample_id: int) -> np.ndarray:
         return self.files[sample_id]
 
 

@@ -97,14 +97,14 @@ def test_round_trip(written: Path, jpegs: list[bytes], maps: list[np.void]) -> N
         assert classes.dtype == np.uint16 and scores.dtype == np.float32
         for row, i in enumerate(order):
             expected = maps[i % len(maps)]
-            assert bytes(reader.jpeg(i)) == jpegs[i % len(jpegs)]
+            assert bytes(reader.image(i)) == jpegs[i % len(jpegs)]
             assert reader.crc(i) == zlib.crc32(jpegs[i % len(jpegs)] + encode(expected, SPEC))
             for found, want in zip((classes[row], scores[row]), unpack(expected, SPEC), strict=True):
                 np.testing.assert_array_equal(found, want)
         with pytest.raises(IndexError):
-            reader.jpeg(len(reader))
+            reader.image(len(reader))
         again = pickle.loads(pickle.dumps(reader))
-        assert bytes(again.jpeg(3)) == jpegs[3]
+        assert bytes(again.image(3)) == jpegs[3]
     assert verify(written, decode=True, workers=2) == []
 
 
@@ -284,7 +284,7 @@ def test_opens_files_of_the_stock_writer(stock_file: Path, jpegs: list[bytes]) -
     assert (reader.widths == 160).all()
     np.testing.assert_array_equal(reader.labels, np.arange(40) % 4)
     for i in range(40):
-        decoded = simplejpeg.decode_jpeg(reader.jpeg(i))
+        decoded = simplejpeg.decode_jpeg(reader.image(i))
         original = np.asarray(Image.open(io.BytesIO(jpegs[i])))[: 100 + i]
         assert decoded.shape == original.shape == (reader.heights[i], reader.widths[i], 3)
         assert np.abs(decoded.astype(int) - original).mean() < 6
@@ -346,7 +346,7 @@ def read_everything(path: Path) -> list[tuple]:
                     int(reader.labels[i]),
                     int(reader.heights[i]),
                     int(reader.widths[i]),
-                    bytes(reader.jpeg(i)),
+                    bytes(reader.image(i)),
                     maps,
                 )
             )

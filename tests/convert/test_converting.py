@@ -75,7 +75,7 @@ def content(path: Path) -> dict[str, tuple]:
         names, samples = reader.class_names, {}
         for i, sample_id in enumerate(reader.source_ids):
             own = None if maps is None else (maps[0][i].tobytes(), maps[1][i].tobytes())
-            samples[sample_id] = bytes(reader.jpeg(i)), names[reader.labels[i]], own
+            samples[sample_id] = bytes(reader.image(i)), names[reader.labels[i]], own
         return samples
 
 
@@ -598,7 +598,7 @@ def test_pixels_are_those_of_the_source(originals: ImageFolder, tmp_path: Path) 
         for i, sample_id in enumerate(reader.source_ids):
             before, after = (
                 np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-                for data in (originals.read(i), bytes(reader.jpeg(i)))
+                for data in (originals.read(i), bytes(reader.image(i)))
             )
             assert sample_id == originals.ids[i] and (before == after).all(), sample_id
     unchecked = convert(inputs, tmp_path / "fast.beton", EncodeOptions(decode_check=False), options)

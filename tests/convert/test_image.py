@@ -155,7 +155,7 @@ class Files:
     def __init__(self, files: list[bytes]):
         self.files = files
 
-    def jpeg(self, sample_id: int) -> np.ndarray:
+    def image(self, sample_id: int) -> np.ndarray:
         return np.frombuffer(self.files[sample_id], np.uint8)
 
     def name(self, sample_id: int) -> str:

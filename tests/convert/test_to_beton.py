@@ -74,7 +74,7 @@ def test_photos_with_label_maps(
     )
     classes, scores = reader.label_maps(np.arange(len(reader)))
     for i, sample_id in enumerate(photo_ids):
-        assert bytes(reader.jpeg(i)) == (photos / "train" / sample_id).read_bytes()
+        assert bytes(reader.image(i)) == (photos / "train" / sample_id).read_bytes()
         assert (reader.widths[i], reader.heights[i]) == Image.open(photos / "train" / sample_id).size
         assert names[reader.labels[i]] == sample_id.split("/")[0]
         for stored, expected in zip((classes[i], scores[i]), unpack(records[sample_id], spec), strict=True):
@@ -101,7 +101,7 @@ def test_verify_command(to_beton: ModuleType, photos: Path, tmp_path: Path, caps
     assert "sound" in capsys.readouterr().out
     reader = BetonReader(out)
     data = bytearray(out.read_bytes())
-    data[bytes(data).index(bytes(reader.jpeg(5))) + 2000] ^= 16
+    data[bytes(data).index(bytes(reader.image(5))) + 2000] ^= 16
     out.write_bytes(data)
     assert to_beton.main(["verify", str(out)]) == 1
     said = capsys.readouterr()
@@ -164,7 +164,7 @@ def test_every_kind_of_image(to_beton: ModuleType, tmp_path: Path, capsys: pytes
     reader = BetonReader(out)
     assert len(reader) == len(copied) + len(transcoded) + len(encoded)
     for i, sample_id in enumerate(reader.source_ids):
-        data, file = bytes(reader.jpeg(i)), root / sample_id
+        data, file = bytes(reader.image(i)), root / sample_id
         stored = Image.open(io.BytesIO(data))
         assert (
             stored.mode == "RGB"
@@ -196,9 +196,9 @@ def test_max_resolution(to_beton: ModuleType, tmp_path: Path) -> None:
         ("a/tall.png", 1, 100),
         ("a/wide.jpg", 100, 40),
     ]
-    assert bytes(reader.jpeg(0)) == small.read_bytes()
+    assert bytes(reader.image(0)) == small.read_bytes()
     expected = np.asarray(Image.open(wide).reduce(3)).astype(int)
-    assert np.abs(pixels(reader.jpeg(2)) - expected).mean() < 4
+    assert np.abs(pixels(reader.image(2)) - expected).mean() < 4
     assert tall.exists()
 
 
@@ -207,7 +207,7 @@ def test_antialiasing(to_beton: ModuleType, tmp_path: Path) -> None:
     board = np.indices((400, 400)).sum(axis=0) % 2 * 255
     save(Image.fromarray(board.astype(np.uint8)), tmp_path / "images" / "a" / "board.png")
     assert to_beton.main([str(tmp_path / "images"), str(tmp_path / "out.beton"), "--max-resolution", "90"]) == 0
-    assert np.abs(pixels(BetonReader(tmp_path / "out.beton").jpeg(0)) - 127.5)[5:-5, 5:-5].max() < 8
+    assert np.abs(pixels(BetonReader(tmp_path / "out.beton").image(0)) - 127.5)[5:-5, 5:-5].max() < 8
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "restart_marker_rows": 1}])

@@ -205,11 +205,11 @@ class Files:
     def __init__(self, files: list[bytes]):
         self.files = files
 
-    def jpeg(self, sample_id: int) -> np.ndarray:
+    def image(self, sample_id: int) -> np.ndarray:
         return as_array(self.files[sample_id])
 
-    def jpeg_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        files = [self.jpeg(i) for i in sample_ids]
+    def image_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        files = [self.image(i) for i in sample_ids]
         return np.array([file.ctypes.data for file in files]), np.array([file.size for file in files])
 
     def name(self, sample_id: int) -> str:

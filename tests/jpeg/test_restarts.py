@@ -251,8 +251,8 @@ def test_to_beton(
         assert second.conversion["row_index"] is True and first.conversion["row_index"] is False
         assert first.source_ids == second.source_ids
         for i in range(len(first)):
-            assert second.jpeg(i).size > first.jpeg(i).size
-            np.testing.assert_array_equal(pixels(second.jpeg(i)), pixels(first.jpeg(i)))
+            assert second.image(i).size > first.image(i).size
+            np.testing.assert_array_equal(pixels(second.image(i)), pixels(first.image(i)))
             second.check(i)
     capsys.readouterr()
     again = tmp_path / "again.beton"
@@ -295,7 +295,7 @@ def test_loader_names_damaged_ones(betons: tuple[Path, Path], tmp_path: Path, sh
     path = tmp_path / "damaged.beton"
     shutil.copy(betons[1], path)
     with BetonReader(path) as reader:
-        data = reader.jpeg(5).tobytes()
+        data = reader.image(5).tobytes()
         name, height = reader.source_ids[5], int(reader.heights[5])
     content = bytearray(path.read_bytes())
     start, intact = content.index(data), int(share * len(data))

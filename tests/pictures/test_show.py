@@ -222,7 +222,7 @@ def test_crop_and_box_are_the_plans(full, tmp_path):
             top, left, height, width = (int(plan[name]) for name in ("top", "left", "height", "width"))
             picture = show(full, tmp_path / "sheet.png", ids=[sample], epoch=3)
             original, cropped, *_ = panels(picture, int(reader.heights[sample]), int(reader.widths[sample]))
-            photo = Image.open(io.BytesIO(reader.jpeg(sample))).convert("RGB")
+            photo = Image.open(io.BytesIO(reader.image(sample))).convert("RGB")
             expected = photo.resize(
                 (PANEL, PANEL), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
             )

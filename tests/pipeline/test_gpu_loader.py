@@ -321,7 +321,7 @@ def test_threads_decode_the_next_batch_while_one_region_of_this_one_takes_long(m
     batches, make = made_on(3)
     files = [np.frombuffer(file, np.uint8) for file in small_photos(photos, progressive=True)]
     places = np.array([(file.ctypes.data, file.size) for file in files])
-    samples = SimpleNamespace(jpeg=files.__getitem__, jpeg_addresses=lambda ids: places[ids].T)
+    samples = SimpleNamespace(image=files.__getitem__, image_addresses=lambda ids: places[ids].T)
     monkeypatch.setattr(batches, "decoder", decoder := Decoder(samples, threads=2))
     with_pillow, released, decoded = decoder._with_pillow, threading.Event(), []
 
@@ -441,12 +441,12 @@ def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
     pixels, event = started()
     assert event is events and events == ["decoded"] and len(pixels) == 3
     for region, i, (top, left), (height, width) in zip(pixels, ids, starts, shapes, strict=True):
-        with Image.open(io.BytesIO(samples.jpeg(i))) as image:
+        with Image.open(io.BytesIO(samples.image(i))) as image:
             whole = np.asarray(image.convert("RGB"))
         np.testing.assert_array_equal(np.asarray(region), whole[top : top + height, left : left + width])
-    assert all(np.may_share_memory(jpeg, samples.jpeg(i)) for jpeg, i in zip(pixels.memory[1], ids, strict=True))
+    assert all(np.may_share_memory(jpeg, samples.image(i)) for jpeg, i in zip(pixels.memory[1], ids, strict=True))
     graph = decode_graph("cpu", batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
-    fed = samples.jpeg(0).copy()
+    fed = samples.image(0).copy()
     graph.feed_input("jpegs", [fed])
     graph.feed_input("starts", np.zeros((1, 2), np.int32))
     graph.feed_input("shapes", np.full((1, 2), 8, np.int32))
@@ -665,7 +665,7 @@ def test_leaving_early_and_damaged_maps(photo_beton, way, tmp_path):
 def test_a_damaged_jpeg_is_named(photo_beton, decode_way, tmp_path):
     data = bytearray(photo_beton.read_bytes())
     with BetonReader(photo_beton) as reader:
-        picture = bytes(reader.jpeg(11))
+        picture = bytes(reader.image(11))
     offset = bytes(data).index(picture)
     data[offset : offset + 64] = bytes(64)
     (tmp_path / "damaged.beton").write_bytes(data)

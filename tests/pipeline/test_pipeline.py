@@ -615,7 +615,7 @@ def damaged(source, target, sample, share):
     """A copy of the beton with 64 bytes of one JPEG overwritten, beginning at `share` of its length."""
     data = bytearray(source.read_bytes())
     with BetonReader(source) as reader:
-        picture = bytes(reader.jpeg(sample))
+        picture = bytes(reader.image(sample))
     offset = bytes(data).index(picture) + int(len(picture) * share)
     data[offset : offset + 64] = bytes(64)
     target.write_bytes(data)

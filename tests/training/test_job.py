@@ -191,7 +191,7 @@ def test_a_damaged_sample_ends_the_job_within_a_minute_with_its_name(tiny, beton
     broken = tmp_path / "broken.beton"
     content = bytearray((betons / "train.beton").read_bytes())
     with BetonReader(betons / "train.beton") as reader:
-        start = content.find(reader.jpeg(11).tobytes())
+        start = content.find(reader.image(11).tobytes())
         content[start : start + 40] = bytes(40)  # no JPEG any more
         name = reader.source_ids[11]
     broken.write_bytes(content)

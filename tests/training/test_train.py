@@ -289,7 +289,7 @@ def test_resume_refuses_data_of_another_size_and_takes_the_new_optimiser_setting
 def test_evaluation_refuses_other_class_names(tiny, betons, tmp_path):
     summary = training.train(tiny(max_steps=1))
     with BetonReader(betons / "val.beton") as reader:
-        samples = [Sample(str(i), int(reader.labels[i]), reader.jpeg(i).tobytes) for i in range(4)]
+        samples = [Sample(str(i), int(reader.labels[i]), reader.image(i).tobytes) for i in range(4)]
     write_beton(tmp_path / "other.beton", samples, class_names=["fish", "animal", "monument", "tool"])
     with pytest.raises(ValueError, match="other.beton has the classes"):
         accuracy.evaluate(str(tmp_path / "other.beton"), Path(summary["checkpoint"]))

@@ -67,9 +67,9 @@ class BetonReader(BetonTables):
         return list(self._fields)
 
     @property
-    def jpeg_sizes(self) -> np.ndarray:
+    def image_sizes(self) -> np.ndarray:
         """Bytes of every sample's JPEG, int64 `[n]`."""
-        return self._jpeg_size
+        return self._image_size
 
     @property
     def label_map_sizes(self) -> np.ndarray | None:
@@ -86,22 +86,22 @@ class BetonReader(BetonTables):
 
         Both int64 `[parts, samples]`, the JPEG first.
         """
-        starts, sizes = [self._jpeg_ptr], [self._jpeg_size]
+        starts, sizes = [self._image_ptr], [self._image_size]
         if self.spec is not None:
             starts, sizes = [*starts, self._map_ptr], [*sizes, self._map_size]
         if self.mask_spec is not None:
             starts, sizes = [*starts, self._mask_ptr], [*sizes, self._mask_size]
         return np.stack([start[first:last] for start in starts]), np.stack([size[first:last] for size in sizes])
 
-    def jpeg(self, i: int) -> np.ndarray:
+    def image(self, i: int) -> np.ndarray:
         """The JPEG file of sample i: uint8 `[size]`, a read-only view of the mapped file."""
-        start = int(self._jpeg_ptr[i])
-        return self._bytes[start : start + int(self._jpeg_size[i])]
+        start = int(self._image_ptr[i])
+        return self._bytes[start : start + int(self._image_size[i])]
 
-    def jpeg_addresses(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def image_addresses(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in memory the JPEGs of the samples `indices` [B] begin, and their sizes in bytes, int64 [B] both. Valid
         as long as the file is open."""
-        return self._bytes.ctypes.data + self._jpeg_ptr[indices], self._jpeg_size[indices]
+        return self._bytes.ctypes.data + self._image_ptr[indices], self._image_size[indices]
 
     def _map_bytes(self, i: int) -> np.ndarray:
         start = int(self._map_ptr[i])
@@ -149,7 +149,7 @@ class BetonReader(BetonTables):
         Call `tl_fast.masks.format.compile_loops` before threads call this. Raises BetonError when the file has no
         masks, or this one is damaged.
         """
-        return self._decode_mask(i, self.mask_bytes(i), int(self._jpeg_size[i]))
+        return self._decode_mask(i, self.mask_bytes(i), int(self._image_size[i]))
 
     def _decode_mask(self, i: int, data: np.ndarray, jpeg_size: int) -> np.ndarray:
         height, width = int(self.heights[i]), int(self.widths[i])
@@ -216,7 +216,7 @@ class BetonReader(BetonTables):
 
     def check(self, i: int) -> None:
         """Raise BetonError when sample i's bytes are not those that were written."""
-        stored, computed = self.crc(i), crc32(self.jpeg(i))
+        stored, computed = self.crc(i), crc32(self.image(i))
         if self.spec is not None:
             computed = crc32(self._map_bytes(i), computed)
         if self.mask_spec is not None:
@@ -277,7 +277,7 @@ class BetonReader(BetonTables):
         import simplejpeg
 
         if jpeg is None:
-            jpeg = self.jpeg(i).data
+            jpeg = self.image(i).data
             self._check_size(i, jpeg)
         if int(self.heights[i]) * int(self.widths[i]) > PIXELS_PER_BYTE * len(jpeg):
             raise self._error(
@@ -289,7 +289,7 @@ class BetonReader(BetonTables):
             raise self._error("image", f"{self._name(i)} does not decode: {error}; {DAMAGED}") from error
 
     def close(self) -> None:
-        """Let go of the file. Arrays that `jpeg` returned stay valid; the reader can read no more."""
+        """Let go of the file. Arrays that `image` returned stay valid; the reader can read no more."""
         self._bytes = self._metadata = self._index = None
 
     def __enter__(self) -> Self:

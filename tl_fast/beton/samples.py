@@ -61,17 +61,17 @@ class Samples:
         file = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         return self.readers[file], int(sample_id - self._starts[file])
 
-    def jpeg(self, sample_id: int) -> np.ndarray:
+    def image(self, sample_id: int) -> np.ndarray:
         """The sample's JPEG bytes, a uint8 view of the file."""
         reader, index = self.locate(sample_id)
-        return reader.jpeg(index)
+        return reader.image(index)
 
-    def jpeg_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def image_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in memory the samples' JPEGs begin, and their sizes in bytes, int64 [B] both. Valid while the files are
         open."""
         addresses, sizes = np.empty(len(sample_ids), np.int64), np.empty(len(sample_ids), np.int64)
         for reader, chosen, indices in self._by_file(sample_ids):
-            addresses[chosen], sizes[chosen] = reader.jpeg_addresses(indices)
+            addresses[chosen], sizes[chosen] = reader.image_addresses(indices)
         return addresses, sizes
 
     def check(self, sample_id: int) -> None:

@@ -43,7 +43,7 @@ class BetonSource(Source):
             raise SourceError(f"{self.root}: has {count} classes, --class-names {len(names)}; name as many")
         self.class_names = list(names)
         self.ids = [sample_id for reader in self.samples.readers for sample_id in reader.source_ids]
-        self.sizes = np.concatenate([reader.jpeg_sizes for reader in self.samples.readers])
+        self.sizes = np.concatenate([reader.image_sizes for reader in self.samples.readers])
         check_ids(self.ids, self.origin)
 
     def origin(self, i: int) -> str:
@@ -62,7 +62,7 @@ class BetonSource(Source):
     def read(self, i: int) -> bytes:
         if self.samples.locate(i)[0].has_crc:
             self.samples.check(i)
-        return self.samples.jpeg(i).tobytes()
+        return self.samples.image(i).tobytes()
 
     def close(self) -> None:
         self.samples.close()

@@ -309,8 +309,8 @@ class BetonTables:
             raise self._error(
                 "image", f"sample {flat[0]} is {self.widths[flat[0]]}×{self.heights[flat[0]]} pixels; {DAMAGED}"
             )
-        self._jpeg_ptr = image["data_ptr"].astype(np.int64)
-        self._jpeg_size = self._allocated_sizes(allocations, self._jpeg_ptr, "image")
+        self._image_ptr = image["data_ptr"].astype(np.int64)
+        self._image_size = self._allocated_sizes(allocations, self._image_ptr, "image")
         self.labels = self._column("label").astype(np.int64)
         classes = len(self.class_names) if self.spec is None else self.spec.num_classes
         if self.spec is not None and self.class_names and len(self.class_names) != classes:
@@ -338,7 +338,7 @@ class BetonTables:
                 f"sample {bad[0]} has {self._map_size[bad[0]]} bytes; a map of {self.spec} has"
                 f" {encoded_sizes(self.spec)}",
             )
-        if len(bad := np.flatnonzero(self._map_ptr == self._jpeg_ptr)):
+        if len(bad := np.flatnonzero(self._map_ptr == self._image_ptr)):
             raise self._error("label_map", f"sample {bad[0]} has its label map where its JPEG is; {DAMAGED}")
         low, step = maps["score_min"], maps["score_step"]
         with np.errstate(all="ignore"):
@@ -361,7 +361,7 @@ class BetonTables:
                 f"sample {bad[0]} has {masks['size'][bad[0]]} bytes, {self._mask_size[bad[0]]} by the allocation table;"
                 f" {DAMAGED}",
             )
-        shared = self._mask_ptr == self._jpeg_ptr
+        shared = self._mask_ptr == self._image_ptr
         if self.spec is not None:
             shared |= self._mask_ptr == self._map_ptr
         if len(bad := np.flatnonzero(shared)):

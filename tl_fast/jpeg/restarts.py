@@ -246,7 +246,7 @@ def _copy(source, start, stop, target, position):
 def splice(jpeg: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """A smaller JPEG that holds pixels `start` to `stop` (row, column; exclusive) of `jpeg`, the same to every decoder.
 
-    jpeg: uint8 [n], as `BetonReader.jpeg` gives it: not writeable, which is another type to numba. Returns the JPEG,
+    jpeg: uint8 [n], as `BetonReader.image` gives it: not writeable, which is another type to numba. Returns the JPEG,
     uint8 [m], and which pixel of the source is its (0, 0); the source itself and (0, 0) where it has no grid of
     segments, is damaged or is needed whole. Without the GIL.
     """

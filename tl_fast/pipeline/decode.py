@@ -47,7 +47,7 @@ class Decoder(RegionsDecoder):
     def start(
         self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None
     ) -> Started:
-        queue = RegionQueue(*self.samples.jpeg_addresses(ids), starts, starts + shapes)
+        queue = RegionQueue(*self.samples.image_addresses(ids), starts, starts + shapes)
         host = torch.empty(queue.num_bytes, dtype=torch.uint8, pin_memory=self.device is not None)
         if not self._compiled:
             self._region_decoder.compile()
@@ -85,7 +85,7 @@ class Decoder(RegionsDecoder):
 
         Raises DecodeError naming the sample.
         """
-        pixels = self._region_decoder.samples(self.samples.jpeg(sample_id), start, start + shape)
+        pixels = self._region_decoder.samples(self.samples.image(sample_id), start, start + shape)
         if pixels is None:
             self._kept.region = region = self._with_pillow(sample_id, start, shape)
             pixels = pixels_of(region, int(start[0]), int(start[1]))
@@ -93,14 +93,14 @@ class Decoder(RegionsDecoder):
 
     def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray) -> np.ndarray:
         """One region's pixels as RGB, uint8 [h, w, 3]; otherwise as `pixels`."""
-        region = self._region_decoder.decode(self.samples.jpeg(sample_id), start, start + shape)
+        region = self._region_decoder.decode(self.samples.image(sample_id), start, start + shape)
         return self._with_pillow(sample_id, start, shape) if region is None else region
 
     def _with_pillow(self, sample_id: int, start: np.ndarray, shape: np.ndarray) -> np.ndarray:
         """As `region`, of a file that our decoder leaves to others."""
         (top, left), (bottom, right) = start, start + shape
         try:
-            image = open_rgb(self.samples.jpeg(sample_id))[0].crop((left, top, right, bottom))
+            image = open_rgb(self.samples.image(sample_id))[0].crop((left, top, right, bottom))
         except ValueError as error:
             raise DecodeError.of(self.samples, sample_id) from error
         # Behind the pixels there is room for vectors.

@@ -140,7 +140,7 @@ class NvjpegDecoder(RegionsDecoder):
 
         def spliced(first: int) -> list[tuple[np.ndarray, tuple[int, int]]]:
             part = range(first, min(first + PART, len(ids)))
-            return [splice(self.samples.jpeg(ids[b]), starts[b], stops[b]) for b in part]
+            return [splice(self.samples.image(ids[b]), starts[b], stops[b]) for b in part]
 
         futures = []
         for first in range(0, len(ids), PART):
@@ -160,7 +160,7 @@ class NvjpegDecoder(RegionsDecoder):
             return int(ids[int(numbered.group(1))])
         for i in ids:
             try:
-                open_rgb(self.samples.jpeg(i))
+                open_rgb(self.samples.image(i))
             except ValueError:
                 return int(i)
         return None

@@ -120,7 +120,7 @@ def identify(samples: Samples) -> dict[str, Any]:
     digest = hashlib.sha256(repr(samples.spec).encode())
     if samples.mask_spec is not None:  # the masks themselves are in the CRC-32
         digest.update(repr(samples.mask_spec).encode())
-    for name in ("heights", "widths", "labels", "jpeg_sizes", "label_map_sizes", "crcs"):
+    for name in ("heights", "widths", "labels", "image_sizes", "label_map_sizes", "crcs"):
         for column in (getattr(reader, name) for reader in samples.readers):
             digest.update(b"" if column is None else np.ascontiguousarray(column, np.int64))
     return {"samples": len(samples), "digest": digest.hexdigest()[:16], "files": list(map(str, samples.paths))}
