@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tl_fast.jpeg.planes import chroma_size as chroma_size  # offered here too: they are part of the layout
+from tl_fast.jpeg.planes import planes_size as planes_size
 from tl_fast.labelmaps.format import LabelMapError, MapSpec
 from tl_fast.system.mistakes import InputError
 
@@ -27,6 +29,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 LABEL_MAP = np.dtype([("ptr", "<u8"), ("score_min", "<f4"), ("score_step", "<f4")])
 BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+JPEG, PLANES = 0, 2  # an image's mode: a JPEG, or YUV 4:2:0 planes; 1 is ffcv's raw RGB
 INT, RGB_IMAGE, BYTES_FIELD, CUSTOM = 1, 2, 3, 255
 # float, int, image, bytes, array, JSON, tensor: a sample's entry in the metadata table
 STOCK_TYPES = {
@@ -47,6 +50,9 @@ SPEC_MAGIC = b"tlf_map1"
 SPEC_ARGUMENTS = np.dtype(
     [("magic", "S8"), ("k", "<u4"), ("height", "<u4"), ("width", "<u4"), ("num_classes", "<u4"), ("extent", "S32")]
 )
+# Arguments of the `image` field where some images are planes. It is a custom field then, for ffcv's own decoder would
+# copy the planes as if they were RGB.
+IMAGE_MAGIC = b"tlf_img1"
 # Arguments of the `crc` field, which ffcv ignores (IntField.from_binary): where our own tables are, and the CRC-32 of
 # all tables.
 INDEX_MAGIC = b"tlf_idx1"
@@ -73,6 +79,13 @@ class BetonError(InputError):
 def metadata_dtype(types: list[np.dtype]) -> np.dtype:
     """One row of the metadata table, fields f0, f1, ... as in ffcv."""
     return np.dtype([("", kind) for kind in types], align=True)
+
+
+def image_arguments() -> np.ndarray:
+    """The image field's 1,024 argument bytes where some images are planes, uint8."""
+    arguments = np.zeros(1024, np.uint8)
+    arguments[: len(IMAGE_MAGIC)] = np.frombuffer(IMAGE_MAGIC, np.uint8)
+    return arguments
 
 
 def spec_to_arguments(spec: MapSpec) -> np.ndarray:

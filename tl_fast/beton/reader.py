@@ -13,6 +13,7 @@ import numpy as np
 
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.tables import DAMAGED, BetonTables
+from tl_fast.jpeg.planes import split_planes
 from tl_fast.labelmaps.format import LEVELS, encoded_sizes
 from tl_fast.masks.format import MaskError
 from tl_fast.masks.format import decode as decode_mask
@@ -42,11 +43,12 @@ class BetonReader(BetonTables):
 
     Files of the stock ffcv writer open too, without ids, class names and CRCs.
 
-    `len()` or `num_samples`; `heights`, `widths` int32 `[n]` in pixels; `labels` int64 `[n]`; `spec` (None without
-    label maps); `mask_spec` (None without masks); `class_names`; `source_ids`; `annotator` (the label-map store's
-    manifest, or None); `conversion` (what was converted and how, or None). Picklable: another process opens the file
-    itself. Every table is checked when the file is opened; a sample's bytes are checked by `check`. Raises BetonError
-    that names file and field, OSError if there is no such file.
+    `len()` or `num_samples`; `heights`, `widths` int32 `[n]` in pixels; `stored_as_planes` bool `[n]`, which images are
+    YUV 4:2:0 planes and not JPEGs; `labels` int64 `[n]`; `spec` (None without label maps); `mask_spec` (None without
+    masks); `class_names`; `source_ids`; `annotator` (the label-map store's manifest, or None); `conversion` (what was
+    converted and how, or None). Picklable: another process opens the file itself. Every table is checked when the file
+    is opened; a sample's bytes are checked by `check`. Raises BetonError that names file and field, OSError if there is
+    no such file.
 
     The file must stay as it is while it is open. If it is shortened, or its disk or server fails, the operating system
     ends the process with SIGBUS, as with every memory-mapped file; no code of ours can prevent that. So replace a file
@@ -68,7 +70,7 @@ class BetonReader(BetonTables):
 
     @property
     def image_sizes(self) -> np.ndarray:
-        """Bytes of every sample's JPEG, int64 `[n]`."""
+        """Bytes of every sample's image, int64 `[n]`."""
         return self._image_size
 
     @property
@@ -82,9 +84,9 @@ class BetonReader(BetonTables):
         return None if self.mask_spec is None else self._mask_size
 
     def _places(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the JPEGs, label maps and masks of samples first to last − 1 begin in the file, and their bytes.
+        """Where the images, label maps and masks of samples first to last − 1 begin in the file, and their bytes.
 
-        Both int64 `[parts, samples]`, the JPEG first.
+        Both int64 `[parts, samples]`, the image first.
         """
         starts, sizes = [self._image_ptr], [self._image_size]
         if self.spec is not None:
@@ -94,14 +96,27 @@ class BetonReader(BetonTables):
         return np.stack([start[first:last] for start in starts]), np.stack([size[first:last] for size in sizes])
 
     def image(self, i: int) -> np.ndarray:
-        """The JPEG file of sample i: uint8 `[size]`, a read-only view of the mapped file."""
+        """Sample i's image as it is stored, a JPEG file or planes: uint8 `[size]`, a read-only view of the mapped
+        file."""
         start = int(self._image_ptr[i])
         return self._bytes[start : start + int(self._image_size[i])]
 
     def image_addresses(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in memory the JPEGs of the samples `indices` [B] begin, and their sizes in bytes, int64 [B] both. Valid
-        as long as the file is open."""
+        """Where in memory the images of the samples `indices` [B] begin, and their sizes in bytes, int64 [B] both.
+        Valid as long as the file is open."""
         return self._bytes.ctypes.data + self._image_ptr[indices], self._image_size[indices]
+
+    def planes(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Y, Cb and Cr of sample i: uint8 `[h, w]`, and twice `[ceil(h / 2), ceil(w / 2)]`, read-only views of the
+        file.
+
+        Raises BetonError where the image is a JPEG.
+        """
+        if not self.stored_as_planes[i]:
+            raise self._error(
+                "image", f"{self._name(i)} is a JPEG; convert with --store yuv420, or decode `image({i})`"
+            )
+        return split_planes(self.image(i), int(self.heights[i]), int(self.widths[i]))
 
     def _map_bytes(self, i: int) -> np.ndarray:
         start = int(self._map_ptr[i])
@@ -151,11 +166,11 @@ class BetonReader(BetonTables):
         """
         return self._decode_mask(i, self.mask_bytes(i), int(self._image_size[i]))
 
-    def _decode_mask(self, i: int, data: np.ndarray, jpeg_size: int) -> np.ndarray:
+    def _decode_mask(self, i: int, data: np.ndarray, image_size: int) -> np.ndarray:
         height, width = int(self.heights[i]), int(self.widths[i])
-        if height * width > PIXELS_PER_BYTE * jpeg_size:
+        if height * width > PIXELS_PER_BYTE * image_size:
             raise self._error(
-                "mask", f"{self._name(i)}: {width}×{height} pixels beside a JPEG of {jpeg_size} bytes; {DAMAGED}"
+                "mask", f"{self._name(i)}: {width}×{height} pixels beside an image of {image_size} bytes; {DAMAGED}"
             )
         try:
             return decode_mask(data, height, width, self.mask_spec)
@@ -206,7 +221,7 @@ class BetonReader(BetonTables):
         return None if self._index is None else self._column("crc")
 
     def crc(self, i: int) -> int:
-        """The stored CRC-32 of sample i, over the JPEG's bytes, then the label map's, then the mask's.
+        """The stored CRC-32 of sample i, over the image's bytes, then the label map's, then the mask's.
 
         Raises BetonError in files of the stock writer.
         """
@@ -245,9 +260,10 @@ class BetonReader(BetonTables):
                     errors[i] = self._crc_error(i, value)
                     continue
             try:
-                self._check_size(i, parts[0])
-                if decode:
-                    self.check_decode(i, parts[0])
+                if not self.stored_as_planes[i]:  # of planes, any bytes are pixels, and their number is known to fit
+                    self._check_size(i, parts[0])
+                    if decode:
+                        self.check_decode(i, parts[0])
                 if self.mask_spec is not None:
                     self._decode_mask(i, block[part_bounds[-1][0] : part_bounds[-1][1]], len(parts[0]))
             except BetonError as error:
@@ -271,11 +287,14 @@ class BetonReader(BetonTables):
 
     def check_decode(self, i: int, jpeg: memoryview | None = None) -> None:
         """Raise BetonError when sample i's JPEG does not decode, without a warning, to the size that the file says.
+        Planes need no decoding.
 
         jpeg: its bytes, where they have been read and `_check_size` has checked them already. Needs simplejpeg.
         """
         import simplejpeg
 
+        if self.stored_as_planes[i]:
+            return
         if jpeg is None:
             jpeg = self.image(i).data
             self._check_size(i, jpeg)

@@ -42,6 +42,7 @@ class Samples:
         self.heights = np.concatenate([reader.heights for reader in self.readers]).astype(np.int64)
         self.widths = np.concatenate([reader.widths for reader in self.readers]).astype(np.int64)
         self.labels = np.concatenate([reader.labels for reader in self.readers]).astype(np.int64)
+        self.stored_as_planes = np.concatenate([reader.stored_as_planes for reader in self.readers])
         self._starts = np.cumsum([0] + [len(reader) for reader in self.readers])
 
     def __len__(self) -> int:
@@ -62,17 +63,22 @@ class Samples:
         return self.readers[file], int(sample_id - self._starts[file])
 
     def image(self, sample_id: int) -> np.ndarray:
-        """The sample's JPEG bytes, a uint8 view of the file."""
+        """The sample's image as it is stored, a JPEG or planes: a uint8 view of the file."""
         reader, index = self.locate(sample_id)
         return reader.image(index)
 
     def image_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in memory the samples' JPEGs begin, and their sizes in bytes, int64 [B] both. Valid while the files are
-        open."""
+        """Where in memory the samples' images begin, and their sizes in bytes, int64 [B] both. Valid while the files
+        are open."""
         addresses, sizes = np.empty(len(sample_ids), np.int64), np.empty(len(sample_ids), np.int64)
         for reader, chosen, indices in self._by_file(sample_ids):
             addresses[chosen], sizes[chosen] = reader.image_addresses(indices)
         return addresses, sizes
+
+    def planes(self, sample_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Y, Cb and Cr of a sample whose image is planes (`BetonReader.planes`)."""
+        reader, index = self.locate(sample_id)
+        return reader.planes(index)
 
     def check(self, sample_id: int) -> None:
         """Raise BetonError when the sample's bytes do not have the CRC-32 they were written with."""

@@ -28,15 +28,19 @@ from tl_fast.beton.layout import (
     INDEX,
     INDEX_MAGIC,
     INT,
+    JPEG,
     LABEL_MAP,
     MAX_INFO,
     MAX_PAGE_SIZE,
     MIN_PAGE_SIZE,
+    PLANES,
     STOCK_TYPES,
     VERSION,
     WITH_ARGUMENTS,
     BetonError,
+    image_arguments,
     metadata_dtype,
+    planes_size,
     spec_from_arguments,
 )
 from tl_fast.labelmaps.format import LEVELS, LabelMapError, encoded_sizes
@@ -119,7 +123,7 @@ class BetonTables:
     def _read_fields(self, fields: np.ndarray) -> list[np.dtype]:
         """Check the field descriptors `[n]` of FIELD; returns the type of each column of the metadata table."""
         self._fields: dict[str, int] = {}  # name → column
-        types, self.spec, self._index = [], None, None
+        types, self.spec, self._index, self._may_hold_planes = [], None, None, False
         for column, field in enumerate(fields):
             name = bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace")
             if not name or not name.isascii() or not name.isprintable():
@@ -129,7 +133,11 @@ class BetonTables:
             kind = int(field["type_id"])
             if name in self._fields:
                 raise self._error(f"field {name}", f"appears twice; {DAMAGED}")
-            if kind == CUSTOM:
+            if kind == CUSTOM and name == "image":
+                if (field["arguments"] != image_arguments()).any():
+                    raise self._error(f"field {name}", f"its arguments are not tl_fast's; {DAMAGED}")
+                self._may_hold_planes = True
+            elif kind == CUSTOM:
                 try:
                     self.spec = spec_from_arguments(field["arguments"])
                 except LabelMapError as error:
@@ -148,7 +156,8 @@ class BetonTables:
                     raise self._error(f"field {name}", f"type {kind} with {bytes(index['magic'])!r}; {expected}")
                 self._index = index
             self._fields[name] = column
-            types.append(LABEL_MAP if kind == CUSTOM else STOCK_TYPES[kind])
+            custom = IMAGE if name == "image" else LABEL_MAP
+            types.append(custom if kind == CUSTOM else STOCK_TYPES[kind])
         for name, kind in (("image", IMAGE), ("label", STOCK_TYPES[INT])):
             if name not in self._fields or types[self._fields[name]] != kind:
                 raise self._error("fields", f"no field {name!r} of the right type; the file has {list(self._fields)}")
@@ -298,12 +307,7 @@ class BetonTables:
     def _read_samples(self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         """Check every sample's image, label, label map and mask as the metadata table describes them."""
         image = self._column("image")
-        if len(raw := np.flatnonzero(image["mode"] != 0)):
-            raise self._error(
-                "image",
-                f"sample {raw[0]} and {len(raw) - 1} others are stored as raw pixels; write JPEGs, with"
-                " converters/to_beton.py or ffcv's RGBImageField(write_mode='jpg')",
-            )
+        self._check_modes(image["mode"])
         self.heights, self.widths = image["height"].astype(np.int32), image["width"].astype(np.int32)
         if len(flat := np.flatnonzero((self.heights == 0) | (self.widths == 0))):
             raise self._error(
@@ -311,6 +315,14 @@ class BetonTables:
             )
         self._image_ptr = image["data_ptr"].astype(np.int64)
         self._image_size = self._allocated_sizes(allocations, self._image_ptr, "image")
+        wrong = self.stored_as_planes & (self._image_size != planes_size(self.heights, self.widths))
+        if len(bad := np.flatnonzero(wrong)):
+            height, width = int(self.heights[bad[0]]), int(self.widths[bad[0]])
+            raise self._error(
+                "image",
+                f"sample {bad[0]} has {self._image_size[bad[0]]} bytes; planes of {width}×{height} pixels have"
+                f" {planes_size(height, width)}; {DAMAGED}",
+            )
         self.labels = self._column("label").astype(np.int64)
         classes = len(self.class_names) if self.spec is None else self.spec.num_classes
         if self.spec is not None and self.class_names and len(self.class_names) != classes:
@@ -326,6 +338,21 @@ class BetonTables:
         if self.mask_spec is not None:
             self._read_mask_entries(allocations)
 
+    def _check_modes(self, modes: np.ndarray) -> None:
+        """Check how the images are stored, uint8 [n]."""
+        self.stored_as_planes = modes == PLANES
+        known = (modes == JPEG) | self.stored_as_planes if self._may_hold_planes else modes == JPEG
+        if len(bad := np.flatnonzero(~known)):
+            if (mode := int(modes[bad[0]])) == 1:
+                problem = (
+                    f"sample {bad[0]} and {len(bad) - 1} others are stored as raw pixels; write JPEGs or planes, with"
+                    " converters/to_beton.py, or JPEGs with ffcv's RGBImageField(write_mode='jpg')"
+                )
+            else:
+                holds = "a file of JPEGs and planes" if self._may_hold_planes else "a file of JPEGs"
+                problem = f"sample {bad[0]} has mode {mode}, unknown in {holds}; {DAMAGED}"
+            raise self._error("image", problem)
+
     def _read_map_entries(self, allocations: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         """Check every sample's label map as the metadata table describes it."""
         maps = self._column("label_map")
@@ -339,7 +366,7 @@ class BetonTables:
                 f" {encoded_sizes(self.spec)}",
             )
         if len(bad := np.flatnonzero(self._map_ptr == self._image_ptr)):
-            raise self._error("label_map", f"sample {bad[0]} has its label map where its JPEG is; {DAMAGED}")
+            raise self._error("label_map", f"sample {bad[0]} has its label map where its image is; {DAMAGED}")
         low, step = maps["score_min"], maps["score_step"]
         with np.errstate(all="ignore"):
             good = np.isfinite(low) & (step >= 0) & np.isfinite(low + step * LEVELS[-1])
@@ -365,7 +392,7 @@ class BetonTables:
         if self.spec is not None:
             shared |= self._mask_ptr == self._map_ptr
         if len(bad := np.flatnonzero(shared)):
-            raise self._error("mask", f"sample {bad[0]} has its mask where its JPEG or label map is; {DAMAGED}")
+            raise self._error("mask", f"sample {bad[0]} has its mask where its image or label map is; {DAMAGED}")
 
     def _column(self, name: str) -> np.ndarray:
         return self._metadata[f"f{self._fields[name]}"]

@@ -20,9 +20,11 @@ from tl_fast.beton.layout import (
     INDEX_MAGIC,
     INT,
     LABEL_MAP,
+    PLANES,
     RGB_IMAGE,
     STOCK_TYPES,
     VERSION,
+    image_arguments,
     metadata_dtype,
     spec_to_arguments,
 )
@@ -86,7 +88,7 @@ class BetonFile:
         Each part begins at an even offset, as label maps are uint16. The sample is in the file after the next `flush`.
         Raises ValueError when it is larger than a page.
         """
-        jpeg_size = size = sum(map(len, sample.image.parts))
+        image_size = size = sum(map(len, sample.image.parts))
         offsets = []
         for data, _ in sample.payloads:
             offsets.append(size + size % 2)
@@ -94,7 +96,8 @@ class BetonFile:
         if size > self.page_size:
             raise ValueError(
                 f"its {size} bytes do not fit in a page of {self.page_size}; set --page-size"
-                f" {1 << (size - 1).bit_length()} or limit --max-resolution"
+                f" {1 << (size - 1).bit_length()} or limit --max-resolution or"
+                " --short-side"
             )
         start = self.offset + self.offset % 2
         if self.page_size - start % self.page_size < size:
@@ -104,14 +107,15 @@ class BetonFile:
         for part in sample.image.parts:
             self.blocks.write(part)
         number = self.samples + len(self._rows)
-        self._allocations.append((number, start, jpeg_size))
-        entries, end = [], jpeg_size
+        self._allocations.append((number, start, image_size))
+        entries, end = [], image_size
         for offset, (data, more) in zip(offsets, sample.payloads, strict=True):
             self.blocks.write(bytes(offset - end) + data)
             self._allocations.append((number, start + offset, len(data)))
             entries.append((start + offset, *more))
             end = offset + len(data)
-        self._rows.append(((0, sample.image.width, sample.image.height, start), label, *entries, sample.crc))
+        image = (sample.image.mode, sample.image.width, sample.image.height, start)
+        self._rows.append((image, label, *entries, sample.crc))
         self.offset = start + size
 
     def list_rows(self) -> None:
@@ -139,6 +143,8 @@ class BetonFile:
         takes the file for a beton.
         """
         self.flush()
+        if (self.metadata["f0"]["mode"][: self.samples] == PLANES).any():
+            self.fields["type_id"][0], self.fields["arguments"][0] = CUSTOM, image_arguments()
         texts = [json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8") for value in (info, ids)]
         metadata, allocations = self.metadata[: self.samples].tobytes(), self.allocations[: self.allocated].tobytes()
         starts, end = [], self.offset

@@ -19,6 +19,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from tl_fast.beton.layout import JPEG
 from tl_fast.convert.lossless import is_lossless, lossless_baseline
 from tl_fast.jpeg import huffman, restarts
 from tl_fast.jpeg import markers as marks
@@ -59,7 +60,7 @@ class Prepared:
     the end left out (0 for files other than JPEGs); rotated: the source states an EXIF orientation other than upright,
     whether ignored or applied; crc: CRC-32 (zlib's) of the parts; row_index: its restart markers let regions be cut out
     of it (`tl_fast.jpeg.restarts.splice`), asked for and so made or found; shrunk_from: the (height, width) that a
-    resized image had before.
+    resized image had before; mode: what the parts are, as `tl_fast.beton.layout` says.
     """
 
     parts: tuple[bytes | memoryview, ...]
@@ -71,6 +72,7 @@ class Prepared:
     crc: int
     row_index: bool = False
     shrunk_from: tuple[int, int] | None = None
+    mode: int = JPEG
 
     def __reduce_ex__(self, protocol: int):
         """Its bytes out of band where the protocol can (`tl_fast.convert.processes`)."""
