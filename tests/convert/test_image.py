@@ -153,7 +153,9 @@ class Files:
     """What a Decoder reads: the files as they are, as if a beton held them."""
 
     def __init__(self, files: list[bytes]):
-        self.files = files
+        self.files, count = files, len(files)
+        self.heights, self.widths = np.zeros((2, count), np.int64)
+        self.stored_as_planes = np.zeros(count, bool)
 
     def image(self, sample_id: int) -> np.ndarray:
         return np.frombuffer(self.files[sample_id], np.uint8)

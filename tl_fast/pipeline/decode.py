@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tl_fast.jpeg.region import RegionDecoder, RegionQueue
-from tl_fast.maths.ycbcr import PADDING, Pixels, pixels_of
+from tl_fast.maths.ycbcr import PADDING, Pixels, pixels_of, planes_of
 from tl_fast.pipeline.regions import DecodeError, Jpegs, Regions, RegionsDecoder, Started
 from tl_fast.sources.image import open_rgb
 
@@ -85,7 +85,10 @@ class Decoder(RegionsDecoder):
 
         Raises DecodeError naming the sample.
         """
-        pixels = self._region_decoder.samples(self.samples.image(sample_id), start, start + shape)
+        image = self.samples.image(sample_id)
+        if self.samples.stored_as_planes[sample_id]:
+            return planes_of(image, int(self.samples.heights[sample_id]), int(self.samples.widths[sample_id]))
+        pixels = self._region_decoder.samples(image, start, start + shape)
         if pixels is None:
             self._kept.region = region = self._with_pillow(sample_id, start, shape)
             pixels = pixels_of(region, int(start[0]), int(start[1]))
