@@ -1,0 +1,188 @@
+"""YUV 4:2:0 planes (`tl_fast.jpeg.planes`) from JPEGs and from RGB, and back to RGB, in compiled loops.
+
+Safe in threads; the working memory is one of each a thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import numpy as np
+
+from tl_fast.jpeg.markers import (
+    COLOUR,
+    HEIGHT,
+    KNOWN_SAMPLING,
+    OK,
+    SINGLE,
+    SURE,
+    WIDTH,
+    YCBCR,
+    read_markers,
+    sampling,
+)
+from tl_fast.jpeg.memory import PixelMemory, ScanMemory
+from tl_fast.jpeg.planes import chroma_size, planes_size
+from tl_fast.jpeg.region_loops import PLANE_ROOM, STREAM_ROOM, UNFIT, decode_planes
+from tl_fast.maths.compile import njit
+from tl_fast.maths.memory import U3, U, address
+from tl_fast.maths.ycbcr import PADDING, planes_of, row_room, write_row
+
+MIN_CHROMA = 3  # columns: libjpeg shows narrower chroma without the triangle filter, and so other pixels
+_compiling = threading.Lock()
+
+
+class _Workspace(threading.local):
+    def __init__(self) -> None:
+        self.scan, self.pixels = ScanMemory.create(), PixelMemory.create()
+
+
+_workspace = _Workspace()
+
+
+def decode(jpeg: bytes) -> tuple[np.ndarray, int, int] | None:
+    """The samples of a baseline 4:2:0 JPEG of YCbCr, before any conversion: planes, uint8 [planes_size], height, width.
+
+    None for every other JPEG, for one of less than MIN_CHROMA columns of chroma, and for one that is damaged before
+    its last row.
+    """
+    compile_loops()
+    data = np.frombuffer(jpeg, np.uint8)
+    _workspace.scan = _workspace.scan.with_stream(data.size + STREAM_ROOM)
+    status, height, width = fits(data, _workspace.scan)
+    if status != OK:
+        return None
+    size = 3 * (height + PLANE_ROOM) * (width + PLANE_ROOM)
+    _workspace.pixels = _workspace.pixels.with_room(size, 0)
+    out = np.empty(planes_size(height, width), np.uint8)
+    if decode_image(data, _workspace.scan, _workspace.pixels, out) != OK:
+        return None
+    return out, height, width
+
+
+def to_rgb(planes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The pixels that planes show, uint8 [h, w, 3]. planes: uint8 [planes_size(height, width)]."""
+    compile_loops()
+    padded = np.zeros(planes.size + PADDING, np.uint8)
+    padded[: planes.size] = planes
+    out = np.empty((height, width, 3), np.uint8)
+    write_rgb(planes_of(padded, height, width), np.empty(row_room(width), np.uint8), out.reshape(-1))
+    return out
+
+
+def from_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Planes, uint8 [planes_size(h, w)], of pixels uint8 [h, w, 3].
+
+    Chroma is the mean of 2x2 pixels (where a side is odd, the last ones count twice), rounded once.
+    """
+    compile_loops()
+    height, width, _ = pixels.shape
+    out = np.empty(planes_size(height, width), np.uint8)
+    pixels = np.ascontiguousarray(pixels).view()
+    pixels.flags.writeable = False  # which is another type to numba
+    write_planes(pixels, *chroma_size(height, width), out)
+    return out
+
+
+def compile_loops() -> None:
+    """Compile, or load, the loops. To be called before threads are forked; threads call it themselves, for numba does
+    not bear two threads that compile one function."""
+    with _compiling:
+        _compile()
+
+
+@functools.cache
+def _compile() -> None:
+    scan, pixels, out = ScanMemory.create(), PixelMemory.create(), np.zeros(6, np.uint8)
+    nothing = np.frombuffer(bytes(4), np.uint8)
+    fits(nothing, scan)
+    decode_image(nothing, scan, pixels, out)
+    rgb = np.zeros((2, 2, 3), np.uint8)
+    rgb.flags.writeable = False
+    write_planes(rgb, 1, 1, out)
+    memory = np.zeros(6 + PADDING, np.uint8)
+    write_rgb(planes_of(memory, 2, 2), np.empty(row_room(2), np.uint8), np.zeros(12, np.uint8))
+
+
+@njit
+def fits(data, scan):
+    """Read the header -> (OK or why the file is left to others, height, width)."""
+    record = scan.record
+    status = read_markers(data, record, scan.head)
+    if status != OK:
+        return status, 0, 0
+    usual = record[SINGLE] and record[KNOWN_SAMPLING] and record[COLOUR] == YCBCR and record[SURE]
+    across, down = sampling(record)
+    if not usual or across != 2 or down != 2 or (record[WIDTH] + 1) // 2 < MIN_CHROMA:
+        return UNFIT, 0, 0
+    return OK, record[HEIGHT], record[WIDTH]
+
+
+@njit
+def decode_image(data, scan, pixels, out):
+    """Decode all of a JPEG that `fits` -> status; its planes at `out`, uint8 [planes_size].
+
+    scan: as `fits` left it, with a stream of n + STREAM_ROOM bytes; pixels: with planes of 3 (rows + PLANE_ROOM)
+    (columns + PLANE_ROOM) bytes.
+    """
+    record = scan.record
+    height, width = record[HEIGHT], record[WIDTH]
+    if height * width == 0:
+        return UNFIT
+    area = (0, 0, (height + 15) // 16, (width + 15) // 16)
+    rows, columns = 8 * area[2], 8 * area[3]  # of chroma
+    strides = (2 * columns, columns, columns)
+    starts = (0, 4 * rows * columns, 5 * rows * columns)
+    status = decode_planes(data, area, scan, pixels, starts, strides)
+    if status != OK:
+        return status
+    target = 0
+    for c in range(3):
+        plane_rows, plane_columns = (height, width) if c == 0 else ((height + 1) // 2, (width + 1) // 2)
+        for y in range(plane_rows):
+            start = starts[c] + y * strides[c]
+            out[target : target + plane_columns] = pixels.planes[start : start + plane_columns]
+            target += plane_columns
+    return OK
+
+
+@njit
+def write_rgb(pixels, room, out):
+    """All of an image's `Pixels` as RGB. room: uint8 [row_room], to work in; out: uint8 [height * width * 3]."""
+    for y in range(pixels.bottom):
+        target = address(out) + U(3 * y * pixels.right)
+        write_row(pixels, y, 0, pixels.right, U3, address(room), target)
+
+
+@njit
+def write_planes(pixels, chroma_rows, chroma_columns, out):
+    """Full-range BT.601 in fixed point (jccolor.c's factors). pixels: uint8 [h, w, 3]; out: uint8 [planes_size]."""
+    height, width = pixels.shape[0], pixels.shape[1]
+    luma = out[: height * width].reshape(height, width)
+    chroma = out[height * width :].reshape(2, chroma_rows, chroma_columns)
+    for y in range(height):
+        for x in range(width):
+            red, green, blue = np.int32(pixels[y, x, 0]), np.int32(pixels[y, x, 1]), np.int32(pixels[y, x, 2])
+            luma[y, x] = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+    for y in range(chroma_rows):
+        top, bottom = 2 * y, min(2 * y + 1, height - 1)
+        for x in range(chroma_columns):
+            left, right = 2 * x, min(2 * x + 1, width - 1)
+            red = sum_of_four(pixels, top, bottom, left, right, 0)
+            green = sum_of_four(pixels, top, bottom, left, right, 1)
+            blue = sum_of_four(pixels, top, bottom, left, right, 2)
+            # 128 and a half, of four pixels; less one, so that the largest value is 255 and not 256.
+            chroma[0, y, x] = (-11059 * red - 21709 * green + 32768 * blue + (128 << 18) + (1 << 17) - 1) >> 18
+            chroma[1, y, x] = (32768 * red - 27439 * green - 5329 * blue + (128 << 18) + (1 << 17) - 1) >> 18
+
+
+@njit
+def sum_of_four(pixels, top, bottom, left, right, c):
+    """The sum of one colour over 2x2 pixels."""
+    return (
+        np.int32(pixels[top, left, c])
+        + np.int32(pixels[top, right, c])
+        + np.int32(pixels[bottom, left, c])
+        + np.int32(pixels[bottom, right, c])
+    )
