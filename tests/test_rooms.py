@@ -25,8 +25,8 @@ DOORS = {"annotate", "train", "segment", "evaluate", "show", "demo", "command"}
 MAY_IMPORT = {
     "system": set(),
     "maths": set(),
-    "sources": {"system"},
     "jpeg": {"maths"},
+    "sources": {"jpeg", "system"},
     "plan": {"maths", "system"},
     "models": {"system"},
     "labelmaps": {"sources", "maths", "system"},

@@ -258,7 +258,7 @@ def test_eps_named_jpg_reaches_no_plugin(tmp_path: Path, monkeypatch: pytest.Mon
     write_beton(tmp_path / "one.beton", [Sample("one", 0, lambda: stored)], class_names=["class"], workers=1)
     with Loader(tmp_path / "one.beton", 1, image_size=32, threads=1) as loader:
         monkeypatch.setattr(loader, "batch", lambda ids: None)  # which decodes and would refuse first
-        monkeypatch.setattr(loader.samples, "jpeg", lambda sample_id: np.frombuffer(EPS, np.uint8))
+        monkeypatch.setattr(loader.samples, "image_file", lambda sample_id: EPS)
         with pytest.raises(DecodeError, match="cannot decode .*not an image that can be read"):
             sample_sheet._row(loader, 0)
 
@@ -513,7 +513,7 @@ def test_orientation_together_with_other_options() -> None:
     for decode_check in (True, False):
         prepared = jpeg.prepare(data, exif="apply", decode_check=decode_check)
         assert prepared == jpeg.prepare(data, exif="apply")
-    with pytest.raises(ValueError, match="exif 'rotate' is not one of ignore, apply"):
+    with pytest.raises(ValueError, match="exif 'rotate': must be ignore or apply"):
         jpeg.prepare(data, exif="rotate")
 
 

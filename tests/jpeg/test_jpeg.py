@@ -583,7 +583,7 @@ def test_hostile_files_of_every_kind(scene: Image.Image, seed: int, capfd: pytes
     for case in range(6000):
         data, decode_check = mutate(rng.choice(whole), rng), rng.random() < 0.8
         try:
-            prepared = jpeg.prepare(data, rng.choice((None, None, 40, 500)), 90, decode_check)
+            prepared = jpeg.prepare(data, max_resolution=rng.choice((None, None, 40, 500)), decode_check=decode_check)
         except ValueError:
             outcomes["refused"] += 1
             continue

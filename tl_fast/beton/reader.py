@@ -17,6 +17,7 @@ from tl_fast.jpeg.planes import split_planes
 from tl_fast.labelmaps.format import LEVELS, encoded_sizes
 from tl_fast.masks.format import MaskError
 from tl_fast.masks.format import decode as decode_mask
+from tl_fast.sources import planes_file
 from tl_fast.system.crc import crc32
 
 # No JPEG holds more: a block of 8×8 pixels takes at least one bit. No memory is taken for a header that claims more.
@@ -100,6 +101,13 @@ class BetonReader(BetonTables):
         file."""
         start = int(self._image_ptr[i])
         return self._bytes[start : start + int(self._image_size[i])]
+
+    def image_file(self, i: int) -> bytes:
+        """Sample i's image as a file that `tl_fast.sources.image.open_rgb` reads: its JPEG, or its planes behind a
+        header."""
+        if self.stored_as_planes[i]:
+            return planes_file.pack(self.image(i), int(self.heights[i]), int(self.widths[i]))
+        return self.image(i).tobytes()
 
     def image_addresses(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in memory the images of the samples `indices` [B] begin, and their sizes in bytes, int64 [B] both.

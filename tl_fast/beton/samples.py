@@ -67,6 +67,11 @@ class Samples:
         reader, index = self.locate(sample_id)
         return reader.image(index)
 
+    def image_file(self, sample_id: int) -> bytes:
+        """The sample's image as a file that can be opened (`BetonReader.image_file`)."""
+        reader, index = self.locate(sample_id)
+        return reader.image_file(index)
+
     def image_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in memory the samples' images begin, and their sizes in bytes, int64 [B] both. Valid while the files
         are open."""

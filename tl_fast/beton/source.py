@@ -62,7 +62,7 @@ class BetonSource(Source):
     def read(self, i: int) -> bytes:
         if self.samples.locate(i)[0].has_crc:
             self.samples.check(i)
-        return self.samples.image(i).tobytes()
+        return self.samples.image_file(i)
 
     def close(self) -> None:
         self.samples.close()

@@ -30,7 +30,8 @@ class Sample:
 
     source_id: unique in the data set, kept in the file. label: -1 for an unlabelled sample, which counts as bad.
     origin: what error messages call the sample (a path, an archive member), by default the id. stamp: changes when the
-    input does (file size and time), so that a resumed run can tell.
+    input does (file size and time), so that a resumed run can tell. as_planes: store YUV 4:2:0 planes, or a JPEG; None:
+    as the options say.
     """
 
     source_id: str
@@ -40,6 +41,7 @@ class Sample:
     origin: str = ""
     stamp: str = ""
     mask: Callable[[], np.ndarray] | None = None
+    as_planes: bool | None = None
 
     @property
     def name(self) -> str:
@@ -67,17 +69,12 @@ def encode(sample: Sample, spec: MapSpec | None, masks: MaskSpec | None, options
     """
     from tl_fast.convert.image import prepare  # here, since reading a beton needs no image library
     from tl_fast.convert.lossless import TurboJpegMissing
+    from tl_fast.convert.planes import prepare_planes
 
     try:
         sample.source_id.encode("utf-8")  # file names may be any bytes
-        image = prepare(
-            sample.image(),
-            max_resolution=options.max_resolution,
-            quality=options.quality,
-            decode_check=options.decode_check,
-            row_index=options.row_index,
-            exif=options.exif,
-        )
+        data = sample.image()
+        image = prepare_planes(data, options) if stored_as_planes(sample, options) else prepare(data, options)
         payloads: list[tuple[bytes, tuple]] = []
         if sample.label < 0:
             raise ValueError("has no label")
@@ -107,6 +104,15 @@ def encode(sample: Sample, spec: MapSpec | None, masks: MaskSpec | None, options
     return Encoded(image, tuple(payloads), crc)
 
 
+def stored_as_planes(sample: Sample, options: EncodeOptions) -> bool:
+    """Raises BetonError where neither the sample nor the options say it."""
+    if sample.as_planes is not None:
+        return sample.as_planes
+    if options.store == "auto":
+        raise BetonError(f"{sample.name}: store auto needs samples that say `as_planes`; give jpeg or yuv420")
+    return options.store == "yuv420"
+
+
 def fit_mask(mask: np.ndarray, image: Prepared) -> np.ndarray:
     """The mask, uint8 [H, W], of the image that is stored: where that was shrunk, the mask's nearest pixels.
 
@@ -128,8 +134,10 @@ def fit_mask(mask: np.ndarray, image: Prepared) -> np.ndarray:
 def compile_kernels(spec: MapSpec | None, masks: MaskSpec | None) -> None:
     """`tl_fast.convert.image.compile_kernels`, and those for label maps and masks."""
     from tl_fast.convert.image import compile_kernels
+    from tl_fast.jpeg.planes_loops import compile_loops as compile_planes
 
     compile_kernels()
+    compile_planes()
     if spec is not None:
         encode_map(np.zeros((), spec.dtype)[()], spec)
     if masks is not None:

@@ -1,4 +1,4 @@
-"""Any image file → the JPEG bytes a beton stores: baseline, three components, YCbCr, 8 bit, which every decoder reads
+"""Any image file → the JPEG that a beton stores: baseline, three components, YCbCr, 8 bit, which every decoder reads
 alike.
 
 A file that is such a JPEG is copied without its metadata, after a full check of its entropy-coded data. Another JPEG
@@ -14,6 +14,7 @@ import functools
 import io
 import pickle
 import threading
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -21,11 +22,12 @@ from PIL import Image
 
 from tl_fast.beton.layout import JPEG
 from tl_fast.convert.lossless import is_lossless, lossless_baseline
+from tl_fast.convert.options import EncodeOptions
 from tl_fast.jpeg import huffman, restarts
 from tl_fast.jpeg import markers as marks
 from tl_fast.jpeg.bits import PADDING
 from tl_fast.jpeg.memory import ScanMemory, at_least
-from tl_fast.sources.image import EXIF, REMEDY, check_size, open_rgb
+from tl_fast.sources.image import REMEDY, check_size, open_rgb
 from tl_fast.system.crc import crc32
 
 TRANSFORMABLE = {marks.SOF0, marks.SOF1, marks.SOF2, marks.SOF9, marks.SOF10}
@@ -53,10 +55,11 @@ ZERO_TABLES = b"".join(bytes([table, 1]) + bytes(16) for table in (0x01, 0x11)) 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """The JPEG to store.
+    """The image to store, a JPEG or planes.
 
     parts: its bytes in order, views of the source where they are copied; height, width: pixels; action: `copied` (the
-    image data untouched), `transcoded` (without loss), `re-encoded` or `resized`; stripped: bytes of metadata or behind
+    image data untouched), `transcoded` (without loss), `re-encoded` or `resized`, and of planes `decoded` (a JPEG's
+    own) or `converted` (from RGB); stripped: bytes of metadata or behind
     the end left out (0 for files other than JPEGs); rotated: the source states an EXIF orientation other than upright,
     whether ignored or applied; crc: CRC-32 (zlib's) of the parts; row_index: its restart markers let regions be cut out
     of it (`tl_fast.jpeg.restarts.splice`), asked for and so made or found; shrunk_from: the (height, width) that a
@@ -153,57 +156,56 @@ def compile_kernels() -> None:
     prepare(png.getvalue())
 
 
-def prepare(
-    data: bytes,
-    max_resolution: int | None = None,
-    quality: int = 90,
-    decode_check: bool = True,
-    row_index: bool = False,
-    exif: str = "ignore",
-) -> Prepared:
+def prepare(data: bytes, options: EncodeOptions | None = None, **changes: Any) -> Prepared:
     """The JPEG to store for an image file's bytes.
 
-    max_resolution: largest side in pixels (as ffcv's), larger images are shrunk to it with Pillow's antialiased Lanczos
-    filter. quality: 1..100 of new encodes, which are 4:2:0. decode_check: decode what is copied to know that it is
-    whole; without it only its markers are read and its end is found. row_index: with restart markers, so that regions
-    can be cut out of it, where that is possible: the same pixels. exif: one of `tl_fast.sources.image.EXIF`; "apply"
-    turns an image whose EXIF orientation is 2..8 upright, a JPEG without loss where that is possible
-    (`tl_fast.convert.lossless.is_lossless`). Safe in threads; a file that is copied needs the GIL for about 10 µs.
+    options, changes: an EncodeOptions, or its fields. Images beyond its sizes are shrunk with Pillow's antialiased
+    Lanczos filter. New encodes are 4:2:0. decode_check: decode what is copied to know that it is whole; without it only
+    its markers are read and its end is found. row_index: with restart markers, so that regions can be cut out of it,
+    where that is possible: the same pixels. exif: "apply" turns an image whose EXIF orientation is 2..8 upright, a JPEG
+    without loss where that is possible (`tl_fast.convert.lossless.is_lossless`). Safe in threads; a file that is copied
+    needs the GIL for about 10 µs.
     Raises ValueError with the reason on anything that is not a whole, undamaged image (any warning of libjpeg counts as
     damage), and `tl_fast.convert.lossless.TurboJpegMissing` where a file needs libturbojpeg and it is missing.
     """
-    if exif not in EXIF:
-        raise ValueError(f"exif {exif!r} is not one of {', '.join(EXIF)}")
-    prepared = _prepare(data, max_resolution or marks.MAX_SIDE, quality, decode_check, exif)
-    return _with_row_index(prepared) if row_index else prepared
+    options = dataclasses.replace(options or EncodeOptions(), **changes)
+    prepared, record = None, None
+    if is_jpeg(data):
+        data = bytes(data)  # no copy of bytes
+        prepared, record = without_loss(data, options)
+    if prepared is None:
+        prepared = _encode(data, options, record)
+    return _with_row_index(prepared) if options.row_index else prepared
 
 
-def _prepare(data: bytes, limit: int, quality: int, decode_check: bool, exif: str) -> Prepared:
-    """The gentlest way that fits the file: copied, made baseline without loss, or encoded anew."""
-    if data[:3] != b"\xff\xd8\xff":
-        return _encode(data, limit, quality, exif)
-    data = bytes(data)  # no copy of bytes
-    record = _workspace.inspect(data, decode_check)
+def is_jpeg(data: bytes) -> bool:
+    return data[:3] == b"\xff\xd8\xff"
+
+
+def without_loss(data: bytes, options: EncodeOptions) -> tuple[Prepared | None, list[int]]:
+    """A JPEG that shows the pixels of the JPEG `data`, copied or made baseline; None where it must be encoded anew. And
+    the record of `data`.
+
+    Raises ValueError for damage, TurboJpegMissing.
+    """
+    record = _workspace.inspect(data, options.decode_check)
     status, single, colour = record[marks.STATUS], record[marks.SINGLE], record[marks.COLOUR]
-    fits = max(record[marks.HEIGHT], record[marks.WIDTH]) <= limit
-    turn = exif == "apply" and _rotated(record)
+    fits = options.fits(record[marks.HEIGHT], record[marks.WIDTH])
+    fits = fits and max(record[marks.HEIGHT], record[marks.WIDTH]) <= marks.MAX_SIDE
+    turn = options.exif == "apply" and _rotated(record)
     unchanged = fits and not turn
     if status == marks.OK and single:
         if unchanged and colour == marks.YCBCR and record[marks.SURE] and record[marks.KNOWN_SAMPLING]:
-            return _copy(data, record)
-        if colour == marks.GREY and (fits or decode_check):
+            return _copy(data, record), record
+        if colour == marks.GREY and (fits or options.decode_check):
             status, scan = _workspace.check_grey(data, splice=unchanged)
             if unchanged and status == marks.OK:
-                return _grey(data, record, scan, _left_out(data, record), _rotated(record))
+                return _grey(data, record, scan, left_out(data, record), _rotated(record)), record
     lossless = fits and _transformable(record) and (not turn or _turns_without_loss(record))
     if status != marks.OK or not single:
         # The lossless transform decodes too, with the same verdict.
-        _refuse_damaged(data, record, status, decode=status != marks.OK or (decode_check and not lossless))
-    if lossless:
-        prepared = _transcode(data, record, record[marks.ORIENTATION] if turn else 1)
-        if prepared is not None:
-            return prepared
-    return _encode(data, limit, quality, exif, record)
+        _refuse_damaged(data, record, status, decode=status != marks.OK or (options.decode_check and not lossless))
+    return _transcode(data, record, record[marks.ORIENTATION] if turn else 1) if lossless else None, record
 
 
 # --- the ways
@@ -233,7 +235,7 @@ def _rotated(record: list[int]) -> bool:
     return record[marks.ORIENTATION] > 1
 
 
-def _left_out(data: bytes, record: list[int]) -> int:
+def left_out(data: bytes, record: list[int]) -> int:
     """Bytes of metadata and behind the end."""
     return record[marks.METADATA] + (len(data) - record[marks.END] if record[marks.END] else 0)
 
@@ -291,7 +293,7 @@ def _transcode(data: bytes, record: list[int], orientation: int) -> Prepared | N
 
     None where they need quantisation steps that baseline does not have.
     """
-    stripped, rotated = _left_out(data, record), _rotated(record)
+    stripped, rotated = left_out(data, record), _rotated(record)
     baseline = lossless_baseline(data, orientation)
     record = _workspace.inspect(baseline, True)
     if record[marks.STATUS] != marks.OK or not record[marks.SINGLE] or not record[marks.SURE]:
@@ -325,16 +327,20 @@ def _segment(marker: int, payload: bytes) -> bytes:
     return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
 
 
-def _encode(data: bytes, limit: int, quality: int, exif: str, record: list[int] | None = None) -> Prepared:
-    """Decode (`open_rgb`), shrink to `limit` where needed, encode. record: of a JPEG."""
-    image, orientation = open_rgb(data, exif)
-    longest, action, shrunk_from = max(image.size), "re-encoded", None
-    if longest > limit:
-        shrunk_from = image.height, image.width
-        size = [max(1, (side * limit + longest // 2) // longest) for side in image.size]
-        image, action = image.resize(size, Image.Resampling.LANCZOS), "resized"
-    encoded = simplejpeg.encode_jpeg(np.asarray(image), quality=quality, colorspace="RGB", colorsubsampling="420")
-    stripped = _left_out(data, record) if record is not None else 0
+def _encode(data: bytes, options: EncodeOptions, record: list[int] | None) -> Prepared:
+    """Decode (`open_rgb`), shrink where needed, encode. record: of a JPEG."""
+    image, orientation = open_rgb(data, options.exif)
+    action, shrunk_from = "re-encoded", None
+    # A JPEG's sides have 16 bits, and libjpeg's limit is a little lower.
+    limited = dataclasses.replace(options, max_resolution=min(options.max_resolution or marks.MAX_SIDE, marks.MAX_SIDE))
+    height, width = limited.stored_size(image.height, image.width)
+    if (height, width) != (image.height, image.width):
+        shrunk_from, action = (image.height, image.width), "resized"
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    encoded = simplejpeg.encode_jpeg(
+        np.asarray(image), quality=options.quality, colorspace="RGB", colorsubsampling="420"
+    )
+    stripped = left_out(data, record) if record is not None else 0
     return Prepared(
         (encoded,),
         image.height,

@@ -11,15 +11,22 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from tl_fast.beton.layout import BetonError
+from tl_fast.beton.layout import PLANES, BetonError
 from tl_fast.convert.data_file import BetonFile, Encoded
 from tl_fast.convert.encode import Sample
 from tl_fast.convert.partial_file import PartialFile
 from tl_fast.sources.rejects import Reject, reason_of, reject_lines
 
 COMMIT_SECONDS = 2.0  # how much work a kill may cost
-ACTIONS = ("copied", "transcoded", "re-encoded", "resized")  # `tl_fast.convert.image.Prepared.action`
-COUNTS = (*ACTIONS, "stripped", "rotated", "row_indexed", "image_bytes", "label_map_bytes", "mask_bytes")
+ACTIONS = (
+    "copied",
+    "transcoded",
+    "re-encoded",
+    "resized",
+    "decoded",
+    "converted",
+)  # `tl_fast.convert.image.Prepared.action`
+COUNTS = (*ACTIONS, "stripped", "rotated", "row_indexed", "planes", "image_bytes", "label_map_bytes", "mask_bytes")
 
 
 class ResumableWriter:
@@ -102,6 +109,7 @@ class ResumableWriter:
         counts["stripped"] += image.stripped > 0
         counts["rotated"] += image.rotated
         counts["row_indexed"] += image.row_index
+        counts["planes"] += image.mode == PLANES
         counts["image_bytes"] += sum(map(len, image.parts))
         for name, (data, _) in zip(self.file.payloads, result.payloads, strict=True):
             counts[f"{name}_bytes"] += len(data)

@@ -187,7 +187,7 @@ def _record(inputs: Inputs, conversion: Conversion, encoding: EncodeOptions, opt
         "order": inputs.order,
         "seed": inputs.seed if inputs.order == "shuffled" else None,
         "shard": None if shard is None else f"{shard.index}/{shard.count}",
-        **dataclasses.asdict(encoding),
+        **encoding.record(),
         "page_size": options.page_size,
         "inputs": conversion.inputs(),
     }

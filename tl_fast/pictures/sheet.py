@@ -125,7 +125,7 @@ def assign_colours(panels: Iterable[Cells | None]) -> dict[int, np.ndarray]:
 def open_original(samples: Samples, sample_id: int) -> Image.Image:
     """A sample's image, upright, RGB. Raises DecodeError naming the sample."""
     try:
-        return open_rgb(samples.image(sample_id))[0]
+        return open_rgb(samples.image_file(sample_id))[0]
     except ValueError as error:
         raise DecodeError(f"cannot decode {samples.name(sample_id)}: {error}, then convert again") from error
 

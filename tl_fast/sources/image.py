@@ -1,7 +1,7 @@
 """Opens image files: bytes in, RGB pixels out, the same way for annotation, conversion, the loader and the pictures.
 
 `open_rgb` decides which formats may be read, how each kind of pixel becomes RGB, how large an image may be and what an
-EXIF orientation does. Needs Pillow and NumPy only.
+EXIF orientation does. Needs Pillow and NumPy only, and Numba for planes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
+
+from tl_fast.sources import planes_file
 
 Image.init()  # loads Pillow's plugins now, not in several worker threads at once
 # Pillow warns of images that are half as large as those it refuses. Each warning states a size, so Python would not
@@ -51,7 +53,8 @@ def open_rgb(data: bytes, exif: str = "ignore") -> tuple[Image.Image, int]:
     its own. XMP is not read.
 
     Alpha is dropped, as torchvision's image folder drops it. Greys of 12 and 16 bits are scaled to 8 bits, not clipped
-    at 255. The first of several frames is returned. Safe in threads.
+    at 255. The first of several frames is returned. Planes (`tl_fast.sources.planes_file`) are shown as libjpeg shows
+    them. Safe in threads.
 
     Raises ValueError, one line long, for a file that is not one of `FORMATS`, is truncated or damaged, has more pixels
     than `check_size` allows, or has values without a fixed range (floating point, 32-bit integers). A MemoryError is
@@ -62,6 +65,8 @@ def open_rgb(data: bytes, exif: str = "ignore") -> tuple[Image.Image, int]:
     data = bytes(data)  # no copy of bytes
     if data.startswith(b"\xff\xd8\xff"):
         rgb, orientation = _open_jpeg(data)
+    elif planes_file.is_one(data):
+        return _open_planes(data), 1
     else:
         opened = _open(data, len(data))
         rgb, orientation = _load_tiff(opened, len(data)) if opened.format == "TIFF" else _load(opened, len(data))
@@ -151,6 +156,12 @@ def _open_jpeg(data: bytes) -> tuple[Image.Image, int]:
     with in_our_words(len(data)):
         image.load()
     return _to_rgb(image), orientation
+
+
+def _open_planes(data: bytes) -> Image.Image:
+    from tl_fast.jpeg.planes_loops import to_rgb  # here, since it takes numba
+
+    return Image.fromarray(to_rgb(*planes_file.unpack(data)))
 
 
 def _load(image: Image.Image, size: int) -> tuple[Image.Image, int]:
