@@ -1,7 +1,7 @@
 """The CUDA kernel that shows images through their plans' affines: one launch a batch, a block a tile of an output.
 
-A tile's canvas, axis-aligned and at the crop's scale, is filtered as `tl_fast.kernels.geometry.cpu` does it: columns
-first, into float32 in shared memory, then rows, rounded to uint8. Where the affine is along the axes that is the
+A tile's canvas, axis-aligned and at the crop's scale, is filtered as `tl_fast.kernels.geometry.cpu` does it: along x
+first, rounded to uint8 in shared memory, then along y, rounded again. Where the affine is along the axes that is the
 output; else the canvas stays in shared memory and is warped from there. Whatever does not fit shared memory is done in
 parts: a canvas in bands of rows and columns, a tile in quarters. No pixel outside the decoded region is read, whatever
 the plan says.
@@ -32,7 +32,7 @@ TILE = 32  # output pixels, square
 # Threads of a block, and blocks that a multiprocessor shall have room for: 128 registers a thread; 80 would spill.
 BOUNDS = 256, 2
 # What the threads of a block share of a sample: float32 `real`, then int32 `whole`.
-BOX_TOP, BOX_LEFT, BOX_HEIGHT, BOX_WIDTH, SCALE_X, XU = range(6)
+BOX_TOP, BOX_LEFT, BOX_HEIGHT, BOX_WIDTH, SCALE_Y, XU = range(6)
 X_STEP, X_SLANT, X_START, Y_SLANT, Y_STEP, Y_START, X_LOW, X_HIGH, Y_LOW, Y_HIGH = range(6, 16)
 IMAGE_X0, IMAGE_X1, IMAGE_Y0, IMAGE_Y1, TOP, LEFT, ROWS, COLUMNS, HEIGHT, WIDTH = range(10)
 INTERPOLATION, WARPED, TAPS_Y, TAPS_X, PART = range(10, 15)
@@ -117,7 +117,7 @@ def _place(region, plan, out_rows, out_columns, tile, canvas_size, real, whole):
         top, left, high, wide = y0, x0 + min(xu, ZERO), yv, abs(xu)
     scale_y, scale_x = high / np.float32(out_rows), wide / np.float32(out_columns)
     real[BOX_TOP], real[BOX_LEFT], real[BOX_HEIGHT], real[BOX_WIDTH] = top, left, high, wide
-    real[SCALE_X], real[XU] = scale_x, xu
+    real[SCALE_Y], real[XU] = scale_y, xu
     x_slant, y_slant = xv / (np.float32(out_rows) * scale_x), yu / (np.float32(out_columns) * scale_y)
     real[X_STEP], real[X_SLANT], real[X_START] = xu / wide, x_slant, (x0 - left) / scale_x
     real[Y_SLANT], real[Y_STEP], real[Y_START] = y_slant, yv / high, (y0 - top) / scale_y
@@ -160,8 +160,8 @@ def _direct(pixels, offset, y, x, real, whole, out_rows, out_columns, channel):
             line += weight * np.float32(peek(pixels, index))
             share += weight
             index += 3
-        total += weight_y * line
-        mass += weight_y * share
+        total += weight_y * np.float32(_round(line / share if share != ZERO else ZERO))
+        mass += weight_y
     return total / mass if mass != ZERO else ZERO
 
 
@@ -190,38 +190,38 @@ def _canvas_of(part, real, whole):
 
 
 @device
-def _filter_columns(pixels, first_byte, line_bytes, top, n_down, span, filters, lines):
-    """The first pass: `n_down` canvas rows of `span` source columns, three float32 each, to `lines`. first_byte: of the
-    first column in the decoded region, whose first row is row `top` of the image."""
+def _filter_rows(pixels, first_byte, line_bytes, left, span, n_across, filters, lines):
+    """The first pass: `span` source rows of `n_across` canvas columns, three bytes each, to `lines`. first_byte: of the
+    first row's first decoded pixel, which is in column `left` of the image."""
     group, groups, lane, lanes = I(gpu.threadIdx.y), I(gpu.blockDim.y), I(gpu.threadIdx.x), I(gpu.blockDim.x)
-    for i in range(group, n_down, groups):
-        start = first_byte + I(peek(filters.first, i) - top) * np.int64(line_bytes)
-        n = peek(filters.count, i)
-        for x in range(lane, span, lanes):
-            byte = start + I(3 * x)
+    for v in range(group, span, groups):
+        start = first_byte + I(v) * np.int64(line_bytes)
+        for j in range(lane, n_across, lanes):
+            byte = start + I(3 * (peek(filters.first, j) - left))
             red, green, blue = ZERO, ZERO, ZERO
-            for t in range(n):
-                weight = peek(filters.weights, I(i * filters.taps + t))
+            for t in range(peek(filters.count, j)):
+                weight = peek(filters.weights, I(j * filters.taps + t))
                 red += weight * np.float32(peek(pixels, byte))
                 green += weight * np.float32(peek(pixels, byte + 1))
                 blue += weight * np.float32(peek(pixels, byte + 2))
-                byte += line_bytes
-            index = I(3 * (i * span + x))
-            poke(lines, index, red)
-            poke(lines, index + 1, green)
-            poke(lines, index + 2, blue)
+                byte += 3
+            index = I(3 * (v * n_across + j))
+            poke(lines, index, _round(red))
+            poke(lines, index + 1, _round(green))
+            poke(lines, index + 2, _round(blue))
 
 
 @device
-def _filter_row(lines, index, n, j, filters):
-    """The second pass for one canvas pixel: `n` columns of `lines`, from `index` on, with the weights of line `j`."""
+def _filter_column(lines, index, step, n, i, filters):
+    """The second pass for one canvas pixel: `n` rows of `lines`, `step` bytes apart from `index` on, with the weights
+    of line `i`."""
     red, green, blue = ZERO, ZERO, ZERO
     for t in range(n):
-        weight = peek(filters.weights, I(j * filters.taps + t))
-        red += weight * peek(lines, index)
-        green += weight * peek(lines, index + 1)
-        blue += weight * peek(lines, index + 2)
-        index = I(index + 3)
+        weight = peek(filters.weights, I(i * filters.taps + t))
+        red += weight * np.float32(peek(lines, index))
+        green += weight * np.float32(peek(lines, index + 1))
+        blue += weight * np.float32(peek(lines, index + 2))
+        index = I(index + step)
     return red, green, blue
 
 
@@ -272,7 +272,7 @@ def _warp(part, box, canvas, canvas_size, real, whole, output):
 
 
 def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
-    """The kernel with tiles of `tile` x `tile` pixels; shared memory for `buffer` float32 between the passes, `table`
+    """The kernel with tiles of `tile` x `tile` pixels; shared memory for `buffer` bytes between the passes, `table`
     weights of each axis and a canvas of `canvas_size` pixels, at least 25; at most `lines` rows and columns a pass."""
     colours = 3 * canvas_size
 
@@ -282,12 +282,12 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
         lane, group, lanes, groups = I(gpu.threadIdx.x), I(gpu.threadIdx.y), I(gpu.blockDim.x), I(gpu.blockDim.y)
         thread, threads = I(group * lanes + lane), I(lanes * groups)
         taps_y, taps_x, interpolation, warped = filters_y.taps, filters_x.taps, whole[INTERPOLATION], whole[WARPED] != 0
-        down, across = I(box.end - box.top), I(box.right - box.left)
+        across = I(box.right - box.left)
         line_bytes, plane = I(3 * whole[COLUMNS]), I(output.rows * output.columns)
-        down_pass = I(max(min(min(min(down, lines), table // taps_y), buffer // (3 * taps_x)), 1))
-        room = I(buffer // (3 * down_pass))
-        across_pass = I(I(min(np.float32(room - taps_x) / real[SCALE_X], np.float32(lines))) + 1)
-        across_pass = I(min(min(across_pass, lines), table // taps_x))
+        across_pass = I(max(min(min(min(across, lines), table // taps_x), buffer // (3 * taps_y)), 1))
+        room = I(buffer // (3 * across_pass))
+        down_pass = I(I(min(np.float32(room - taps_y) / real[SCALE_Y], np.float32(lines))) + 1)
+        down_pass = I(min(min(down_pass, lines), table // taps_y))
         for i0 in range(box.top, box.end, down_pass):
             n_down = I(min(down_pass, box.end - i0))
             for j0 in range(box.left, box.right, across_pass):
@@ -301,16 +301,16 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
                     image, shown = (whole[WIDTH], whole[LEFT], whole[COLUMNS]), (real[BOX_LEFT], real[BOX_WIDTH])
                     _fill_line(I(j0 + n), shown, output.columns, image, interpolation, filters_x, n, warped)
                 gpu.syncthreads()
-                begin = filters_x.first[0]
-                span = I(min(filters_x.first[n_across - 1] + filters_x.count[n_across - 1] - begin, room))
-                first_byte = offset + I(3 * (begin - whole[LEFT]))
-                _filter_columns(pixels, first_byte, line_bytes, whole[TOP], n_down, span, filters_y, between)
+                begin = filters_y.first[0]
+                span = I(min(filters_y.first[n_down - 1] + filters_y.count[n_down - 1] - begin, room))
+                first_byte = offset + I(begin - whole[TOP]) * np.int64(line_bytes)
+                _filter_rows(pixels, first_byte, line_bytes, whole[LEFT], span, n_across, filters_x, between)
                 gpu.syncthreads()
                 for i in range(group, n_down, groups):
                     for j in range(lane, n_across, lanes):
-                        n = peek(filters_x.count, j)
-                        index = I(3 * (i * span + peek(filters_x.first, j) - begin))
-                        red, green, blue = _filter_row(between, index, n, j, filters_x)
+                        n = peek(filters_y.count, i)
+                        index = I(3 * ((peek(filters_y.first, i) - begin) * n_across + j))
+                        red, green, blue = _filter_column(between, index, I(3 * n_across), n, i, filters_y)
                         if warped:
                             index = I((i0 + i - box.top) * across + j0 + j - box.left)
                             poke(canvas, index, _round(red))
@@ -319,7 +319,7 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
                         else:
                             column = I(output.columns - 1 - (j0 + j)) if real[XU] < ZERO else I(j0 + j)
                             pixel = output.first + I((i0 + i) * output.columns + column)
-                            inside = n > 0 and peek(filters_y.count, i) > 0
+                            inside = n > 0 and peek(filters_x.count, j) > 0
                             poke(output.pixels, pixel, _round(red) if inside else output.fill[0])
                             poke(output.pixels, pixel + plane, _round(green) if inside else output.fill[1])
                             poke(output.pixels, pixel + I(2 * plane), _round(blue) if inside else output.fill[2])
@@ -354,7 +354,7 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
         pixels: uint8 [M]; regions: REGION [B]; plans: `tl_fast.plan.PLAN` [B]; fill: RGB of what lies outside the
         images; out: uint8 [B 3 H W], written.
         """
-        between = cuda.shared.array(buffer, float32)
+        between = cuda.shared.array(buffer, uint8)
         weights_y = cuda.shared.array(table, float32)
         weights_x = cuda.shared.array(table, float32)
         first_y = cuda.shared.array(lines, int32)
@@ -376,7 +376,7 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
         output = Output(out, np.int64(3 * I(out_rows * out_columns)) * b, out_rows, out_columns, fill)
         filters_y = Filters(weights_y, first_y, count_y, whole[TAPS_Y])
         filters_x = Filters(weights_x, first_x, count_x, whole[TAPS_X])
-        fits = filters_y.taps <= table and filters_x.taps <= table and 3 * filters_x.taps <= buffer
+        fits = filters_y.taps <= table and filters_x.taps <= table and 3 * filters_y.taps <= buffer
         for part_top in range(top, end, part_size):
             for part_left in range(left, right, part_size):
                 part_end, part_right = I(min(part_top + part_size, end)), I(min(part_left + part_size, right))
@@ -394,4 +394,4 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
     return show
 
 
-SHOW = build(tile=TILE, lines=LINES, buffer=6144, table=1024, canvas_size=4096)
+SHOW = build(tile=TILE, lines=LINES, buffer=12288, table=1024, canvas_size=4096)
