@@ -64,7 +64,7 @@ def test_photos_with_label_maps(
     out = tmp_path / "out.beton"
     assert to_beton.main([str(photos / "train"), str(out), "--label-maps", str(store), "--workers", "2"]) == 0
     summary = capsys.readouterr().err
-    assert re.search(rf"JPEGs copied .* {len(photo_ids)} ", summary) and "images/s" in summary
+    assert re.search(rf"copied .* {len(photo_ids)} ", summary) and "images/s" in summary
     reader = BetonReader(out)
     assert (
         reader.source_ids == photo_ids
@@ -151,7 +151,7 @@ def test_every_kind_of_image(to_beton: ModuleType, tmp_path: Path, capsys: pytes
     assert to_beton.main([str(root), str(out), "--quality", "95"]) == 0
     summary = capsys.readouterr().err
     for line, count in (
-        ("JPEGs copied", len(copied)),
+        ("copied", len(copied)),
         ("transcoded", len(transcoded)),
         ("re-encoded", len(encoded)),
         ("shrunk", 0),

@@ -85,6 +85,20 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("images")
     group.add_argument(
+        "--store",
+        choices=("jpeg", "yuv420", "auto"),
+        default="jpeg",
+        help=(
+            "jpeg: small, decoded at every reading (default); yuv420: planes of 1.5 bytes a pixel, read without "
+            "decoding; auto: as many planes as --budget-gb allows, JPEGs besides"
+        ),
+    )
+    group.add_argument(
+        "--budget-gb", type=float, metavar="GB", help="of --store auto: what the file (with --shard: all) may take"
+    )
+    group.add_argument("--short-side", type=int, metavar="PX", help="shrink images whose shorter side is above this")
+    group.add_argument("--max-pixels", type=int, metavar="N", help="shrink images of more pixels than this")
+    group.add_argument(
         "--quality",
         type=int,
         default=90,

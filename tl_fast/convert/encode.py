@@ -74,7 +74,8 @@ def encode(sample: Sample, spec: MapSpec | None, masks: MaskSpec | None, options
     try:
         sample.source_id.encode("utf-8")  # file names may be any bytes
         data = sample.image()
-        image = prepare_planes(data, options) if stored_as_planes(sample, options) else prepare(data, options)
+        as_planes = stored_as_planes(sample.as_planes, options)
+        image = prepare_planes(data, options) if as_planes else prepare(data, options)
         payloads: list[tuple[bytes, tuple]] = []
         if sample.label < 0:
             raise ValueError("has no label")
@@ -104,13 +105,11 @@ def encode(sample: Sample, spec: MapSpec | None, masks: MaskSpec | None, options
     return Encoded(image, tuple(payloads), crc)
 
 
-def stored_as_planes(sample: Sample, options: EncodeOptions) -> bool:
-    """Raises BetonError where neither the sample nor the options say it."""
-    if sample.as_planes is not None:
-        return sample.as_planes
-    if options.store == "auto":
-        raise BetonError(f"{sample.name}: store auto needs samples that say `as_planes`; give jpeg or yuv420")
-    return options.store == "yuv420"
+def stored_as_planes(as_planes: bool | None, options: EncodeOptions) -> bool:
+    """How a sample that says `as_planes` is stored. Raises BetonError where neither it nor the options say how."""
+    if as_planes is None and options.store == "auto":
+        raise BetonError("store auto needs samples that say `as_planes`; give jpeg or yuv420")
+    return options.store == "yuv420" if as_planes is None else as_planes
 
 
 def fit_mask(mask: np.ndarray, image: Prepared) -> np.ndarray:

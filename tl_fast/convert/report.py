@@ -31,9 +31,21 @@ def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
     console.print(table)
 
 
-def print_plan(console: Console, out: Path, conversion: Conversion, expected: Estimate) -> None:
+def in_words(planes: int, jpegs: int) -> str:
+    """How many samples are stored which way."""
+    return (
+        ", ".join(f"{count:,} {kind}" for count, kind in ((planes, "planes"), (jpegs, "JPEGs")) if count) or "nothing"
+    )
+
+
+def print_plan(
+    console: Console, out: Path, conversion: Conversion, encoding: EncodeOptions, expected: Estimate
+) -> None:
     """What a run would do."""
     source = conversion.source
+    planes = conversion.num_planes
+    if planes is None:
+        planes = len(conversion) if encoding.store == "yuv420" else 0
 
     def counted(has: bool, missing: int) -> str:
         return f"{len(conversion) - missing:,} found, {missing:,} missing" if has else "none"
@@ -46,6 +58,7 @@ def print_plan(console: Console, out: Path, conversion: Conversion, expected: Es
         ("files ignored", f"{source.ignored:,}"),
         ("label maps", counted(conversion.maps is not None, len(conversion.without_map))),
         ("masks", counted(conversion.masks is not None, len(conversion.without_mask))),
+        ("stored as", in_words(planes, len(conversion) - planes)),
         *actions,
         (f"{tried}, bad", f"{len(expected.problems):,}"),
         ("file", f"about {expected.size / 1e9:,.3g} GB; {free_space(out) / 1e9:,.3g} GB are free"),
@@ -68,9 +81,12 @@ def print_summary(
     speed = f"{done / seconds:,.0f} images/s, {megabytes * done / max(taken, 1) / seconds:,.0f} MB/s, {seconds:,.1f} s"
     rows = [
         ("samples", f"{summary.samples:,} in {len(source.class_names):,} classes"),
-        ("JPEGs copied", f"{summary.copied:,}"),
+        ("stored as", in_words(summary.planes, summary.samples - summary.planes)),
+        ("copied", f"{summary.copied:,}"),
         ("transcoded without loss", f"{summary.transcoded:,}"),
         ("re-encoded to RGB JPEG", f"{summary.reencoded:,}"),
+        *([("planes of JPEGs as decoded", f"{summary.decoded:,}")] if summary.planes else []),
+        *([("planes made from RGB", f"{summary.converted:,}")] if summary.planes else []),
         ("shrunk", f"{summary.resized:,}"),
         ("stripped of metadata", f"{summary.stripped:,}"),
         ("EXIF orientation " + ("applied" if encoding.exif == "apply" else "ignored"), f"{summary.rotated:,}"),
@@ -93,7 +109,7 @@ def print_info(path: Path, console: Console | None = None) -> None:
     """Print what a beton holds. Raises BetonError when its tables are damaged."""
     with BetonReader(path) as reader:
         pixels = reader.heights.astype(np.int64) * reader.widths
-        names, spec = reader.class_names, reader.spec
+        names, spec, planes = reader.class_names, reader.spec, int(reader.stored_as_planes.sum())
         more = " ..." if len(names) > 8 else ""
         rows = [
             ("fields", ", ".join(reader.fields)),
@@ -103,6 +119,7 @@ def print_info(path: Path, console: Console | None = None) -> None:
             ("widths", f"{reader.widths.min()}..{reader.widths.max()} px"),
             ("heights", f"{reader.heights.min()}..{reader.heights.max()} px"),
             ("mean size", f"{pixels.mean() / 1e6:.2f} megapixels"),
+            ("images", f"{in_words(planes, len(reader) - planes)}; {reader.image_sizes.mean():,.0f} bytes each"),
             ("file, page", f"{path.stat().st_size / 1e6:,.1f} MB, {reader.page_size / MIB:g} MiB"),
             ("CRC-32 per sample", "yes" if reader.has_crc else "no (stock ffcv writer)"),
         ]

@@ -96,6 +96,7 @@ class Conversion:
     ) -> None:
         self.source, self.maps, self.indices, self.masks = source, maps, indices, masks
         self.refused = {} if maps is None else maps.rejects  # index into the maps -> annotation's reason
+        self.num_planes: int | None = None  # of the samples, so many are stored as planes; None: as the options say
         self._stamps = source.stamps, None if maps is None else maps.stamps  # made when asked for
         self.map_indices = self.mask_indices = None
         ids = [source.ids[i] for i in indices.tolist()]
@@ -122,7 +123,16 @@ class Conversion:
         if self.mask_indices is not None and (j := int(self.mask_indices[number])) >= 0:
             mask = functools.partial(self.masks.read, j)
             stamp += self.masks.stamps[j].tobytes()
-        return Sample(source.ids[i], int(source.labels[i]), image, label_map, source.origin(i), stamp.hex(), mask)
+        label, origin = int(source.labels[i]), source.origin(i)
+        planes = self.as_planes(number)
+        return Sample(source.ids[i], label, image, label_map, origin, stamp.hex(), mask, planes)
+
+    def as_planes(self, number: int) -> bool | None:
+        """Whether sample `number` is stored as planes: `num_planes` of them are, evenly spread; None: as the options
+        say."""
+        if self.num_planes is None:
+            return None
+        return (number + 1) * self.num_planes // len(self) > number * self.num_planes // len(self)
 
     @property
     def decodes_groups(self) -> bool:
@@ -222,7 +232,7 @@ def difference(
             return f"its masks were of {reader.mask_spec} and are now of {masks}, or have other names or colours"
         for key, before, now in _changed(reader.annotator, annotator):
             return f"the label maps' {key} was {before!s:.100} and is now {now!s:.100}"
-        for key, before, now in _changed(then, record, "inputs", "rejected"):
+        for key, before, now in _changed(then, record, "inputs", "rejected", "planes"):
             return f"{key} was {before} and is now {now}"
         for key, _, _ in _changed(then["inputs"], record["inputs"]):
             which = _first_changed(reader, conversion) if key == "ids" else ""
