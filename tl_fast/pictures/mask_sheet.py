@@ -6,6 +6,7 @@ One row a sample: the image, its mask, and what networks predicted, from folders
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tl_fast.beton.samples import Samples
+from tl_fast.masks.format import MaskSpec
 from tl_fast.pictures import sheet
 from tl_fast.pictures.sheet import GAP, LINE, MARGIN, PAPER
 from tl_fast.system.mistakes import InputError
@@ -52,32 +54,32 @@ def show_masks(
     """
     out = Path(out)
     sheet.check_name(out)
-    data = Samples(beton)
-    spec = data.mask_spec
-    if spec is None:
-        raise InputError(f"{beton} has no masks to show: pack them with `converters/to_beton.py --masks DIR`")
-    chosen = sheet.choose(len(data), samples, first, ids, str(beton))
-    names = file_names([sample_id for reader in data.readers for sample_id in reader.source_ids])
-    folders = [Path(folder) for folder in predictions]
-    rows = [
-        _row(data, int(sample_id), [folder / f"{names[sample_id]}.png" for folder in folders]) for sample_id in chosen
-    ]
+    with contextlib.closing(Samples(beton)) as data:
+        spec = data.mask_spec
+        if spec is None:
+            raise InputError(f"{beton} has no masks to show: pack them with `converters/to_beton.py --masks DIR`")
+        chosen = sheet.choose(len(data), samples, first, ids, str(beton))
+        names = file_names([sample_id for reader in data.readers for sample_id in reader.source_ids])
+        folders = [Path(folder) for folder in predictions]
+        rows = [
+            _row(data, int(sample_id), [folder / f"{names[sample_id]}.png" for folder in folders])
+            for sample_id in chosen
+        ]
+        header = [
+            ", ".join(path.name for path in data.paths),
+            f"{len(data)} samples",
+            f"masks of {spec.num_classes} classes",
+        ]
     colours = palette(spec.num_classes, spec.colours)
     colours[spec.ignore_index] = UNLABELLED
-    header = [
-        ", ".join(path.name for path in data.paths),
-        f"{len(data)} samples",
-        f"masks of {spec.num_classes} classes",
-    ]
-    picture = _draw(rows, [sheet.plain(piece) for piece in header], colours, _names(data))
+    picture = _draw(rows, [sheet.plain(piece) for piece in header], colours, _names(spec))
     sheet.save(picture, out)
     return out
 
 
-def _names(data: Samples) -> list[str]:
+def _names(spec: MaskSpec) -> list[str]:
     """A name for every value 0..255 that a mask may have."""
-    spec = data.mask_spec
-    names = [spec.class_names[c] if spec.class_names else f"class {c}" for c in range(spec.num_classes)]
+    names = [sheet.class_name(spec.class_names, c) for c in range(spec.num_classes)]
     return [*names, *["not labelled"] * (256 - spec.num_classes)]
 
 
