@@ -75,6 +75,17 @@ def newest_runs(results: Path) -> dict[str, list[dict]]:
     return runs
 
 
+def circumstances(packages: Sequence[str], device: str | None = None, now: datetime.datetime | None = None) -> dict:
+    """The end of a row: what it was measured on, of what versions, and when. device: None: all of the CPU; now: None:
+    this moment."""
+    return {
+        "device": device or f"{os.cpu_count()} x {platform.machine()} CPU",
+        "versions": {package: version(package) for package in packages},
+        "commit": commit(),
+        "date": (now or datetime.datetime.now()).date().isoformat(),
+    }
+
+
 def write_rows(
     results: Path,
     benchmark: str,
@@ -104,10 +115,7 @@ def write_rows(
             "rounds": len(values),
             **facts,
             **(details or {}).get(name, {}),
-            "device": device or f"{os.cpu_count()} x {platform.machine()} CPU",
-            "versions": {package: version(package) for package in packages},
-            "commit": commit(),
-            "date": now.date().isoformat(),
+            **circumstances(packages, device, now),
             "run": now.isoformat(timespec="seconds"),
         }
         for name, values in rates.items()

@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +29,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rows import ROOT, commit
+from rows import ROOT, circumstances
 
 from tl_fast.pictures.mask_sheet import show_masks
-from tl_fast.system.versions import version
 from tl_fast.training.segmentation_evaluation import Outputs, evaluate_segmentation
 
 RESULTS = ROOT / "benchmarks" / "results" / "segment_evidence.jsonl"
@@ -86,8 +83,8 @@ SEGMENTATION = {
 def run(command: str, *arguments: object, log: Path) -> None:
     """Run `tl-fast COMMAND`, on one thread of PyTorch's, its output in `log`. CalledProcessError where it fails."""
     with log.open("w") as file:
-        command = [sys.executable, "-m", "tl_fast.command", command, *map(str, arguments)]
-        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, check=True)
+        words = [sys.executable, "-m", "tl_fast.command", command, *map(str, arguments)]
+        subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, check=True)
 
 
 def pack(arguments: argparse.Namespace) -> None:
@@ -106,48 +103,50 @@ def pack(arguments: argparse.Namespace) -> None:
                 run("convert", images, beton, *options, log=out / f"pack_{name}_{part}.log")
 
 
-def train(out: Path, command: str, data: str, name: str, settings: dict[str, object]) -> Path:
-    """Train on a data set packed in `out`, or go on with it -> the run's folder."""
+def train(folder: Path, command: str, data: str, settings: dict[str, object]) -> None:
+    """Train on a data set packed beside the run's folder, or go on with it."""
+    out = folder.parent
     settings = {
         "train_data": out / f"{data}_train.beton",
         "val_data": out / f"{data}_val.beton",
-        "output_dir": out / name,
+        "output_dir": folder,
         **NETWORK,
         **settings,
     }
-    run(
-        command, *(word for field, value in settings.items() for word in (f"--{field}", value)), log=out / f"{name}.log"
-    )
-    return out / name
+    words = [word for field, value in settings.items() for word in (f"--{field}", value)]
+    run(command, *words, log=folder.with_suffix(".log"))
 
 
-def folder_name(initialisation: str) -> str:
-    return initialisation.replace(" ", "_")
+def pretraining_folder(out: Path, initialisation: str) -> Path:
+    return out / f"pretrain_{initialisation.replace(' ', '_')}"
 
 
-def pretrain(out: Path, initialisation: str) -> Path:
+def segmentation_folder(out: Path, initialisation: str, seed: int) -> Path:
+    return out / f"segment_{initialisation.replace(' ', '_')}_{seed}"
+
+
+def pretrain(out: Path, initialisation: str) -> None:
     settings = PRETRAINING | {"token_label": str(INITIALISATIONS[initialisation]).lower()}
-    return train(out, "train", "imagenette", f"pretrain_{folder_name(initialisation)}", settings)
+    train(pretraining_folder(out, initialisation), "train", "imagenette", settings)
 
 
-def segment(out: Path, initialisation: str, seed: int) -> Path:
+def segment(out: Path, initialisation: str, seed: int) -> None:
     settings = SEGMENTATION | {"seed": seed}
     if INITIALISATIONS[initialisation] is not None:
-        settings["init_weights"] = out / f"pretrain_{folder_name(initialisation)}"
-    name = f"segment_{folder_name(initialisation)}_{seed}"
-    return train(out, "segment", "camvid", name, settings)
+        settings["init_weights"] = pretraining_folder(out, initialisation)
+    train(segmentation_folder(out, initialisation, seed), "segment", "camvid", settings)
 
 
 def evaluate(out: Path, initialisation: str, seed: int) -> dict:
     """The row of a trained run."""
-    name = f"segment_{folder_name(initialisation)}_{seed}"
-    table, predictions = out / f"{name}.csv", predictions_of(out, initialisation, seed)
+    folder = segmentation_folder(out, initialisation, seed)
+    table, predictions = folder.with_suffix(".csv"), predictions_of(out, initialisation, seed)
     result = evaluate_segmentation(
-        str(out / "camvid_val.beton"), out / name, outputs=Outputs(table, predictions), device="cpu"
+        str(out / "camvid_val.beton"), folder, outputs=Outputs(table, predictions), device="cpu"
     )
     top1 = None
     if INITIALISATIONS[initialisation] is not None:
-        lines = (out / f"pretrain_{folder_name(initialisation)}" / "metrics.jsonl").read_text().splitlines()
+        lines = (pretraining_folder(out, initialisation) / "metrics.jsonl").read_text().splitlines()
         top1 = json.loads(lines[-1])["val_top1_ema"]
     with table.open() as file:
         ious = {row["name"]: float(row["iou"]) for row in csv.DictReader(file)}
@@ -161,10 +160,7 @@ def evaluate(out: Path, initialisation: str, seed: int) -> dict:
         "network": NETWORK,
         "pretraining": PRETRAINING,
         "segmentation": SEGMENTATION,
-        "device": f"{os.cpu_count()} x {platform.machine()} CPU",
-        "versions": {package: version(package) for package in ("torch", "timm", "segmentation-models-pytorch")},
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        **circumstances(("torch", "timm", "segmentation-models-pytorch")),
     }
 
 
