@@ -48,13 +48,6 @@ def images(photos) -> list[Image.Image]:
     return chosen
 
 
-@pytest.fixture(scope="module")
-def soft_images(images) -> list[Image.Image]:
-    """The photos at half contrast, so that no overshoot is clipped: Pillow clips after either pass of a bicubic resize,
-    ours once."""
-    return [image.point(lambda value: 64 + value // 2) for image in images]
-
-
 def record(crop, flip, operations, interpolation, shape=(SIZE, SIZE)) -> np.ndarray:
     """One plan for outputs of `shape`: crop = (top, left, height, width), `operations` = [(name, argument)] after crop
     and flip."""
@@ -99,8 +92,8 @@ def whole(image: Image.Image) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize(
     "name, pixels", [("TranslateX", 30), ("TranslateX", -13), ("TranslateY", 7), ("TranslateY", -50)]
 )
-def test_whole_pixel_translations_are_pillows_within_one_level(images, soft_images, name, pixels, interpolation):
-    for image, flip in itertools.product(soft_images if interpolation else images, (False, True)):
+def test_whole_pixel_translations_are_pillows_within_one_level(images, name, pixels, interpolation):
+    for image, flip in itertools.product(images, (False, True)):
         resized = image.resize((SIZE, SIZE), RESAMPLING[interpolation])
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else resized
         theirs = THEIRS[name](resized, pixels / SIZE, fillcolor=tuple(FILL), resample=RESAMPLING[interpolation])
@@ -123,11 +116,11 @@ def test_whole_pixel_translations_are_pillows_within_one_level(images, soft_imag
     ],
 )
 @SHAPES
-def test_rotation_and_shear_are_pillows(soft_images, name, argument, interpolation, shape):
+def test_rotation_and_shear_are_pillows(images, name, argument, interpolation, shape):
     """A whole image, resized and then transformed as by Pillow. Both round in between; Pillow's bilinear transform then
     cuts fractions off, ours rounds them. 2 levels, 3 bicubic; at the edge of the fill fixed point and floating point
     may disagree about a pixel."""
-    for image in soft_images:
+    for image in images:
         resized = image.resize(shape[::-1], RESAMPLING[interpolation])
         theirs = np.asarray(
             THEIRS[name](resized, argument, fillcolor=tuple(FILL), resample=RESAMPLING[interpolation]), int
@@ -140,10 +133,10 @@ def test_rotation_and_shear_are_pillows(soft_images, name, argument, interpolati
 
 
 @pytest.mark.parametrize("interpolation", [0, 1], ids=["bilinear", "bicubic"])
-def test_any_translation_is_pillows_resize_of_the_moved_box(images, soft_images, interpolation):
+def test_any_translation_is_pillows_resize_of_the_moved_box(images, interpolation):
     """Resampled once, and what lies beyond the crop is shown: no fill inside the image."""
     rng = np.random.default_rng(0)
-    for image in (soft_images if interpolation else images) * 2:
+    for image in images * 2:
         height, width = rng.integers(40, 120, 2)
         top, left = rng.integers(0, image.height - height + 1), rng.integers(0, image.width - width + 1)
         moved = rng.uniform([0, 0], [image.height - height, image.width - width])
@@ -154,14 +147,6 @@ def test_any_translation_is_pillows_resize_of_the_moved_box(images, soft_images,
         box = (moved[1], moved[0], moved[1] + width, moved[0] + height)
         theirs = np.asarray(image.resize((SIZE, SIZE), RESAMPLING[interpolation], box=box), int)
         assert np.abs(ours - theirs).max() <= 1
-
-
-def test_bicubic_differs_from_pillows_where_pillow_clips_twice(images):
-    off = []
-    for image in images:
-        theirs = np.asarray(image.resize((SIZE, SIZE), RESAMPLING[1]), int)
-        off.append(np.abs(show(np.asarray(image), record(whole(image), False, [], 1)).transpose(1, 2, 0) - theirs))
-    assert np.mean(np.array(off) > 1) < 1e-3 and np.mean(off) < 0.3 and np.max(off) < 20
 
 
 # --- all together
@@ -210,12 +195,12 @@ def positions(matrix: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, n
 
 @SHAPES
 @pytest.mark.parametrize("interpolation", [0, 1], ids=["bilinear", "bicubic"])
-def test_composed_operations_are_pillows_transform_of_pillows_resize(soft_images, interpolation, shape):
+def test_composed_operations_are_pillows_transform_of_pillows_resize(images, interpolation, shape):
     """The image resized by Pillow at the crop's scale, then one transform with the matrix of crop, flip and all
     operations."""
     rng = np.random.default_rng(1)
     compared = 0
-    for n, image in enumerate(soft_images * 4):
+    for n, image in enumerate(images * 4):
         height, width = (int(rng.integers(side // 3, side + 1)) for side in (image.height, image.width))
         crop = (
             int(rng.integers(0, image.height - height + 1)),
@@ -241,7 +226,7 @@ def test_composed_operations_are_pillows_transform_of_pillows_resize(soft_images
         inside = (y > 3) & (y < rows - 3) & (x > 3) & (x < columns - 3)  # where the canvas is not cut
         assert np.abs(ours - theirs)[inside].max(initial=0) <= (3 if interpolation else 2)
         compared += inside.sum()
-    assert compared > 0.4 * len(soft_images) * 4 * math.prod(shape)
+    assert compared > 0.4 * len(images) * 4 * math.prod(shape)
 
 
 @SHAPES
@@ -356,8 +341,8 @@ def test_what_is_decoded_is_all_that_is_read():
     assert np.mean(regions) < 0.9  # or nothing is shown by this
 
 
-def test_evaluation_boxes_with_bicubic_are_pillows(soft_images):
-    for image in soft_images:
+def test_evaluation_boxes_with_bicubic_are_pillows(images):
+    for image in images:
         side = min(image.size) * 0.875
         top, left = (image.height - side) / 2, (image.width - side) / 2
         out = show(np.asarray(image), plan.of_boxes(np.array([[top, left, side, side]]), scalar.BICUBIC)).transpose(

@@ -649,7 +649,7 @@ def test_an_error_in_a_kernel_or_the_reader_surfaces(photo_beton, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("broken kernel")
 
-    for owner, name in ((cpu, "augment"), (cpu, "warped_targets"), (BetonReader, "label_maps"), (BetonReader, "jpeg")):
+    for owner, name in ((cpu, "augment"), (cpu, "warped_targets"), (BetonReader, "label_maps"), (BetonReader, "image")):
         with monkeypatch.context() as patch, Loader(photo_beton, 4, image_size=32, grid=2) as loader:
             patch.setattr(owner, name, fail)
             start = time.monotonic()

@@ -155,9 +155,9 @@ RESIZES = InterpolationMode.BILINEAR, InterpolationMode.NEAREST_EXACT
 
 
 def test_images_and_masks_are_torchvisions_joint_transforms(photo_beton):
-    """Resize, crop, mirror and padding by torchvision v2 with the drawn numbers: the image within one level, the mask
-    but for centres on the edge of two pixels. Its resize of a `Mask` takes pixels under corners, not under centres, so
-    the mask goes as an image."""
+    """Resize, crop, mirror and padding by torchvision v2 with the drawn numbers: the image, which is resized by Pillow,
+    within a level or two, the mask but for centres on the edge of two pixels. Its resize of a `Mask` takes pixels under
+    corners, not under centres, so the mask goes as an image."""
     path, masks, files = photo_beton
     crop = 352, 400
     with SegmentLoader(path, 12, crop_size=crop, augment=STEADY, seed=3) as loader:
@@ -174,14 +174,18 @@ def test_images_and_masks_are_torchvisions_joint_transforms(photo_beton):
         height, width = min(rows, crop[0]), min(columns, crop[1])
         left = affine[2] / across - (width if plan["flip"] else 0)
         box = round(affine[5] / down), round(left), height, width
-        pair = tv_tensors.Image(pixels.transpose(2, 0, 1)), tv_tensors.Image(masks[sample][None])
+        pair = Image.fromarray(pixels), tv_tensors.Image(masks[sample][None])
         theirs = []
         for part, mode, fill in zip(pair, RESIZES, (list(FILL), [IGNORE]), strict=True):
-            part = joint.crop(joint.resize(part, [rows, columns], mode), *box)
+            # Along x first: Pillow begins with y for some images since version 13.
+            part = joint.resize(joint.resize(part, [pixels.shape[0], columns], mode), [rows, columns], mode)
+            part = joint.crop(part, *box)
             part = joint.horizontal_flip(part) if plan["flip"] else part
             theirs.append(joint.pad(part, [0, 0, crop[1] - width, crop[0] - height], fill=fill))
         padded += height < crop[0] or width < crop[1]
-        assert (image.int() - theirs[0].int()).abs().max() <= 1, files[sample]
+        off = np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.array(theirs[0]))
+        # The plan's box is float32, and both round after each of two passes.
+        assert off.max() <= 2 and (off > 1).mean() < 1e-5 and (off > 0).mean() < 0.03, files[sample]
         assert (mask != theirs[1][0]).float().mean() < 1e-3, files[sample]
     assert padded
 
