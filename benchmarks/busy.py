@@ -28,7 +28,7 @@ from loaders import build, find_images
 from rows import ROOT, write_rows
 
 from tl_fast.beton.samples import Samples
-from tl_fast.jpeg.region import RegionQueue
+from tl_fast.jpeg.region import RegionDecoder, RegionQueue
 from tl_fast.maths.memory import address, take_number
 from tl_fast.pipeline.decode import Decoder
 from tl_fast.pipeline.planner import Planner
@@ -48,14 +48,13 @@ def crop_seconds(samples: Samples, planner: Planner, repeats: int = 3) -> np.nda
     """The least time that the crop of each sample takes to decode on one thread, float64 [number of samples]."""
     ids = np.arange(len(samples))
     _, starts, stops = planner.regions(ids, 0)
-    decoder = Decoder(samples, 1)
+    decoder = RegionDecoder()
     seconds = np.full((repeats + 1, len(ids)), np.inf)  # the first time compiles
     for repeat in range(repeats + 1):
         for i in ids:
             begin = time.perf_counter()
-            decoder.region(i, starts[i], stops[i] - starts[i])
+            decoder.decode(samples.image(i), starts[i], stops[i])
             seconds[repeat, i] = time.perf_counter() - begin
-    decoder.close()
     return seconds[1:].min(axis=0)
 
 
@@ -91,32 +90,32 @@ class Sleeper(Decoder):
         self.microseconds = (1e6 * seconds).astype(np.uint32)
         self.slept: list[int] = []
 
-    def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray) -> None:
+    def sleep(self, sample_id: int) -> None:
         self.slept.append(sleep_for(self.microseconds[sample_id]))
 
     def _decode_queued(self, queue: RegionQueue, ids: np.ndarray, *_: np.ndarray) -> None:
         self.slept.append(sleep_queued(queue._taken, self.microseconds[ids]))
 
 
-def divided_beforehand(decoder: Decoder, batches: list[tuple]) -> None:
+def divided_beforehand(decoder: Sleeper, batches: list[tuple]) -> None:
     with ThreadPoolExecutor(decoder.threads) as threads:
-        for batch in batches:
+        for ids, _, _ in batches:
 
-            def decode(part: np.ndarray, batch: tuple = batch) -> None:
+            def decode(part: np.ndarray, ids: np.ndarray = ids) -> None:
                 for b in part:
-                    decoder.region(*(values[b] for values in batch))
+                    decoder.sleep(ids[b])
 
             list(threads.map(decode, np.array_split(np.arange(BATCH), decoder.threads)))
 
 
-def four_at_a_time(decoder: Decoder, batches: list[tuple]) -> None:
+def four_at_a_time(decoder: Sleeper, batches: list[tuple]) -> None:
     with ThreadPoolExecutor(decoder.threads) as threads:
         under_way: collections.deque[list[Future]] = collections.deque()
-        for batch in batches:
+        for ids, _, _ in batches:
 
-            def decode(first: int, batch: tuple = batch) -> None:
+            def decode(first: int, ids: np.ndarray = ids) -> None:
                 for b in range(first, min(first + 4, BATCH)):
-                    decoder.region(*(values[b] for values in batch))
+                    decoder.sleep(ids[b])
 
             under_way.append([threads.submit(decode, first) for first in range(0, BATCH, 4)])
             if len(under_way) > AHEAD:

@@ -20,9 +20,9 @@ import numpy as np
 from rows import ROOT, measure, write_rows
 
 from tl_fast.convert.image import compile_kernels, prepare
+from tl_fast.jpeg.region import RegionDecoder
 from tl_fast.jpeg.restarts import splice
 from tl_fast.kernels.geometry.cpu import needed
-from tl_fast.pipeline.decode import Decoder
 from tl_fast.pipeline.nvjpeg import decode_graph
 from tl_fast.plan import Augment
 from tl_fast.plan.records import draw as draw_plans
@@ -48,28 +48,21 @@ class Crops:
 
 
 class OurCrops(Crops):
-    """Decoded as the loader does, each thread into memory that it keeps; also what `Decoder` reads."""
+    """Decoded by our decoder, each thread into memory that it keeps."""
 
     def __init__(self, jpegs: list[np.ndarray], sizes: np.ndarray, threads: int) -> None:
         super().__init__(jpegs, sizes)
-        self.decoder, self.parts, self.pool = Decoder(self, 1), threads, ThreadPoolExecutor(threads)
-
-    def image(self, i: int) -> np.ndarray:
-        return self.jpegs[i]
-
-    def name(self, i: int) -> str:
-        return f"image {i}"
+        self.decoder, self.parts, self.pool = RegionDecoder(), threads, ThreadPoolExecutor(threads)
 
     def decode(self, draw: int) -> list[np.ndarray]:
-        starts, stops = self.regions(draw)
-        return [self.decoder.region(i, starts[i], stops[i] - starts[i]).copy() for i in range(len(self.jpegs))]
+        return [self.decoder.decode(*crop).copy() for crop in zip(self.jpegs, *self.regions(draw), strict=True)]
 
     def run(self, draw: int) -> int:
         starts, stops = self.regions(draw)
 
         def part(number: int) -> None:
             for i in range(number, len(self.jpegs), self.parts):
-                self.decoder.region(i, starts[i], stops[i] - starts[i])
+                self.decoder.decode(self.jpegs[i], starts[i], stops[i])
 
         list(self.pool.map(part, range(self.parts)))
         return len(self.jpegs)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from tests.decoding import Files, show
 from tl_fast.beton.samples import Samples
 from tl_fast.convert import image as jpeg
 from tl_fast.convert.encode import Sample
@@ -149,21 +150,6 @@ def kinds() -> dict[str, tuple[bytes, np.ndarray | None]]:
 KINDS = kinds()
 
 
-class Files:
-    """What a Decoder reads: the files as they are, as if a beton held them."""
-
-    def __init__(self, files: list[bytes]):
-        self.files, count = files, len(files)
-        self.heights, self.widths = np.zeros((2, count), np.int64)
-        self.stored_as_planes = np.zeros(count, bool)
-
-    def image(self, sample_id: int) -> np.ndarray:
-        return np.frombuffer(self.files[sample_id], np.uint8)
-
-    def name(self, sample_id: int) -> str:
-        return f"sample {sample_id}"
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_annotator_converter_and_loader_see_the_same_pixels(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -190,14 +176,17 @@ def test_annotator_converter_and_loader_see_the_same_pixels(
         np.testing.assert_array_equal(encoded[0], seen)
 
     decoder = Decoder(Samples(tmp_path / "one.beton"), 1)
-    region = decoder.region(0, np.array([0, 0]), np.array([HEIGHT, WIDTH])).astype(int)
+    region = decoder(np.array([0]), np.array([[0, 0]]), np.array([[HEIGHT, WIDTH]]))[0].numpy().astype(int)
     decoder.close()
     stored = reencoded(seen, 95) if encoded else seen
     difference = np.abs(region - stored)
     assert difference.mean() <= (1.5 if encoded else 0), (difference.mean(), difference.max())
     # Bytes that our decoder leaves to Pillow, as a beton of stock FFCV may hold them.
     fallback = Decoder(Files([data]), 1)
-    np.testing.assert_array_equal(fallback.region(0, np.array([5, 9]), np.array([20, 30])), seen[5:25, 9:39])
+    starts, shapes = np.array([[5, 9]]), np.array([[20, 30]])
+    np.testing.assert_array_equal(fallback(np.array([0]), starts, shapes)[0], seen[5:25, 9:39])
+    shown = show(fallback.pixels(0, starts[0], shapes[0]), starts[0], shapes[0])
+    np.testing.assert_array_equal(shown, seen[5:25, 9:39])
     fallback.close()
 
 
@@ -248,7 +237,7 @@ def test_eps_named_jpg_reaches_no_plugin(tmp_path: Path, monkeypatch: pytest.Mon
             reader(EPS)
     decoder = Decoder(Files([EPS]), 1)
     with pytest.raises(DecodeError, match="cannot decode sample 0"):
-        decoder.region(0, np.array([0, 0]), np.array([8, 8]))
+        decoder.pixels(0, np.array([0, 0]), np.array([8, 8]))
     decoder.close()
     nvjpeg = NvjpegDecoder(Files([EPS]), 1, 1, None)
     assert nvjpeg._damaged(np.array([0]), "DALI's message without a number") == 0
@@ -282,7 +271,7 @@ def test_a_small_jpeg_of_many_pixels_takes_no_memory(monkeypatch: pytest.MonkeyP
             jpeg.prepare(bomb)
         decoder = Decoder(Files([bomb]), 1)
         with pytest.raises(DecodeError):
-            decoder.region(0, np.array([0, 0]), np.array([13_000, 8]))
+            decoder.pixels(0, np.array([0, 0]), np.array([13_000, 8]))
         decoder.close()
         monkeypatch.undo()
     hidden = sized(13_000, 13_000)

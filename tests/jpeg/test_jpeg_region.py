@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.decoding import CANARY, Files, show
 from tl_fast.convert.image import prepare
 from tl_fast.jpeg.region import RegionDecoder
 from tl_fast.pipeline.decode import Decoder
@@ -23,7 +24,6 @@ from tl_fast.pipeline.nvjpeg import decode_graph
 from tl_fast.pipeline.regions import DecodeError
 
 PHOTOS = sorted((Path(__file__).parents[1] / "photos").rglob("*.jpg"))
-CANARY = 0xA5
 decoder = RegionDecoder()
 
 
@@ -199,24 +199,7 @@ def test_threads_have_memory_of_their_own():
         assert all(pool.map(whole, range(120)))
 
 
-class Files:
-    """What a `Decoder` reads, from memory."""
-
-    def __init__(self, files: list[bytes]):
-        self.files = files
-
-    def image(self, sample_id: int) -> np.ndarray:
-        return as_array(self.files[sample_id])
-
-    def image_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        files = [self.image(i) for i in sample_ids]
-        return np.array([file.ctypes.data for file in files]), np.array([file.size for file in files])
-
-    def name(self, sample_id: int) -> str:
-        return f"sample {sample_id}"
-
-
-def test_a_decoder_gives_dalis_pixels_and_pillow_decodes_the_rest():
+def test_a_decoder_gives_dalis_and_pillows_pixels_and_pillow_decodes_the_rest():
     kinds = jpegs_of_other_kinds()
     files = (
         [path.read_bytes() for path in PHOTOS[:5]]
@@ -237,7 +220,10 @@ def test_a_decoder_gives_dalis_pixels_and_pillow_decodes_the_rest():
         regions = batches(np.arange(len(files)), starts, shapes)
         for b in range(len(files)):
             np.testing.assert_array_equal(np.asarray(regions[b]), np.asarray(expected[b]))
-            np.testing.assert_array_equal(batches.region(b, starts[b], shapes[b]), np.asarray(expected[b]))
+            pixels = batches.pixels(b, starts[b], shapes[b])
+            np.testing.assert_array_equal(show(pixels, starts[b], shapes[b]), np.asarray(expected[b]))
+            (top, left), (bottom, right) = starts[b], starts[b] + shapes[b]
+            np.testing.assert_array_equal(expected[b], with_pillow(files[b])[top:bottom, left:right])
         batches.close()
 
 
@@ -247,7 +233,7 @@ def test_a_file_that_nobody_can_decode_is_named():
     with pytest.raises(DecodeError, match="sample 1"):
         Decoder(Files(files), 1)(np.arange(3), starts, shapes)
     with pytest.raises(DecodeError, match="sample 1"):
-        Decoder(Files(files), 1).region(1, starts[1], shapes[1])
+        Decoder(Files(files), 1).pixels(1, starts[1], shapes[1])
 
 
 def test_every_look_up_length_is_met():

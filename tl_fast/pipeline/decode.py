@@ -21,7 +21,7 @@ from tl_fast.sources.image import open_rgb
 
 
 class Decoder(RegionsDecoder):
-    """Regions of a data set's images, one at a time or a batch.
+    """Regions of a data set's images: of a batch as RGB, of one image as samples.
 
     samples: where the JPEGs are.
     threads: that decode a batch.
@@ -94,13 +94,8 @@ class Decoder(RegionsDecoder):
             pixels = pixels_of(region, int(start[0]), int(start[1]))
         return pixels
 
-    def region(self, sample_id: int, start: np.ndarray, shape: np.ndarray) -> np.ndarray:
-        """One region's pixels as RGB, uint8 [h, w, 3]; otherwise as `pixels`."""
-        region = self._region_decoder.decode(self.samples.image(sample_id), start, start + shape)
-        return self._with_pillow(sample_id, start, shape) if region is None else region
-
     def _with_pillow(self, sample_id: int, start: np.ndarray, shape: np.ndarray) -> np.ndarray:
-        """As `region`, of a file that our decoder leaves to others."""
+        """One region's pixels as RGB, uint8 [h, w, 3], of a file that our decoder leaves to others."""
         (top, left), (bottom, right) = start, start + shape
         try:
             image = open_rgb(self.samples.image(sample_id))[0].crop((left, top, right, bottom))
