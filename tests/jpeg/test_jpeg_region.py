@@ -101,10 +101,7 @@ def test_any_size_sampling_and_quality(height, width, sampling, quality, kind, s
         data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels[:, :, :1]), quality, "GRAY", "Gray")
     else:
         data = simplejpeg.encode_jpeg(pixels, quality, "RGB", sampling)
-    if sampling in ("422", "420") and width < 5:  # libjpeg upsamples narrow images in another way: left to it
-        assert region_of(data, (0, 0), (height, width)) is None
-    else:
-        check(data, random.Random(seed), 3)
+    check(data, random.Random(seed), 3)
 
 
 @settings(max_examples=100, deadline=None)

@@ -34,8 +34,7 @@ from tl_fast.beton.layout import (
     spec_from_arguments,
     spec_to_arguments,
 )
-from tl_fast.jpeg.planes_loops import VECTOR, from_rgb, write_rgb
-from tl_fast.jpeg.region_loops import ROW_ROOM
+from tl_fast.jpeg.planes_loops import from_rgb, write_rgb
 from tl_fast.labelmaps.format import LEVELS, MapSpec, encode, encoded_sizes
 from tl_fast.labelmaps.loops import expand
 
@@ -139,9 +138,7 @@ def _compile_show() -> Callable:
         elif len(data) != height * width + 2 * ((height + 1) // 2) * ((width + 1) // 2):
             out[:] = 0  # damaged: stock ffcv has no way to raise; BetonReader and verify do
         else:
-            planes = np.zeros(len(data) + VECTOR, np.uint8)
-            planes[: len(data)] = data
-            write_rgb(planes, height, width, np.zeros(3 * (2 * width + ROW_ROOM), np.uint8), out)
+            write_rgb(data, height, width, out)
 
     return Compiler.compile(show)
 

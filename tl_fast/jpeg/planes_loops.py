@@ -26,10 +26,9 @@ from tl_fast.jpeg.memory import PixelMemory, ScanMemory
 from tl_fast.jpeg.planes import chroma_size, planes_size
 from tl_fast.jpeg.region_loops import PLANE_ROOM, STREAM_ROOM, UNFIT, decode_planes
 from tl_fast.maths.compile import njit
-from tl_fast.maths.memory import U3, U, address
-from tl_fast.maths.ycbcr import PADDING, planes_of, row_room, write_row
+from tl_fast.maths.memory import U3, U, address, keep
+from tl_fast.maths.ycbcr import PADDING, planes_at, row_room, write_row
 
-MIN_CHROMA = 3  # columns: libjpeg shows narrower chroma without the triangle filter, and so other pixels
 _compiling = threading.Lock()
 
 
@@ -44,8 +43,7 @@ _workspace = _Workspace()
 def decode(jpeg: bytes) -> tuple[np.ndarray, int, int] | None:
     """The samples of a baseline 4:2:0 JPEG of YCbCr, before any conversion: planes, uint8 [planes_size], height, width.
 
-    None for every other JPEG, for one of less than MIN_CHROMA columns of chroma, and for one that is damaged before
-    its last row.
+    None for every other JPEG, and for one that is damaged before its last row.
     """
     compile_loops()
     data = np.frombuffer(jpeg, np.uint8)
@@ -64,10 +62,10 @@ def decode(jpeg: bytes) -> tuple[np.ndarray, int, int] | None:
 def to_rgb(planes: np.ndarray, height: int, width: int) -> np.ndarray:
     """The pixels that planes show, uint8 [h, w, 3]. planes: uint8 [planes_size(height, width)]."""
     compile_loops()
-    padded = np.zeros(planes.size + PADDING, np.uint8)
-    padded[: planes.size] = planes
     out = np.empty((height, width, 3), np.uint8)
-    write_rgb(planes_of(padded, height, width), np.empty(row_room(width), np.uint8), out.reshape(-1))
+    planes = np.ascontiguousarray(planes).view()
+    planes.flags.writeable = False  # which is another type to numba
+    write_rgb(planes, height, width, out.reshape(-1))
     return out
 
 
@@ -80,7 +78,7 @@ def from_rgb(pixels: np.ndarray) -> np.ndarray:
     height, width, _ = pixels.shape
     out = np.empty(planes_size(height, width), np.uint8)
     pixels = np.ascontiguousarray(pixels).view()
-    pixels.flags.writeable = False  # which is another type to numba
+    pixels.flags.writeable = False
     write_planes(pixels, *chroma_size(height, width), out)
     return out
 
@@ -101,8 +99,7 @@ def _compile() -> None:
     rgb = np.zeros((2, 2, 3), np.uint8)
     rgb.flags.writeable = False
     write_planes(rgb, 1, 1, out)
-    memory = np.zeros(6 + PADDING, np.uint8)
-    write_rgb(planes_of(memory, 2, 2), np.empty(row_room(2), np.uint8), np.zeros(12, np.uint8))
+    write_rgb(np.frombuffer(bytes(6), np.uint8), 2, 2, np.zeros(12, np.uint8))
 
 
 @njit
@@ -114,7 +111,7 @@ def fits(data, scan):
         return status, 0, 0
     usual = record[SINGLE] and record[KNOWN_SAMPLING] and record[COLOUR] == YCBCR and record[SURE]
     across, down = sampling(record)
-    if not usual or across != 2 or down != 2 or (record[WIDTH] + 1) // 2 < MIN_CHROMA:
+    if not usual or across != 2 or down != 2:
         return UNFIT, 0, 0
     return OK, record[HEIGHT], record[WIDTH]
 
@@ -148,11 +145,14 @@ def decode_image(data, scan, pixels, out):
 
 
 @njit
-def write_rgb(pixels, room, out):
-    """All of an image's `Pixels` as RGB. room: uint8 [row_room], to work in; out: uint8 [height * width * 3]."""
-    for y in range(pixels.bottom):
-        target = address(out) + U(3 * y * pixels.right)
-        write_row(pixels, y, 0, pixels.right, U3, address(room), target)
+def write_rgb(planes, height, width, out):
+    """The pixels that planes show. planes: uint8 [planes_size(height, width)]; out: uint8 [height * width * 3]."""
+    padded, room = np.zeros(planes.size + PADDING, np.uint8), np.empty(row_room(width), np.uint8)
+    padded[: planes.size] = planes
+    pixels = planes_at(np.int64(address(padded)), height, width)
+    for y in range(height):
+        write_row(pixels, y, 0, width, U3, address(room), address(out) + U(3 * y * width))
+    keep((padded, room, out))
 
 
 @njit

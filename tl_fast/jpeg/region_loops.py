@@ -137,8 +137,6 @@ def is_fit(record, region):
     grey = record[COMPONENTS] == 1
     if not (record[SINGLE] and record[KNOWN_SAMPLING] and (grey or (record[COLOUR] == YCBCR and record[SURE]))):
         return False
-    if sampling(record)[0] == 2 and -(-record[WIDTH] // 2) < 3:  # libjpeg does not smooth chroma that narrow
-        return False
     top, left, bottom, right = region
     return 0 <= top < bottom <= record[HEIGHT] and 0 <= left < right <= record[WIDTH]
 

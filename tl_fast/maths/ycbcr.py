@@ -159,16 +159,17 @@ def rgb_to_rgbx(typingctx, source, out):
 def repeat(near, other, first, stop, across, rounding, out):
     """Chroma of pixels `first` to `stop` (exclusive) where libjpeg does not smooth along rows.
 
-    across: pixels a sample; with 1, libjpeg smooths down the columns, where `rounding` is added; with 4, not at all.
-    All uint64 but across; near, other: as `upsample`; out: address of int16.
+    across: pixels a sample; with 1, libjpeg smooths down the columns, where `rounding` is added; with 2 or 4, not at
+    all. All uint64 but across; near, other: as `upsample`; out: address of int16.
     """
-    if across == 4:
-        for x in range(first, stop):
-            store_int16(out, x - first, U(load_uint8(near, x >> U2)))
-    else:
+    if across == 1:
         for x in range(first, stop):  # four times the sample where near and other are one row
             value = U3 * U(load_uint8(near, x)) + U(load_uint8(other, x)) + rounding
             store_int16(out, x - first, value >> U2)
+    else:
+        shift = U1 if across == 2 else U2
+        for x in range(first, stop):
+            store_int16(out, x - first, U(load_uint8(near, x >> shift)))
 
 
 @njit
@@ -224,12 +225,18 @@ class Pixels(NamedTuple):
 AS_RGB, AS_GREY, AS_PLANES = range(3)
 PADDING = 64
 ROW_ROOM = 64  # bytes that vectors may write behind a row
+SMOOTHED = 3  # columns of chroma, of two pixels each, from which on libjpeg smooths it; narrower, it repeats samples
 
 
 def planes_of(image: np.ndarray, height: int, width: int) -> Pixels:
     """The pixels of an image stored as planes (docs/file_format.md), uint8 [size], which must stay where it is."""
-    rows, columns = -(-height // 2), -(-width // 2)
-    first = image.ctypes.data
+    return planes_at.py_func(image.ctypes.data, height, width)
+
+
+@njit
+def planes_at(first, height, width):
+    """The pixels of planes that begin at an address. All int64."""
+    rows, columns = (height + 1) // 2, (width + 1) // 2
     blue = first + height * width
     chroma = blue, blue + rows * columns, columns, 2, 2, rows, columns
     return Pixels(AS_PLANES, first, width, *chroma, 0, 0, height, width)
@@ -279,15 +286,16 @@ def write_row(pixels, y, left, right, size, room, out):
     blue, red = room + step, room + U2 * step
     if pixels.kind == AS_PLANES:
         near, width = y // pixels.down, U(pixels.chroma_columns)
+        smooth = pixels.across == 2 and pixels.chroma_columns >= SMOOTHED
         other = min(max(near - 1 + 2 * (y % 2), 0), pixels.chroma_rows - 1) if pixels.down == 2 else near
         for start, chroma in ((pixels.blue, blue), (pixels.red, red)):
             near_row, other_row = U(start + near * pixels.chroma_stride), U(start + other * pixels.chroma_stride)
-            if pixels.across == 2:
+            if smooth:
                 stop = U((right - 1) // 2 + 1)
                 upsample(near_row, other_row, U(left // 2), stop, width, pixels.down, room, chroma)
             else:
                 repeat(near_row, other_row, U(left), U(right), pixels.across, U(1 + y % 2), chroma)
-        if pixels.across == 2:
+        if smooth:
             skew = U(2 * (left % 2))
             blue, red = blue + skew, red + skew
     if count < U8:
