@@ -50,6 +50,7 @@ from tl_fast.beton.layout import (
     CUSTOM,
     FIELD,
     HEADER,
+    IMAGE,
     INDEX,
     INT,
     LABEL_MAP,
@@ -103,6 +104,7 @@ def make_bases(folder: Path) -> None:
         classes: int = 300,
         page_size: int = 1 << 21,
         masks: MaskSpec | None = None,
+        planes: bool = False,
     ) -> None:
         samples = []
         for i, image in enumerate(images):
@@ -116,6 +118,8 @@ def make_bases(folder: Path) -> None:
                 record = pack(chosen, rng.normal(3, 4, spec.shape), spec)
                 label_map = lambda record=record: record  # noqa: E731
             sample = Sample(f"n{i % 3:02d}/é {i}.jpg", i % classes, lambda image=image: image, label_map)
+            if planes:
+                sample = dataclasses.replace(sample, as_planes=i != 3)
             if masks is not None:
                 mask = rng.integers(0, masks.num_classes, (8 + i, 16), np.uint8)
                 mask[2:, :5], mask[: 2 + i, 4:] = 255, 1
@@ -140,6 +144,8 @@ def make_bases(folder: Path) -> None:
     write("maps", tiny, MapSpec(3, 5, 7, 300))
     write("masks", tiny, classes=7, masks=MaskSpec(3, 255, ("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9))))
     write("both", tiny, MapSpec(2, 2, 3, 9), classes=9, masks=MaskSpec(2))
+    write("planes", tiny, classes=7, planes=True)
+    write("all", tiny, MapSpec(2, 2, 3, 9), classes=9, masks=MaskSpec(2), planes=True)
     write("square", tiny[:2], MapSpec(1, 1, 1, 1000, "center_square"), classes=1000)
     write("many", [picture(4, 4 + i % 5, rng) for i in range(120)], MapSpec(2, 2, 3, 20), classes=20)
     write(
@@ -159,7 +165,7 @@ class Content:
     masks: MaskSpec | None
     class_names: list
     annotator: dict | None
-    samples: list[tuple]  # id, label, height, width, jpeg, map, mask
+    samples: list[tuple]  # id, label, height, width, whether planes, image, map, mask
 
 
 def content_of(reader: BetonReader) -> Content:
@@ -174,6 +180,7 @@ def sample_of(reader: BetonReader, i: int) -> tuple:
         int(reader.labels[i]),
         int(reader.heights[i]),
         int(reader.widths[i]),
+        bool(reader.stored_as_planes[i]),
         bytes(reader.image(i)),
         maps,
         None if reader.mask_spec is None else reader.mask(i).tobytes(),
@@ -212,8 +219,10 @@ def places(data: bytes | bytearray) -> tuple[dict[str, tuple[int, int]], dict[st
         start = HEADER.itemsize + i * FIELD.itemsize
         spots[f"field{i}.type"], spots[f"field{i}.name"] = (start, 1), (start + 1, 16)
         spots[f"field{i}.arguments"] = (start + 17, 8)
-        if field["type_id"] == CUSTOM:
+        if field["type_id"] == CUSTOM and bytes(field["name"]) == b"label_map":
             add("spec", SPEC_ARGUMENTS, start + 17)
+        elif field["type_id"] == CUSTOM:
+            spots["image.magic"] = start + 17, 8
         elif field["arguments"].any():
             add("index", INDEX, start + 17)
             index = np.frombuffer(data, INDEX, 1, start + 17)[0]
@@ -232,9 +241,12 @@ def places(data: bytes | bytearray) -> tuple[dict[str, tuple[int, int]], dict[st
 
 
 def row_type(fields: np.ndarray) -> np.dtype:
-    return metadata_dtype(
-        [LABEL_MAP if kind == CUSTOM else STOCK_TYPES.get(kind, np.dtype("u1")) for kind in fields["type_id"].tolist()]
-    )
+    def kind_of(field: np.void) -> np.dtype:
+        if field["type_id"] == CUSTOM:
+            return IMAGE if bytes(field["name"]) == b"image" else LABEL_MAP
+        return STOCK_TYPES.get(int(field["type_id"]), np.dtype("u1"))
+
+    return metadata_dtype([kind_of(field) for field in fields])
 
 
 # ---------------------------------------------------------------- operations
@@ -359,7 +371,19 @@ def seal(data: bytearray, samples: bool) -> None:
 
 # ---------------------------------------------------------------- drawing cases
 
-WEIGHTS = {"one": 3, "plain": 4, "maps": 6, "masks": 3, "both": 2, "square": 1, "many": 2, "pages": 0.4, "stock": 0.8}
+WEIGHTS = {
+    "one": 3,
+    "plain": 4,
+    "maps": 6,
+    "masks": 3,
+    "both": 2,
+    "planes": 3,
+    "all": 2,
+    "square": 1,
+    "many": 2,
+    "pages": 0.4,
+    "stock": 0.8,
+}
 INFO = [
     ["", "null", 1, ""],
     ["", "[]", 1, ""],
@@ -642,6 +666,7 @@ def read(path: Path) -> tuple[str, str, BetonReader | None]:
         return "open", named(error, path), None
     first = ""
     steps = [lambda: reader.source_ids, lambda: [reader.image(i) for i in range(len(reader))]]
+    steps += [lambda i=i: reader.planes(i) for i in np.flatnonzero(reader.stored_as_planes)]
     if reader.spec is not None:
         batches = [np.arange(start, min(start + 8, len(reader))) for start in range(0, len(reader), 8)]
         steps += [lambda batch=batch: reader.label_maps(batch) for batch in batches]
@@ -709,7 +734,12 @@ def contradictions(reader: BetonReader, size: int) -> None:
         or (ends[order][:-1] > starts[order][1:]).any()
         or min(map(len, views)) == 0
     ):
-        raise Violation("JPEGs that are empty, outside of the file, or overlap")
+        raise Violation("images that are empty, outside of the file, or overlap")
+    for i in np.flatnonzero(reader.stored_as_planes):
+        (height, width), sizes = (reader.heights[i], reader.widths[i]), [plane.shape for plane in reader.planes(i)]
+        half = -(-height // 2), -(-width // 2)
+        if sizes != [(height, width), half, half] or sum(map(np.prod, sizes)) != len(views[i]):
+            raise Violation("planes of another size than the image")
     if reader.spec is not None:
         classes, scores = reader.label_maps(np.arange(len(reader)))
         if classes.max() >= reader.spec.num_classes or not np.isfinite(scores).all() or classes.shape != scores.shape:

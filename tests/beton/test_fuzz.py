@@ -263,6 +263,19 @@ KEPT = {
         "info",
     ),
     "height that is not the JPEG's": ("plain", [["put", "row2.f0.height", 11], ["seal", "tables"]], "verify", "image"),
+    "planes in a file whose image field is ffcv's": (
+        "planes",
+        [["put", "field0.type", 2], ["seal", "tables"]],
+        "open",
+        "field",
+    ),
+    "planes of another height": ("planes", [["put", "row2.f0.height", 12], ["seal", "tables"]], "open", "image"),
+    "planes in a shorter allocation": ("planes", [["put", "alloc1.size", 9], ["seal", "tables"]], "open", "image"),
+    "a JPEG said to be planes": ("planes", [["put", "row3.f0.mode", 2], ["seal", "tables"]], "open", "image"),
+    "planes said to be a JPEG": ("planes", [["put", "row1.f0.mode", 0], ["seal", "samples"]], "verify", "image"),
+    "planes said to be raw RGB": ("planes", [["put", "row1.f0.mode", 1], ["seal", "tables"]], "open", "image"),
+    "an unknown mode": ("plain", [["put", "row1.f0.mode", 2], ["seal", "tables"]], "open", "image"),
+    "arguments of another's image field": ("planes", [["put", "image.magic", 7], ["seal", "tables"]], "open", "field"),
     "blocks of verify twice as large as the file": ("pages", [], "harmless", ""),
 }
 
