@@ -80,8 +80,9 @@ def kernel_differs_by(device: torch.device) -> float:
 
     out = torch.full((batch, 1 + grid**2, spec.num_classes), float("nan"), device=device)
     errors = torch.zeros(batch, dtype=torch.int32, device=device)
-    starts = np.cumsum([0] + [len(label_map) for label_map in maps]).astype(np.int64)
-    tensors = (put(np.concatenate(maps)), put(starts), put(ranges), put(affines))
+    ends = np.cumsum([0] + [len(label_map) for label_map in maps]).astype(np.int64)
+    bounds = np.stack([ends[:-1], ends[1:]], axis=1)
+    tensors = (put(np.concatenate(maps)), put(bounds), put(ranges), put(affines))
     cuda.packed_targets(*tensors, spec, grid, 0.1, False, out, errors)
     read = [unpack(record, spec) for record in packed]
     classes, scores = (np.ascontiguousarray(np.stack(arrays)) for arrays in zip(*read, strict=True))

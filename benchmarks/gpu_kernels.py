@@ -73,7 +73,8 @@ class Targets:
         sizes = np.full(batch, HEIGHT), np.full(batch, WIDTH)
         self.affines = map_affines(plans, *sizes, "full", "correct")
         self.maps = device(np.concatenate(encoded))
-        self.starts = device(np.cumsum([0] + [len(data) for data in encoded]).astype(np.int64))
+        ends = np.cumsum([0] + [len(data) for data in encoded]).astype(np.int64)
+        self.bounds = device(np.stack([ends[:-1], ends[1:]], axis=1))
         self.ranges = device(np.array(ranges, np.float32))
         self.device_affines, self.errors = device(self.affines), torch.zeros(batch, dtype=torch.int32, device="cuda")
         self.dense = device(self.classes.astype(np.int64)), device(self.scores)
@@ -87,7 +88,7 @@ class Targets:
     def ours(self, out: torch.Tensor) -> None:
         cuda.packed_targets(
             self.maps,
-            self.starts,
+            self.bounds,
             self.ranges,
             self.device_affines,
             SPEC,

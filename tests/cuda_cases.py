@@ -154,11 +154,12 @@ def pack_batch(rng, listed, spec) -> tuple[list[bytes], np.ndarray]:
 
 
 def run_packed(encoded, ranges, affines, spec, grid, dtype=np.float32, cut=True):
-    starts = np.cumsum([0] + [len(data) for data in encoded]).astype(np.int64)
+    ends = np.cumsum([0] + [len(data) for data in encoded])
+    bounds = np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64)
     out = put(np.full((len(encoded), 1 + math.prod(both_sides(grid)), spec.num_classes), 7, dtype))
     errors = put(np.zeros(len(encoded), np.int32))
     data = put(np.frombuffer(b"".join(encoded), np.uint8))
-    cuda.packed_targets(data, put(starts), put(ranges), put(affines), spec, grid, 0.1, cut, out, errors)
+    cuda.packed_targets(data, put(bounds), put(ranges), put(affines), spec, grid, 0.1, cut, out, errors)
     return get(out), get(errors)
 
 

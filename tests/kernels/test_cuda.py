@@ -72,7 +72,8 @@ def test_targets_at_real_sizes(num_classes, dtype):
     scores = np.stack(
         [labelmap.dequantise(record["scores"], record["score_min"], record["score_step"]) for record in records]
     )
-    starts = np.cumsum([0] + [len(data) for data in encoded])
+    ends = np.cumsum([0] + [len(data) for data in encoded])
+    bounds = np.stack([ends[:-1], ends[1:]], axis=1)
     ranges = np.array([(record["score_min"], record["score_step"]) for record in records], np.float32)
     boxes = np.concatenate([rng.uniform(0, 0.4, (batch, 2)), rng.uniform(0.1, 0.6, (batch, 2))], 1).astype(np.float32)
     for affines in (affines_of_crops(boxes, rng.random(batch) < 0.5), cuda_cases.rotated(rng, batch)):
@@ -83,7 +84,7 @@ def test_targets_at_real_sizes(num_classes, dtype):
             out = torch.full(expected.shape, torch.nan, dtype=dtype, device="cuda")
             errors = torch.zeros(batch, dtype=torch.int32, device="cuda")
             torch.cuda.synchronize()
-            arrays = [data, *(torch.from_numpy(array).cuda() for array in (starts, ranges, affines))]
+            arrays = [data, *(torch.from_numpy(array).cuda() for array in (bounds, ranges, affines))]
             cuda.packed_targets(
                 *arrays, spec, grid, 0.1, True, out, errors, stream=torch.cuda.current_stream().cuda_stream
             )

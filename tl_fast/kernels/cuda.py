@@ -100,7 +100,7 @@ def warped_targets(
 
 def packed_targets(
     maps: Any,
-    starts: Any,
+    bounds: Any,
     ranges: Any,
     affines: Any,
     spec: MapSpec,
@@ -115,8 +115,8 @@ def packed_targets(
     """Token targets of a batch from its label maps as they lie in a beton (docs/file_format.md), in one launch and
     without waiting.
 
-    maps: uint8 [M], the batch's maps one after the other; starts: int64 [B+1], where each begins, and where the last
-    ends; ranges: float32 [B, 2] = (score_min, score_step); affines: float32 [B, 6] and cut: as of `cpu.warped_targets`;
+    maps: uint8 [M], memory in which the maps lie; bounds: int64 [B, 2], the first byte of each and the one behind its
+    last; ranges: float32 [B, 2] = (score_min, score_step); affines: float32 [B, 6] and cut: as of `cpu.warped_targets`;
     spec: of the maps; grid: (h, w), or a number for both; out: float32 or bfloat16 [B, 1 + h*w, C], written; errors:
     int32 [B], zeros.
 
@@ -126,11 +126,9 @@ def packed_targets(
     not fit.
     """
     batch = len(errors)
-    if tuple(starts.shape) != (batch + 1,) or tuple(ranges.shape) != (batch, 2):
-        raise ValueError(
-            f"starts must be [{batch + 1}] and ranges [{batch}, 2], got {tuple(starts.shape)} and {tuple(ranges.shape)}"
-        )
-    source = _flat(maps, np.uint8), _flat(starts, np.int64), _flat(ranges, np.float32)
+    if tuple(bounds.shape) != (batch, 2) or tuple(ranges.shape) != (batch, 2):
+        raise ValueError(f"bounds and ranges must be [{batch}, 2], got {tuple(bounds.shape)} and {tuple(ranges.shape)}")
+    source = _flat(maps, np.uint8), _flat(bounds, np.int64), _flat(ranges, np.float32)
     sizes = encoded_sizes(spec)
     shape = spec.k, spec.height, spec.width, spec.num_classes
     _launch_targets("bytes", source, sizes[1:], affines, shape, grid, smoothing, cut, out, errors, stream)
@@ -150,10 +148,6 @@ def _launch_targets(kind, source, sizes, affines, shape, grid, smoothing, cut, o
         raise ValueError(
             f"grid, k >= 1, 1 <= num_classes <= {cuda_rows.NONE} and smoothing in [0, 1) needed, "
             f"got {grid}, {k}, {num_classes}, {smoothing}"
-        )
-    if max(part.size for part in source) >= 1 << 31:
-        raise ValueError(
-            f"{max(part.size for part in source)} numbers of label maps at once; the kernel counts to 2**31"
         )
     if batch == 0:
         return

@@ -196,7 +196,7 @@ class GpuBatches:
         errors = up["errors"].view(torch.int32)
         cuda.packed_targets(
             up["maps"],
-            up["starts"].view(torch.int64),
+            up["map_bounds"].view(torch.int64).view(-1, 2),
             up["ranges"].view(torch.float32).view(-1, 2),
             up["affines"].view(torch.float32).view(-1, 6),
             spec,
@@ -308,8 +308,8 @@ def upload_parts(samples: Samples, plan: BatchPlan, offsets: np.ndarray) -> dict
     }
     if plan.affines is not None:
         maps, parts["ranges"] = samples.raw_label_maps(plan.ids)
-        parts["starts"] = np.cumsum([0] + [len(record) for record in maps])
-        parts["maps"] = np.concatenate(maps)
+        ends = np.cumsum([0] + [len(record) for record in maps])
+        parts["maps"], parts["map_bounds"] = np.concatenate(maps), np.stack([ends[:-1], ends[1:]], axis=1)
         parts["affines"] = plan.affines
         parts["errors"] = np.zeros(len(plan.ids), np.int32)
     if plan.masks is not None:

@@ -46,7 +46,7 @@ class Map(NamedTuple):
 def open_arrays(source, sizes, b, entries, num_classes, room):
     """source: classes uint16 [B k H W], scores float32 [B k H W]; sizes: not used."""
     thread, threads = block_thread()
-    first = I(b * entries)
+    first = np.int64(b) * entries
     wrong = I(0)
     for e in range(thread, entries, threads):
         if I(peek(source[0], first + e)) >= num_classes:
@@ -102,13 +102,13 @@ def _read_palette(maps, first, width, room):
 
 @device
 def open_bytes(source, sizes, b, entries, num_classes, room):
-    """source: maps uint8 [M], starts int64 [B+1], ranges float32 [2 B]; sizes: bytes of the layouts with a palette."""
+    """source: maps uint8 [M], bounds int64 [2 B], ranges float32 [2 B]; sizes: bytes of the layouts with a palette."""
     thread, threads = block_thread()
     maps = source[0]
     small, large = sizes
     flags, floats = room.flags, room.floats
-    first = I(peek(source[1], b))
-    size = I(peek(source[1], b + 1) - first)
+    first = peek(source[1], 2 * b)
+    size = I(peek(source[1], 2 * b + 1) - first)
     if thread == 0:
         floats[RANGE] = peek(source[2], 2 * b)
         floats[RANGE + 1] = peek(source[2], 2 * b + 1)
@@ -118,12 +118,12 @@ def open_bytes(source, sizes, b, entries, num_classes, room):
         if size != small and size != large:
             if thread == 0:
                 gpu.atomic.max(flags, 0, BAD_SIZE)
-            return Map(source, I(PLAIN), I(0), entries, room)
+            return Map(source, I(PLAIN), np.int64(0), entries, room)
         width = I((num_classes + 7) >> 3)
         listed = _read_palette(maps, first, width, room)
         if listed > PALETTE or (listed and room.palette[listed - 1] >= num_classes):
             wrong = I(BAD_BITMAP)
-        first = I(first + width)
+        first += width
     if not wrong:
         for e in range(thread, entries, threads):
             if layout == PLAIN:
@@ -151,11 +151,11 @@ def read_bytes(label_map, e):
     maps = source[0]
     if layout == PLAIN:
         c = I(I(peek(maps, first + 2 * e)) | I(peek(maps, first + 2 * e + 1)) << 8)
-        level_index = I(first + 2 * entries + e)
+        level_index = first + I(2 * entries + e)
     else:
         c = I(peek(room.palette, _place(maps, layout, first, entries, e)))
-        level_index = I(first + entries + e)
+        level_index = first + I(entries + e)
         if layout == PLACES9:
-            level_index = I(level_index + ((entries + 7) >> 3))
+            level_index += I((entries + 7) >> 3)
     level = np.float32(peek(maps, level_index))
     return c, level * level * peek(room.floats, RANGE + 1) + peek(room.floats, RANGE)
