@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import yuv_planes
 from tl_fast.kernels import cpu, cuda, cuda_launch
 from tl_fast.kernels.colour import cpu as colour
 from tl_fast.kernels.cuda_device import SIMULATED, scalar32
@@ -319,7 +320,7 @@ def make_batch(images, plans, size) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     expected = np.full((len(images), 3, *both_sides(size)), 99, np.uint8)
     for b, image in enumerate(images):
         part = np.ascontiguousarray(image[starts[b, 0] : stops[b, 0], starts[b, 1] : stops[b, 1]])
-        regions[b] = (offset, *part.shape[:2], *starts[b], *image.shape[:2])
+        regions[b] = (offset, *part.shape[:2], *starts[b], *image.shape[:2], 0)
         parts.append(part.ravel())
         offset += part.size
         pixels, fill = pixels_of(part, *starts[b].tolist()), np.array(FILL, np.uint8)
@@ -393,24 +394,86 @@ def test_flipped_crops():
     assert_close(augmented(pixels, regions, plans, 17), expected)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(buffer=36, table=8, canvas_size=25),
-        dict(buffer=90, table=16, canvas_size=60),
-        dict(buffer=3, table=1, canvas_size=25),
-    ],
-    ids=["small", "bands", "pixel by pixel"],
-)
-@pytest.mark.parametrize("operations", [[], [("Rotate", 30.0)]], ids=["axes", "rotated"])
-def test_what_does_not_fit_is_done_in_parts(monkeypatch, settings, operations):
+# Settings of `cuda_geometry.build` with room for so little that images are made in parts.
+SMALL_KERNELS = {
+    "small": dict(buffer=36, table=8, canvas_size=25),
+    "bands": dict(buffer=90, table=16, canvas_size=60),
+    "pixel by pixel": dict(buffer=3, table=1, canvas_size=25),
+}
+
+
+def use_kernel(monkeypatch, **settings):
     function = cuda_geometry.build(tile=8, lines=6, **settings)
     show = dataclasses.replace(cuda_launch.KERNELS["images: geometry"], function=function)
     monkeypatch.setitem(cuda_launch.KERNELS, "images: geometry", show)
     monkeypatch.setattr(cuda_geometry, "TILE", 8)
+
+
+@pytest.mark.parametrize("settings", SMALL_KERNELS.values(), ids=SMALL_KERNELS)
+@pytest.mark.parametrize("operations", [[], [("Rotate", 30.0)]], ids=["axes", "rotated"])
+def test_what_does_not_fit_is_done_in_parts(monkeypatch, settings, operations):
+    use_kernel(monkeypatch, **settings)
     plans = affine_plans(1, (1, 2, 33, 30), 1, operations)
     pixels, regions, expected = make_batch([picture(np.random.default_rng(3), 36, 35)], plans, 9)
     assert_close(augmented(pixels, regions, plans, 9), expected)
+
+
+def as_planes(pixels, regions, planes) -> tuple[np.ndarray, np.ndarray]:
+    """`make_batch`'s pixels and regions, with the planes of each image in place of its RGB where `planes` has some."""
+    regions, parts, offset = regions.copy(), [np.zeros(5, np.uint8)], 5
+    for region, image in zip(regions, planes, strict=True):
+        start, shape = (region["top"], region["left"]), (region["rows"], region["columns"])
+        if image is None:
+            part = pixels[region["offset"] :][: 3 * shape[0] * shape[1]]
+        else:
+            part = yuv_planes.cut(image, start, (start[0] + shape[0], start[1] + shape[1]))
+        region["offset"], region["planes"] = offset, image is not None
+        parts.append(part)
+        offset += part.size
+    return np.concatenate(parts), regions
+
+
+def check_planes(planes, plans, size):
+    """The kernel's images from planes are those from the RGB that libjpeg shows, to the bit; every third is RGB."""
+    shown = [yuv_planes.shown(image) for image in planes]
+    pixels, regions, expected = make_batch(shown, plans, size)
+    from_rgb = augmented(pixels, regions, plans, size)
+    assert_close(from_rgb, expected)
+    mixed = [None if b % 3 == 2 else image for b, image in enumerate(planes)]
+    from_planes = augmented(*as_planes(pixels, regions, mixed), plans, size)
+    narrow = np.array([image.shape[1] < 5 for image in shown])  # which are filtered pixel by pixel, and so rounded
+    np.testing.assert_array_equal(from_planes[~narrow], from_rgb[~narrow])
+    assert (np.abs(from_planes[narrow].astype(int) - from_rgb[narrow]) <= 1).all()
+
+
+def test_planes_are_shown_as_libjpegs_pixels():
+    """Crops at every corner and edge of images with odd and even sides, some of one or two pixels; mirrored, rotated,
+    bilinear and bicubic, smaller and larger than the output; all in one batch, with RGB between them."""
+    rng, size = np.random.default_rng(7), (9, 12)
+    sides = [(21, 15), (20, 16), (21, 16), (1, 5), (2, 6), (2, 3), (1, 1), (5, 4)]
+    crops = [(0, 0, 8, 7), (12.5, 8.5, 8.5, 6.5), (0, 9, 15, 6), (13, 0, 8, 15), (3.3, 4.7, 4.1, 3.2), (0, 0, 21, 15)]
+    plans, planes = [], []
+    for n, (height, width) in enumerate(sides):
+        inside = [crop for crop in crops if crop[0] + crop[2] <= height and crop[1] + crop[3] <= width]
+        for m, crop in enumerate(inside or [(0, 0, height, width)]):
+            operations = [("Rotate", 31.0), ("ShearX", 0.2)] if (n + m) % 4 == 3 else []
+            plans.append(affine_plans(1, crop, (n + m) % 2, operations, size[1] / size[0]))
+            planes.append(
+                yuv_planes.random_planes(rng, height, width)
+                if m % 2
+                else yuv_planes.planes_of(picture(rng, height, width))
+            )
+    augment = plan.Augment(flip=1.0, interpolation="random")
+    plans.append(plan.draw(0, 0, np.arange(3), np.full(3, 21), np.full(3, 16), augment))
+    planes += [yuv_planes.random_planes(rng, 21, 16) for _ in range(3)]
+    check_planes(planes, np.concatenate(plans), size)
+
+
+@pytest.mark.parametrize("settings", SMALL_KERNELS.values(), ids=SMALL_KERNELS)
+def test_planes_that_do_not_fit_are_done_in_parts(monkeypatch, settings):
+    use_kernel(monkeypatch, **settings)
+    plans = np.concatenate([affine_plans(1, (1, 2, 12, 8), 1), affine_plans(1, (1, 2, 12, 8), 1, [("Rotate", 30.0)])])
+    check_planes([yuv_planes.random_planes(np.random.default_rng(n), 14, 11) for n in range(2)], plans, 7)
 
 
 def finished(images, plans, **options) -> np.ndarray | torch.Tensor:
@@ -419,7 +482,7 @@ def finished(images, plans, **options) -> np.ndarray | torch.Tensor:
     pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).ravel()
     regions = np.zeros(len(images), cuda.REGION)
     for b in range(len(images)):
-        regions[b] = (b * 3 * size * size, size, size, 0, 0, size, size)
+        regions[b] = (b * 3 * size * size, size, size, 0, 0, size, size, 0)
     return augmented(pixels, regions, plans, size, **options)
 
 
@@ -496,13 +559,19 @@ def test_full_recipe():
     assert (off > 3).mean() < 5e-3 and (off > 0).mean() < 0.1
 
 
-def test_regions_that_lack_pixels_are_not_overrun():
+@pytest.mark.parametrize("planes", [False, True], ids=["RGB", "planes"])
+@pytest.mark.parametrize("operations", [[], [("Rotate", 20.0)]], ids=["axes", "rotated"])
+def test_regions_that_lack_pixels_are_not_overrun(planes, operations):
     """A wrong region gives a wrong image, not a read beyond it: its bytes are 50, those around it other samples'."""
-    plans = affine_plans(1, (0, 0, 40, 50), 1, [("Rotate", 20.0)])
-    pixels = np.full(3 * 10 * 12, 50, np.uint8)
-    regions = np.array([(0, 10, 12, 15, 20, 40, 50)], cuda.REGION)
-    out = augmented(pixels, regions, plans, 9)
-    assert out.shape == (1, 3, 9, 9)  # numpy raises for an index outside; on a GPU compute-sanitizer looks
+    plans = affine_plans(1, (0, 0, 40, 50), 1, operations)
+    size = 10 * 12 + 2 * 8 * 8 if planes else 3 * 10 * 12
+    pixels = np.full(200 + size, 255, np.uint8)
+    pixels[200:] = 50
+    regions = np.array([(200, 10, 12, 15, 20, 40, 50, planes)], cuda.REGION)
+    out = augmented(pixels, regions, plans, 9)  # numpy raises for an index outside; on a GPU compute-sanitizer looks
+    inside = yuv_planes.shown(tuple(np.full((1, 1), 50, np.uint8) for _ in range(3)))[0, 0] if planes else [50] * 3
+    for channel, value, fill in zip(out[0], inside, FILL, strict=True):
+        assert channel.max() <= 1.25 * max(value, fill)  # bicubic overshoots
 
 
 @pytest.mark.parametrize(
@@ -520,7 +589,7 @@ def test_regions_that_lack_pixels_are_not_overrun():
 def test_augment_refuses_what_does_not_fit(change, message):
     arguments = {
         "pixels": np.zeros(48, np.uint8),
-        "regions": np.array([(0, 4, 4, 0, 0, 4, 4)], cuda.REGION),
+        "regions": np.array([(0, 4, 4, 0, 0, 4, 4, 0)], cuda.REGION),
         "plans": affine_plans(1, (0, 0, 4, 4), 0),
         "fill": FILL,
         "out": np.zeros((1, 3, 4, 4), np.uint8),
@@ -547,7 +616,7 @@ def make_masks(masks, plans, size, ignore_index) -> tuple[np.ndarray, np.ndarray
     images = np.full((len(masks), 3, *both_sides(size)), 9, np.uint8)
     for b, mask in enumerate(masks):
         part = mask[starts[b, 0] : stops[b, 0], starts[b, 1] : stops[b, 1]]
-        regions[b] = (offset, *part.shape, *starts[b], *mask.shape)
+        regions[b] = (offset, *part.shape, *starts[b], *mask.shape, 0)
         parts.append(part.ravel())
         offset += part.size
         cpu.show_mask(mask, plans[b], ignore_index, expected[b], images[b], np.array(FILL, np.uint8))
@@ -581,7 +650,7 @@ def test_masks_are_the_cpus_to_the_last_bit(size):
 
 def test_regions_of_masks_that_lack_pixels_are_not_overrun():
     plans = affine_plans(1, (0, 0, 40, 50), 1, [("Rotate", 20.0)])
-    regions = np.array([(0, 10, 12, 15, 20, 40, 50)], cuda.REGION)
+    regions = np.array([(0, 10, 12, 15, 20, 40, 50, 0)], cuda.REGION)
     out, images = put(np.full((1, 9, 9), 77, np.uint8)), put(np.zeros((1, 3, 9, 9), np.uint8))
     cuda.show_masks(put(np.full(120, 50, np.uint8)), put(regions), put(plans), 255, FILL, out, images)
     assert set(np.unique(get(out))) == {50, 255}
@@ -605,7 +674,7 @@ def test_regions_of_masks_that_lack_pixels_are_not_overrun():
 def test_masks_that_do_not_fit_are_refused(change, message):
     arguments = {
         "masks": np.zeros(16, np.uint8),
-        "regions": np.array([(0, 4, 4, 0, 0, 4, 4)], cuda.REGION),
+        "regions": np.array([(0, 4, 4, 0, 0, 4, 4, 0)], cuda.REGION),
         "plans": affine_plans(1, (0, 0, 4, 4), 0),
         "ignore_index": 255,
         "fill": FILL,

@@ -25,8 +25,8 @@ def run_cases(environment: dict[str, str], *arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-# Of the cases those that take a second or two: targets from arrays, geometry, masks, and what is refused.
-QUICK = "negative_scores or flipped_crops or class_beyond or masks"
+# Of the cases those that take a second or two: targets from arrays, geometry, planes, masks, and what is refused.
+QUICK = "negative_scores or flipped_crops or class_beyond or masks or libjpegs_pixels"
 
 
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(f"not ({QUICK})", marks=pytest.mark.slow)], ids=["few", "rest"])

@@ -271,6 +271,45 @@ def filter_weight(x, i, box_start, box_extent, out_size, interpolation):
     return kernel(abs((real(x) - filter_centre(i, box_start, box_extent, out_size) + 0.5) / scale), interpolation)
 
 
+def chroma_range(start, stop, size):
+    """Chroma samples (first, the one behind the last) that pixels `start` to `stop` (exclusive) of `size` are upsampled
+    from, along one axis of YUV 4:2:0 planes: their own and one beyond on each side. Integers, or arrays of them."""
+    behind = (stop + 1) >> 1
+    return (start >> 1) - (start > 1), behind + (behind < (size + 1) >> 1)
+
+
+def chroma_neighbour(pixel, size):
+    """The second nearest chroma sample of a pixel along one axis of `size` pixels, int32. The nearest one is
+    pixel >> 1; at the image's edge both are the same. libjpeg smooths chroma of at least `ycbcr.SMOOTHED` columns."""
+    return min(max(np.int32((pixel >> 1) - 1 + ((pixel & 1) << 1)), np.int32(0)), np.int32(((size + 1) >> 1) - 1))
+
+
+def chroma_mix(near, other):
+    """Chroma at a pixel, times 4, from the samples or sums nearest and second nearest to it along one axis; int32."""
+    return np.int32(3 * np.int32(near) + np.int32(other))
+
+
+def chroma_of(sums, column):
+    """Chroma at a pixel of column `column`, from the `chroma_mix` along both axes; int32. libjpeg's triangle filter
+    ("fancy" upsampling, jdsample.c), whose rounding alternates."""
+    return np.int32(np.int32(sums + (8 - (column & 1))) >> 4)
+
+
+def channel_of(luma, colour):
+    """Y plus a colour difference, times 2**16 -> a channel, 0..255, int32; rounded and clamped as in jdcolor.c."""
+    return min(max(np.int32(luma + (np.int32(colour + 32768) >> 16)), np.int32(0)), np.int32(255))
+
+
+def rgb_of(luma, blue, red):
+    """RGB of a pixel in JPEG's YCbCr (full-range BT.601), int32, as libjpeg's jdcolor.c has it, to the bit."""
+    blue, red = np.int32(blue - 128), np.int32(red - 128)
+    return (
+        channel_of(luma, np.int32(91881 * red)),  # 1.402 * 2**16, and so on
+        channel_of(luma, np.int32(-22554 * blue - 46802 * red)),
+        channel_of(luma, np.int32(116130 * blue)),
+    )
+
+
 def luma(red, green, blue):
     """Pillow's 8-bit grey of three int64 channels (ITU-R 601-2)."""
     return (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16

@@ -5,6 +5,9 @@ first, rounded to uint8 in shared memory, then along y, rounded again. Where the
 output; else the canvas stays in shared memory and is warped from there. Whatever does not fit shared memory is done in
 parts: a canvas in bands of rows and columns, a tile in quarters. No pixel outside the decoded region is read, whatever
 the plan says.
+
+A sample's pixels are RGB or YUV 4:2:0 planes. Planes are upsampled and converted where the first pass reads them, to
+the bit as libjpeg does it; `_filter_plane_rows` says what that costs.
 """
 
 from __future__ import annotations
@@ -16,17 +19,19 @@ import numpy as np
 from numba import cuda, float32, int32, uint8
 
 from tl_fast.kernels.cuda_device import HALF, ONE, ZERO, I, device, gpu, peek, poke, scalar32
-from tl_fast.maths import scalar
+from tl_fast.maths import scalar, ycbcr
 
 _filter_range, _filter_weight, _filter_support = scalar32.filter_range, scalar32.filter_weight, scalar32.filter_support
 _filter_centre, _cubic_weights = scalar32.filter_centre, scalar32.cubic_weights
+_chroma_range, _chroma_neighbour = scalar32.chroma_range, scalar32.chroma_neighbour
+_chroma_mix, _chroma_of, _rgb_of = scalar32.chroma_mix, scalar32.chroma_of, scalar32.rgb_of
 BICUBIC = scalar.BICUBIC
 
-REGION = np.dtype(
-    [("offset", "<i8"), *((name, "<i4") for name in ("rows", "columns", "top", "left", "height", "width"))], align=True
-)
-"""One record a sample. Its decoded pixels, uint8 [rows, columns, 3], begin at byte `offset` of all samples' pixels; the
-first of them is pixel (top, left) of an image of height x width."""
+_NUMBERS = "rows", "columns", "top", "left", "height", "width", "planes"
+REGION = np.dtype([("offset", "<i8"), *((name, "<i4") for name in _NUMBERS)], align=True)
+"""One record a sample. Its pixels begin at byte `offset` of all samples'; the first of them is pixel (top, left) of an
+image of height x width. Where `planes` is 0 they are RGB, uint8 [rows, columns, 3]. Else they are YUV 4:2:0 planes: Y,
+uint8 [rows, columns], then Cb and Cr, each the samples that `tl_fast.maths.scalar.chroma_range` names."""
 
 TILE = 32  # output pixels, square
 # Threads of a block, and blocks that a multiprocessor shall have room for: 128 registers a thread; 80 would spill.
@@ -36,7 +41,9 @@ BOX_TOP, BOX_LEFT, BOX_HEIGHT, BOX_WIDTH, SCALE_Y, XU = range(6)
 X_STEP, X_SLANT, X_START, Y_SLANT, Y_STEP, Y_START, X_LOW, X_HIGH, Y_LOW, Y_HIGH = range(6, 16)
 IMAGE_X0, IMAGE_X1, IMAGE_Y0, IMAGE_Y1, TOP, LEFT, ROWS, COLUMNS, HEIGHT, WIDTH = range(10)
 INTERPOLATION, WARPED, TAPS_Y, TAPS_X, PART = range(10, 15)
-FLOATS, INTEGERS = 16, 15
+PLANES, CHROMA_TOP, CHROMA_LEFT, CHROMA_ROWS, CHROMA_COLUMNS = range(15, 20)
+FLOATS, INTEGERS = 16, 20
+SMOOTHED = 2 * ycbcr.SMOOTHED - 1  # columns of an image of planes from which on its chroma is smoothed
 LINES = 64  # rows and columns of a canvas that one pass makes, at most
 WHITE = np.float32(255.0)
 
@@ -140,6 +147,38 @@ def _place(region, plan, out_rows, out_columns, tile, canvas_size, real, whole):
             break
         part = I(part >> 1)
     whole[PART] = part
+    whole[PLANES] = region["planes"]
+    first, stop = _chroma_range(whole[TOP], I(whole[TOP] + whole[ROWS]), height)
+    whole[CHROMA_TOP], whole[CHROMA_ROWS] = first, stop - first
+    first, stop = _chroma_range(whole[LEFT], I(whole[LEFT] + whole[COLUMNS]), width)
+    whole[CHROMA_LEFT], whole[CHROMA_COLUMNS] = first, stop - first
+
+
+@device
+def _mix_rows(pixels, index, beside, plane):
+    """Cb and Cr between two rows of samples: `_chroma_mix` of those at byte `index` and `beside` bytes behind it.
+    plane: bytes from Cb to Cr."""
+    blue = _chroma_mix(peek(pixels, index), peek(pixels, index + beside))
+    index += plane
+    return blue, _chroma_mix(peek(pixels, index), peek(pixels, index + beside))
+
+
+@device
+def _plane_pixel(pixels, offset, v, u, whole, channel):
+    """A channel of pixel (v, u) of an image whose region is planes."""
+    chroma_bytes, row, column = whole[CHROMA_COLUMNS], I(v >> 1), I(u >> 1)
+    other_row, other_column = _chroma_neighbour(v, whole[HEIGHT]), _chroma_neighbour(u, whole[WIDTH])
+    if whole[WIDTH] < SMOOTHED:
+        other_row, other_column = row, column
+    chroma = offset + whole[ROWS] * np.int64(whole[COLUMNS]) + I(row - whole[CHROMA_TOP]) * np.int64(chroma_bytes)
+    chroma -= whole[CHROMA_LEFT]
+    beside, plane = I((other_row - row) * chroma_bytes), I(whole[CHROMA_ROWS] * chroma_bytes)
+    blue, red = _mix_rows(pixels, chroma + column, beside, plane)
+    other = _mix_rows(pixels, chroma + other_column, beside, plane)
+    blue, red = _chroma_of(_chroma_mix(blue, other[0]), u), _chroma_of(_chroma_mix(red, other[1]), u)
+    luma = peek(pixels, offset + I(v - whole[TOP]) * np.int64(whole[COLUMNS]) + I(u - whole[LEFT]))
+    rgb = _rgb_of(I(luma), blue, red)
+    return np.float32(rgb[0] if channel == 0 else rgb[1] if channel == 1 else rgb[2])
 
 
 @device
@@ -157,7 +196,10 @@ def _direct(pixels, offset, y, x, real, whole, out_rows, out_columns, channel):
         line, share = ZERO, ZERO
         for u in range(begin_x, end_x):
             weight = _filter_weight(u, x, real[BOX_LEFT], real[BOX_WIDTH], out_columns, interpolation)
-            line += weight * np.float32(peek(pixels, index))
+            if whole[PLANES] == 0:
+                line += weight * np.float32(peek(pixels, index))
+            else:
+                line += weight * _plane_pixel(pixels, offset, I(v), I(u), whole, channel)
             share += weight
             index += 3
         total += weight_y * np.float32(_round(line / share if share != ZERO else ZERO))
@@ -205,6 +247,49 @@ def _filter_rows(pixels, first_byte, line_bytes, left, span, n_across, filters, 
                 green += weight * np.float32(peek(pixels, byte + 1))
                 blue += weight * np.float32(peek(pixels, byte + 2))
                 byte += 3
+            index = I(3 * (v * n_across + j))
+            poke(lines, index, _round(red))
+            poke(lines, index + 1, _round(green))
+            poke(lines, index + 2, _round(blue))
+
+
+@device
+def _filter_plane_rows(pixels, offset, begin, span, n_across, filters, whole, lines):
+    """As `_filter_rows` from planes, whose first byte is `offset`, for `span` rows from row `begin` of the image on.
+
+    A thread that goes along a row keeps the two columns of chroma around it. So a pixel takes three bytes on average,
+    as RGB does: one of Y, and for every other pixel two of Cb and two of Cr. It is converted each time that a canvas
+    column takes it, bilinear twice or more often, for some 60 instructions of PTX where RGB takes 21."""
+    group, groups, lane, lanes = I(gpu.threadIdx.y), I(gpu.blockDim.y), I(gpu.threadIdx.x), I(gpu.blockDim.x)
+    line_bytes, chroma_bytes = whole[COLUMNS], whole[CHROMA_COLUMNS]
+    plane, width = I(whole[CHROMA_ROWS] * chroma_bytes), whole[WIDTH]
+    for v in range(group, span, groups):
+        row = I(begin + v)
+        luma = offset + I(row - whole[TOP]) * np.int64(line_bytes) - whole[LEFT]
+        chroma = offset + whole[ROWS] * np.int64(line_bytes) - whole[CHROMA_LEFT]
+        chroma += I((row >> 1) - whole[CHROMA_TOP]) * np.int64(chroma_bytes)
+        beside = I((_chroma_neighbour(row, whole[HEIGHT]) - (row >> 1)) * chroma_bytes)
+        for j in range(lane, n_across, lanes):
+            x, n = I(peek(filters.first, j)), I(peek(filters.count, j))
+            red, green, blue = ZERO, ZERO, ZERO
+            near_blue = near_red = other_blue = other_red = I(0)
+            if n > 0:
+                near_blue, near_red = _mix_rows(pixels, chroma + (x >> 1), beside, plane)
+                other_blue, other_red = _mix_rows(pixels, chroma + _chroma_neighbour(x, width), beside, plane)
+            for t in range(n):
+                cb, cr = _chroma_mix(near_blue, other_blue), _chroma_mix(near_red, other_red)
+                r, g, b = _rgb_of(I(peek(pixels, luma + x)), _chroma_of(cb, x), _chroma_of(cr, x))
+                weight = peek(filters.weights, I(j * filters.taps + t))
+                red += weight * np.float32(r)
+                green += weight * np.float32(g)
+                blue += weight * np.float32(b)
+                odd = x & 1 != 0
+                x = I(x + 1)
+                if odd:  # the chroma nearest to this column was second nearest to the one before
+                    near_blue, other_blue = other_blue, near_blue
+                    near_red, other_red = other_red, near_red
+                else:
+                    other_blue, other_red = _mix_rows(pixels, chroma + _chroma_neighbour(x, width), beside, plane)
             index = I(3 * (v * n_across + j))
             poke(lines, index, _round(red))
             poke(lines, index + 1, _round(green))
@@ -303,8 +388,11 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
                 gpu.syncthreads()
                 begin = filters_y.first[0]
                 span = I(min(filters_y.first[n_down - 1] + filters_y.count[n_down - 1] - begin, room))
-                first_byte = offset + I(begin - whole[TOP]) * np.int64(line_bytes)
-                _filter_rows(pixels, first_byte, line_bytes, whole[LEFT], span, n_across, filters_x, between)
+                if whole[PLANES] == 0:
+                    first_byte = offset + I(begin - whole[TOP]) * np.int64(line_bytes)
+                    _filter_rows(pixels, first_byte, line_bytes, whole[LEFT], span, n_across, filters_x, between)
+                else:
+                    _filter_plane_rows(pixels, offset, begin, span, n_across, filters_x, whole, between)
                 gpu.syncthreads()
                 for i in range(group, n_down, groups):
                     for j in range(lane, n_across, lanes):
@@ -327,7 +415,8 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
 
     @device
     def filter_directly(pixels, offset, box, canvas, real, whole, output):
-        """The canvas pixels of `box` one by one, where not even one column's filter fits shared memory."""
+        """The canvas pixels of `box` one by one: where not even one column's filter fits shared memory, and of planes
+        too narrow to be smoothed."""
         thread, threads = I(gpu.threadIdx.y * gpu.blockDim.x + gpu.threadIdx.x), I(gpu.blockDim.x * gpu.blockDim.y)
         down, across = I(box.end - box.top), I(box.right - box.left)
         plane = I(output.rows * output.columns)
@@ -377,6 +466,7 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
         filters_y = Filters(weights_y, first_y, count_y, whole[TAPS_Y])
         filters_x = Filters(weights_x, first_x, count_x, whole[TAPS_X])
         fits = filters_y.taps <= table and filters_x.taps <= table and 3 * filters_y.taps <= buffer
+        fits = fits and (whole[PLANES] == 0 or whole[WIDTH] >= SMOOTHED)
         for part_top in range(top, end, part_size):
             for part_left in range(left, right, part_size):
                 part_end, part_right = I(min(part_top + part_size, end)), I(min(part_left + part_size, right))
