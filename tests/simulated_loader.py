@@ -1,5 +1,5 @@
-"""Run by tests/pipeline/test_gpu_loader.py with NUMBA_ENABLE_CUDASIM=1: `simulated_loader.py BETON MASKED DAMAGED
-OUT.npz`, an epoch of every setting on the simulated device.
+"""Run by tests/pipeline/test_gpu_loader.py with NUMBA_ENABLE_CUDASIM=1: `simulated_loader.py BETON MASKED PLANES
+DAMAGED OUT.npz`, an epoch of every setting on the simulated device.
 
 Arrays of setting s, batch b are stored as "s/b/field"; the words of errors that were asked for as "error/...".
 """
@@ -24,19 +24,28 @@ SEGMENT_SETTINGS = {
     "segment": {"crop_size": (12, 20), "seed": 2},
     "segment, validation": {"train": False},
 }
+PLANES_SETTINGS = {
+    "planes": {
+        "augment": {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random"},
+        "seed": 4,
+        "check": True,
+    },
+    "planes, validation": {"train": False, "check": True},
+}
 COMMON = {"batch_size": 3, "image_size": 16, "grid": 2, "threads": 1}
 
 
-def run(beton: str, masked: str, device: str) -> dict[str, np.ndarray]:
-    """beton: with label maps; masked: with masks."""
+def run(beton: str, masked: str, planes: str, device: str) -> dict[str, np.ndarray]:
+    """beton: with label maps; masked: with masks; planes: with images that are planes and others that are JPEGs."""
     from tl_fast.pipeline import Loader, SegmentLoader
     from tl_fast.plan.augment import Augment
 
     arrays = {}
-    for name, setting in SETTINGS.items():
-        setting = setting | ({"augment": Augment(**setting["augment"])} if "augment" in setting else {})
-        with Loader(beton, device=device, **COMMON | setting) as loader:
-            arrays |= epoch_of(loader, name)
+    for path, settings in ((beton, SETTINGS), (planes, PLANES_SETTINGS)):
+        for name, setting in settings.items():
+            setting = setting | ({"augment": Augment(**setting["augment"])} if "augment" in setting else {})
+            with Loader(path, device=device, **COMMON | setting) as loader:
+                arrays |= epoch_of(loader, name)
     for name, setting in SEGMENT_SETTINGS.items():
         with SegmentLoader(masked, 3, device=device, threads=1, **setting) as loader:
             arrays |= epoch_of(loader, name)
@@ -64,8 +73,8 @@ def main() -> None:
     assert SIMULATED, "NUMBA_ENABLE_CUDASIM=1 is needed"
     sys.setswitchinterval(1e-4)  # seconds, as tests/cuda_cases.py
     torch.set_num_threads(1)
-    beton, masked, damaged, out = sys.argv[1:]
-    arrays = run(beton, masked, "cuda")
+    beton, masked, planes, damaged, out = sys.argv[1:]
+    arrays = run(beton, masked, planes, "cuda")
     with Loader(damaged, device="cuda", **COMMON | {"batch_size": 2}) as loader:  # which leaves no sample out
         for name, use in (("epoch", lambda: list(loader)), ("batch", lambda: loader.batch(np.array([0, 1])))):
             try:

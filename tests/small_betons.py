@@ -48,13 +48,14 @@ def write(
     class_names: list[str] | None = None,
     ids: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
+    as_planes: Sequence[bool | None] | None = None,
     **options,
 ) -> Path:
     """Write a beton of encoded images and return its path; skips the test where simplejpeg is not installed.
 
     records: a packed label map an image; drawn by `random_maps` where there is a `spec` alone. class_names: `class 0`
-    and so on, as many as the spec has, or 4. ids: `image-0.jpg` and so on. labels: the classes in turn. `options` are
-    `write_beton`'s.
+    and so on, as many as the spec has, or 4. ids: `image-0.jpg` and so on. labels: the classes in turn. as_planes:
+    which images become YUV 4:2:0 planes. `options` are `write_beton`'s.
     """
     pytest.importorskip("simplejpeg", reason="simplejpeg, which writing a beton needs, is not installed")
     class_names = class_names or [f"class {c}" for c in range(spec.num_classes if spec else 4)]
@@ -64,8 +65,10 @@ def write(
         records = records or random_maps(len(images), spec)
     maps = [None] * len(images) if records is None else [lambda record=record: record for record in records]
     samples = [
-        Sample(source_id, label, lambda image=image: image, label_map)
-        for source_id, label, image, label_map in zip(ids, labels, images, maps, strict=True)
+        Sample(source_id, label, lambda image=image: image, label_map, as_planes=planes)
+        for source_id, label, image, label_map, planes in zip(
+            ids, labels, images, maps, as_planes or [None] * len(images), strict=True
+        )
     ]
     write_beton(path, samples, class_names=class_names, spec=spec, **options)
     return path

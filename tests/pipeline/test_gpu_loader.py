@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from small_betons import masked_beton, write
 
-from tests import simulated_loader
+from tests import simulated_loader, yuv_planes
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.samples import Samples
@@ -33,6 +33,7 @@ from tl_fast.pipeline.planner import Planner
 from tl_fast.pipeline.regions import DecodeError, Regions
 from tl_fast.pipeline.settings import Crops, Decoding, Share, Targets
 from tl_fast.plan import records as plan
+from tl_fast.system.mistakes import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = plan.Augment(auto_augment="rand-m9-mstd0.5-inc1", interpolation="random", erase=0.25)
@@ -68,22 +69,36 @@ def small_beton(photos, tmp_path_factory):
     return write(tmp_path_factory.mktemp("small") / "small.beton", small_photos(photos), spec=MapSpec(2, 3, 3, 5))
 
 
+@pytest.fixture(scope="module")
+def beton_of_planes(photos, tmp_path_factory):
+    """Eight small photos, every fourth one a JPEG, the others planes; label maps as `small_beton`'s."""
+    path = tmp_path_factory.mktemp("planes") / "planes.beton"
+    as_planes = [n % 4 != 2 for n in range(8)]
+    return write(path, small_photos(photos), spec=MapSpec(2, 3, 3, 5), as_planes=as_planes)
+
+
 @pytest.mark.slow
-def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_beton, tmp_path):
+def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_beton, beton_of_planes, tmp_path):
     damaged = with_damaged_map(small_beton, tmp_path / "damaged.beton", 1)
     out = tmp_path / "simulated.npz"
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
     masked_beton(masked := tmp_path / "masked.beton", 6, ((24, 30), (20, 16)))
-    command = [sys.executable, "-m", "tests.simulated_loader", *map(str, (small_beton, masked, damaged, out))]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.simulated_loader",
+        *map(str, (small_beton, masked, beton_of_planes, damaged, out)),
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     simulated = dict(np.load(out))
     for name in ("epoch", "batch"):
         words = str(simulated.pop(f"error/{name}"))
         assert "damaged.beton: label_map: sample 1 (image-1.jpg)" in words and "outside 0..4" in words, words
-    expected = simulated_loader.run(str(small_beton), str(masked), "cpu")
+    expected = simulated_loader.run(str(small_beton), str(masked), str(beton_of_planes), "cpu")
     assert simulated.keys() == expected.keys()
-    settings = simulated_loader.SETTINGS.keys() | simulated_loader.SEGMENT_SETTINGS.keys()
+    kinds = simulated_loader.SETTINGS, simulated_loader.PLANES_SETTINGS, simulated_loader.SEGMENT_SETTINGS
+    settings = {name for kind in kinds for name in kind}
     assert {name.split("/")[0] for name in simulated} == settings
     for name, values in expected.items():
         field = name.split("/")[-1]
@@ -91,7 +106,9 @@ def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_b
         if field == "images":
             off = np.abs(simulated[name].astype(int) - values)
             # Within a level; operations like Equalize and Posterize multiply a level that differs.
-            assert (off > 1).mean() < (0.02 if name.startswith(("recipe", "rectangle", "segment/")) else 1e-9), (
+            assert (off > 1).mean() < (
+                0.02 if name.startswith(("recipe", "rectangle", "planes/", "segment/")) else 1e-9
+            ), (
                 name,
                 off.max(),
             )
@@ -265,9 +282,10 @@ def test_masks_are_one_launch_and_their_memory_is_kept_for_the_consumer(streams,
 
 def test_of_masks_the_part_is_uploaded_that_the_images_show(made_with_masks):
     batches, batch_plan = made_with_masks(1)
-    parts = gpu_batches.upload_parts(batches.samples, batch_plan, np.array([0, 48]))
+    parts = gpu_batches.upload_parts(batches.samples, batch_plan, np.array([0, 48]), np.array([False, True]))
     regions, values = parts["mask_regions"], parts["mask_bytes"]
     assert regions["offset"].tolist() == [0, 16] and parts["regions"]["offset"].tolist() == [0, 48]
+    assert parts["regions"]["planes"].tolist() == [0, 1] and not regions["planes"].any()
     assert (regions["rows"] == 4).all() and regions["height"].tolist() == [40, 40] and values.size == 32
     for b, (top, left) in enumerate([(3, 5), (36, 1)]):
         expected = batch_plan.masks[b][top : top + 4, left : left + 4]
@@ -321,7 +339,14 @@ def test_threads_decode_the_next_batch_while_one_region_of_this_one_takes_long(m
     batches, make = made_on(3)
     files = [np.frombuffer(file, np.uint8) for file in small_photos(photos, progressive=True)]
     places = np.array([(file.ctypes.data, file.size) for file in files])
-    samples = SimpleNamespace(image=files.__getitem__, image_addresses=lambda ids: places[ids].T)
+    sides, planes = np.zeros(8, np.int64), np.zeros(8, bool)
+    samples = SimpleNamespace(
+        image=files.__getitem__,
+        image_addresses=lambda ids: places[ids].T,
+        heights=sides,
+        widths=sides,
+        stored_as_planes=planes,
+    )
     monkeypatch.setattr(batches, "decoder", decoder := Decoder(samples, threads=2))
     with_pillow, released, decoded = decoder._with_pillow, threading.Event(), []
 
@@ -456,7 +481,53 @@ def test_regions_are_decoded_from_where_the_jpegs_lie(small_beton, monkeypatch):
     decoder.close()
 
 
+@pytest.mark.parametrize("all_planes", [True, False], ids=["planes", "both"])
+def test_regions_of_planes_are_the_files_bytes(photos, beton_of_planes, tmp_path, all_planes):
+    path = beton_of_planes
+    if all_planes:
+        path = write(tmp_path / "all.beton", small_photos(photos), store="yuv420")
+    samples, ids = Samples(path), np.array([5, 2, 0, 5])
+    starts, stops = np.array([[3, 4], [0, 0], [1, 7], [0, 0]]), np.array([[20, 21], [9, 8], [2, 8], [42, 55]])
+    decoder = Decoder(samples, 2)
+    regions = decoder(ids, starts, stops - starts)
+    assert (regions.plane_bytes > 0).tolist() == [True, all_planes, True, True] and len(regions) == 4
+    span, offsets = regions.span()
+    whole = np.asarray(span)
+    for b, i in enumerate(ids):
+        if samples.stored_as_planes[i]:
+            expected = yuv_planes.cut(samples.planes(i), tuple(starts[b]), tuple(stops[b]))
+        else:
+            with Image.open(io.BytesIO(samples.image(i))) as image:
+                expected = np.asarray(image.convert("RGB"))[starts[b, 0] : stops[b, 0], starts[b, 1] : stops[b, 1]]
+        np.testing.assert_array_equal(np.asarray(regions[b]), expected)
+        np.testing.assert_array_equal(whole[offsets[b] :][: expected.size], expected.ravel())
+    assert offsets[-1] + regions.plane_bytes[-1] == whole.size == np.asarray(regions[3]).size + offsets[3]
+    decoder.close()
+
+
 # --- settings
+
+
+def planner_of(path: Path) -> Planner:
+    crops = Crops((8, 8), RECIPE)
+    return Planner(Samples(path), Share(2), crops, Targets(grid=(2, 2)), seed=0, train=True)
+
+
+@pytest.mark.parametrize("way", ["mixed", "hybrid"])
+def test_nvjpeg_is_refused_for_planes(beton_of_planes, way):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    decoding = Decoding(torch.device("cuda"), way)
+    message = rf"decode='{way}'.*sample 0 \(image-0.jpg\) of .*planes.beton is stored as YUV.*use decode='cpu'"
+    with pytest.raises(InputError, match=message):
+        gpu_batches.open_decoder(planner_of(beton_of_planes), torch.device("cuda"), decoding, choice.call)
+
+
+def test_auto_is_the_cpu_for_planes_and_measured_for_jpegs(beton_of_planes, small_beton):
+    device = torch.device("cuda")
+    for path, kind in ((beton_of_planes, Decoder), (small_beton, choice.AutoDecoder)):
+        decoder = gpu_batches.open_decoder(planner_of(path), device, Decoding(device), choice.call)
+        assert type(decoder) is kind
+        decoder.close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -1,4 +1,5 @@
-"""Regions of JPEGs decoded by `tl_fast.jpeg.region_loops`, with the working memory that it needs."""
+"""Regions of JPEGs decoded by `tl_fast.jpeg.region_loops`, with the working memory that it needs, and regions of planes
+copied."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from tl_fast.jpeg.markers import OK
 from tl_fast.jpeg.memory import PixelMemory, ScanMemory, at_least
+from tl_fast.jpeg.plane_regions import plane_bytes
 from tl_fast.jpeg.region_loops import PLANE_ROOM, STREAM_ROOM, decode_pixels, decode_region, decode_regions
 from tl_fast.maths.ycbcr import ROW_ROOM, Pixels
 
@@ -22,23 +24,37 @@ def _room(rows: Any, columns: Any) -> tuple[Any, Any]:
 
 
 class RegionQueue:
-    """Regions of JPEGs to decode, by any number of threads: each takes the next one that no thread has taken.
+    """Regions of images to decode or copy, by any number of threads: each takes the next one that no thread has taken.
 
-    addresses: uint64 [B], of the JPEGs' first bytes, which stay as they are while the queue is in use.
-    sizes: int64 [B], of the JPEGs in bytes.
+    addresses: uint64 [B], of the images' first bytes, which stay as they are while the queue is in use.
+    sizes: int64 [B], of the images in bytes.
     starts, stops: int64 [B, 2], first pixel of each region and the one behind the last, (row, column).
+    sides: int64 [B, 2], height and width of the images that are YUV 4:2:0 planes, 0 for JPEGs; None: all are JPEGs.
 
-    offsets: int64 [B], where each region's pixels begin in `out`; num_bytes: of all pixels.
+    plane_bytes: int64 [B], bytes of the regions that are planes (`tl_fast.jpeg.plane_regions`), 0 for RGB pixels.
+    offsets: int64 [B], where each region begins in `out`; num_bytes: of all regions.
     """
 
-    def __init__(self, addresses: np.ndarray, sizes: np.ndarray, starts: np.ndarray, stops: np.ndarray):
-        self._jpegs = np.stack([addresses, sizes], axis=1).astype(np.uint64)
+    def __init__(
+        self,
+        addresses: np.ndarray,
+        sizes: np.ndarray,
+        starts: np.ndarray,
+        stops: np.ndarray,
+        sides: np.ndarray | None = None,
+    ):
+        self._images = np.stack([addresses, sizes], axis=1).astype(np.uint64)
         self._regions = np.concatenate([starts, stops], axis=1).astype(np.int64)
+        self._sides = np.zeros((len(starts), 2), np.int64) if sides is None else sides.astype(np.int64)
+        is_jpeg = self._sides[:, 0] == 0
+        self.plane_bytes = np.where(is_jpeg, 0, plane_bytes(self._regions[:, :2], self._regions[:, 2:], self._sides))
         rows, columns = (self._regions[:, 2:] - self._regions[:, :2]).T
-        ends = np.cumsum(3 * rows * columns)
-        self.offsets, self.num_bytes = ends - 3 * rows * columns, int(ends[-1]) if len(ends) else 0
-        self._stream_room = int(sizes.max(initial=0)) + STREAM_ROOM
-        self._plane_room, self._row_room = (int(room.max(initial=0)) for room in _room(rows, columns))
+        bytes_of_each = np.where(is_jpeg, 3 * rows * columns, self.plane_bytes)
+        ends = np.cumsum(bytes_of_each)
+        self.offsets, self.num_bytes = ends - bytes_of_each, int(ends[-1]) if len(ends) else 0
+        self._stream_room = int(sizes[is_jpeg].max(initial=0)) + STREAM_ROOM
+        plane_room, row_room = _room(rows[is_jpeg], columns[is_jpeg])
+        self._plane_room, self._row_room = int(plane_room.max(initial=0)), int(row_room.max(initial=0))
         self._taken = np.zeros(1, np.int64)
 
 
@@ -82,14 +98,16 @@ class RegionDecoder(threading.local):
         return pixels if status == OK else None
 
     def decode_queued(self, queue: RegionQueue, out: np.ndarray) -> int | None:
-        """Decode regions of a queue until it is empty -> None, or until one is left to other decoders -> its number.
+        """Decode or copy regions of a queue until it is empty -> None, or until one is left to other decoders -> its
+        number.
 
-        out: uint8 [queue.num_bytes], which gets the pixels. After a number the caller sees to that region, and calls
-        again for the others.
+        out: uint8 [queue.num_bytes], which gets pixels and planes. After a number the caller sees to that region, and
+        calls again for the others.
         """
         self._scan = self._scan.with_stream(queue._stream_room)
         self._pixels = self._pixels.with_room(queue._plane_room, queue._row_room)
-        left = decode_regions(queue._taken, queue._jpegs, queue._regions, queue.offsets, self._scan, self._pixels, out)
+        source = queue._images, queue._regions, queue._sides, queue.offsets
+        left = decode_regions(queue._taken, *source, self._scan, self._pixels, out)
         return None if left < 0 else left
 
     def compile(self) -> None:

@@ -38,6 +38,7 @@ from tl_fast.jpeg.markers import (
     read_markers,
     sampling,
 )
+from tl_fast.jpeg.plane_regions import copy_planes
 from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import (
     U0,
@@ -112,21 +113,25 @@ def decode_pixels(data, region, scan, memory):
 
 
 @njit
-def decode_regions(taken, jpegs, regions, starts, scan, memory, out):
-    """Decode region after region that no other thread has taken, until none is left (-1) or one has a status other
-    than OK, as `decode_region` has it -> its number; the caller sees to that region and calls again.
+def decode_regions(taken, images, regions, sides, starts, scan, memory, out):
+    """Decode or copy region after region that no other thread has taken, until none is left (-1) or one has a status
+    other than OK, as `decode_region` has it -> its number; the caller sees to that region and calls again.
 
-    taken: int64 [1], regions taken so far, by all threads; jpegs: uint64 [B, 2], address and size in bytes of each
-    region's JPEG; regions: int64 [B, 4], as `decode_region` takes one; starts: int64 [B], of each region's pixels in
-    `out`, uint8. scan, memory: as `decode_region` takes them, large enough for every region.
+    taken: int64 [1], regions taken so far, by all threads; images: uint64 [B, 2], address and size in bytes of each
+    region's image; regions: int64 [B, 4], as `decode_region` takes one; sides: int64 [B, 2], height and width of the
+    images that are planes, 0 for JPEGs; starts: int64 [B], of each region's bytes in `out`, uint8. scan, memory: as
+    `decode_region` takes them, large enough for every JPEG's region.
     """
-    counter = address(taken)
+    counter, target = address(taken), address(out)
     while True:
         b = np.int64(take_number(counter))
         if b >= len(regions):
             return -1
-        data = bytes_from(jpegs[b, 0], jpegs[b, 1])
         region = (regions[b, 0], regions[b, 1], regions[b, 2], regions[b, 3])
+        if sides[b, 0] > 0:
+            copy_planes(images[b, 0], region, sides[b, 0], sides[b, 1], target + U(starts[b]))
+            continue
+        data = bytes_from(images[b, 0], images[b, 1])
         if decode_region(data, region, scan, memory, out[starts[b] :]) != OK:
             return b
 

@@ -135,6 +135,18 @@ def leading_zeros(typingctx, word):
 
 
 @intrinsic
+def copy_bytes(typingctx, source, target, size):
+    """Copy `size` bytes between addresses that do not overlap, as C's memcpy. All uint64."""
+
+    def generate(context, builder, signature, arguments):
+        start, end = (builder.inttoptr(argument, ir.IntType(8).as_pointer()) for argument in arguments[:2])
+        cgutils.raw_memcpy(builder, end, start, arguments[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.uint64] * 3), generate
+
+
+@intrinsic
 def copy_past_caches(typingctx, source, target):
     """Copy 64 bytes between addresses, both uint64. The target, a multiple of 64, is written past the caches: it is not
     read first and is not kept in them.

@@ -1,4 +1,4 @@
-"""Decodes regions of JPEGs on the CPU, by our own decoder.
+"""Decodes regions of JPEGs on the CPU, by our own decoder, and copies regions of planes.
 
 Pillow decodes what our decoder leaves to others, to the same pixels.
 """
@@ -16,14 +16,15 @@ import torch
 
 from tl_fast.jpeg.region import RegionDecoder, RegionQueue
 from tl_fast.maths.ycbcr import PADDING, Pixels, pixels_of, planes_of
-from tl_fast.pipeline.regions import DecodeError, Jpegs, Regions, RegionsDecoder, Started
+from tl_fast.pipeline.regions import DecodeError, Images, Regions, RegionsDecoder, Started
 from tl_fast.sources.image import open_rgb
 
 
 class Decoder(RegionsDecoder):
-    """Regions of a data set's images: of a batch as RGB, of one image as samples.
+    """Regions of a data set's images: of a batch as RGB, or planes of those that are stored as planes; of one image as
+    samples.
 
-    samples: where the JPEGs are.
+    samples: where the images are.
     threads: that decode a batch.
     device: the CUDA device that gets a batch's pixels; None: they stay on the host.
 
@@ -35,7 +36,7 @@ class Decoder(RegionsDecoder):
 
     way = "cpu"
 
-    def __init__(self, samples: Jpegs, threads: int, device: torch.device | None = None):
+    def __init__(self, samples: Images, threads: int, device: torch.device | None = None):
         self.samples, self.threads, self.device = samples, threads, device
         self.busy_seconds = 0.0
         self._region_decoder = RegionDecoder()
@@ -47,7 +48,9 @@ class Decoder(RegionsDecoder):
     def start(
         self, ids: np.ndarray, starts: np.ndarray, shapes: np.ndarray, stream: torch.cuda.Stream | None = None
     ) -> Started:
-        queue = RegionQueue(*self.samples.image_addresses(ids), starts, starts + shapes)
+        sides = np.stack([self.samples.heights[ids], self.samples.widths[ids]], axis=1)
+        sides[~self.samples.stored_as_planes[ids]] = 0
+        queue = RegionQueue(*self.samples.image_addresses(ids), starts, starts + shapes, sides)
         host = torch.empty(queue.num_bytes, dtype=torch.uint8, pin_memory=self.device is not None)
         if not self._compiled:
             self._region_decoder.compile()
@@ -63,7 +66,8 @@ class Decoder(RegionsDecoder):
                 with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                     pixels = host.to(self.device, non_blocking=stream is not None)
                 decoded = None if stream is None else stream.record_event()
-            return Regions(pixels.data_ptr() + queue.offsets, shapes, self.device is not None, pixels), decoded
+            addresses = pixels.data_ptr() + queue.offsets
+            return Regions(addresses, shapes, self.device is not None, pixels, queue.plane_bytes), decoded
 
         return finish
 

@@ -53,10 +53,20 @@ def open_decoder(
 ) -> RegionsDecoder:
     """The decoder of a way. device: the CUDA device; None for the simulator, whose pixels stay on the host.
 
-    Evaluation decodes on the CPU unless 'mixed' is asked for, so that its figures do not depend on a measurement.
+    Evaluation decodes on the CPU unless 'mixed' is asked for, so that its figures do not depend on a measurement. Where
+    images are stored as planes there is nothing to measure: copying them takes the cores a small part of the time of
+    decoding. Raises InputError for nvJPEG then.
     """
     samples, batch_size, threads = planner.samples, planner.share.batch_size, decoding.threads
     way = decoding.way if device is not None and (planner.train or decoding.way == "mixed") else "cpu"
+    if samples.stored_as_planes.any():
+        if decoding.way in ("mixed", "hybrid"):
+            first = int(samples.stored_as_planes.argmax())
+            raise InputError(
+                f"decode={decoding.way!r}: nvJPEG decodes JPEGs, but {samples.name(first)} is stored as YUV 4:2:0 "
+                "planes; use decode='cpu', which copies planes and decodes the JPEGs beside them"
+            )
+        way = "cpu"
 
     def open_nvjpeg(threads: int = threads) -> NvjpegDecoder:
         return NvjpegDecoder(samples, batch_size, threads, device, decoding.hw_decoder_load)
@@ -109,7 +119,7 @@ class GpuBatches:
         through with, however far the consumer's thread runs ahead.
     on_rank_0: of `decode="auto"` and `decode="hybrid"`, as `AutoDecoder` takes it.
 
-    `start` hands JPEGs to the decoder in the loader's thread (nvJPEG decodes them there). `make` launches kernels in a
+    `start` hands images to the decoder in the loader's thread (nvJPEG decodes them there). `make` launches kernels in a
     worker thread, where it waits for the decoder and for batches that are `ahead` back. `finish` and `check` belong to
     the consumer's thread.
     """
@@ -137,7 +147,7 @@ class GpuBatches:
         _enter_thread(self.device)
 
     def start(self, plan: BatchPlan) -> UnderWay:
-        """Begin to decode the batch's JPEGs. The worker thread launches its kernels when they are decoded, while the
+        """Begin to decode the batch's images. The worker thread launches its kernels when they are decoded, while the
         decoder's threads go on with the next batch."""
         if self.decoding.check:
             for i in plan.ids:
@@ -157,7 +167,7 @@ class GpuBatches:
         self._wait_for_old()
         span, offsets = regions.span()
         pixels = np.asarray(span) if self.stream is None else numba_cuda.as_cuda_array(span, sync=False)
-        parts = upload_parts(self.samples, plan, offsets)
+        parts = upload_parts(self.samples, plan, offsets, regions.plane_bytes > 0)
         size, image_size = len(plan.ids), plan.image_size
         with _launching, torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
             if decoded is not None:
@@ -289,16 +299,19 @@ class GpuBatches:
         self.decoder.close()
 
 
-def upload_parts(samples: Samples, plan: BatchPlan, offsets: np.ndarray) -> dict[str, np.ndarray]:
+def upload_parts(
+    samples: Samples, plan: BatchPlan, offsets: np.ndarray, are_planes: np.ndarray
+) -> dict[str, np.ndarray]:
     """What the kernels read besides the pixels, and what the batch holds that the host knows.
 
-    offsets: int64 [B], where each region begins among the pixels.
+    offsets: int64 [B], where each region begins among the pixels; are_planes: bool [B], whether it is planes.
     """
     regions = np.zeros(len(plan.ids), cuda.REGION)
     regions["offset"] = offsets
     regions["rows"], regions["columns"] = plan.shapes.T
     regions["top"], regions["left"] = plan.starts.T
     regions["height"], regions["width"] = plan.heights, plan.widths
+    regions["planes"] = are_planes
     parts = {
         "regions": regions,
         "plans": plan.plans,
@@ -321,6 +334,7 @@ def upload_parts(samples: Samples, plan: BatchPlan, offsets: np.ndarray) -> dict
         parts["mask_bytes"] = np.concatenate(cut)
         parts["mask_regions"] = regions.copy()
         parts["mask_regions"]["offset"] = np.cumsum([0] + [part.size for part in cut[:-1]])
+        parts["mask_regions"]["planes"] = 0
     return parts
 
 

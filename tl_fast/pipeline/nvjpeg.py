@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tl_fast.jpeg.restarts import splice
-from tl_fast.pipeline.regions import DecodeError, Jpegs, Regions, RegionsDecoder, Started
+from tl_fast.pipeline.regions import DecodeError, Images, Regions, RegionsDecoder, Started
 from tl_fast.sources.image import open_rgb
 
 HW_DECODER_LOAD = 0.65  # share of the images for the GPU's JPEG engine, the others go to its cores; DALI's default
@@ -81,7 +81,7 @@ class NvjpegDecoder(RegionsDecoder):
 
     def __init__(
         self,
-        samples: Jpegs,
+        samples: Images,
         batch_size: int,
         threads: int,
         device: torch.device,

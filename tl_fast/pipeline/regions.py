@@ -1,4 +1,4 @@
-"""The decoded pixels of a batch's regions, wherever they lie in memory, and what a decoder of them is."""
+"""A batch's regions, decoded or as planes, wherever they lie in memory, and what a decoder of them is."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ class DecodeError(Mistake, RuntimeError):
     """An image could not be decoded; the message names the sample and its file."""
 
     @classmethod
-    def of(cls, samples: Jpegs, sample_id: int) -> DecodeError:
+    def of(cls, samples: Images, sample_id: int) -> DecodeError:
         return cls(
             f"cannot decode {samples.name(sample_id)}: the JPEG is damaged; "
             "check the beton with `converters/to_beton.py verify FILE --decode` and convert again"
         )
 
 
-class Jpegs(Protocol):
+class Images(Protocol):
     """What a decoder reads: `tl_fast.beton.samples.Samples`."""
+
+    heights: np.ndarray
+    widths: np.ndarray
+    stored_as_planes: np.ndarray
 
     def image(self, sample_id: int) -> np.ndarray: ...
 
@@ -49,35 +53,47 @@ class Span:
 
 
 class Regions:
-    """Pixels of regions, uint8 [h, w, 3] each, as long as this object lives. Index b gives region b as a tensor.
+    """Regions of images, as long as this object lives: RGB pixels, uint8 [h, w, 3], or YUV 4:2:0 planes as
+    `tl_fast.jpeg.plane_regions` lays them out. Index b gives region b as a tensor, of planes uint8 [bytes].
 
     addresses: int64 [B], of each region's first byte.
-    shapes: int64 [B, 2], (rows, columns) of each.
-    on_gpu: whether the pixels are in a GPU's memory.
-    memory: what the pixels lie in, and what they are made from where a GPU may still be reading it.
+    shapes: int64 [B, 2], (rows, columns) of pixels of each.
+    on_gpu: whether the regions are in a GPU's memory.
+    memory: what they lie in, and what they are made from where a GPU may still be reading it.
+    plane_bytes: int64 [B], bytes of the regions that are planes, 0 for those that are pixels; None: all are pixels.
     """
 
-    def __init__(self, addresses: np.ndarray, shapes: np.ndarray, on_gpu: bool, memory: Any):
+    def __init__(
+        self,
+        addresses: np.ndarray,
+        shapes: np.ndarray,
+        on_gpu: bool,
+        memory: Any,
+        plane_bytes: np.ndarray | None = None,
+    ):
         self.addresses, self.shapes, self.on_gpu, self.memory = addresses, shapes, on_gpu, memory
+        self.plane_bytes = np.zeros(len(addresses), np.int64) if plane_bytes is None else plane_bytes
 
     def __len__(self) -> int:
         return len(self.addresses)
 
     def __getitem__(self, b: int) -> torch.Tensor:
-        rows, columns = self.shapes[b].tolist()
-        span = Span(int(self.addresses[b]), (rows, columns, 3), self.on_gpu, self.memory)
+        size = int(self.plane_bytes[b])
+        span = Span(
+            int(self.addresses[b]), (size,) if size else (*self.shapes[b].tolist(), 3), self.on_gpu, self.memory
+        )
         return torch.as_tensor(span if self.on_gpu else np.asarray(span))
 
     def span(self) -> tuple[Span, np.ndarray]:
         """One array, uint8 [M], from the first region to the last with whatever lies between them, and where in it each
         region begins, int64 [B]."""
         first = int(self.addresses.min())
-        size = int((self.addresses + 3 * self.shapes.prod(axis=1)).max()) - first
+        sizes = np.where(self.plane_bytes > 0, self.plane_bytes, 3 * self.shapes.prod(axis=1))
+        size = int((self.addresses + sizes).max()) - first
         return Span(first, (size,), self.on_gpu, self.memory), self.addresses - first
 
 
-# What a decoder's `start` returns: waits for the threads -> the regions' pixels, and the event after which they are
-# there.
+# What a decoder's `start` returns: waits for the threads -> the regions, and the event after which they are there.
 Started = Callable[[], tuple[Regions, torch.cuda.Event | None]]
 
 
