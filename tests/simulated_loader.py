@@ -1,5 +1,5 @@
 """Run by tests/pipeline/test_gpu_loader.py with NUMBA_ENABLE_CUDASIM=1: `simulated_loader.py BETON MASKED PLANES
-DAMAGED OUT.npz`, an epoch of every setting on the simulated device.
+ALL_PLANES DAMAGED OUT.npz`, an epoch of every setting on the simulated device.
 
 Arrays of setting s, batch b are stored as "s/b/field"; the words of errors that were asked for as "error/...".
 """
@@ -35,17 +35,30 @@ PLANES_SETTINGS = {
 COMMON = {"batch_size": 3, "image_size": 16, "grid": 2, "threads": 1}
 
 
-def run(beton: str, masked: str, planes: str, device: str) -> dict[str, np.ndarray]:
-    """beton: with label maps; masked: with masks; planes: with images that are planes and others that are JPEGs."""
+RESIDENT_SETTINGS = {
+    "resident": {"augment": {"auto_augment": "rand-m9-mstd0.5-inc1"}, "seed": 5, "check": True, "batch_size": 4},
+    "resident, rank 1 of 2": {"seed": 5, "order": "grouped", "batch_size": 2, "rank": 1, "world_size": 2},
+    "resident, validation": {"train": False},
+}
+
+
+def run(beton: str, masked: str, planes: str, all_planes: str, device: str) -> dict[str, np.ndarray]:
+    """beton: with label maps; masked: with masks; planes: with images that are planes and others that are JPEGs;
+    all_planes: with planes alone. On a simulated device their batches are compared with resident ones."""
     from tl_fast.pipeline import Loader, SegmentLoader
     from tl_fast.plan.augment import Augment
 
     arrays = {}
-    for path, settings in ((beton, SETTINGS), (planes, PLANES_SETTINGS)):
+    for path, settings in ((beton, SETTINGS), (planes, PLANES_SETTINGS), (all_planes, RESIDENT_SETTINGS)):
         for name, setting in settings.items():
             setting = setting | ({"augment": Augment(**setting["augment"])} if "augment" in setting else {})
             with Loader(path, device=device, **COMMON | setting) as loader:
                 arrays |= epoch_of(loader, name)
+            if settings is RESIDENT_SETTINGS and device != "cpu":
+                with Loader(path, device=device, resident=True, **COMMON | setting) as loader:
+                    assert loader.decode == "resident"
+                    for key, values in epoch_of(loader, name).items():
+                        np.testing.assert_array_equal(values, arrays[key], f"resident, {key}")
     for name, setting in SEGMENT_SETTINGS.items():
         with SegmentLoader(masked, 3, device=device, threads=1, **setting) as loader:
             arrays |= epoch_of(loader, name)
@@ -73,8 +86,8 @@ def main() -> None:
     assert SIMULATED, "NUMBA_ENABLE_CUDASIM=1 is needed"
     sys.setswitchinterval(1e-4)  # seconds, as tests/cuda_cases.py
     torch.set_num_threads(1)
-    beton, masked, planes, damaged, out = sys.argv[1:]
-    arrays = run(beton, masked, planes, "cuda")
+    beton, masked, planes, all_planes, damaged, out = sys.argv[1:]
+    arrays = run(beton, masked, planes, all_planes, "cuda")
     with Loader(damaged, device="cuda", **COMMON | {"batch_size": 2}) as loader:  # which leaves no sample out
         for name, use in (("epoch", lambda: list(loader)), ("batch", lambda: loader.batch(np.array([0, 1])))):
             try:

@@ -78,8 +78,11 @@ def beton_of_planes(photos, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_beton, beton_of_planes, tmp_path):
+def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(
+    photos, small_beton, beton_of_planes, tmp_path
+):
     damaged = with_damaged_map(small_beton, tmp_path / "damaged.beton", 1)
+    all_planes = write(tmp_path / "all.beton", small_photos(photos), spec=MapSpec(2, 3, 3, 5), store="yuv420")
     out = tmp_path / "simulated.npz"
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
     masked_beton(masked := tmp_path / "masked.beton", 6, ((24, 30), (20, 16)))
@@ -87,7 +90,7 @@ def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_b
         sys.executable,
         "-m",
         "tests.simulated_loader",
-        *map(str, (small_beton, masked, beton_of_planes, damaged, out)),
+        *map(str, (small_beton, masked, beton_of_planes, all_planes, damaged, out)),
     ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -95,10 +98,10 @@ def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_b
     for name in ("epoch", "batch"):
         words = str(simulated.pop(f"error/{name}"))
         assert "damaged.beton: label_map: sample 1 (image-1.jpg)" in words and "outside 0..4" in words, words
-    expected = simulated_loader.run(str(small_beton), str(masked), str(beton_of_planes), "cpu")
+    expected = simulated_loader.run(*map(str, (small_beton, masked, beton_of_planes, all_planes)), "cpu")
     assert simulated.keys() == expected.keys()
-    kinds = simulated_loader.SETTINGS, simulated_loader.PLANES_SETTINGS, simulated_loader.SEGMENT_SETTINGS
-    settings = {name for kind in kinds for name in kind}
+    kinds = "SETTINGS", "PLANES_SETTINGS", "RESIDENT_SETTINGS", "SEGMENT_SETTINGS"
+    settings = {name for kind in kinds for name in getattr(simulated_loader, kind)}
     assert {name.split("/")[0] for name in simulated} == settings
     for name, values in expected.items():
         field = name.split("/")[-1]
@@ -106,12 +109,8 @@ def test_the_whole_loader_in_the_simulator_gives_the_cpu_loaders_batches(small_b
         if field == "images":
             off = np.abs(simulated[name].astype(int) - values)
             # Within a level; operations like Equalize and Posterize multiply a level that differs.
-            assert (off > 1).mean() < (
-                0.02 if name.startswith(("recipe", "rectangle", "planes/", "segment/")) else 1e-9
-            ), (
-                name,
-                off.max(),
-            )
+            multiplied = ("recipe", "rectangle", "planes/", "resident/", "segment/")
+            assert (off > 1).mean() < (0.02 if name.startswith(multiplied) else 1e-9), (name, off.max())
         elif field == "targets":
             # What differs in the last bit may be rounded to the next bfloat16.
             step = 2.0**-8 if name.startswith("bfloat16") else 0
@@ -770,3 +769,21 @@ def test_hybrid_decodes_each_sample_always_in_the_same_way(photo_beton):
             off = (a.images.int() - b.images.int()).abs().float()
             by_nvjpeg = torch.from_numpy(choice.chosen(a.sample_ids.cpu().numpy(), 0.5)).cuda()
             assert 0 < by_nvjpeg.sum() < 12 and off[~by_nvjpeg].max() == 0 and off[by_nvjpeg].mean() < 2
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"augment": RECIPE}, {"order": "grouped", "rank": 1, "world_size": 2}, {"train": False}],
+    ids=["recipe", "grouped", "validation"],
+)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_resident_batches_are_those_from_the_file(photos, tmp_path, device, setting):
+    images = [file.read_bytes() for file in sorted(photos.glob("train/*/*.jpg"))[:48]]
+    path = write(tmp_path / "planes.beton", images, spec=MapSpec(5, 9, 9, 100), store="yuv420", short_side=160)
+    options = dict(image_size=112, grid=7, seed=3, device=device, check=True) | setting
+    with Loader(path, 8, **options) as from_file, Loader(path, 8, resident=True, **options) as resident:
+        assert resident.decode == "resident" and len(from_file) == len(resident)
+        for a, b in zip(from_file, resident, strict=True):
+            for field in dataclasses.fields(a):
+                mine, other = getattr(a, field.name), getattr(b, field.name)
+                assert (mine is None) == (other is None) and (mine is None or torch.equal(mine, other)), field.name

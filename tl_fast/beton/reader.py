@@ -150,11 +150,23 @@ class BetonReader(BetonTables):
         Returns uint8 views, and float32 [B, 2] = (score_min, score_step). Raises BetonError when the file has no label
         maps.
         """
+        ranges = self.label_map_ranges(indices)
+        return [self._map_bytes(int(i)) for i in indices], ranges
+
+    def label_map_addresses(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in memory the label maps of the samples `indices` [B] begin, and their sizes in bytes, int64 [B] both.
+        Valid as long as the file is open."""
+        return self._bytes.ctypes.data + self._map_ptr[indices], self._map_size[indices]
+
+    def label_map_ranges(self, indices: np.ndarray) -> np.ndarray:
+        """(score_min, score_step) of the label maps of the samples `indices` [B], float32 [B, 2].
+
+        Raises BetonError when the file has no label maps.
+        """
         if self.spec is None:
             raise self._error("label_map", "the file has no label maps; convert with --label-maps")
         metadata = self._column("label_map")[indices]
-        ranges = np.stack([metadata["score_min"], metadata["score_step"]], axis=1)
-        return [self._map_bytes(int(i)) for i in indices], ranges.astype(np.float32)
+        return np.stack([metadata["score_min"], metadata["score_step"]], axis=1).astype(np.float32)
 
     def mask_bytes(self, i: int) -> np.ndarray:
         """Sample i's mask as it lies in the file (docs/file_format.md), unchecked: uint8 `[size]`, a read-only view.

@@ -116,6 +116,21 @@ class Samples:
                 maps[b] = label_map
         return maps, ranges
 
+    def label_map_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in memory the samples' label maps begin, and their sizes in bytes, int64 [B] both. Valid while the
+        files are open."""
+        addresses, sizes = np.empty(len(sample_ids), np.int64), np.empty(len(sample_ids), np.int64)
+        for reader, chosen, indices in self._by_file(sample_ids):
+            addresses[chosen], sizes[chosen] = reader.label_map_addresses(indices)
+        return addresses, sizes
+
+    def label_map_ranges(self, sample_ids: np.ndarray) -> np.ndarray:
+        """(score_min, score_step) of the samples' label maps, float32 [B, 2]."""
+        ranges = np.empty((len(sample_ids), 2), np.float32)
+        for reader, chosen, indices in self._by_file(sample_ids):
+            ranges[chosen] = reader.label_map_ranges(indices)
+        return ranges
+
     def mask(self, sample_id: int) -> np.ndarray:
         """The sample's mask, uint8 [H, W] (`BetonReader.mask`)."""
         reader, index = self.locate(sample_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tl_fast.pipeline.decode import Decoder
 from tl_fast.pipeline.nvjpeg import NvjpegDecoder
 from tl_fast.pipeline.planner import BatchPlanner
 from tl_fast.pipeline.regions import Regions, RegionsDecoder, Started
+from tl_fast.pipeline.resident import Resident, open_resident
 from tl_fast.pipeline.settings import Decoding
 from tl_fast.system.mistakes import InputError
 
@@ -119,6 +121,8 @@ class GpuBatches:
         through with, however far the consumer's thread runs ahead.
     on_rank_0: of `decode="auto"` and `decode="hybrid"`, as `AutoDecoder` takes it.
 
+    resident: the images and label maps in the GPU's memory; None where they come from the file, batch by batch.
+
     `start` hands images to the decoder in the loader's thread (nvJPEG decodes them there). `make` launches kernels in a
     worker thread, where it waits for the decoder and for batches that are `ahead` back. `finish` and `check` belong to
     the consumer's thread.
@@ -130,7 +134,8 @@ class GpuBatches:
         self.samples, self.crops, self.targets = planner.samples, planner.crops, planner.targets
         self.device, self.decoding, self.ahead = device, decoding, ahead
         on_gpu = device.type == "cuda"
-        self.decoder = open_decoder(planner, device if on_gpu else None, decoding, on_rank_0)
+        self.resident = open_resident(planner, device, decoding)
+        self.decoder = self.resident or open_decoder(planner, device if on_gpu else None, decoding, on_rank_0)
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         # A stream apart, so that kernels never wait for the decode of a later batch.
         self.decode_stream = torch.cuda.Stream(device) if on_gpu else None
@@ -149,7 +154,9 @@ class GpuBatches:
     def start(self, plan: BatchPlan) -> UnderWay:
         """Begin to decode the batch's images. The worker thread launches its kernels when they are decoded, while the
         decoder's threads go on with the next batch."""
-        if self.decoding.check:
+        if self.resident is not None:
+            plan = dataclasses.replace(plan, **self.resident.whole(plan.ids))
+        elif self.decoding.check:
             for i in plan.ids:
                 self.samples.check(i)
         started = self.decoder.start(plan.ids, plan.starts, plan.shapes, self.decode_stream)
@@ -167,7 +174,7 @@ class GpuBatches:
         self._wait_for_old()
         span, offsets = regions.span()
         pixels = np.asarray(span) if self.stream is None else numba_cuda.as_cuda_array(span, sync=False)
-        parts = upload_parts(self.samples, plan, offsets, regions.plane_bytes > 0)
+        parts = upload_parts(self.samples, plan, offsets, regions.plane_bytes > 0, self.resident)
         size, image_size = len(plan.ids), plan.image_size
         with _launching, torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
             if decoded is not None:
@@ -205,7 +212,7 @@ class GpuBatches:
         targets = torch.empty(shape, dtype=getattr(torch, self.targets.dtype), device=self.device)
         errors = up["errors"].view(torch.int32)
         cuda.packed_targets(
-            up["maps"],
+            up["maps"] if self.resident is None else self.resident.maps,
             up["map_bounds"].view(torch.int64).view(-1, 2),
             up["ranges"].view(torch.float32).view(-1, 2),
             up["affines"].view(torch.float32).view(-1, 6),
@@ -300,11 +307,12 @@ class GpuBatches:
 
 
 def upload_parts(
-    samples: Samples, plan: BatchPlan, offsets: np.ndarray, are_planes: np.ndarray
+    samples: Samples, plan: BatchPlan, offsets: np.ndarray, are_planes: np.ndarray, resident: Resident | None = None
 ) -> dict[str, np.ndarray]:
     """What the kernels read besides the pixels, and what the batch holds that the host knows.
 
     offsets: int64 [B], where each region begins among the pixels; are_planes: bool [B], whether it is planes.
+    resident: has the label maps, if given; else they are among the parts.
     """
     regions = np.zeros(len(plan.ids), cuda.REGION)
     regions["offset"] = offsets
@@ -320,9 +328,12 @@ def upload_parts(
         **plan.extras,
     }
     if plan.affines is not None:
-        maps, parts["ranges"] = samples.raw_label_maps(plan.ids)
-        ends = np.cumsum([0] + [len(record) for record in maps])
-        parts["maps"], parts["map_bounds"] = np.concatenate(maps), np.stack([ends[:-1], ends[1:]], axis=1)
+        if resident is not None:
+            parts["map_bounds"], parts["ranges"] = resident.map_parts(plan.ids)
+        else:
+            maps, parts["ranges"] = samples.raw_label_maps(plan.ids)
+            ends = np.cumsum([0] + [len(record) for record in maps])
+            parts["maps"], parts["map_bounds"] = np.concatenate(maps), np.stack([ends[:-1], ends[1:]], axis=1)
         parts["affines"] = plan.affines
         parts["errors"] = np.zeros(len(plan.ids), np.int32)
     if plan.masks is not None:

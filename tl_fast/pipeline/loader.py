@@ -55,6 +55,10 @@ class Loader(BatchLoader):
     check: compare every sample's CRC-32 as it is read.
     prefetch: batches under way besides the one that is waited for; None: 4 on a CUDA device and 2 on the CPU, but fewer
         (1 at least) where they would take more than 2 GiB.
+    resident: True to keep this rank's images, which must be stored as planes, and label maps in the GPU's memory: they
+        are uploaded when the loader is made. With order "grouped" that is a `world_size`-th of them, with "shuffled"
+        all. "auto": for training, where they take at most 30 % of the GPU's memory and 90 % of what is free of it.
+        Batches are the same to the bit.
 
     Iterating yields the epoch chosen with `set_epoch`. Leaving the loop early cancels what was under way. An error in
     any thread is raised by the iteration. The settings are attributes too.
@@ -89,12 +93,13 @@ class Loader(BatchLoader):
         token_labels: bool = True,
         check: bool = False,
         prefetch: int | None = None,
+        resident: bool | str = False,
     ):
         share = Share(batch_size, rank, world_size, order)
         crops = Crops(both_sides(image_size), augment or Augment(), crop_pct)
         targets = Targets(both_sides(grid), smoothing, geometry, targets_dtype)
         threads = threads or cores_of_this_rank()
-        decoding = Decoding(torch.device(device), decode, hybrid_share, hw_decoder_load, threads, check)
+        decoding = Decoding(torch.device(device), decode, hybrid_share, hw_decoder_load, threads, check, resident)
         samples = Samples(paths)
         self.image_size, self.crop_pct = crops.image_size, crop_pct
         self.grid, self.smoothing, self.geometry = targets.grid, smoothing, geometry

@@ -85,6 +85,16 @@ class BatchPlanner(abc.ABC):
             return order[start : start + self.share.batch_size]
         return order[self.share.rank :: self.share.world_size][self._batch_starts[step] : self._batch_starts[step + 1]]
 
+    def rank_ids(self) -> np.ndarray:
+        """The samples that this rank may take in an epoch, ascending, int64 [n]; with a free order of training, all."""
+        ids = np.arange(len(self.samples))
+        share = self.share
+        if not self.train:
+            return ids[share.rank :: share.world_size]
+        if share.order != "grouped":
+            return ids
+        return ids[ids % share.groups // (share.groups // share.world_size) == share.rank]
+
     def batch_bytes(self) -> int:
         """About what a batch takes on its way."""
         return int(self.share.batch_size * self._sample_bytes()) + 1

@@ -117,6 +117,7 @@ class Decoding:
     hw_decoder_load: share of the images that nvJPEG gives to the GPU's JPEG engine, 0..1.
     threads: that decode and, on the CPU, run the kernels.
     check: whether every sample's CRC-32 is compared as it is read.
+    resident: whether the images lie in the GPU's memory (`tl_fast.pipeline.resident`); "auto": where they fit.
 
     Raises ImportError for 'mixed' and 'hybrid' without DALI.
     """
@@ -127,6 +128,7 @@ class Decoding:
     hw_decoder_load: float = HW_DECODER_LOAD
     threads: int = 1
     check: bool = False
+    resident: bool | str = False
 
     def __post_init__(self) -> None:
         if self.device.type not in ("cpu", "cuda"):
@@ -137,6 +139,10 @@ class Decoding:
                 f"decode must be one of {DECODES}, 'mixed' and 'hybrid' (nvJPEG) with device='cuda' alone; got "
                 f"{self.way!r}, device={str(self.device)!r}"
             )
+        if self.resident not in (True, False, "auto"):
+            raise InputError(f"resident must be True, False or 'auto', got {self.resident!r}")
+        if self.resident is True and self.device.type == "cpu":
+            raise InputError("resident=True keeps the images in a GPU's memory: device='cuda' is needed")
         check_hybrid_share(self.hybrid_share, self.way)
         if not 0 <= self.hw_decoder_load <= 1:
             raise InputError(f"hw_decoder_load must be in 0..1, got {self.hw_decoder_load}")

@@ -57,6 +57,7 @@ class Classification(Task):
             smoothing=config.smoothing,
             targets_dtype=config.targets_dtype,
             token_labels=config.token_label,
+            resident=config.resident,
             **common,
         )
         if not config.val_data:

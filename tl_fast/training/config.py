@@ -81,6 +81,10 @@ class TrainConfig(RunConfig):
     geometry: Literal["correct", "published"] = "correct"
     """Where label maps are cropped, unused without token_label; published: mirrored across the diagonal, as the
     published code does, to reproduce its runs."""
+    resident: bool | Literal["auto"] = False
+    """Keep a rank's training images, which must be stored as planes, and label maps in its GPU's memory, uploaded at
+    the start; several ranks want order grouped for it, so that each needs its part alone. auto: where they take at most
+    30 % of the memory. Not yet run on a GPU."""
     crop_pct: float = 0.9
     """Validation's centre crop as a share of the resized image's sides. Source: published code for 224 px."""
 
