@@ -81,7 +81,7 @@ def kinds(photo: Image.Image) -> dict[str, bytes]:
 @pytest.mark.usefixtures("turbojpeg")
 def test_planes_of_420_show_the_jpegs_pixels_and_others_come_close(kinds, tmp_path: Path):
     summary = write_beton(tmp_path / "out.beton", samples_of(list(kinds.values())), **PLANES)
-    assert (summary.planes, summary.decoded, summary.converted, summary.resized) == (10, 5, 5, 0)
+    assert (summary.planes, summary.decoded, summary.converted, summary.resized) == (10, 8, 2, 0)
     assert verify(tmp_path / "out.beton", decode=True) == []
     with BetonReader(tmp_path / "out.beton") as reader:
         assert reader.stored_as_planes.all() and reader.stored_as_planes.dtype == bool

@@ -31,6 +31,11 @@ def shown(jpeg: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
 
 
+def joined(decoded: planes_loops.Decoded) -> np.ndarray:
+    """Its planes, one behind the other."""
+    return np.concatenate([plane.reshape(-1) for plane in decoded[:3]])
+
+
 def test_sizes_of_integers_and_of_arrays():
     assert chroma_size(5, 8) == (3, 4) and planes_size(5, 8) == 40 + 24 and planes_size(1, 1) == 3
     sides = np.array([65_535], np.int32)
@@ -42,9 +47,10 @@ def test_sizes_of_integers_and_of_arrays():
 def test_planes_of_a_jpeg_show_its_pixels_to_the_bit(photo, height: int, width: int):
     for quality in (30, 95):
         jpeg = encode(photo[40 : 40 + height, 60 : 60 + width], quality=quality)
-        planes, *size = planes_loops.decode(jpeg)
-        assert size == [height, width] and planes.shape == (planes_size(height, width),)
-        np.testing.assert_array_equal(planes_loops.to_rgb(planes, height, width), shown(jpeg))
+        decoded = planes_loops.decode(jpeg)
+        assert decoded.luma.shape == (height, width) and (decoded.across, decoded.down) == (2, 2)
+        assert decoded.blue.shape == decoded.red.shape == chroma_size(height, width)
+        np.testing.assert_array_equal(planes_loops.to_rgb(joined(decoded), height, width), shown(jpeg))
 
 
 def test_planes_of_every_photo_show_its_pixels_to_the_bit(photos: Path):
@@ -53,14 +59,31 @@ def test_planes_of_every_photo_show_its_pixels_to_the_bit(photos: Path):
     assert sum(found is not None for found in decoded.values()) > 50
     for file, found in decoded.items():
         if found is not None:
-            np.testing.assert_array_equal(planes_loops.to_rgb(*found), shown(file.read_bytes()))
+            pixels = planes_loops.to_rgb(joined(found), *found.luma.shape)
+            np.testing.assert_array_equal(pixels, shown(file.read_bytes()))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}, {"progressive": True}],
-    ids=lambda options: str(options),
-)
+@pytest.mark.parametrize(("name", "across", "down"), [("4:4:4", 1, 1), ("4:2:2", 2, 1)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (33, 47), (8, 5)])
+def test_samples_of_other_samplings_are_libjpegs(photo, name: str, across: int, down: int, height: int, width: int):
+    """Pillow gives a JPEG's YCbCr, with chroma upsampled where it is halved."""
+    jpeg = encode(photo[40 : 40 + height, 60 : 60 + width], subsampling=name)
+    image = Image.open(io.BytesIO(jpeg))
+    image.draft("YCbCr", None)
+    expected = np.asarray(image)
+    assert image.mode == "YCbCr"
+    decoded = planes_loops.decode(jpeg)
+    assert (decoded.across, decoded.down) == (across, down)
+    np.testing.assert_array_equal(decoded.luma, expected[..., 0])
+    for plane, c in ((decoded.blue, 1), (decoded.red, 2)):
+        assert plane.shape == (height, -(-width // across))
+        if across == 1:
+            np.testing.assert_array_equal(plane, expected[..., c])
+        else:  # libjpeg's triangle filter leaves the outermost samples as they are
+            np.testing.assert_array_equal(plane[:, 0], expected[:, 0, c])
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"keep_rgb": True, "subsampling": "4:4:4"}], ids=str)
 def test_other_jpegs_are_left_to_others(photo, options: dict):
     assert planes_loops.decode(encode(photo[:64, :64], **options)) is None
 

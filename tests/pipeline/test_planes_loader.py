@@ -22,7 +22,8 @@ FULL = Augment(interpolation="random", auto_augment="rand-m9-mstd0.5-inc1", eras
 def both(photos, tmp_path_factory):
     """A beton of the photos that are 4:2:0 JPEGs, and one of their planes, with label maps."""
     files = [path.read_bytes() for path in sorted(photos.glob("*/*/*.jpg"))]
-    files = [data for data in files if planes_loops.decode(prepare(data).data) is not None][:40]
+    decoded = [planes_loops.decode(prepare(data).data) for data in files]
+    files = [file for file, samples in zip(files, decoded, strict=True) if samples and samples[3:] == (2, 2)][:40]
     assert len(files) == 40
     folder, spec = tmp_path_factory.mktemp("planes"), MapSpec(k=3, height=9, width=7, num_classes=10)
     paths = [write(folder / f"{store}.beton", files, spec=spec, store=store) for store in ("jpeg", "yuv420")]

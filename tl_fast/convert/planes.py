@@ -1,7 +1,8 @@
 """Any image file → the YUV 4:2:0 planes that a beton stores (docs/file_format.md).
 
-A 4:2:0 JPEG gives the planes that its decoder makes: they show its pixels to the bit. Where it is too large, each plane
-is resized on its own. Every other image goes through RGB.
+A 4:2:0 JPEG gives the planes that its decoder makes: they show its pixels to the bit. So does a greyscale one. JPEGs of
+4:4:4, 4:2:2 and 4:4:0 keep their brightness and have their chroma halved. Where an image is too large, each plane is
+resized on its own. Every other image goes through RGB.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from tl_fast.convert.image import Prepared, is_jpeg, left_out, without_loss
 from tl_fast.convert.options import EncodeOptions
 from tl_fast.jpeg import planes_loops
 from tl_fast.jpeg.planes import chroma_size, split_planes
+from tl_fast.jpeg.planes_loops import Decoded
 from tl_fast.sources import planes_file
-from tl_fast.sources.image import open_rgb
+from tl_fast.sources.image import check_size, open_rgb
 from tl_fast.system.crc import crc32
 
 FILTER = Image.Resampling.LANCZOS
@@ -25,41 +27,28 @@ MAX_SIDE = 65_535  # pixels: the file keeps a side as 16 bits
 def prepare_planes(data: bytes, options: EncodeOptions) -> Prepared:
     """The planes to store for an image file's bytes. Safe in threads. Raises as `tl_fast.convert.image.prepare`."""
     data = bytes(data)  # no copy of bytes
-    stripped = 0
+    stripped, decoded, rotated, action = 0, None, False, "converted"
     if planes_file.is_one(data):
-        planes, height, width = planes_file.unpack(data)
-        return _prepared(planes, (height, width), "copied", options)
-    if is_jpeg(data):
-        whole = EncodeOptions(decode_check=options.decode_check, exif=options.exif)  # at its own size
-        jpeg, record = without_loss(data, whole)
+        decoded, action = Decoded(*split_planes(*planes_file.unpack(data)), across=2, down=2), "copied"
+    elif is_jpeg(data):
+        # At its own size: planes are shrunk, not the JPEG.
+        jpeg, record = without_loss(data, EncodeOptions(decode_check=options.decode_check, exif=options.exif))
         stripped = left_out(data, record)
-        decoded = planes_loops.decode(jpeg.data) if jpeg is not None else None
-        if decoded is not None:
-            planes, height, width = decoded
-            return _prepared(planes, (height, width), "decoded", options, stripped, jpeg.rotated)
-    image, orientation = open_rgb(data, options.exif)
-    size = _stored_size(options, image.height, image.width)
-    resized = image.resize(size[::-1], FILTER) if size != (image.height, image.width) else image
-    planes = planes_loops.from_rgb(np.asarray(resized))
-    shrunk_from = (image.height, image.width) if resized is not image else None
-    action = "converted" if shrunk_from is None else "resized"
-    return Prepared(
-        (planes.data,), *size, action, stripped, orientation > 1, crc32(planes), shrunk_from=shrunk_from, mode=PLANES
-    )
-
-
-def _prepared(
-    planes: np.ndarray,
-    size: tuple[int, int],
-    action: str,
-    options: EncodeOptions,
-    stripped: int = 0,
-    rotated: bool = False,
-) -> Prepared:
-    """Planes of `size`, at the size at which they are stored."""
-    stored, shrunk_from = _stored_size(options, *size), None
-    if stored != size:
-        planes, action, shrunk_from = resize_planes(planes, size, stored), "resized", size
+        if jpeg is not None:
+            check_size(jpeg.width, jpeg.height, len(jpeg.data), huffman=True)
+            decoded, rotated, action = planes_loops.decode(jpeg.data), jpeg.rotated, "decoded"
+    if decoded is not None:
+        size = decoded.luma.shape
+        stored = _stored_size(options, *size)
+        planes = fit_planes(decoded, stored)
+    else:
+        image, orientation = open_rgb(data, options.exif)
+        size, rotated, action = (image.height, image.width), orientation > 1, "converted"
+        stored = _stored_size(options, *size)
+        planes = planes_loops.from_rgb(np.asarray(image if stored == size else image.resize(stored[::-1], FILTER)))
+    shrunk_from = None if stored == size else size
+    if shrunk_from is not None:
+        action = "resized"
     return Prepared(
         (planes.data,), *stored, action, stripped, rotated, crc32(planes), shrunk_from=shrunk_from, mode=PLANES
     )
@@ -73,20 +62,29 @@ def _stored_size(options: EncodeOptions, height: int, width: int) -> tuple[int, 
     return size
 
 
-def resize_planes(planes: np.ndarray, size: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """Planes of (height, width) `size` as planes of `new`, each resized on its own; both uint8 [planes_size].
+def fit_planes(decoded: Decoded, size: tuple[int, int]) -> np.ndarray:
+    """4:2:0 planes, uint8 [planes_size], of (height, width) `size` from an image's samples.
 
-    A plane of chroma covers whole 2x2 pixels, and so more than an image with an odd side. Of the old plane that part is
-    taken which the new one covers.
+    At the image's own size chroma of 4:4:4, 4:2:2 and 4:4:0 becomes the mean of the samples that share one, and that of
+    4:2:0 stays. At another size each plane is resized on its own. A sample of chroma covers whole 2x2 pixels, so that
+    chroma covers more than an image with an odd side. Of the old plane that part is taken which the new one covers.
     """
-    parts = []
-    for number, plane in enumerate(split_planes(planes, *size)):
-        rows, columns = plane.shape
-        new_rows, new_columns = new
-        if number:
-            new_rows, new_columns = chroma_size(*new)
-            rows = min(rows, new_rows * size[0] / new[0])
-            columns = min(columns, new_columns * size[1] / new[1])
-        image = Image.fromarray(plane).resize((new_columns, new_rows), FILTER, box=(0, 0, columns, rows))
-        parts.append(np.asarray(image).reshape(-1))
-    return np.concatenate(parts)
+    height, width = decoded.luma.shape
+    parts = [decoded.luma]
+    if size == decoded.luma.shape:
+        factors = 2 // decoded.across, 2 // decoded.down
+        for plane in (decoded.blue, decoded.red):
+            parts.append(plane if factors == (1, 1) else np.asarray(Image.fromarray(plane).reduce(factors)))
+    else:
+        parts = [_resize(decoded.luma, size, (height, width))]
+        chroma = chroma_size(*size)
+        for plane in (decoded.blue, decoded.red):
+            rows = min(plane.shape[0], 2 * chroma[0] * height / size[0] / decoded.down)
+            columns = min(plane.shape[1], 2 * chroma[1] * width / size[1] / decoded.across)
+            parts.append(_resize(plane, chroma, (rows, columns)))
+    return np.concatenate([part.reshape(-1) for part in parts])
+
+
+def _resize(plane: np.ndarray, size: tuple[int, int], covered: tuple[float, float]) -> np.ndarray:
+    """The plane's first `covered` (rows, columns) at another size."""
+    return np.asarray(Image.fromarray(plane).resize(size[::-1], FILTER, box=(0, 0, covered[1], covered[0])))

@@ -85,7 +85,7 @@ def print_summary(
         ("copied", f"{summary.copied:,}"),
         ("transcoded without loss", f"{summary.transcoded:,}"),
         ("re-encoded to RGB JPEG", f"{summary.reencoded:,}"),
-        *([("planes of JPEGs as decoded", f"{summary.decoded:,}")] if summary.planes else []),
+        *([("planes decoded from JPEGs", f"{summary.decoded:,}")] if summary.planes else []),
         *([("planes made from RGB", f"{summary.converted:,}")] if summary.planes else []),
         ("shrunk", f"{summary.resized:,}"),
         ("stripped of metadata", f"{summary.stripped:,}"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,23 +41,33 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
-def decode(jpeg: bytes) -> tuple[np.ndarray, int, int] | None:
-    """The samples of a baseline 4:2:0 JPEG of YCbCr, before any conversion: planes, uint8 [planes_size], height, width.
+class Decoded(NamedTuple):
+    """The samples of a JPEG before any conversion. luma: uint8 [h, w]; blue, red: Cb and Cr, uint8 [ceil(h / down),
+    ceil(w / across)]."""
+
+    luma: np.ndarray
+    blue: np.ndarray
+    red: np.ndarray
+    across: int
+    down: int
+
+
+def decode(jpeg: bytes) -> Decoded | None:
+    """Decode a baseline JPEG of YCbCr in 4:4:4, 4:2:2, 4:4:0 or 4:2:0.
 
     None for every other JPEG, and for one that is damaged before its last row.
     """
     compile_loops()
     data = np.frombuffer(jpeg, np.uint8)
     _workspace.scan = _workspace.scan.with_stream(data.size + STREAM_ROOM)
-    status, height, width = fits(data, _workspace.scan)
+    status, height, width, across, down = fits(data, _workspace.scan)
     if status != OK:
         return None
-    size = 3 * (height + PLANE_ROOM) * (width + PLANE_ROOM)
-    _workspace.pixels = _workspace.pixels.with_room(size, 0)
-    out = np.empty(planes_size(height, width), np.uint8)
-    if decode_image(data, _workspace.scan, _workspace.pixels, out) != OK:
-        return None
-    return out, height, width
+    _workspace.pixels = _workspace.pixels.with_room(3 * (height + PLANE_ROOM) * (width + PLANE_ROOM), 0)
+    chroma = -(-height // down), -(-width // across)
+    decoded = Decoded(np.empty((height, width), np.uint8), *np.empty((2, *chroma), np.uint8), across, down)
+    status = decode_image(data, _workspace.scan, _workspace.pixels, decoded.luma, decoded.blue, decoded.red)
+    return decoded if status == OK else None
 
 
 def to_rgb(planes: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -93,9 +104,9 @@ def compile_loops() -> None:
 @functools.cache
 def _compile() -> None:
     scan, pixels, out = ScanMemory.create(), PixelMemory.create(), np.zeros(6, np.uint8)
-    nothing = np.frombuffer(bytes(4), np.uint8)
+    nothing, plane = np.frombuffer(bytes(4), np.uint8), np.zeros((0, 0), np.uint8)
     fits(nothing, scan)
-    decode_image(nothing, scan, pixels, out)
+    decode_image(nothing, scan, pixels, plane, plane, plane)
     rgb = np.zeros((2, 2, 3), np.uint8)
     rgb.flags.writeable = False
     write_planes(rgb, 1, 1, out)
@@ -104,43 +115,42 @@ def _compile() -> None:
 
 @njit
 def fits(data, scan):
-    """Read the header -> (OK or why the file is left to others, height, width)."""
+    """Read the header -> (OK or why the file is left to others, height, width, sampling factors across and down)."""
     record = scan.record
     status = read_markers(data, record, scan.head)
     if status != OK:
-        return status, 0, 0
-    usual = record[SINGLE] and record[KNOWN_SAMPLING] and record[COLOUR] == YCBCR and record[SURE]
+        return status, 0, 0, 0, 0
     across, down = sampling(record)
-    if not usual or across != 2 or down != 2:
-        return UNFIT, 0, 0
-    return OK, record[HEIGHT], record[WIDTH]
+    usual = record[SINGLE] and record[KNOWN_SAMPLING] and record[COLOUR] == YCBCR and record[SURE]
+    if not usual or across > 2:
+        return UNFIT, 0, 0, 0, 0
+    return OK, record[HEIGHT], record[WIDTH], across, down
 
 
 @njit
-def decode_image(data, scan, pixels, out):
-    """Decode all of a JPEG that `fits` -> status; its planes at `out`, uint8 [planes_size].
+def decode_image(data, scan, pixels, luma, blue, red):
+    """Decode all of a JPEG that `fits` -> status; its samples at luma, blue and red, uint8 [rows, columns] each.
 
     scan: as `fits` left it, with a stream of n + STREAM_ROOM bytes; pixels: with planes of 3 (rows + PLANE_ROOM)
     (columns + PLANE_ROOM) bytes.
     """
-    record = scan.record
-    height, width = record[HEIGHT], record[WIDTH]
-    if height * width == 0:
+    if luma.size == 0:
         return UNFIT
-    area = (0, 0, (height + 15) // 16, (width + 15) // 16)
+    across, down = sampling(scan.record)
+    area = (0, 0, (blue.shape[0] + 7) // 8, (blue.shape[1] + 7) // 8)
     rows, columns = 8 * area[2], 8 * area[3]  # of chroma
-    strides = (2 * columns, columns, columns)
-    starts = (0, 4 * rows * columns, 5 * rows * columns)
+    strides = (columns * across, columns, columns)
+    starts = (0, rows * down * columns * across, rows * columns * (down * across + 1))
     status = decode_planes(data, area, scan, pixels, starts, strides)
     if status != OK:
         return status
-    target = 0
-    for c in range(3):
-        plane_rows, plane_columns = (height, width) if c == 0 else ((height + 1) // 2, (width + 1) // 2)
-        for y in range(plane_rows):
-            start = starts[c] + y * strides[c]
-            out[target : target + plane_columns] = pixels.planes[start : start + plane_columns]
-            target += plane_columns
+    for start, stride, plane in (
+        (starts[0], strides[0], luma),
+        (starts[1], strides[1], blue),
+        (starts[2], strides[2], red),
+    ):
+        for y in range(plane.shape[0]):
+            plane[y] = pixels.planes[start + y * stride : start + y * stride + plane.shape[1]]
     return OK
 
 
