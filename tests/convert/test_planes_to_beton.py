@@ -270,6 +270,9 @@ def test_auto_shares_out_planes_evenly_within_the_budget(photos: Path, tmp_path:
     said = capsys.readouterr().err
     count = int(re.search(r"stored as +│ (\d+) planes, (\d+) JPEGs", said)[1])
     assert 7 <= count <= 15
+    assert all(
+        f"instead as {way}" in said for way in ("JPEGs", "planes", "JPEGs, short side 256", "planes, short side")
+    )
     files = []
     for workers in (1, 3):
         files.append(tmp_path / f"{workers}.beton")
@@ -287,6 +290,20 @@ def test_auto_shares_out_planes_evenly_within_the_budget(photos: Path, tmp_path:
     assert run(to_beton, images, tmp_path / "none.beton", *options, "--budget-gb", sizes["jpeg"] * 0.5e-9) == 1
     assert "as JPEGs alone the file takes about" in capsys.readouterr().err
     assert run(to_beton, "info", files[0]) == 0 and run(to_beton, "verify", files[0], "--decode") == 0
+
+
+def test_the_budget_is_of_all_shards(photos: Path, tmp_path: Path, to_beton):
+    options = ("--store", "auto", "--short-side", "96", "--budget-gb", "0.00045")
+    assert run(to_beton, photos / "val", tmp_path / "whole.beton", *options) == 0
+    with BetonReader(tmp_path / "whole.beton") as reader:
+        whole = int(reader.stored_as_planes.sum())
+    shared = []
+    for i in range(2):
+        assert run(to_beton, photos / "val", tmp_path / "x.beton", *options, "--shard", f"{i}/2") == 0
+        with BetonReader(tmp_path / f"x-00{i}-of-002.beton") as reader:
+            shared.append(int(reader.stored_as_planes.sum()))
+    assert min(shared) > 0 and abs(sum(shared) - whole) <= 4
+    assert sum(file.stat().st_size for file in tmp_path.glob("x-*.beton")) < 450_000
 
 
 def test_an_interrupted_conversion_of_both_kinds_goes_on(kinds, tmp_path: Path):

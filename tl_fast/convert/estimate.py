@@ -17,7 +17,7 @@ from tl_fast.convert.options import EncodeOptions
 from tl_fast.convert.selection import Conversion
 from tl_fast.sources.rejects import reason_of
 
-BUDGET_TRIES = 256
+BUDGET_TRIES, CHOICE_TRIES = 256, 64
 MARGIN = 1.02  # of the space that is asked for: holes at page ends, and the estimate itself
 
 
@@ -75,6 +75,20 @@ def estimate(conversion: Conversion, options: EncodeOptions, tries: int = 32) ->
     ids = sum(len(conversion.source.ids[i]) for i in conversion.indices.tolist())
     tables = len(conversion) * (payloads + IMAGE.itemsize + ALLOCATION.itemsize + 16 + 4) + ids
     return Estimate(len(tried), actions, problems, int(images + tables), seconds)
+
+
+def choices(conversion: Conversion, options: EncodeOptions) -> dict[str, int]:
+    """What the file would take, in bytes, by how the images were stored, judged by CHOICE_TRIES samples."""
+    ways = {
+        "JPEGs": {"store": "jpeg", "short_side": None},
+        "JPEGs, short side 256": {"store": "jpeg", "short_side": 256},
+        "planes, short side 256": {"store": "yuv420", "short_side": 256, "row_index": False},
+        "planes": {"store": "yuv420", "short_side": None, "row_index": False},
+    }
+    return {
+        name: estimate(conversion, dataclasses.replace(options, budget_gb=None, **way), CHOICE_TRIES).size
+        for name, way in ways.items()
+    }
 
 
 def planes_within(budget: float, conversion: Conversion, options: EncodeOptions) -> int:

@@ -39,9 +39,14 @@ def in_words(planes: int, jpegs: int) -> str:
 
 
 def print_plan(
-    console: Console, out: Path, conversion: Conversion, encoding: EncodeOptions, expected: Estimate
+    console: Console,
+    out: Path,
+    conversion: Conversion,
+    encoding: EncodeOptions,
+    expected: Estimate,
+    others: dict[str, int],
 ) -> None:
-    """What a run would do."""
+    """What a run would do. others: other ways to store the images, and the bytes that the file would take."""
     source = conversion.source
     planes = conversion.num_planes
     if planes is None:
@@ -63,6 +68,7 @@ def print_plan(
         (f"{tried}, bad", f"{len(expected.problems):,}"),
         ("file", f"about {expected.size / 1e9:,.3g} GB; {free_space(out) / 1e9:,.3g} GB are free"),
         ("time", f"about {expected.seconds / 60:,.1f} minutes on one core, when the disk keeps up"),
+        *((f"instead as {name}", f"about {size / 1e9:,.3g} GB") for name, size in others.items()),
     ]
     print_table(console, f"{out}: would be written", rows)
     for problem in expected.problems[:5]:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tl_fast.beton.layout import HEADER, VERSION, BetonError
 from tl_fast.beton.source import open_images, settled_exif
-from tl_fast.convert.estimate import check_space, estimate, planes_within
+from tl_fast.convert.estimate import check_space, choices, estimate, planes_within
 from tl_fast.convert.options import EncodeOptions, RunOptions
 from tl_fast.convert.partial_file import partial_paths
 from tl_fast.convert.report import print_plan, print_summary
@@ -132,13 +132,14 @@ def convert(
                 return None
         # No spinner: its thread would be running when the workers are forked.
         console.print("trying some samples (the first run on a machine compiles for half a minute)", highlight=False)
+        others = choices(conversion, encoding) if dry_run else {}
         if encoding.store == "auto":
             shards = 1 if inputs.shard is None else inputs.shard.count
             conversion.num_planes = planes_within(encoding.budget_gb * 1e9 / shards, conversion, encoding)
             record["planes"] = conversion.num_planes
         expected = estimate(conversion, encoding, tries=256 if dry_run else 32)
         if dry_run:
-            print_plan(console, out, conversion, encoding, expected)
+            print_plan(console, out, conversion, encoding, expected, others)
             return None
         if space_check:
             partial = partial_paths(out)[0]
