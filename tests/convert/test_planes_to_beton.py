@@ -289,7 +289,10 @@ def test_auto_shares_out_planes_evenly_within_the_budget(photos: Path, tmp_path:
     assert "29 planes" in capsys.readouterr().err
     assert run(to_beton, images, tmp_path / "none.beton", *options, "--budget-gb", sizes["jpeg"] * 0.5e-9) == 1
     assert "as JPEGs alone the file takes about" in capsys.readouterr().err
-    assert run(to_beton, "info", files[0]) == 0 and run(to_beton, "verify", files[0], "--decode") == 0
+    assert run(to_beton, "verify", files[0], "--decode") == 0
+    assert run(to_beton, "info", files[0]) == 0 and "resident" not in capsys.readouterr().out
+    assert run(to_beton, "info", tmp_path / "all.beton") == 0
+    assert "resident on 1, 2, 4, 8 GPUs" in capsys.readouterr().out
 
 
 def test_the_budget_is_of_all_shards(photos: Path, tmp_path: Path, to_beton):

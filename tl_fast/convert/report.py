@@ -137,6 +137,10 @@ def print_info(path: Path, console: Console | None = None) -> None:
                 f": {', '.join(masks.class_names[:8])}{' ...' * (masks.num_classes > 8)}" if masks.class_names else ""
             )
             rows.append(("masks", f"{masks}{names}; {reader.mask_sizes.mean():,.0f} bytes each"))
+        if planes == len(reader):
+            total = int(reader.image_sizes.sum()) + (0 if spec is None else int(reader.label_map_sizes.sum()))
+            parts = ", ".join(f"{total / gpus / 1e9:,.2g}" for gpus in (1, 2, 4, 8))
+            rows.append(("resident on 1, 2, 4, 8 GPUs", f"{parts} GB each"))
         rows += [(f"annotator {key}", str(value)) for key, value in (reader.annotator or {}).items()]
         for key, value in (reader.conversion or {}).items():
             if value is not None and key != "inputs":  # those are digests, for --resume
