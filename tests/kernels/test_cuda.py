@@ -134,6 +134,22 @@ def test_images_at_real_sizes(photos, dtype):
 
 @pytest.mark.gpu
 @no_gpu
+def test_planes_at_real_sizes(photos):
+    """Crops of photos, mirrored or rotated, bilinear and bicubic: as from the RGB that libjpeg makes of the planes."""
+    from PIL import Image
+
+    from tests import cuda_cases, yuv_planes
+    from tl_fast.plan import records as plan
+
+    images = [np.array(Image.open(file).convert("RGB")) for file in sorted(photos.glob("*/*/*.jpg"))[::4]]
+    heights, widths = (np.array([image.shape[n] for image in images]) for n in (0, 1))
+    plans = plan.draw(5, 1, np.arange(len(images)), heights, widths, plan.Augment(interpolation="random"))
+    plans[::4] = cuda_cases.affine_plans(1, (10, 20, 180, 150), 1, [("Rotate", 17.0)])
+    cuda_cases.check_planes([yuv_planes.planes_of(image) for image in images], plans, 224)
+
+
+@pytest.mark.gpu
+@no_gpu
 def test_segmentation_at_real_sizes(photos):
     """Crops of 512 pixels with distorted colours and their masks, whose indices are the CPU's."""
     from PIL import Image

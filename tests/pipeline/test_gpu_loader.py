@@ -622,6 +622,23 @@ def test_batches_are_those_of_the_cpu_loader(photo_beton, way, setting):
                 torch.testing.assert_close(b.targets.cpu(), a.targets, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    "setting", [{}, {"augment": RECIPE}, {"train": False}], ids=["crop+flip", "recipe", "validation"]
+)
+def test_batches_of_planes_are_those_of_the_cpu_loader(photos, tmp_path, setting):
+    files = [file.read_bytes() for file in sorted(photos.glob("train/*/*.jpg"))[:48]]
+    beton = write(tmp_path / "planes.beton", files, as_planes=[n % 4 != 2 for n in range(48)], short_side=256)
+    options = dict(image_size=112, seed=3, check=True) | setting
+    with Loader(beton, 12, **options) as ours, Loader(beton, 12, device="cuda", **options) as theirs:
+        assert theirs.decode == "cpu"
+        for a, b in zip(ours, theirs, strict=True):
+            off = (a.images.int() - b.images.cpu().int()).abs()
+            assert (off > 1).float().mean() < (0.02 if "augment" in setting else 1e-3), off.max()
+            assert torch.equal(a.labels, b.labels.cpu())
+
+
 def test_a_thousand_batches_keep_memory_flat(photo_beton, way):
     with Loader(photo_beton, 12, image_size=64, grid=4, augment=RECIPE, device="cuda", decode=way) as loader:
         used, steps, epoch = [], 0, 0

@@ -41,7 +41,8 @@ class Loader(BatchLoader):
     decode: 'cpu', on CUDA devices also 'mixed' (nvJPEG), 'hybrid' (both at once, each its share of the samples) or
         'auto': 'cpu' as long as the cores keep up with whoever takes the batches, else the faster of 'cpu' and 'mixed'.
         That is measured during the first steps, and said on stderr (rank 0). Evaluation decodes on the CPU unless
-        'mixed' is asked for.
+        'mixed' is asked for. Images that are stored as planes need no decoding: 'auto' is 'cpu' then, and nvJPEG is
+        refused.
     hybrid_share: of the samples that nvJPEG decodes under 'hybrid', 0..1; None: in proportion to both rates, which are
         measured before the first batch. Which samples these are depends on their ids and the share alone.
     hw_decoder_load: share of the images that nvJPEG gives to the GPU's JPEG engine, 0..1.
