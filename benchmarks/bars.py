@@ -22,12 +22,13 @@ def draw(panels: dict[str, list[dict]], path: Path, *, title: str, footer: str) 
     grid = figure.subplots(len(panels), height_ratios=heights, squeeze=False)
     for axes, (heading, rows) in zip(grid[:, 0], panels.items(), strict=True):
         medians = [row["median"] for row in rows]
-        whiskers = [[row["median"] - row["min"] for row in rows], [row["max"] - row["median"] for row in rows]]
+        # The median is rounded to five digits, so that of one round may lie outside its range.
+        below, above = ([max(row[a] - row[b], 0) for row in rows] for a, b in (("median", "min"), ("max", "median")))
         bars = axes.barh(
             range(len(rows)),
             medians,
             height=0.6,
-            xerr=whiskers,
+            xerr=[below, above],
             color=[OURS if row["contender"].startswith("tl_fast") else OTHERS for row in rows],
             error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1.2},
         )

@@ -1,22 +1,31 @@
-"""How many images/s do loaders deliver from the same JPEGs: ours with and without token targets, stock FFCV, DALI,
+"""How many images/s do loaders deliver from the same images: ours with and without token targets, stock FFCV, DALI,
 timm, published style?
 
-    python benchmarks/loaders.py [--images FOLDER] [--samples 1024] [--rounds 5] [--threads 2] [--only WORDS] [--table]
+    python benchmarks/loaders.py [--images FOLDER] [--short-side 256] [--samples 1024] [--rounds 5] [--threads 2]
+                                 [--only WORDS]
+    python benchmarks/loaders.py --table
 
 "crop + flip" is a random resized crop to 224 px and a flip, bilinear; "full recipe" is LV-ViT-S's: RandAugment, random
 interpolation and erasing with probability 0.25, which is left to the training device, as normalisation is; ours draws
 its boxes. "row index": from a beton converted with --row-index. All deliver uint8 batches of 64 with the same number of
 threads or worker processes, from one set of bytes in the page cache; label maps are of 1,000 classes. Rounds are
 interleaved, after one that is not counted; a round of a loader with worker processes is half the samples. malloc keeps
-what is freed, for all of them, as in training. Appends one row a contender to benchmarks/results/loaders.jsonl and
-draws the newest rows of each data set as loaders.png beside it. --table prints those rows as docs/benchmarks.md
-has them, and measures nothing.
+what is freed, for all of them, as in training.
+
+--short-side shrinks the images first and adds other ways to store them: ours also reads them as YUV 4:2:0 planes
+(`to_beton.py --store yuv420`), stock FFCV as its raw RGB. "original JPEGs" are those from before shrinking. The data
+set is then called FOLDER_SHORTSIDE.
+
+Appends one row a contender to benchmarks/results/loaders.jsonl and draws the newest rows of each data set as
+loaders.png beside it. --table prints those rows as docs/benchmarks.md has them, and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -37,6 +46,8 @@ from timm.data import create_transform
 
 from tl_fast.beton.reader import BetonReader
 from tl_fast.convert.encode import Sample
+from tl_fast.convert.image import compile_kernels, prepare
+from tl_fast.convert.options import EncodeOptions
 from tl_fast.convert.write import write_beton
 from tl_fast.labelmaps.format import MapSpec, pack
 from tl_fast.pipeline.loader import Loader
@@ -49,14 +60,19 @@ RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 FULL = {"interpolation": "random", "auto_augment": RAND_AUGMENT}
 RESULTS = ROOT / "benchmarks" / "results" / "loaders.jsonl"
 
-OURS, OURS_FULL = "tl_fast: crop + flip, token targets", "tl_fast: full recipe, token targets"
-INDEXED, INDEXED_FULL = (
-    "tl_fast, row index: crop + flip, token targets",
-    "tl_fast, row index: full recipe, token targets",
+WORK = CROPS, CROPS_ALONE, RECIPE, RECIPE_ALONE = (
+    "crop + flip, token targets",
+    "crop + flip, no label maps",
+    "full recipe, token targets",
+    "full recipe, no label maps",
 )
+OURS, OURS_ALONE, OURS_FULL, OURS_FULL_ALONE = (f"tl_fast: {work}" for work in WORK)
+INDEXED, INDEXED_FULL = f"tl_fast, row index: {CROPS}", f"tl_fast, row index: {RECIPE}"
+PLANES, PLANES_ALONE, PLANES_FULL, PLANES_FULL_ALONE = (f"tl_fast, planes: {work}" for work in WORK)
+ORIGINALS, ORIGINALS_FULL = f"tl_fast, original JPEGs: {CROPS}", f"tl_fast, original JPEGs: {RECIPE}"
 DALI_DECODE = "DALI: decode of the crop, nothing else"
-FFCV, DALI = "stock FFCV: crop + flip, no label maps", "DALI: crop + flip, no label maps"
-PUBLISHED, PUBLISHED_FULL = "published style: crop + flip, token targets", "published style: full recipe, token targets"
+FFCV, FFCV_RAW, DALI = (f"{name}: {CROPS_ALONE}" for name in ("stock FFCV", "stock FFCV, raw RGB", "DALI"))
+PUBLISHED, PUBLISHED_FULL = f"published style: {CROPS}", f"published style: {RECIPE}"
 PUBLISHED_MAPS, PUBLISHED_FULL_MAPS = (
     "published style: crop + flip, maps only",
     "published style: full recipe, maps only",
@@ -71,6 +87,11 @@ BARS = [
     (OURS_FULL, PUBLISHED_FULL),
     (INDEXED_FULL, PUBLISHED_FULL),
     (OURS_FULL, PUBLISHED_FULL_MAPS),
+    (PLANES, OURS),
+    (PLANES_ALONE, OURS_ALONE),
+    (PLANES_ALONE, FFCV_RAW),
+    (PLANES_FULL, OURS_FULL),
+    (PLANES_FULL_ALONE, OURS_FULL_ALONE),
 ]
 
 Epoch = Callable[[int], int]
@@ -96,14 +117,47 @@ def random_maps(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return maps
 
 
-def build(out: Path, files: list[Path], row_index: bool = False) -> None:
+def shrink(files: list[Path], folder: Path, short_side: int) -> list[Path]:
+    """The files, some of them named several times, as JPEGs of this shorter side in `folder`, in the same order."""
+    compile_kernels()
+    folder.mkdir()
+    shrunk = {file: folder / f"{i}.jpg" for i, file in enumerate(dict.fromkeys(files))}
+    for file, path in shrunk.items():
+        path.write_bytes(prepare(file.read_bytes(), EncodeOptions(short_side=short_side)).data)
+    return [shrunk[file] for file in files]
+
+
+class Decoded:
+    """What stock FFCV's writer takes: images by index."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.open(self.files[i]).convert("RGB"), i % 10
+
+
+def build_raw(out: Path, files: list[Path]) -> None:
+    """A beton of the files' RGB pixels, written by stock FFCV in one process of its own."""
+    from ffcv.fields import IntField, RGBImageField  # here, since it may not be installed
+    from ffcv.writer import DatasetWriter
+
+    writer = DatasetWriter(str(out), {"image": RGBImageField(write_mode="raw"), "label": IntField()}, num_workers=1)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its progress bar
+        writer.from_indexed_dataset(Decoded(files))
+
+
+def build(out: Path, files: list[Path], **options: object) -> None:
     """A beton of the files in this order, with `random_maps`."""
     records = [pack(*values, SPEC) for values in random_maps(16)]
     samples = [
         Sample(f"{i}", i % 10, file.read_bytes, lambda i=i: records[i % 16], origin=str(file))
         for i, file in enumerate(files)
     ]
-    write_beton(out, samples, class_names=[str(c) for c in range(CLASSES)], spec=SPEC, row_index=row_index)
+    write_beton(out, samples, class_names=[str(c) for c in range(CLASSES)], spec=SPEC, **options)
 
 
 def save_maps(folder: Path, count: int) -> list[Path]:
@@ -140,8 +194,8 @@ def forked(folder: Path, files: list[Path], threads: int, chosen: Callable[[str]
         return PublishedStyle(files, maps, SIZE, GRID, CLASSES, **settings)
 
     data = {
-        "timm + DataLoader: crop + flip, no label maps": TimmStyle(files, interpolation="bilinear", color_jitter=None),
-        "timm + DataLoader: full recipe, no label maps": TimmStyle(files, **FULL),
+        f"timm + DataLoader: {CROPS_ALONE}": TimmStyle(files, interpolation="bilinear", color_jitter=None),
+        f"timm + DataLoader: {RECIPE_ALONE}": TimmStyle(files, **FULL),
         PUBLISHED: published(),
         PUBLISHED_FULL: published(**FULL),
         PUBLISHED_MAPS: published(targets=False),
@@ -210,7 +264,8 @@ def dali(beton: Path, threads: int, decode_only: bool = False) -> Epoch:
     return epoch
 
 
-def ffcv(beton: Path, threads: int) -> Epoch:
+def ffcv(beton: Path, threads: int, label_maps: bool) -> Epoch:
+    """label_maps: the beton is ours and has some, which are left out; else its own writer wrote it."""
     from ffcv.fields.basics import IntDecoder  # here, since it may not be installed
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader as FfcvLoader
@@ -234,10 +289,9 @@ def ffcv(beton: Path, threads: int) -> Epoch:
                 ToTorchImage(),
             ],
             "label": [IntDecoder(), ToTensor()],
-            "label_map": None,
-            "crc": None,
+            **({"label_map": None, "crc": None} if label_maps else {}),
         },
-        custom_fields={"label_map": LabelMapField},
+        custom_fields={"label_map": LabelMapField} if label_maps else {},
     )
     return lambda _: sum(len(batch[0]) for batch in loader)
 
@@ -252,24 +306,64 @@ def ours(beton: Path, threads: int, **settings: object) -> Epoch:
     return epoch
 
 
-def contenders(folder: Path, files: list[Path], threads: int, chosen: Callable[[str], bool]) -> dict[str, Epoch]:
-    """Name -> a function of the epoch's number that runs one epoch and returns how many images it delivered."""
+def stored(folder: Path, files: list[Path], originals: list[Path], short_side: int | None) -> dict[str, Path]:
+    """Every beton that a run reads, by what its contenders' names begin with."""
+    betons = {}
+
+    def add(name: str, source: list[Path], **options: object) -> None:
+        betons[name] = folder / f"{name}.beton"
+        build(betons[name], source, **options)
+
+    add("tl_fast", files)
+    add("tl_fast, row index", files, row_index=True)
+    if short_side is not None:
+        add("tl_fast, planes", originals, store="yuv420", short_side=short_side)
+        add("tl_fast, original JPEGs", originals)
+    return betons
+
+
+def contenders(
+    folder: Path,
+    files: list[Path],
+    originals: list[Path],
+    short_side: int | None,
+    threads: int,
+    chosen: Callable[[str], bool],
+) -> tuple[dict[str, Epoch], dict[str, dict]]:
+    """Name -> a function of the epoch's number that runs one epoch and returns how many images it delivered; and the
+    name -> the mean bytes of its stored images, of those that do not read `files`."""
+    raw = folder / "raw.beton"
+    with_raw = short_side is not None and chosen(FFCV_RAW) and stock_ffcv_is_here()
+    if with_raw:
+        build_raw(raw, files)  # first, since its writer forks as well
     in_workers = forked(folder, files, threads, chosen)
-    beton, indexed = folder / "bench.beton", folder / "indexed.beton"
-    build(beton, files)
-    build(indexed, files, row_index=True)
+    betons = stored(folder, files, originals, short_side)
+    works = {
+        CROPS: {},
+        CROPS_ALONE: {"token_labels": False},
+        RECIPE: {"augment": Augment(erase=0.25, **FULL)},
+        RECIPE_ALONE: {"augment": Augment(erase=0.25, **FULL), "token_labels": False},
+    }
+    few = {"tl_fast, row index", "tl_fast, original JPEGs"}  # of which two figures say enough
     builders = {
-        OURS: lambda: ours(beton, threads),
-        "tl_fast: crop + flip, no label maps": lambda: ours(beton, threads, token_labels=False),
-        OURS_FULL: lambda: ours(beton, threads, augment=Augment(erase=0.25, **FULL)),
-        INDEXED: lambda: ours(indexed, threads),
-        INDEXED_FULL: lambda: ours(indexed, threads, augment=Augment(erase=0.25, **FULL)),
-        FFCV: lambda: ffcv(beton, threads) if stock_ffcv_is_here() else None,
-        DALI: lambda: dali(beton, threads),
-        DALI_DECODE: lambda: dali(beton, threads, decode_only=True),
+        f"{name}: {work}": lambda beton=beton, settings=settings: ours(beton, threads, **settings)
+        for name, beton in betons.items()
+        for work, settings in works.items()
+        if name not in few or work in (CROPS, RECIPE)
+    }
+    own = betons["tl_fast"]
+    builders |= {
+        FFCV: lambda: ffcv(own, threads, label_maps=True) if stock_ffcv_is_here() else None,
+        **({FFCV_RAW: lambda: ffcv(raw, threads, label_maps=False)} if with_raw else {}),
+        DALI: lambda: dali(own, threads),
+        DALI_DECODE: lambda: dali(own, threads, decode_only=True),
     }
     built = {name: builder() for name, builder in builders.items() if chosen(name)}
-    return {name: epoch for name, epoch in built.items() if epoch is not None} | in_workers
+    sizes = {name: round(BetonReader(beton).image_sizes.mean()) for name, beton in betons.items()}
+    if with_raw:
+        sizes[FFCV_RAW.split(":")[0]] = round(sum(3 * math.prod(Image.open(file).size) for file in files) / len(files))
+    details = {name: {"mean_bytes": sizes[name.split(":")[0]]} for name in built if name.split(":")[0] in sizes}
+    return {name: epoch for name, epoch in built.items() if epoch is not None} | in_workers, details
 
 
 def describe(row: dict) -> str:
@@ -295,7 +389,7 @@ def plot(runs: dict[str, list[dict]], path: Path) -> None:
     draw(
         {describe(rows[0]): rows for rows in runs.values()},
         path,
-        title="Images/s of loaders on the same JPEGs",
+        title="Images/s of loaders on the same images",
         footer=footer,
     )
 
@@ -304,6 +398,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--images", type=Path, default=ROOT / "tests" / "photos", help="folder of JPEGs (default: the bundled photos)"
+    )
+    parser.add_argument(
+        "--short-side", type=int, help="pixels to which the images' shorter side is shrunk; adds planes and raw RGB"
     )
     parser.add_argument(
         "--samples", type=int, default=1024, help="size of the data set; the images are repeated to fill it"
@@ -323,21 +420,25 @@ def main() -> None:
     torch.set_num_threads(1)
     reuse_memory()  # for all contenders, as tl_fast/train.py does
     check_roi_align()
-    files = list(itertools.islice(itertools.cycle(find_images(arguments.images)), arguments.samples))
+    short_side, only = arguments.short_side, arguments.only
+    originals = list(itertools.islice(itertools.cycle(find_images(arguments.images)), arguments.samples))
     with tempfile.TemporaryDirectory() as folder:
-        run = contenders(
-            Path(folder), files, arguments.threads, lambda name: arguments.only is None or arguments.only in name
+        files = originals if short_side is None else shrink(originals, Path(folder) / "shrunk", short_side)
+        file_bytes = round(sum(file.stat().st_size for file in files) / len(files))
+        run, details = contenders(
+            Path(folder), files, originals, short_side, arguments.threads, lambda name: only is None or only in name
         )
         rates = measure(run, arguments.rounds)
     rows = write_rows(
-        Path(os.devnull) if arguments.only else arguments.results,
+        Path(os.devnull) if only else arguments.results,
         "loaders",
         rates,
         "images/s",
         ("torch", "timm", "numba", "nvidia-dali-cuda130", "ffcv", "Pillow"),
-        images=arguments.images.name,
+        details=details,
+        images=arguments.images.name + (f"_{short_side}" if short_side is not None else ""),
         samples=arguments.samples,
-        mean_bytes=round(sum(file.stat().st_size for file in files) / len(files)),
+        mean_bytes=file_bytes,
         image_size=SIZE,
         batch=BATCH,
         threads=arguments.threads,
@@ -347,7 +448,7 @@ def main() -> None:
     for a, b in BARS:
         if a in medians and b in medians:
             print(f"{medians[a] / medians[b]:6.2f} times: {a} / {b}")
-    if not arguments.only:
+    if not only:
         plot(newest_runs(arguments.results), picture)
 
 
