@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,9 +66,9 @@ def add_data(options: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def beton_of(arguments: argparse.Namespace) -> Iterator[Path | None]:
+def beton_of(arguments: argparse.Namespace, **conversion: Any) -> Iterator[Path | None]:
     """Path of --beton, or of a temporary beton of --images with label maps of 1,000 classes, ten an image as real maps
-    have. None, and the reason printed, where none can be written."""
+    have. None, and the reason printed, where none can be written. conversion: options of `write_beton`."""
     if arguments.beton:
         print(f"data: {arguments.beton}", flush=True)
         yield arguments.beton
@@ -108,6 +109,7 @@ def beton_of(arguments: argparse.Namespace) -> Iterator[Path | None]:
             spec=SPEC,
             on_error="quarantine",
             max_rejects=len(samples) // 2,
+            **conversion,
         )
         yield path
 
