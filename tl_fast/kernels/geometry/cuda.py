@@ -46,6 +46,8 @@ FLOATS, INTEGERS = 16, 20
 SMOOTHED = 2 * ycbcr.SMOOTHED - 1  # columns of an image of planes from which on its chroma is smoothed
 LINES = 64  # rows and columns of a canvas that one pass makes, at most
 WHITE = np.float32(255.0)
+PRECISION = 22  # bits behind the point of a filter's weights, as Pillow and `geometry.cpu` have them
+UNIT, HALF_UNIT = np.float32(1 << PRECISION), I(1 << (PRECISION - 1))
 
 
 class Box(NamedTuple):
@@ -68,7 +70,8 @@ class Output(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """The filters of canvas lines along one axis: `taps` weights a line, its first source pixel, how many it has."""
+    """The filters of canvas lines along one axis: `taps` weights a line, its first source pixel, how many it has; all
+    int32."""
 
     weights: Any
     first: Any
@@ -78,7 +81,8 @@ class Filters(NamedTuple):
 
 @device
 def _fill_line(i, shown, size, image, interpolation, filters, line, warped):
-    """The filter of canvas line `i` along one axis, as line `line` of the tables: source pixels and normalised weights.
+    """The filter of canvas line `i` along one axis, as line `line` of the tables: source pixels and weights, whose sum
+    is about 2^PRECISION.
 
     shown: (start, extent) of what `size` canvas lines show; image: (its size, first pixel and number of the decoded
     ones). Lines whose centre is outside the image get no pixels; of a warped sample there are none, even if rounding
@@ -96,12 +100,16 @@ def _fill_line(i, shown, size, image, interpolation, filters, line, warped):
     count[line] = n
     total = ZERO
     for x in range(begin, begin + n):
-        weight = _filter_weight(x, i, start, extent, size, interpolation)
-        weights[line * taps + x - begin] = weight
-        total += weight
-    scale = ONE / total if total != ZERO else ZERO
-    for t in range(n):
-        weights[line * taps + t] *= scale
+        total += _filter_weight(x, i, start, extent, size, interpolation)
+    for x in range(begin, begin + n):
+        weight = _filter_weight(x, i, start, extent, size, interpolation) / total * UNIT
+        weights[line * taps + x - begin] = np.int32(weight + HALF if weight >= ZERO else weight - HALF)
+
+
+@device
+def _clip(total):
+    """A sum of weighted bytes as a byte, rounded and clipped as Pillow's `clip8`."""
+    return np.uint8(min(max(total >> PRECISION, I(0)), I(255)))
 
 
 @device
@@ -240,17 +248,17 @@ def _filter_rows(pixels, first_byte, line_bytes, left, span, n_across, filters, 
         start = first_byte + I(v) * np.int64(line_bytes)
         for j in range(lane, n_across, lanes):
             byte = start + I(3 * (peek(filters.first, j) - left))
-            red, green, blue = ZERO, ZERO, ZERO
+            red, green, blue = HALF_UNIT, HALF_UNIT, HALF_UNIT
             for t in range(peek(filters.count, j)):
                 weight = peek(filters.weights, I(j * filters.taps + t))
-                red += weight * np.float32(peek(pixels, byte))
-                green += weight * np.float32(peek(pixels, byte + 1))
-                blue += weight * np.float32(peek(pixels, byte + 2))
+                red = I(red + weight * I(peek(pixels, byte)))
+                green = I(green + weight * I(peek(pixels, byte + 1)))
+                blue = I(blue + weight * I(peek(pixels, byte + 2)))
                 byte += 3
             index = I(3 * (v * n_across + j))
-            poke(lines, index, _round(red))
-            poke(lines, index + 1, _round(green))
-            poke(lines, index + 2, _round(blue))
+            poke(lines, index, _clip(red))
+            poke(lines, index + 1, _clip(green))
+            poke(lines, index + 2, _clip(blue))
 
 
 @device
@@ -271,7 +279,7 @@ def _filter_plane_rows(pixels, offset, begin, span, n_across, filters, whole, li
         beside = I((_chroma_neighbour(row, whole[HEIGHT]) - (row >> 1)) * chroma_bytes)
         for j in range(lane, n_across, lanes):
             x, n = I(peek(filters.first, j)), I(peek(filters.count, j))
-            red, green, blue = ZERO, ZERO, ZERO
+            red, green, blue = HALF_UNIT, HALF_UNIT, HALF_UNIT
             near_blue = near_red = other_blue = other_red = I(0)
             if n > 0:
                 near_blue, near_red = _mix_rows(pixels, chroma + (x >> 1), beside, plane)
@@ -280,9 +288,9 @@ def _filter_plane_rows(pixels, offset, begin, span, n_across, filters, whole, li
                 cb, cr = _chroma_mix(near_blue, other_blue), _chroma_mix(near_red, other_red)
                 r, g, b = _rgb_of(I(peek(pixels, luma + x)), _chroma_of(cb, x), _chroma_of(cr, x))
                 weight = peek(filters.weights, I(j * filters.taps + t))
-                red += weight * np.float32(r)
-                green += weight * np.float32(g)
-                blue += weight * np.float32(b)
+                red = I(red + weight * r)
+                green = I(green + weight * g)
+                blue = I(blue + weight * b)
                 odd = x & 1 != 0
                 x = I(x + 1)
                 if odd:  # the chroma nearest to this column was second nearest to the one before
@@ -291,21 +299,21 @@ def _filter_plane_rows(pixels, offset, begin, span, n_across, filters, whole, li
                 else:
                     other_blue, other_red = _mix_rows(pixels, chroma + _chroma_neighbour(x, width), beside, plane)
             index = I(3 * (v * n_across + j))
-            poke(lines, index, _round(red))
-            poke(lines, index + 1, _round(green))
-            poke(lines, index + 2, _round(blue))
+            poke(lines, index, _clip(red))
+            poke(lines, index + 1, _clip(green))
+            poke(lines, index + 2, _clip(blue))
 
 
 @device
 def _filter_column(lines, index, step, n, i, filters):
     """The second pass for one canvas pixel: `n` rows of `lines`, `step` bytes apart from `index` on, with the weights
     of line `i`."""
-    red, green, blue = ZERO, ZERO, ZERO
+    red, green, blue = HALF_UNIT, HALF_UNIT, HALF_UNIT
     for t in range(n):
         weight = peek(filters.weights, I(i * filters.taps + t))
-        red += weight * np.float32(peek(lines, index))
-        green += weight * np.float32(peek(lines, index + 1))
-        blue += weight * np.float32(peek(lines, index + 2))
+        red = I(red + weight * I(peek(lines, index)))
+        green = I(green + weight * I(peek(lines, index + 1)))
+        blue = I(blue + weight * I(peek(lines, index + 2)))
         index = I(index + step)
     return red, green, blue
 
@@ -401,16 +409,16 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
                         red, green, blue = _filter_column(between, index, I(3 * n_across), n, i, filters_y)
                         if warped:
                             index = I((i0 + i - box.top) * across + j0 + j - box.left)
-                            poke(canvas, index, _round(red))
-                            poke(canvas, index + canvas_size, _round(green))
-                            poke(canvas, index + 2 * canvas_size, _round(blue))
+                            poke(canvas, index, _clip(red))
+                            poke(canvas, index + canvas_size, _clip(green))
+                            poke(canvas, index + 2 * canvas_size, _clip(blue))
                         else:
                             column = I(output.columns - 1 - (j0 + j)) if real[XU] < ZERO else I(j0 + j)
                             pixel = output.first + I((i0 + i) * output.columns + column)
                             inside = n > 0 and peek(filters_x.count, j) > 0
-                            poke(output.pixels, pixel, _round(red) if inside else output.fill[0])
-                            poke(output.pixels, pixel + plane, _round(green) if inside else output.fill[1])
-                            poke(output.pixels, pixel + I(2 * plane), _round(blue) if inside else output.fill[2])
+                            poke(output.pixels, pixel, _clip(red) if inside else output.fill[0])
+                            poke(output.pixels, pixel + plane, _clip(green) if inside else output.fill[1])
+                            poke(output.pixels, pixel + I(2 * plane), _clip(blue) if inside else output.fill[2])
                 gpu.syncthreads()
 
     @device
@@ -444,8 +452,8 @@ def build(tile: int, lines: int, buffer: int, table: int, canvas_size: int):
         images; out: uint8 [B 3 H W], written.
         """
         between = cuda.shared.array(buffer, uint8)
-        weights_y = cuda.shared.array(table, float32)
-        weights_x = cuda.shared.array(table, float32)
+        weights_y = cuda.shared.array(table, int32)
+        weights_x = cuda.shared.array(table, int32)
         first_y = cuda.shared.array(lines, int32)
         count_y = cuda.shared.array(lines, int32)
         first_x = cuda.shared.array(lines, int32)
