@@ -28,7 +28,7 @@ from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.pipeline.loader import Loader
 from tl_fast.plan.augment import Augment
 from tl_fast.plan.boxes import map_affines
-from tl_fast.plan.records import epoch_order
+from tl_fast.plan.order import epoch_order
 from tl_fast.system.memory import reuse_memory
 
 RECIPES = {"crop + flip": Augment(), "full recipe": Augment(erase=0.25, **FULL)}
@@ -95,7 +95,7 @@ def main() -> None:
     images, targets = np.zeros((BATCH, 3, SIZE, SIZE), np.uint8), np.zeros((BATCH, 1 + GRID**2, CLASSES), np.float32)
     microseconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder) / "bench.beton", files, arguments.row_index)
+        build(Path(folder) / "bench.beton", files, row_index=arguments.row_index)
         for recipe, augment in RECIPES.items():
             with Loader(
                 Path(folder) / "bench.beton", BATCH, image_size=SIZE, grid=GRID, threads=1, augment=augment

@@ -32,6 +32,7 @@ from tl_fast.kernels.geometry import cpu as warp
 from tl_fast.pipeline.decode import Decoder
 from tl_fast.pipeline.nvjpeg import NvjpegDecoder, decoded_regions
 from tl_fast.plan import records as plan
+from tl_fast.plan.order import epoch_order
 
 LOADS = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
 SIZE = 224
@@ -115,7 +116,7 @@ def batches(samples: Samples, batch: int) -> Iterator[tuple[np.ndarray, np.ndarr
     if len(samples) < batch:
         raise ValueError(f"{len(samples)} samples do not fill a batch of {batch}; lower --batch or raise --samples")
     for epoch in itertools.count():
-        order = plan.epoch_order(0, epoch, len(samples))
+        order = epoch_order(0, epoch, len(samples))
         for first in range(0, len(order) - batch + 1, batch):
             ids = order[first : first + batch]
             heights, widths = samples.heights[ids], samples.widths[ids]

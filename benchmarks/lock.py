@@ -93,7 +93,7 @@ def decode_all(planner: Planner, decoder: Decoder, batches: list[np.ndarray]) ->
     def finish() -> None:
         plan, started = under_way.popleft()
         started()
-        upload_parts(planner.samples, plan, np.zeros(len(plan.ids), np.int64))
+        upload_parts(planner.samples, plan, np.zeros(len(plan.ids), np.int64), np.zeros(len(plan.ids), bool))
 
     for ids in batches:
         plan = planner.plan(ids, 0)

@@ -33,7 +33,7 @@ from loaders import CLASSES, build, find_images
 from rows import ROOT, write_rows
 from torch import Tensor, nn
 
-from tl_fast.plan import records
+from tl_fast.pipeline import planner
 from tl_fast.system.memory import reuse_memory
 from tl_fast.training import accuracy as evaluation
 from tl_fast.training import classification, loop
@@ -121,7 +121,7 @@ class Ends:
     def watch(self, step_seconds: float, forward_seconds: float) -> None:
         """Simulate steps and validation's forward pass, and take the times of a run's parts."""
         fetch, end_step, save = Meter.fetch, Meter.end_step, CheckpointWriter.save
-        validate, is_best, epoch_order = classification.validate, loop._is_best, records.epoch_order
+        validate, is_best, epoch_order = classification.validate, loop._is_best, planner.epoch_order
 
         def fetched(meter: Meter):
             if self.steps and len(self.steps[-1]) < STEPS:
@@ -170,7 +170,7 @@ class Ends:
 
         device = SimulatedDevice()
         Meter.fetch, Meter.end_step, CheckpointWriter.save = fetched, stepped, saved
-        classification.validate, loop._is_best, records.epoch_order = validated, compared, ordered
+        classification.validate, loop._is_best, planner.epoch_order = validated, compared, ordered
         classification.build_step = lambda model, *_: SimulatedStep(model, step_seconds)
         evaluation.Classifier.__call__ = classified
 
