@@ -16,6 +16,7 @@ from timm.data import auto_augment
 from tests import reference
 from tl_fast.kernels import cpu
 from tl_fast.kernels.geometry import cpu as warp
+from tl_fast.kernels.geometry import taps
 from tl_fast.kernels.targets.crops import affines_of_crops
 from tl_fast.maths import scalar
 from tl_fast.maths.ycbcr import pixels_of
@@ -350,6 +351,13 @@ def test_evaluation_boxes_with_bicubic_are_pillows(images):
         )
         theirs = np.asarray(image.resize((SIZE, SIZE), RESAMPLING[1], box=(left, top, left + side, top + side)), int)
         assert np.abs(out - theirs).max() <= 1
+
+
+def test_the_vectors_weights_are_the_scalar_ones():
+    for d in np.linspace(0, 1, 33):
+        for weights, expected in ((taps.CUBIC, scalar.cubic_weights(d)), (taps.LINEAR, (1 - d, d))):
+            ours = [sum(factor * d**power for power, factor in enumerate(factors)) for factors in weights]
+            np.testing.assert_allclose(ours, expected, atol=1e-12)
 
 
 # --- label maps

@@ -18,14 +18,8 @@ from tl_fast.convert.partial_file import PartialFile
 from tl_fast.sources.rejects import Reject, reason_of, reject_lines
 
 COMMIT_SECONDS = 2.0  # how much work a kill may cost
-ACTIONS = (
-    "copied",
-    "transcoded",
-    "re-encoded",
-    "resized",
-    "decoded",
-    "converted",
-)  # `tl_fast.convert.image.Prepared.action`
+# What `tl_fast.convert.image.Prepared.action` says.
+ACTIONS = ("copied", "transcoded", "re-encoded", "resized", "decoded", "converted")
 COUNTS = (*ACTIONS, "stripped", "rotated", "row_indexed", "planes", "image_bytes", "label_map_bytes", "mask_bytes")
 
 
