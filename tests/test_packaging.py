@@ -219,7 +219,7 @@ assert not set({hidden}) & set(sys.modules)
 
 # The modules that only stock FFCV, and that only writing and checking betons needs.
 INTEROP_ONLY = {"tl_fast.beton.ffcv_field"}
-CONVERT_ONLY = {"tl_fast.convert.image", "tl_fast.sources.parquet_files"}
+CONVERT_ONLY = {"tl_fast.convert.image", "tl_fast.convert.planes", "tl_fast.sources.parquet_files"}
 
 
 def import_without(hidden: set[str], modules: list[str]) -> None:
