@@ -8,7 +8,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+from ffcv_batches import collect
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -134,22 +134,6 @@ def test_same_bytes_for_any_number_of_workers(
             path, samples, class_names=CLASSES, spec=SPEC, annotator={"model": "none"}, page_size=PAGE, workers=workers
         )
         assert path.read_bytes() == written.read_bytes()
-
-
-def collect(make_loader, seconds: float = 120) -> list[tuple[np.ndarray, ...]]:
-    """All batches of a stock ffcv loader; its thread dies silently on an error and leaves the caller waiting, so wait
-    with a limit."""
-    batches: list[tuple[np.ndarray, ...]] = []
-    ended = threading.Event()
-
-    def run() -> None:
-        for batch in make_loader():
-            batches.append(tuple(part.numpy().copy() for part in batch))
-        ended.set()
-
-    threading.Thread(target=run, daemon=True).start()
-    assert ended.wait(seconds), "stock ffcv.Loader did not finish"
-    return batches
 
 
 @pytest.mark.slow
