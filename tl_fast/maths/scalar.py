@@ -40,6 +40,7 @@ CROP_TRIES = 10
 ERASE_TRIES = 10
 
 BILINEAR, BICUBIC = 0, 1
+PRECISION = 22  # bits behind the point of a resize's weights, as Pillow has them
 
 ROI_SLACK = 1e-4  # of `roi_samples`, for bins of rotated crops, whose extent is a square root
 

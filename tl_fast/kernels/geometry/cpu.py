@@ -12,7 +12,6 @@ from tl_fast.kernels.geometry.taps import (
     BLOCK,
     CHUNK,
     LANES,
-    PRECISION,
     filter_across,
     filter_down,
     interleave,
@@ -31,7 +30,7 @@ from tl_fast.plan.boxes import Sides, both_sides
 _scalar = compile_scalar(njit)
 _filter_range, _filter_weight, _filter_support = _scalar.filter_range, _scalar.filter_weight, _scalar.filter_support
 _filter_centre = _scalar.filter_centre
-BICUBIC = scalar.BICUBIC
+BICUBIC, PRECISION = scalar.BICUBIC, scalar.PRECISION
 BORDER = 3  # pixels around the canvas: two that the cubic filter reads beyond the image, and one for rounding
 REACH = 2  # canvas pixels that `show` may read beyond what the affine shows
 

@@ -46,7 +46,7 @@ FLOATS, INTEGERS = 16, 20
 SMOOTHED = 2 * ycbcr.SMOOTHED - 1  # columns of an image of planes from which on its chroma is smoothed
 LINES = 64  # rows and columns of a canvas that one pass makes, at most
 WHITE = np.float32(255.0)
-PRECISION = 22  # bits behind the point of a filter's weights, as Pillow and `geometry.cpu` have them
+PRECISION = scalar.PRECISION
 UNIT, HALF_UNIT = np.float32(1 << PRECISION), I(1 << (PRECISION - 1))
 
 

@@ -15,9 +15,9 @@ from numba.extending import intrinsic
 
 from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import U0, U1, U2, U3, U4, U, load_int32
+from tl_fast.maths.scalar import PRECISION
 from tl_fast.maths.vectors import BYTE, INT
 
-PRECISION = 22  # bits behind the point of a filter's weights, as Pillow has them
 BLOCK = 4  # rows of pixels that are filtered at once
 LANES = 16  # numbers of a vector: BLOCK pixels of four bytes, or bytes of a row
 CHUNK = 32  # bytes of a row that are filtered at once
