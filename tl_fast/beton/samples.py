@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,10 +75,7 @@ class Samples:
     def image_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in memory the samples' images begin, and their sizes in bytes, int64 [B] both. Valid while the files
         are open."""
-        addresses, sizes = np.empty(len(sample_ids), np.int64), np.empty(len(sample_ids), np.int64)
-        for reader, chosen, indices in self._by_file(sample_ids):
-            addresses[chosen], sizes[chosen] = reader.image_addresses(indices)
-        return addresses, sizes
+        return self._addresses(sample_ids, BetonReader.image_addresses)
 
     def planes(self, sample_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Y, Cb and Cr of a sample whose image is planes (`BetonReader.planes`)."""
@@ -119,10 +116,7 @@ class Samples:
     def label_map_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in memory the samples' label maps begin, and their sizes in bytes, int64 [B] both. Valid while the
         files are open."""
-        addresses, sizes = np.empty(len(sample_ids), np.int64), np.empty(len(sample_ids), np.int64)
-        for reader, chosen, indices in self._by_file(sample_ids):
-            addresses[chosen], sizes[chosen] = reader.label_map_addresses(indices)
-        return addresses, sizes
+        return self._addresses(sample_ids, BetonReader.label_map_addresses)
 
     def label_map_ranges(self, sample_ids: np.ndarray) -> np.ndarray:
         """(score_min, score_step) of the samples' label maps, float32 [B, 2]."""
@@ -135,6 +129,14 @@ class Samples:
         """The sample's mask, uint8 [H, W] (`BetonReader.mask`)."""
         reader, index = self.locate(sample_id)
         return reader.mask(index)
+
+    def _addresses(
+        self, sample_ids: np.ndarray, of_file: Callable[[BetonReader, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        addresses, sizes = np.empty(len(sample_ids), np.int64), np.empty(len(sample_ids), np.int64)
+        for reader, chosen, indices in self._by_file(sample_ids):
+            addresses[chosen], sizes[chosen] = of_file(reader, indices)
+        return addresses, sizes
 
     def _by_file(self, sample_ids: np.ndarray) -> Iterator[tuple[BetonReader, np.ndarray, np.ndarray]]:
         """The reader of each file that holds some of the samples, where these stand among them, and their indices in
