@@ -25,7 +25,7 @@ from tl_fast.jpeg.markers import (
 )
 from tl_fast.jpeg.memory import PixelMemory, ScanMemory
 from tl_fast.jpeg.planes import chroma_size, planes_size
-from tl_fast.jpeg.region_loops import PLANE_ROOM, STREAM_ROOM, UNFIT, decode_planes
+from tl_fast.jpeg.region_loops import PLANE_ROOM, STREAM_ROOM, UNFIT, decode_planes, plane_places
 from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import U3, U, address, keep
 from tl_fast.maths.ycbcr import PADDING, planes_at, row_room, write_row
@@ -138,9 +138,7 @@ def decode_image(data, scan, pixels, luma, blue, red):
         return UNFIT
     across, down = sampling(scan.record)
     area = (0, 0, (blue.shape[0] + 7) // 8, (blue.shape[1] + 7) // 8)
-    rows, columns = 8 * area[2], 8 * area[3]  # of chroma
-    strides = (columns * across, columns, columns)
-    starts = (0, rows * down * columns * across, rows * columns * (down * across + 1))
+    starts, strides = plane_places(area, across, down)
     status = decode_planes(data, area, scan, pixels, starts, strides)
     if status != OK:
         return status

@@ -98,9 +98,8 @@ def decode_pixels(data, region, scan, memory):
         return status, Pixels(AS_GREY, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0)
     across, down = sampling(record)
     area = mcus_of(record, region)
-    rows, columns = 8 * (area[2] - area[0]), 8 * (area[3] - area[1])  # of chroma
-    strides = (columns * across, columns, columns)
-    starts = (0, rows * down * columns * across, rows * columns * (down * across + 1))
+    starts, strides = plane_places(area, across, down)
+    columns = strides[1]  # of chroma
     status = decode_planes(data, area, scan, memory, starts, strides)
     planes = np.int64(address(memory.planes))
     # Of the image's first sample, which is before the area's.
@@ -110,6 +109,14 @@ def decode_pixels(data, region, scan, memory):
     kind = AS_GREY if record[COMPONENTS] == 1 else AS_PLANES
     height, width = -(-record[HEIGHT] // down), -(-record[WIDTH] // across)
     return status, Pixels(kind, first, strides[0], blue, red, columns, across, down, height, width, *region)
+
+
+@njit
+def plane_places(area, across, down):
+    """Where the planes of an area of MCUs (`mcus_of`) begin, one behind the other, and the bytes of their rows."""
+    rows, columns = 8 * (area[2] - area[0]), 8 * (area[3] - area[1])  # of chroma
+    starts = (0, rows * down * columns * across, rows * columns * (down * across + 1))
+    return starts, (columns * across, columns, columns)
 
 
 @njit
