@@ -1,7 +1,7 @@
 """Where does the time of one batch go? Microseconds an image on one thread: plan, decode of the crop, geometry,
 colours, label maps, token targets.
 
-    python benchmarks/breakdown.py [--images FOLDER] [--samples 1024] [--row-index]
+    python benchmarks/breakdown.py [--images FOLDER] [--samples 1024] [--row-index | --bit-index]
 
 The loader's own steps, called one after the other for batches of 64 with token targets of 1,000 classes, crop + flip
 and LV-ViT-S's full recipe; medians over the batches of an epoch after one that is not counted. Output memory is that of
@@ -88,6 +88,7 @@ def main() -> None:
         "--samples", type=int, default=1024, help="size of the data set; the images are repeated to fill it"
     )
     parser.add_argument("--row-index", action="store_true", help="convert with restart markers")
+    parser.add_argument("--bit-index", action="store_true", help="convert with an index of bit positions")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "breakdown.jsonl")
     arguments = parser.parse_args()
     reuse_memory()
@@ -95,7 +96,7 @@ def main() -> None:
     images, targets = np.zeros((BATCH, 3, SIZE, SIZE), np.uint8), np.zeros((BATCH, 1 + GRID**2, CLASSES), np.float32)
     microseconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder) / "bench.beton", files, row_index=arguments.row_index)
+        build(Path(folder) / "bench.beton", files, row_index=arguments.row_index, bit_index=arguments.bit_index)
         for recipe, augment in RECIPES.items():
             with Loader(
                 Path(folder) / "bench.beton", BATCH, image_size=SIZE, grid=GRID, threads=1, augment=augment
@@ -115,6 +116,7 @@ def main() -> None:
         mean_bytes=round(sum(file.stat().st_size for file in files) / len(files)),
         threads=1,
         row_index=arguments.row_index,
+        bit_index=arguments.bit_index,
     )
 
 

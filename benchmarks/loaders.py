@@ -7,10 +7,10 @@ timm, published style?
 
 "crop + flip" is a random resized crop to 224 px and a flip, bilinear; "full recipe" is LV-ViT-S's: RandAugment, random
 interpolation and erasing with probability 0.25, which is left to the training device, as normalisation is; ours draws
-its boxes. "row index": from a beton converted with --row-index. All deliver uint8 batches of 64 with the same number of
-threads or worker processes, from one set of bytes in the page cache; label maps are of 1,000 classes. Rounds are
-interleaved, after one that is not counted; a round of a loader with worker processes is half the samples. malloc keeps
-what is freed, for all of them, as in training.
+its boxes. "row index", "bit index": from betons converted with --row-index and --bit-index. All deliver uint8 batches
+of 64 with the same number of threads or worker processes, from one set of bytes in the page cache; label maps are of
+1,000 classes. Rounds are interleaved, after one that is not counted; a round of a loader with worker processes is half
+the samples. malloc keeps what is freed, for all of them, as in training.
 
 --short-side shrinks the images first and adds other ways to store them: ours also reads them as YUV 4:2:0 planes
 (`to_beton.py --store yuv420`), stock FFCV as its raw RGB. "original JPEGs" are those from before shrinking. The data
@@ -68,6 +68,7 @@ WORK = CROPS, CROPS_ALONE, RECIPE, RECIPE_ALONE = (
 )
 OURS, OURS_ALONE, OURS_FULL, OURS_FULL_ALONE = (f"tl_fast: {work}" for work in WORK)
 INDEXED, INDEXED_FULL = f"tl_fast, row index: {CROPS}", f"tl_fast, row index: {RECIPE}"
+BITS, BITS_FULL = f"tl_fast, bit index: {CROPS}", f"tl_fast, bit index: {RECIPE}"
 PLANES, PLANES_ALONE, PLANES_FULL, PLANES_FULL_ALONE = (f"tl_fast, planes: {work}" for work in WORK)
 ORIGINALS, ORIGINALS_FULL = f"tl_fast, original JPEGs: {CROPS}", f"tl_fast, original JPEGs: {RECIPE}"
 DALI_DECODE = "DALI: decode of the crop, nothing else"
@@ -83,6 +84,8 @@ BARS = [
     (OURS, DALI),
     (INDEXED, DALI),
     (DALI_DECODE, DALI),
+    (BITS, OURS),
+    (BITS_FULL, OURS_FULL),
     (OURS_FULL, OURS),
     (OURS_FULL, PUBLISHED_FULL),
     (INDEXED_FULL, PUBLISHED_FULL),
@@ -316,6 +319,7 @@ def stored(folder: Path, files: list[Path], originals: list[Path], short_side: i
 
     add("tl_fast", files)
     add("tl_fast, row index", files, row_index=True)
+    add("tl_fast, bit index", files, bit_index=True)
     if short_side is not None:
         add("tl_fast, planes", originals, store="yuv420", short_side=short_side)
         add("tl_fast, original JPEGs", originals)
@@ -344,7 +348,8 @@ def contenders(
         RECIPE: {"augment": Augment(erase=0.25, **FULL)},
         RECIPE_ALONE: {"augment": Augment(erase=0.25, **FULL), "token_labels": False},
     }
-    few = {"tl_fast, row index", "tl_fast, original JPEGs"}  # of which two figures say enough
+    # Of these two figures say enough.
+    few = {"tl_fast, row index", "tl_fast, bit index", "tl_fast, original JPEGs"}
     builders = {
         f"{name}: {work}": lambda beton=beton, settings=settings: ours(beton, threads, **settings)
         for name, beton in betons.items()

@@ -16,74 +16,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.decoding import CANARY, Files, show
+from tests.decoding import Files, as_array, check_regions, decoder, picture, region_of, show, with_pillow
 from tl_fast.convert.image import prepare
-from tl_fast.jpeg.region import RegionDecoder
 from tl_fast.pipeline.decode import Decoder
 from tl_fast.pipeline.nvjpeg import decode_graph
 from tl_fast.pipeline.regions import DecodeError
 
 PHOTOS = sorted((Path(__file__).parents[1] / "photos").rglob("*.jpg"))
-decoder = RegionDecoder()
-
-
-def as_array(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, np.uint8)
-
-
-def with_pillow(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def region_of(data: bytes, start: tuple[int, int], stop: tuple[int, int]) -> np.ndarray | None:
-    """The region; checks that nothing is written behind it."""
-    size = 3 * (stop[0] - start[0]) * (stop[1] - start[1])
-    out = np.full(size + 64, CANARY, np.uint8)
-    region = decoder.decode(as_array(data), np.array(start), np.array(stop), out[:size])
-    assert (out[size:] == CANARY).all()
-    return region
-
-
-def random_regions(
-    rng: random.Random, height: int, width: int, count: int
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    regions = [((0, 0), (height, width)), ((height - 1, width - 1), (height, width)), ((0, 0), (1, 1))]
-    for _ in range(count):
-        top, left = rng.randrange(height), rng.randrange(width)
-        regions.append(((top, left), (rng.randint(top + 1, height), rng.randint(left + 1, width))))
-    return regions
-
-
-def check(data: bytes, rng: random.Random, count: int = 6) -> None:
-    whole = with_pillow(data)
-    for start, stop in random_regions(rng, *whole.shape[:2], count):
-        region = region_of(data, start, stop)
-        assert region is not None, (start, stop)
-        np.testing.assert_array_equal(region, whole[start[0] : stop[0], start[1] : stop[1]], str((start, stop)))
-
-
-def picture(rng: np.random.Generator, height: int, width: int, kind: str) -> np.ndarray:
-    """uint8 [height, width, 3]: noise, with every coefficient; extreme noise, whose values leave 0..255; waves, with
-    few coefficients."""
-    if kind == "noise":
-        return rng.integers(0, 256, (height, width, 3), np.uint8)
-    if kind == "extreme":
-        return 255 * rng.integers(0, 2, (height, width, 3), np.uint8)
-    y, x = np.mgrid[:height, :width]
-    waves = [127 + 120 * np.sin(x * rng.uniform(0.02, 0.5) + y * rng.uniform(0.02, 0.5) + c) for c in range(3)]
-    return np.stack(waves, axis=-1).astype(np.uint8)
 
 
 @pytest.mark.parametrize("path", PHOTOS[::4], ids=lambda path: path.name)
 def test_regions_of_photos_are_pillows_pixels(path):
-    check(path.read_bytes(), random.Random(path.name), 12)
+    check_regions(path.read_bytes(), random.Random(path.name), 12)
 
 
 def test_regions_of_original_files_are_pillows_pixels(shared):
     for path in sorted((shared / "data" / "imagenet_sample").rglob("*.JPEG"))[::3]:
         data = prepare(path.read_bytes()).data
-        check(data, random.Random(path.name), 3)
+        check_regions(data, random.Random(path.name), 3)
 
 
 @settings(max_examples=250, deadline=None)
@@ -101,7 +51,7 @@ def test_any_size_sampling_and_quality(height, width, sampling, quality, kind, s
         data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels[:, :, :1]), quality, "GRAY", "Gray")
     else:
         data = simplejpeg.encode_jpeg(pixels, quality, "RGB", sampling)
-    check(data, random.Random(seed), 3)
+    check_regions(data, random.Random(seed), 3)
 
 
 @settings(max_examples=100, deadline=None)
@@ -119,13 +69,13 @@ def test_tables_of_its_own_and_restart_markers(height, width, sampling, quality,
     Image.fromarray(pixels).save(
         out := io.BytesIO(), "JPEG", quality=quality, subsampling=sampling, optimize=optimize, **restarts
     )
-    check(out.getvalue(), random.Random(seed), 4)
+    check_regions(out.getvalue(), random.Random(seed), 4)
 
 
 @pytest.mark.parametrize("row_index", [False, True])
 def test_a_row_index_is_read_without_being_cut(row_index):
     for path in PHOTOS[::6]:
-        check(prepare(path.read_bytes(), row_index=row_index).data, random.Random(path.name), 5)
+        check_regions(prepare(path.read_bytes(), row_index=row_index).data, random.Random(path.name), 5)
 
 
 def jpegs_of_other_kinds() -> dict[str, bytes]:

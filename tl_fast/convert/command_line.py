@@ -124,6 +124,12 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="restart markers, so that crops are decoded without what is around them",
     )
+    group.add_argument(
+        "--bit-index",
+        action="store_true",
+        help="an index of bit positions beside the JPEGs' data, so that tl_fast decodes crops without what is around"
+        " them; for training on the CPU's decoder, 1.2 times as fast from large files",
+    )
     group = parser.add_argument_group("bad samples")
     add_reject_options(group)
     group = parser.add_argument_group("the run")

@@ -79,15 +79,16 @@ def estimate(conversion: Conversion, options: EncodeOptions, tries: int = 32) ->
 
 def choices(conversion: Conversion, options: EncodeOptions) -> dict[str, int]:
     """What the file would take, in bytes, by how the images were stored, judged by CHOICE_TRIES samples."""
+    jpegs, planes = options.as_jpegs(), options.as_planes()
     ways = {
-        "JPEGs": {"store": "jpeg", "short_side": None},
-        "JPEGs, short side 256": {"store": "jpeg", "short_side": 256},
-        "planes, short side 256": {"store": "yuv420", "short_side": 256, "row_index": False},
-        "planes": {"store": "yuv420", "short_side": None, "row_index": False},
+        "JPEGs": (jpegs, None),
+        "JPEGs, short side 256": (jpegs, 256),
+        "planes, short side 256": (planes, 256),
+        "planes": (planes, None),
     }
     return {
-        name: estimate(conversion, dataclasses.replace(options, budget_gb=None, **way), CHOICE_TRIES).size
-        for name, way in ways.items()
+        name: estimate(conversion, dataclasses.replace(way, short_side=short_side), CHOICE_TRIES).size
+        for name, (way, short_side) in ways.items()
     }
 
 
@@ -97,11 +98,8 @@ def planes_within(budget: float, conversion: Conversion, options: EncodeOptions)
     Judged by BUDGET_TRIES samples, each encoded both ways; so the same for the same inputs and options. Raises
     BetonError where JPEGs alone take more.
     """
-    ways = ({"store": "jpeg"}, {"store": "yuv420", "row_index": False})
-    jpegs, planes = (
-        MARGIN * estimate(conversion, dataclasses.replace(options, budget_gb=None, **way), tries=BUDGET_TRIES).size
-        for way in ways
-    )
+    ways = (options.as_jpegs(), options.as_planes())
+    jpegs, planes = (MARGIN * estimate(conversion, way, BUDGET_TRIES).size for way in ways)
     if jpegs > budget:
         raise BetonError(
             f"--budget-gb {options.budget_gb:g}: as JPEGs alone the file takes about {jpegs / 1e9:,.3g} of"

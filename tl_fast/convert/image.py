@@ -23,10 +23,11 @@ from PIL import Image
 from tl_fast.beton.layout import JPEG
 from tl_fast.convert.lossless import is_lossless, lossless_baseline
 from tl_fast.convert.options import EncodeOptions
-from tl_fast.jpeg import huffman, restarts
+from tl_fast.jpeg import bit_index, huffman, restarts
 from tl_fast.jpeg import markers as marks
 from tl_fast.jpeg.bits import PADDING
-from tl_fast.jpeg.memory import ScanMemory, at_least
+from tl_fast.jpeg.mcus import STREAM_ROOM
+from tl_fast.jpeg.memory import PixelMemory, ScanMemory, at_least
 from tl_fast.sources.image import REMEDY, check_size, open_rgb
 from tl_fast.system.crc import crc32
 
@@ -62,7 +63,8 @@ class Prepared:
     own) or `converted` (from RGB); stripped: bytes of metadata or behind
     the end left out (0 for files other than JPEGs); rotated: the source states an EXIF orientation other than upright,
     whether ignored or applied; crc: CRC-32 (zlib's) of the parts; row_index: its restart markers let regions be cut out
-    of it (`tl_fast.jpeg.restarts.splice`), asked for and so made or found; shrunk_from: the (height, width) that a
+    of it (`tl_fast.jpeg.restarts.splice`), asked for and so made or found; bit_index: it has an index of bit positions
+    (`tl_fast.jpeg.bit_index`), asked for and so made; shrunk_from: the (height, width) that a
     resized image had before; mode: what the parts are, as `tl_fast.beton.layout` says.
     """
 
@@ -74,6 +76,7 @@ class Prepared:
     rotated: bool
     crc: int
     row_index: bool = False
+    bit_index: bool = False
     shrunk_from: tuple[int, int] | None = None
     mode: int = JPEG
 
@@ -96,6 +99,7 @@ class _Workspace(threading.local):
         self.scan = ScanMemory.create()
         self.accuracy = np.zeros((marks.MAX_COMPONENTS, 64), np.int8)
         self.block_ends, self.out = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
+        self.pixels, self.index = PixelMemory.create(), np.zeros(bit_index.MAX_BODY, np.uint8)
 
     def inspect(self, data: bytes, decode: bool) -> list[int]:
         """`tl_fast.jpeg.huffman.inspect` -> its record."""
@@ -137,6 +141,12 @@ class _Workspace(threading.local):
         used = restarts.insert_restarts(array, interval, self.scan, self.block_ends, self.out)
         return used, interval, self.out[: max(used, 0)].tobytes()
 
+    def write_index(self, data: bytes) -> bytes:
+        """`tl_fast.jpeg.bit_index.write_index` -> the segment's body; none for a file that gets no index."""
+        self.scan = self.scan.with_stream(len(data) + STREAM_ROOM)
+        size = bit_index.write_index(np.frombuffer(data, np.uint8), self.scan, self.pixels, self.index)
+        return self.index[:size].tobytes()
+
 
 _workspace = _Workspace()
 
@@ -149,6 +159,7 @@ def compile_kernels() -> None:
     small = simplejpeg.encode_jpeg(grey, colorspace="GRAY", colorsubsampling="Gray")
     cut = prepare(simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8), colorspace="RGB"), row_index=True)
     restarts.splice(np.frombuffer(cut.data, np.uint8), np.array([0, 0]), np.array([1, 1]))
+    prepare(cut.data, bit_index=True)
     prepare(simplejpeg.encode_jpeg(colour, colorspace="RGB"))
     prepare(small)
     prepare(small, max_resolution=8)
@@ -162,7 +173,8 @@ def prepare(data: bytes, options: EncodeOptions | None = None, **changes: Any) -
     options, changes: an EncodeOptions, or its fields. Images beyond its sizes are shrunk with Pillow's antialiased
     Lanczos filter. New encodes are 4:2:0. decode_check: decode what is copied to know that it is whole; without it only
     its markers are read and its end is found. row_index: with restart markers, so that regions can be cut out of it,
-    where that is possible: the same pixels. exif: "apply" turns an image whose EXIF orientation is 2..8 upright, a JPEG
+    where that is possible: the same pixels. bit_index: with an index of bit positions for our decoder, where that is
+    possible: the scan as it is. exif: "apply" turns an image whose EXIF orientation is 2..8 upright, a JPEG
     without loss where that is possible (`tl_fast.convert.lossless.is_lossless`). Safe in threads; a file that is copied
     needs the GIL for about 10 µs.
     Raises ValueError with the reason on anything that is not a whole, undamaged image (any warning of libjpeg counts as
@@ -175,7 +187,9 @@ def prepare(data: bytes, options: EncodeOptions | None = None, **changes: Any) -
         prepared, record = without_loss(data, options)
     if prepared is None:
         prepared = _encode(data, options, record)
-    return _with_row_index(prepared) if options.row_index else prepared
+    if options.row_index:
+        return _with_row_index(prepared)
+    return _with_bit_index(prepared) if options.bit_index else prepared
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -353,7 +367,7 @@ def _encode(data: bytes, options: EncodeOptions, record: list[int] | None) -> Pr
     )
 
 
-# --- a row index
+# --- indices
 
 
 def _with_row_index(prepared: Prepared) -> Prepared:
@@ -369,6 +383,18 @@ def _with_row_index(prepared: Prepared) -> Prepared:
     before_scan, scan_header = data[: start - SOS_BYTES], data[start - SOS_BYTES : start]
     head = before_scan + _segment(marks.DRI, interval.to_bytes(2, "big")) + scan_header
     return dataclasses.replace(prepared, parts=(head, scan), crc=crc32(scan, crc32(head)), row_index=True)
+
+
+def _with_bit_index(prepared: Prepared) -> Prepared:
+    """The same JPEG with an index of bit positions before its scan, where that is possible."""
+    data = prepared.data
+    index = _workspace.write_index(data)
+    if not index:
+        return prepared
+    start = int(_workspace.scan.record[marks.SCAN])
+    head = data[: start - SOS_BYTES] + _segment(marks.APP9, index) + data[start - SOS_BYTES : start]
+    scan = memoryview(data)[start:]
+    return dataclasses.replace(prepared, parts=(head, scan), crc=crc32(scan, crc32(head)), bit_index=True)
 
 
 def _with_all_dc_codes(data: bytes, record: list[int]) -> bytes:

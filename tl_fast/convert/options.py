@@ -21,7 +21,8 @@ class EncodeOptions:
 
     quality: of JPEGs that must be encoded anew, 1 to 100. max_resolution: pixels of the longest side, to which larger
     images are shrunk; None: no limit. decode_check: decode every JPEG that is copied, to know that it is whole.
-    row_index: add restart markers to JPEGs, so that regions can be cut out. exif: leave images as they lie in the file,
+    row_index: add restart markers to JPEGs, so that regions can be cut out. bit_index: add an index of bit positions to
+    JPEGs, so that our decoder passes over what is around a crop. exif: leave images as they lie in the file,
     or turn them as their EXIF orientation says. store: JPEGs, YUV 4:2:0 planes, or as each sample says. short_side:
     pixels of the shorter side, to which larger images are shrunk. max_pixels: of an image, height times width.
     budget_gb: with `auto`, 10^9 bytes that all images may take, as `tl_fast.convert.estimate.planes_within` shares them
@@ -37,6 +38,7 @@ class EncodeOptions:
     short_side: int | None = None
     max_pixels: int | None = None
     budget_gb: float | None = None
+    bit_index: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
@@ -54,14 +56,25 @@ class EncodeOptions:
             )
         if self.budget_gb is not None and not 0 < self.budget_gb < math.inf:
             raise BetonError(f"budget_gb {self.budget_gb}: must be more than 0")
-        if self.row_index and self.store == "yuv420":
-            raise BetonError("row_index is for JPEGs, and store yuv420 makes none; leave one of them out")
+        for name in ("row_index", "bit_index"):
+            if getattr(self, name) and self.store == "yuv420":
+                raise BetonError(f"{name} is for JPEGs, and store yuv420 makes none; leave one of them out")
+        if self.row_index and self.bit_index:
+            raise BetonError("row_index and bit_index: a file has one or the other; leave one of them out")
 
     def record(self) -> dict[str, Any]:
-        """As a beton keeps them; those that came with planes only where they are used, so that other files keep their
-        bytes."""
-        values, new = dataclasses.asdict(self), ("store", "short_side", "max_pixels", "budget_gb")
-        return {name: value for name, value in values.items() if name not in new or value not in (None, "jpeg")}
+        """As a beton keeps them; the later ones only where they are used, so that other files keep their bytes."""
+        later, unused = ("store", "short_side", "max_pixels", "budget_gb", "bit_index"), (None, "jpeg", False)
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in later or value not in unused}
+
+    def as_planes(self) -> EncodeOptions:
+        """The same for planes, which have no index."""
+        return dataclasses.replace(self, store="yuv420", budget_gb=None, row_index=False, bit_index=False)
+
+    def as_jpegs(self) -> EncodeOptions:
+        """The same for JPEGs."""
+        return dataclasses.replace(self, store="jpeg", budget_gb=None)
 
     def fits(self, height: int, width: int) -> bool:
         """Whether an image of this size is stored at its own size."""

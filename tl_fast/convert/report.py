@@ -83,7 +83,10 @@ def print_summary(
     taken = summary.samples + summary.rejected
     done = taken - summary.resumed
     megabytes = summary.file_bytes / 1e6
-    row_index = f"{summary.row_indexed:,}, {summary.samples - summary.row_indexed:,} left as they are"
+
+    def indexed(count: int) -> str:
+        return f"{count:,}, {summary.samples - count:,} left as they are"
+
     speed = f"{done / seconds:,.0f} images/s, {megabytes * done / max(taken, 1) / seconds:,.0f} MB/s, {seconds:,.1f} s"
     rows = [
         ("samples", f"{summary.samples:,} in {len(source.class_names):,} classes"),
@@ -96,7 +99,8 @@ def print_summary(
         ("shrunk", f"{summary.resized:,}"),
         ("stripped of metadata", f"{summary.stripped:,}"),
         ("EXIF orientation " + ("applied" if encoding.exif == "apply" else "ignored"), f"{summary.rotated:,}"),
-        *([("with a row index", row_index)] if encoding.row_index else []),
+        *([("with a row index", indexed(summary.row_indexed))] if encoding.row_index else []),
+        *([("with a bit index", indexed(summary.bit_indexed))] if encoding.bit_index else []),
         ("rejected", f"{summary.rejected:,}" + (f", see {list_beside(out)}" if summary.rejected else "")),
         ("files ignored (no image by name)", f"{source.ignored:,}"),
         ("images", f"{summary.image_bytes / 1e6:,.1f} MB"),

@@ -20,7 +20,8 @@ from tl_fast.sources.rejects import Reject, reason_of, reject_lines
 COMMIT_SECONDS = 2.0  # how much work a kill may cost
 # What `tl_fast.convert.image.Prepared.action` says.
 ACTIONS = ("copied", "transcoded", "re-encoded", "resized", "decoded", "converted")
-COUNTS = (*ACTIONS, "stripped", "rotated", "row_indexed", "planes", "image_bytes", "label_map_bytes", "mask_bytes")
+COUNTS = (*ACTIONS, "stripped", "rotated", "row_indexed", "bit_indexed", "planes")
+COUNTS += ("image_bytes", "label_map_bytes", "mask_bytes")
 
 
 class ResumableWriter:
@@ -103,6 +104,7 @@ class ResumableWriter:
         counts["stripped"] += image.stripped > 0
         counts["rotated"] += image.rotated
         counts["row_indexed"] += image.row_index
+        counts["bit_indexed"] += image.bit_index
         counts["planes"] += image.mode == PLANES
         counts["image_bytes"] += sum(map(len, image.parts))
         for name, (data, _) in zip(self.file.payloads, result.payloads, strict=True):

@@ -41,10 +41,10 @@ class WriteSummary:
     """What `write_beton` did.
 
     Images `copied`, `transcoded` without loss, `reencoded`, `resized` (and encoded), planes `decoded` (a JPEG's own) or
-    `converted` (from RGB); of those, `planes` in all, `stripped` of metadata,
-    `rotated` (with an EXIF orientation, ignored or applied as asked) and `row_indexed` (regions can be cut out of them;
-    0 when not asked for). `rejected`: samples left out. `resumed`: samples taken from an earlier run. Sizes in bytes,
-    wall time in seconds.
+    `converted` (from RGB); of those, `planes` in all, `stripped` of metadata, `rotated` (with an EXIF orientation,
+    ignored or applied as asked), `row_indexed` (regions can be cut out of them) and `bit_indexed` (our decoder passes
+    over what is around a crop), the last two 0 when not asked for. `rejected`: samples left out. `resumed`: samples
+    taken from an earlier run. Sizes in bytes, wall time in seconds.
     """
 
     samples: int
@@ -57,6 +57,7 @@ class WriteSummary:
     stripped: int
     rotated: int
     row_indexed: int
+    bit_indexed: int
     planes: int
     rejected: int
     resumed: int
@@ -131,8 +132,8 @@ def write_beton(
     label maps were made and of what was converted, kept in the file; a resumed run must have the same, but for
     conversion["inputs"], as every sample taken is compared by its own stamp. progress: called with the samples taken
     from the source, those of them left out, and the bytes written. options: the fields of `EncodeOptions` (quality,
-    max_resolution, decode_check, row_index, exif, store, short_side, max_pixels) and `RunOptions` (workers, processes,
-    page_size, on_error, max_rejects, overwrite, resume); None is the default.
+    max_resolution, decode_check, row_index, bit_index, exif, store, short_side, max_pixels) and `RunOptions` (workers,
+    processes, page_size, on_error, max_rejects, overwrite, resume); None is the default.
 
     With `processes`, `samples` must be a sequence, and the bytes of its images and label maps are asked for in the
     forked processes; samples with `decodes_groups` are read by threads in any case. Raises BetonError that names the

@@ -21,6 +21,7 @@ BAD_RESTART, BAD_MARKER, BAD_FRAME, BAD_SCAN, BAD_TABLE, ODD = range(6, 12)
 # Fields of the record.
 STATUS, WHERE, FRAME, PRECISION, HEIGHT, WIDTH, COMPONENTS, COLOUR, SURE, ORIENTATION, RESTART, SINGLE = range(12)
 SCAN, END, HEAD, EXACT, METADATA, COMPLETE, JFIF, ADOBE, SCAN_COMPONENTS, KNOWN_SAMPLING = range(12, 22)
+INDEX, INDEX_END = 22, 23  # where the body of a bit index's segment begins and ends (`tl_fast.jpeg.bit_index`); 0: none
 COMPONENT = 24  # where the fields of component 0 begin; those of the others follow
 QUANTISATION = 44  # where the 64 bytes of table 0..3 begin; 0: none, -1: 16-bit values
 HUFFMAN = 48  # where the 16 counts of DC table 0..3 and AC table 0..3 begin; 0: none
@@ -34,13 +35,15 @@ COMPONENT_FIELDS, MAX_COMPONENTS = 5, 4
 GREY, YCBCR, RGB, OTHER = range(4)  # COLOUR, as libjpeg guesses it; SURE where every decoder must agree
 
 TEM, SOF0, SOF1, SOF2, DHT, JPG, SOF9, SOF10, DAC, SOF15 = 0x01, 0xC0, 0xC1, 0xC2, 0xC4, 0xC8, 0xC9, 0xCA, 0xCC, 0xCF
-RST0, RST7, SOI, EOI, SOS, DQT, DRI, APP0, APP1, APP14 = 0xD0, 0xD7, 0xD8, 0xD9, 0xDA, 0xDB, 0xDD, 0xE0, 0xE1, 0xEE
+RST0, RST7, SOI, EOI, SOS, DQT, DRI = 0xD0, 0xD7, 0xD8, 0xD9, 0xDA, 0xDB, 0xDD
+APP0, APP1, APP9, APP14 = 0xE0, 0xE1, 0xE9, 0xEE
 HEAD_BYTES = 4096  # room for the new header; real ones need 330 to 900
 MAX_SIDE = 65_500  # libjpeg's limit
 MAX_BLOCKS = 10  # of an MCU (T.81 B.2.3)
 BLOCKS_A_BYTE = 4  # at most: each block takes two bits at least
 JFIF_LENGTH, ADOBE_LENGTH = 16, 14  # of the segments, less the marker
 JFIF_NAME, ADOBE_NAME = np.frombuffer(b"JFIF\0", np.uint8), np.frombuffer(b"Adobe", np.uint8)
+INDEX_NAME = np.frombuffer(b"TLFI\0", np.uint8)
 
 
 # --- what a record says
@@ -73,14 +76,25 @@ def component_blocks(record, number):
 
 
 @njit
+def mcus_across(record):
+    """MCUs in a row of a single scan."""
+    return _mcus(record, ACROSS, record[WIDTH])
+
+
+@njit
 def mcu_count(record):
     """MCUs of a single scan (T.81 A.2)."""
-    across, down = 1, 1
+    return mcus_across(record) * _mcus(record, DOWN, record[HEIGHT])
+
+
+@njit
+def _mcus(record, factor, side):
+    """MCUs along a side of the image, of so many pixels. factor: ACROSS or DOWN."""
+    largest = 1
     if record[COMPONENTS] > 1:
         for i in range(record[COMPONENTS]):
-            c = component(i)
-            across, down = max(across, record[c + ACROSS]), max(down, record[c + DOWN])
-    return -(-record[WIDTH] // (8 * across)) * -(-record[HEIGHT] // (8 * down))
+            largest = max(largest, record[component(i) + factor])
+    return -(-side // (8 * largest))
 
 
 # --- the header
@@ -169,6 +183,8 @@ def read_segment(data, code, body, stop, record):
         return _adobe(data, body, record)
     if code == APP1 and record[ORIENTATION] == 0:
         record[ORIENTATION] = exif_orientation(data, body, stop)
+    if code == APP9 and starts_with(data, body, stop, INDEX_NAME):
+        record[INDEX], record[INDEX_END] = body, stop
     return OK, 0
 
 

@@ -23,9 +23,10 @@ from tl_fast.jpeg.markers import (
     read_markers,
     sampling,
 )
+from tl_fast.jpeg.mcus import STREAM_ROOM
 from tl_fast.jpeg.memory import PixelMemory, ScanMemory
 from tl_fast.jpeg.planes import chroma_size, planes_size
-from tl_fast.jpeg.region_loops import PLANE_ROOM, STREAM_ROOM, UNFIT, decode_planes, plane_places
+from tl_fast.jpeg.region_loops import PLANE_ROOM, UNFIT, decode_planes, plane_places
 from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import U3, U, address, keep
 from tl_fast.maths.ycbcr import PADDING, planes_at, row_room, write_row

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from tl_fast.jpeg.markers import OK
+from tl_fast.jpeg.mcus import STREAM_ROOM
 from tl_fast.jpeg.memory import PixelMemory, ScanMemory, at_least
 from tl_fast.jpeg.plane_regions import plane_bytes
-from tl_fast.jpeg.region_loops import PLANE_ROOM, STREAM_ROOM, decode_pixels, decode_region, decode_regions
+from tl_fast.jpeg.region_loops import PLANE_ROOM, decode_pixels, decode_region, decode_regions
 from tl_fast.maths.ycbcr import ROW_ROOM, Pixels
 
 _compiling = threading.Lock()

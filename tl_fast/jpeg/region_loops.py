@@ -2,17 +2,18 @@
 chroma upsampling).
 
 Outside the region the decoder only parses the Huffman codes; it makes no pixels there. Segments between restart markers
-that the region does not touch are not read at all.
+that the region does not touch are not read at all, nor is what an index of bit positions lets it pass over
+(`tl_fast.jpeg.bit_index`).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from tl_fast.jpeg.bit_index import ENTRY, ROW, find_entry, find_index, take_dc
 from tl_fast.jpeg.bits import fill, next_marker, skip_fill, top_up, unstuff
-from tl_fast.jpeg.blocks import BLOCK, VALUES, ZIGZAG, prepare_values, read_ac, read_dc, skip_ac
-from tl_fast.jpeg.huffman import KEY, TABLE, prepare_tables, table_slot
-from tl_fast.jpeg.idct import idct
+from tl_fast.jpeg.blocks import ZIGZAG, prepare_values
+from tl_fast.jpeg.huffman import prepare_tables
 from tl_fast.jpeg.markers import (
     BAD_CODE,
     BAD_RESTART,
@@ -35,34 +36,19 @@ from tl_fast.jpeg.markers import (
     YCBCR,
     component,
     mcu_count,
+    mcus_across,
     read_markers,
     sampling,
 )
+from tl_fast.jpeg.mcus import BLOCK_FIELDS, lay_out_blocks, read_mcu, write_mcu
 from tl_fast.jpeg.plane_regions import copy_planes
 from tl_fast.maths.compile import njit
-from tl_fast.maths.memory import (
-    U0,
-    U1,
-    U2,
-    U3,
-    U8,
-    U,
-    address,
-    bytes_from,
-    load_uint16,
-    load_uint64,
-    store_int16,
-    store_uint16,
-    take_number,
-)
+from tl_fast.maths.memory import U0, U3, U8, U, address, bytes_from, take_number
 from tl_fast.maths.ycbcr import AS_GREY, AS_PLANES, Pixels, write_row
 
 UNFIT = -1  # a file that is left to other decoders
-STREAM_ROOM = 4096  # bytes behind the data that may be read: an MCU of damaged data takes up to 10 blocks of 216
 PLANE_ROOM = 96  # of rows and columns: MCUs that the region cuts, a margin of chroma, vectors read beyond a row's end
-
-# What the decoder knows of each block of an MCU (`lay_out_blocks`).
-SLOT, NUMBER, OFFSET, DOWN_STEP, ACROSS_STEP, BLOCK_FIELDS = range(6)
+INTO_NEXT = 2  # bytes read from where the last MCU wanted ends: one that it shares, and the zero behind that 0xFF
 
 
 @njit
@@ -173,10 +159,10 @@ def mcus_of(record, region):
 def decode_planes(data, area, scan, memory, starts, strides):
     """Decode the MCUs of `area` into planes -> status.
 
-    area: as `mcus_of`; memory.planes: component c's samples begin at starts[c], with rows of strides[c]; scan, pixels:
-    as `decode_region`.
+    area: as `mcus_of`; memory.planes: component c's samples begin at starts[c], with rows of strides[c]; scan, memory:
+    as `decode_pixels`.
     """
-    record, stream = scan.record, scan.stream
+    record = scan.record
     blocks, status = prepare_tables(data, scan)
     if status != OK:
         return status
@@ -184,13 +170,70 @@ def decode_planes(data, area, scan, memory, starts, strides):
     copy_factors(data, record, memory.factors)
     order = np.empty((MAX_BLOCKS, BLOCK_FIELDS), np.int64)
     lay_out_blocks(record, starts, strides, order)
+    across = mcus_across(record)
+    if area != (0, 0, mcu_count(record) // across, across):
+        index = find_index(data, record)
+        if index != (0, 0) and decode_rows(data, area, scan, memory, index, blocks, order, strides) == OK:
+            return OK
+    return decode_scan(data, area, scan, memory, blocks, order, strides)
+
+
+@njit
+def places(scan, memory, order, previous):
+    """The addresses that `read_mcu` and `write_mcu` take: of the order and of previous; of the tables; of coefficients,
+    factors and planes. All coefficients become 0."""
     fill(memory.coefficients, 0, len(memory.coefficients), 0)
-    previous = np.zeros(MAX_COMPONENTS, np.uint16)  # DC value of each component's last block
-    bytes_in, order_in, previous_in = address(stream), address(order), address(previous)
     tables = (address(memory.values), address(scan.lookup), address(scan.keys), address(ZIGZAG))
-    coefficients, factors, planes = address(memory.coefficients), address(memory.factors), address(memory.planes)
-    row_mcus = -(-record[WIDTH] // (8 * sampling(record)[0]))
-    mcus = mcu_count(record)
+    samples = (address(memory.coefficients), address(memory.factors), address(memory.planes))
+    return address(order), address(previous), tables, samples
+
+
+@njit
+def decode_rows(data, area, scan, memory, index, blocks, order, strides):
+    """Decode the MCUs of `area` from the entries before them -> status. index: as `find_index` gives it."""
+    record, stream, (rows, spacing) = scan.record, scan.stream, index
+    previous = np.zeros(MAX_COMPONENTS, np.uint16)  # DC value of each component's last block
+    order_in, previous_in, tables, (coefficients, factors, planes) = places(scan, memory, order, previous)
+    bytes_in = address(stream)
+    entries = -(-mcus_across(record) // spacing)
+    first, behind = area[1] // spacing, -(-area[3] // spacing)
+    start, row_bytes = record[SCAN], ROW + ENTRY * entries
+    last_row = mcu_count(record) // mcus_across(record) - 1
+    for row in range(area[0], area[2]):
+        bit, entry = find_entry(data, rows, row_bytes, row, first)
+        take_dc(entry, previous)
+        end = len(data)
+        if behind < entries or row < last_row:
+            next_bit, _ = find_entry(data, rows, row_bytes, row + behind // entries, behind % entries)
+            end = min(start + (next_bit >> 3) + INTO_NEXT, end)
+        size, _ = unstuff(data[:end], start + (bit >> 3), stream)
+        limit = U(size + 8)
+        position, window, bits = top_up(bytes_in, U0, U0, U0)
+        window, bits = window << U(bit & 7), bits - U(bit & 7)
+        for column in range(first * spacing, area[3]):
+            if position > limit:
+                return ENDS_IN_SCAN
+            wanted = column >= area[1]
+            position, window, bits, exist = read_mcu(
+                bytes_in, position, window, bits, blocks, order_in, tables, previous_in, coefficients, wanted
+            )
+            if not exist:
+                return BAD_CODE
+            if wanted:
+                write_mcu(row - area[0], column - area[1], blocks, order, strides, coefficients, factors, planes)
+        if U8 * position - bits > U(8 * size):
+            return ENDS_IN_SCAN
+    return OK
+
+
+@njit
+def decode_scan(data, area, scan, memory, blocks, order, strides):
+    """Decode the MCUs of `area` by reading the scan from its beginning, or from the restart marker before -> status."""
+    record, stream = scan.record, scan.stream
+    previous = np.zeros(MAX_COMPONENTS, np.uint16)
+    order_in, previous_in, tables, (coefficients, factors, planes) = places(scan, memory, order, previous)
+    bytes_in = address(stream)
+    row_mcus, mcus = mcus_across(record), mcu_count(record)
     interval = record[RESTART] if record[RESTART] else mcus
     byte, first, restarts = record[SCAN], 0, 0
     while True:
@@ -221,12 +264,7 @@ def decode_planes(data, area, scan, memory, starts, strides):
                 if not exist:
                     return BAD_CODE
                 if wanted:
-                    for b in range(blocks):
-                        target = order[b, OFFSET]
-                        target += (row - area[0]) * order[b, DOWN_STEP] + (column - area[1]) * order[b, ACROSS_STEP]
-                        number = order[b, NUMBER]
-                        block = coefficients + U(2 * BLOCK * b)
-                        idct(block, factors + U(128 * number), planes + U(target), U(strides[number]))
+                    write_mcu(row - area[0], column - area[1], blocks, order, strides, coefficients, factors, planes)
             if U8 * position - bits > U(8 * size):
                 return ENDS_IN_SCAN
         byte, code = skip_fill(data, byte)
@@ -247,23 +285,6 @@ def copy_factors(data, record, factors):
 
 
 @njit
-def lay_out_blocks(record, starts, strides, order):
-    """Fill `order`, int64 [blocks of an MCU, BLOCK_FIELDS].
-
-    SLOT: where its tables are (`table_slot`); NUMBER: of its component; OFFSET: in the planes, of its first sample in
-    the area's first MCU; DOWN_STEP, ACROSS_STEP: what to add for the MCU below and the one to the right.
-    """
-    b = 0
-    for number in range(record[COMPONENTS]):
-        across, down = sampling(record) if number == 0 else (1, 1)
-        for n in range(across * down):
-            order[b, SLOT], order[b, NUMBER] = table_slot(record, number), number
-            order[b, OFFSET] = starts[number] + n // across * 8 * strides[number] + n % across * 8
-            order[b, DOWN_STEP], order[b, ACROSS_STEP] = down * 8 * strides[number], across * 8
-            b += 1
-
-
-@njit
 def next_wanted(mcu, row_mcus, area):
     """The number of the first MCU of `area` that is not before `mcu`; -1 where there is none."""
     row, column = mcu // row_mcus, mcu % row_mcus
@@ -273,40 +294,3 @@ def next_wanted(mcu, row_mcus, area):
         column = area[1]
     row = max(row, area[0])
     return row * row_mcus + column if row < area[2] else -1
-
-
-@njit
-def read_mcu(stream, position, window, bits, blocks, order, tables, previous, coefficients, wanted):
-    """Read the blocks of an MCU, their coefficients too where they are wanted -> (position, window, bits, whether all
-    codes exist).
-
-    All addresses, since numba would count references to arrays at each call: stream; order, as `lay_out_blocks` fills
-    it; tables, which are values, look-up, keys and ZIGZAG; previous, uint16, the last DC value of each component;
-    coefficients.
-    """
-    values, lookup, keys, zigzag = tables
-    for _ in range(blocks):
-        table, number = U2 * load_uint64(order, U(SLOT)), load_uint64(order, U(NUMBER))
-        order += U(8 * BLOCK_FIELDS)
-        codes = keys + table * U(KEY)
-        position, window, bits = top_up(stream, position, window, bits)
-        position, window, bits, difference, dc_exists = read_dc(
-            stream, position, window, bits, values + table * U(8 * VALUES), codes
-        )
-        value = U(load_uint16(previous, number)) + difference
-        store_uint16(previous, number, value)
-        codes += U(KEY)
-        table += U1
-        if wanted:
-            store_int16(coefficients, U0, value)
-            position, window, bits, ac_exist = read_ac(
-                stream, position, window, bits, values + table * U(8 * VALUES), codes, zigzag, coefficients
-            )
-            coefficients += U(2 * BLOCK)
-        else:
-            position, window, bits, ac_exist = skip_ac(
-                stream, position, window, bits, lookup + table * U(2 * TABLE), codes
-            )
-        if not (dc_exists and ac_exist):
-            return position, window, bits, False
-    return position, window, bits, True
