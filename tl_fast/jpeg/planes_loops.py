@@ -11,22 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tl_fast.jpeg.markers import (
-    COLOUR,
-    HEIGHT,
-    KNOWN_SAMPLING,
-    OK,
-    SINGLE,
-    SURE,
-    WIDTH,
-    YCBCR,
-    read_markers,
-    sampling,
-)
+from tl_fast.jpeg.markers import HEIGHT, OK, WIDTH, read_markers, sampling
 from tl_fast.jpeg.mcus import STREAM_ROOM
 from tl_fast.jpeg.memory import PixelMemory, ScanMemory
 from tl_fast.jpeg.planes import chroma_size, planes_size
-from tl_fast.jpeg.region_loops import PLANE_ROOM, UNFIT, decode_planes, plane_places
+from tl_fast.jpeg.region_loops import PLANE_ROOM, UNFIT, decode_planes, is_ycbcr, plane_places
 from tl_fast.maths.compile import njit
 from tl_fast.maths.memory import U3, U, address, keep
 from tl_fast.maths.ycbcr import PADDING, planes_at, row_room, write_row
@@ -122,8 +111,7 @@ def fits(data, scan):
     if status != OK:
         return status, 0, 0, 0, 0
     across, down = sampling(record)
-    usual = record[SINGLE] and record[KNOWN_SAMPLING] and record[COLOUR] == YCBCR and record[SURE]
-    if not usual or across > 2:
+    if not is_ycbcr(record) or across > 2:
         return UNFIT, 0, 0, 0, 0
     return OK, record[HEIGHT], record[WIDTH], across, down
 

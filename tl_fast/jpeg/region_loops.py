@@ -132,11 +132,15 @@ def decode_regions(taken, images, regions, sides, starts, scan, memory, out):
 @njit
 def is_fit(record, region):
     """Whether the region can be decoded here: in the image, and of a file of a kind known here."""
-    grey = record[COMPONENTS] == 1
-    if not (record[SINGLE] and record[KNOWN_SAMPLING] and (grey or (record[COLOUR] == YCBCR and record[SURE]))):
-        return False
     top, left, bottom, right = region
-    return 0 <= top < bottom <= record[HEIGHT] and 0 <= left < right <= record[WIDTH]
+    inside = 0 <= top < bottom <= record[HEIGHT] and 0 <= left < right <= record[WIDTH]
+    return inside and (is_ycbcr(record) or (record[COMPONENTS] == 1 and record[SINGLE] != 0))
+
+
+@njit
+def is_ycbcr(record):
+    """Whether a file is baseline of a single scan, and YCbCr to every decoder, in a sampling that is known here."""
+    return record[SINGLE] != 0 and record[KNOWN_SAMPLING] != 0 and record[COLOUR] == YCBCR and record[SURE] != 0
 
 
 @njit
