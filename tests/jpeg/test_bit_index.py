@@ -3,7 +3,9 @@ over them, and a wrong one is never followed."""
 
 from __future__ import annotations
 
+import ctypes
 import io
+import mmap
 import random
 from pathlib import Path
 from types import ModuleType
@@ -16,15 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.decoding import as_array, check_regions, picture, region_of, with_pillow
+from tests.decoding import CANARY, GUARD, as_array, check_regions, picture, region_of, with_pillow
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.verify import verify
 from tl_fast.convert.image import compile_kernels, prepare
 from tl_fast.convert.options import EncodeOptions
 from tl_fast.jpeg import bit_index
-from tl_fast.jpeg.markers import APP9, HEAD_BYTES, MARKERS, read_markers
+from tl_fast.jpeg.markers import HEAD_BYTES, INDEX, INDEX_END, MARKERS, OK, SCAN, read_markers
+from tl_fast.jpeg.mcus import STREAM_ROOM
+from tl_fast.jpeg.memory import PixelMemory, ScanMemory
+from tl_fast.jpeg.region_loops import PLANE_ROOM, decode_region
 from tl_fast.jpeg.restarts import splice
+from tl_fast.maths.ycbcr import ROW_ROOM
 from tl_fast.pipeline.loader import Loader
 from tl_fast.pipeline.nvjpeg import decode_graph
 
@@ -38,17 +44,43 @@ def indexed(data: bytes) -> bytes:
     return prepared.data
 
 
+def record_of(data: bytes) -> np.ndarray:
+    record = np.zeros(MARKERS, np.int64)
+    read_markers(as_array(data), record, np.zeros(HEAD_BYTES, np.uint8))
+    return record
+
+
 def segment_of(data: bytes) -> tuple[int, int]:
     """Where the index's segment begins, its marker included, and where it ends."""
-    start = data.index(bytes([0xFF, APP9]))
-    return start, start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    record = record_of(data)
+    assert record[INDEX] > 0
+    return int(record[INDEX]) - 4, int(record[INDEX_END])
+
+
+def scan_of(data: bytes) -> int:
+    """Where the scan's data begins."""
+    return int(record_of(data)[SCAN])
+
+
+def check_with_index(data: bytes, rng: random.Random, count: int) -> None:
+    """Random regions are Pillow's pixels; those below the first row of MCUs also where the scan breaks off at once, so
+    that only the index leads to them."""
+    check_regions(data, rng, min(count, 6))
+    whole, start = with_pillow(data), scan_of(data)
+    height, width = whole.shape[:2]
+    broken = data[:start] + b"\xff\xd9" + data[start + 2 :]
+    assert is_followed(broken)
+    for _ in range(count if height > 34 else 0):
+        top = rng.randrange(34, height)
+        left = min(max(rng.choice([rng.randrange(width), 64 * rng.randrange(4) + rng.randint(-9, 9)]), 0), width - 1)
+        bottom, right = rng.randint(top + 1, height), rng.choice([width, rng.randint(left + 1, width)])
+        region = region_of(broken, (top, left), (bottom, right))
+        np.testing.assert_array_equal(region, whole[top:bottom, left:right], str((top, left, bottom, right)))
 
 
 def is_followed(data: bytes) -> bool:
     """Whether the decoder takes the file's index for the scan's."""
-    record = np.zeros(MARKERS, np.int64)
-    read_markers(as_array(data), record, np.zeros(HEAD_BYTES, np.uint8))
-    return bit_index.find_index(as_array(data), record) != (0, 0)
+    return bit_index.find_index(as_array(data), record_of(data)) != (0, 0)
 
 
 # --- pixels
@@ -56,12 +88,12 @@ def is_followed(data: bytes) -> bool:
 
 @pytest.mark.parametrize("path", PHOTOS[::4], ids=lambda path: path.name)
 def test_regions_of_photos_are_pillows_pixels(path: Path) -> None:
-    check_regions(indexed(path.read_bytes()), random.Random(path.name), 20)
+    check_with_index(indexed(path.read_bytes()), random.Random(path.name), 60)
 
 
 def test_regions_of_original_files_are_pillows_pixels(shared: Path) -> None:
     for path in sorted((shared / "data" / "imagenet_sample").rglob("*.JPEG"))[::3]:
-        check_regions(indexed(path.read_bytes()), random.Random(path.name), 4)
+        check_with_index(indexed(path.read_bytes()), random.Random(path.name), 12)
 
 
 @settings(max_examples=200, deadline=None)
@@ -78,9 +110,7 @@ def test_any_size_sampling_quality_and_tables(height, width, sampling, quality, 
     pixels = picture(np.random.default_rng(seed), height, width, kind)
     options = {"quality": quality, "subsampling": sampling, "optimize": optimize}
     Image.fromarray(pixels).save(out := io.BytesIO(), "JPEG", **options)
-    data = indexed(out.getvalue())
-    assert is_followed(data)
-    check_regions(data, random.Random(seed), 6)
+    check_with_index(indexed(out.getvalue()), random.Random(seed), 20)
 
 
 @pytest.mark.parametrize("sampling", ["440", "411", "Gray"])
@@ -91,7 +121,18 @@ def test_other_samplings(sampling: str) -> None:
         data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels[:, :, :1]), 90, "GRAY", "Gray")
     else:
         data = simplejpeg.encode_jpeg(pixels, 90, "RGB", sampling)
-    check_regions(indexed(data), random.Random(sampling), 20)
+    check_with_index(indexed(data), random.Random(sampling), 60)
+
+
+def test_mcus_that_end_within_a_stuffed_byte() -> None:
+    """With every coefficient there is no end-of-block, so the byte that two MCUs share may be 0xFF."""
+    data = indexed(simplejpeg.encode_jpeg(picture(np.random.default_rng(2), 400, 300, "extreme"), 100, "RGB", "444"))
+    whole, start = with_pillow(data), scan_of(data)
+    broken = data[:start] + b"\xff\xd9" + data[start + 2 :]
+    for top in range(8, 400, 8):
+        for right in range(32, 300, 32):  # where entries are
+            region = region_of(broken, (top, right - 9), (top + 1, right))
+            np.testing.assert_array_equal(region, whole[top : top + 1, right - 9 : right])
 
 
 def test_larger_images_have_entries_further_apart() -> None:
@@ -100,8 +141,8 @@ def test_larger_images_have_entries_further_apart() -> None:
     data = indexed(simplejpeg.encode_jpeg(pixels, 90, "RGB", "444"))
     start, stop = segment_of(data)
     spacing = int.from_bytes(data[start + 4 + 6 : start + 4 + 8], "big")
-    assert stop - start - 4 <= bit_index.MAX_BODY and spacing == 16 and is_followed(data)
-    check_regions(data, random.Random(0), 6)
+    assert stop - start - 4 <= bit_index.MAX_BODY and spacing == 16
+    check_with_index(data, random.Random(0), 30)
 
 
 def test_what_is_above_and_below_the_crop_is_not_read() -> None:
@@ -110,9 +151,8 @@ def test_what_is_above_and_below_the_crop_is_not_read() -> None:
     height, width = with_pillow(plain).shape[:2]
     expected = with_pillow(plain)[height // 2 : height // 2 + 20, width // 2 : width // 2 + 20]
     for name, file in (("plain", plain), ("indexed", data)):
-        start = len(file) - len(plain) + plain.index(b"\xff\xda") + 14
-        damaged = bytearray(file)
-        damaged[start + 200 : start + 1200] = bytes(1000)
+        damaged, start = bytearray(file), scan_of(file) + 200
+        damaged[start : start + 1000] = bytes(1000)
         region = region_of(bytes(damaged), (height // 2, width // 2), (height // 2 + 20, width // 2 + 20))
         assert (region is not None and np.array_equal(region, expected)) == (name == "indexed")
 
@@ -128,6 +168,7 @@ def test_the_scan_stays_as_it_is_and_an_index_is_made_anew() -> None:
         assert data[:start] + data[stop:] == plain.data
         assert prepare(data).data == plain.data, "a conversion without the option leaves an index out"
         assert indexed(data) == data
+        assert prepare(data, bit_index=True).stripped == prepare(data).stripped == 0, "an index is no metadata"
 
 
 def test_files_that_get_none_stay_as_they_are() -> None:
@@ -187,37 +228,68 @@ def test_another_files_index_is_not_followed() -> None:
     one, other = (indexed(simplejpeg.encode_jpeg(image, 80, "RGB", "420")) for image in (pixels, pixels[::-1].copy()))
     (start, stop), (first, behind) = segment_of(one), segment_of(other)
     swapped = one[:start] + other[first:behind] + one[stop:]
-    scan = one.index(b"\xff\xda") + 14
     changed = bytearray(one)
     changed[-10] ^= 1
-    for data in (swapped, bytes(changed), one[:-2], one[:-30], one[:scan]):
+    for data in (swapped, bytes(changed), one[:-2], one[:-30], one[: scan_of(one)]):
         assert not is_followed(data)
     for (top, left), (bottom, right) in crops(120, 140):
         region = region_of(swapped, (top, left), (bottom, right))
         np.testing.assert_array_equal(region, with_pillow(one)[top:bottom, left:right])
 
 
+class Guarded:
+    """A decoder whose memory is as large as it must be and no larger: behind the data lies a page that nobody may read,
+    and behind stream, planes and pixels are bytes that must not change."""
+
+    def __init__(self, room: int, rows: int, columns: int) -> None:
+        self.room = -(-room // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.mapped = np.frombuffer(mmap.mmap(-1, self.room + mmap.PAGESIZE), np.uint8)
+        libc = ctypes.CDLL(None, use_errno=True)
+        no_access = 0
+        behind = ctypes.c_void_p(self.mapped.ctypes.data + self.room)
+        assert libc.mprotect(behind, ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
+        planes, row_bytes = 3 * (rows + PLANE_ROOM) * (columns + PLANE_ROOM), 3 * (2 * columns + ROW_ROOM)
+        self.sizes = {"stream": room + STREAM_ROOM, "planes": planes, "rows": row_bytes, "out": 3 * rows * columns}
+        self.memory = {name: np.full(size + GUARD, CANARY, np.uint8) for name, size in self.sizes.items()}
+        views = {name: self.memory[name][:size] for name, size in self.sizes.items()}
+        self.out = views.pop("out")
+        self.scan = ScanMemory.create()._replace(stream=views.pop("stream"))
+        self.pixels = PixelMemory.create()._replace(**views)
+
+    def region(self, data: bytes, start: tuple[int, int], stop: tuple[int, int]) -> np.ndarray | None:
+        jpeg = self.mapped[self.room - len(data) : self.room]
+        jpeg[:] = as_array(data)
+        jpeg.flags.writeable = False
+        status = decode_region(jpeg, (*start, *stop), self.scan, self.pixels, self.out)
+        assert all((self.memory[name][size:] == CANARY).all() for name, size in self.sizes.items())
+        rows, columns = stop[0] - start[0], stop[1] - start[1]
+        return self.out[: 3 * rows * columns].reshape(rows, columns, 3) if status == OK else None
+
+
 def test_damaged_files_never_lead_outside() -> None:
-    """Entries of any value, with a checksum that fits them, and damaged scans: pixels or none, and no memory around
-    them is touched (`region_of` looks). Where the scan is whole there are pixels: it is read from its beginning."""
+    """Entries of any value, numbers before them too, with a checksum that fits, and damaged scans. Where the scan is
+    whole there are pixels: it is read from its beginning where the index leads nowhere."""
     pixels = picture(np.random.default_rng(5), 90, 110, "noise")
     data = indexed(simplejpeg.encode_jpeg(pixels, 60, "RGB", "420"))
     start, stop = segment_of(data)
     body, end = start + 4, stop - bit_index.CHECKSUM
-    scan, rng, none = data.index(b"\xff\xda") + 14, random.Random(6), 0
-    for trial in range(600):
+    scan, rng, none, followed = scan_of(data), random.Random(6), 0, 0
+    decoder = Guarded(len(data), 90, 110)
+    for trial in range(1500):
         changed = bytearray(data)
+        first = body + (bit_index.HEAD if trial % 10 else 6)
         for _ in range(rng.randint(1, 30)):
-            changed[rng.randrange(body + bit_index.HEAD, end)] = rng.randrange(256)
+            changed[rng.randrange(first, end)] = rng.choice([0, 255, rng.randrange(256)])
         for _ in range(trial % 3):
             changed[rng.randrange(scan, len(data) - 80)] = rng.randrange(256)
-        value = bit_index.checksum(as_array(bytes(changed)), body, end, as_array(bytes(changed)), scan, len(data) - 2)
+        checked = as_array(bytes(changed))
+        value = bit_index.checksum(checked, body, end, checked, scan, len(data) - 2)
         changed[end:stop] = int(value).to_bytes(8, "big")
-        assert is_followed(bytes(changed))
-        missing = sum(region_of(bytes(changed), *crop) is None for crop in crops(90, 110))
+        followed += is_followed(bytes(changed))
+        missing = sum(decoder.region(bytes(changed), *crop) is None for crop in crops(90, 110))
         assert trial % 3 or not missing
         none += missing
-    assert none > 100
+    assert none > 300 and followed >= 1350
 
 
 # --- the converter and the loader
@@ -247,7 +319,9 @@ def test_to_beton(
     again = tmp_path / "again.beton"
     assert to_beton.main([str(photos / "train"), str(again), "--bit-index", "--workers", "1"]) == 0
     assert again.read_bytes() == with_index.read_bytes()
-    assert "with a bit index" in (text := " ".join(capsys.readouterr().err.split())) and "0 left as they are" in text
+    assert (
+        "with a bit index" in (text := " ".join(capsys.readouterr().err.split())) and "0 JPEGs left as they are" in text
+    )
     assert to_beton.main([str(photos / "train"), str(again), "--bit-index", "--resume"]) == 0
     assert "nothing to do" in " ".join(capsys.readouterr().err.split())
     assert to_beton.main([str(photos / "train"), str(again), "--resume"]) == 1  # of other options

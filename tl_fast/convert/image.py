@@ -60,12 +60,12 @@ class Prepared:
 
     parts: its bytes in order, views of the source where they are copied; height, width: pixels; action: `copied` (the
     image data untouched), `transcoded` (without loss), `re-encoded` or `resized`, and of planes `decoded` (a JPEG's
-    own) or `converted` (from RGB); stripped: bytes of metadata or behind
-    the end left out (0 for files other than JPEGs); rotated: the source states an EXIF orientation other than upright,
-    whether ignored or applied; crc: CRC-32 (zlib's) of the parts; row_index: its restart markers let regions be cut out
-    of it (`tl_fast.jpeg.restarts.splice`), asked for and so made or found; bit_index: it has an index of bit positions
-    (`tl_fast.jpeg.bit_index`), asked for and so made; shrunk_from: the (height, width) that a
-    resized image had before; mode: what the parts are, as `tl_fast.beton.layout` says.
+    own) or `converted` (from RGB); stripped: bytes of metadata or behind the end left out (0 for files other than
+    JPEGs); rotated: the source states an EXIF orientation other than upright, whether ignored or applied; crc: CRC-32
+    (zlib's) of the parts; row_index: its restart markers, found or made as asked for, let regions be cut out of it
+    (`tl_fast.jpeg.restarts.splice`); bit_index: an index of bit positions was asked for and made
+    (`tl_fast.jpeg.bit_index`); shrunk_from: the (height, width) that a resized image had before; mode: what the parts
+    are, as `tl_fast.beton.layout` says.
     """
 
     parts: tuple[bytes | memoryview, ...]
@@ -231,7 +231,8 @@ def _copy(data: bytes, record: list[int]) -> Prepared:
     if not record[marks.EXACT]:
         head = _workspace.scan.head[: record[marks.HEAD]].tobytes()
         parts = (head, memoryview(data)[record[marks.SCAN] : record[marks.END]])
-    stripped = len(data) - sum(len(part) for part in parts)
+    index = record[marks.INDEX_END] - record[marks.INDEX] + 4 if record[marks.INDEX] else 0
+    stripped = len(data) - sum(len(part) for part in parts) - index
     return _prepared(parts, record, "copied", stripped, _rotated(record))
 
 

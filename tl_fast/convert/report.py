@@ -85,7 +85,7 @@ def print_summary(
     megabytes = summary.file_bytes / 1e6
 
     def indexed(count: int) -> str:
-        return f"{count:,}, {summary.samples - count:,} left as they are"
+        return f"{count:,}, {summary.samples - summary.planes - count:,} JPEGs left as they are"
 
     speed = f"{done / seconds:,.0f} images/s, {megabytes * done / max(taken, 1) / seconds:,.0f} MB/s, {seconds:,.1f} s"
     rows = [

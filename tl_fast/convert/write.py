@@ -43,7 +43,7 @@ class WriteSummary:
     Images `copied`, `transcoded` without loss, `reencoded`, `resized` (and encoded), planes `decoded` (a JPEG's own) or
     `converted` (from RGB); of those, `planes` in all, `stripped` of metadata, `rotated` (with an EXIF orientation,
     ignored or applied as asked), `row_indexed` (regions can be cut out of them) and `bit_indexed` (our decoder passes
-    over what is around a crop), the last two 0 when not asked for. `rejected`: samples left out. `resumed`: samples
+    over what is around a crop); these two are 0 when not asked for. `rejected`: samples left out. `resumed`: samples
     taken from an earlier run. Sizes in bytes, wall time in seconds.
     """
 

@@ -6,10 +6,10 @@ scan itself stays as it is. The index lies in an application segment, APP9, whic
     "TLFI\\0", version (uint8), MCUs between entries, MCUs across, MCUs down (uint16 each), bytes of the scan (uint32)
     for each row of MCUs: the bit where its first MCU begins (uint32), then its entries, 7 bytes each:
         20 bits: bits from the row's first MCU to this one; 12 bits each: the DC value before it of Y, Cb and Cr
-    a checksum of everything before and of the scan's last bytes (uint64)
+    a checksum over everything before and the scan's last bytes (uint64)
 
 Numbers are big-endian, as JPEG's; DC values signed; positions count from the scan's first byte, stuffed bytes included.
-An index whose checksum, sizes or length are wrong is ignored: it is another scan's, or damaged.
+An index whose checksum, sizes or length are wrong is ignored: it is damaged, or another scan's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from tl_fast.jpeg.bits import top_up, two, unstuff
 from tl_fast.jpeg.blocks import ZIGZAG, prepare_values
 from tl_fast.jpeg.huffman import prepare_tables
 from tl_fast.jpeg.markers import (
-    BLOCKS_A_BYTE,
     COMPONENTS,
     EOI,
     INDEX,
@@ -39,13 +38,13 @@ from tl_fast.jpeg.markers import (
 )
 from tl_fast.jpeg.mcus import BLOCK_FIELDS, lay_out_blocks, read_mcu
 from tl_fast.maths.compile import njit
-from tl_fast.maths.memory import U0, U8, U, address, load_big
+from tl_fast.maths.memory import U0, U8, U32, U, address, keep, load_big
 
 VERSION = 1
 SPACING = 4  # MCUs between entries: 2: files grow twice as much for 1 % more speed; 8: 4 % slower
 HEAD = len(INDEX_NAME) + 11  # bytes before the rows
 ROW, ENTRY, CHECKSUM = 4, 7, 8  # bytes
-TAIL = 64  # the scan's last bytes, of which the checksum is too
+TAIL = 64  # bytes at the scan's end that the checksum covers
 MAX_BODY = 65_533  # bytes of a segment, less its length field
 MAX_IN_ROW = 1 << 20  # bits
 MAX_DC = 1 << 11
@@ -109,7 +108,7 @@ def find_entry(data, rows, row_bytes, row, number):
     """(bit where the row's MCU `number` * spacing begins, the entry itself, uint64). rows: where the rows begin;
     row_bytes: of each."""
     start = rows + row * row_bytes
-    base = np.int64(load_big(address(data), U(start)) >> U(32))
+    base = np.int64(load_big(address(data), U(start)) >> U32)
     entry = load_big(address(data), U(start + ROW + ENTRY * number)) >> U8
     return base + np.int64(entry >> U(36)), entry
 
@@ -129,8 +128,8 @@ def take_dc(entry, previous):
 def write_index(data, scan, memory, out):
     """Write the body of a JPEG's index segment to `out` -> its bytes; 0 for a file that gets none.
 
-    That is one with restart markers, or not baseline of a single scan, damaged, a single entry's, or with more than the
-    fields hold. data: uint8 [n]; scan: `ScanMemory` whose stream holds n + STREAM_ROOM bytes or more; memory:
+    That is one with restart markers, or not baseline of a single scan, damaged, with a single entry, or with more than
+    the fields hold. data: uint8 [n]; scan: `ScanMemory` whose stream holds n + STREAM_ROOM bytes or more; memory:
     `PixelMemory`; out: uint8 [MAX_BODY].
     """
     record = scan.record
@@ -144,10 +143,8 @@ def write_index(data, scan, memory, out):
         spacing *= 2
     if body_size(across, down, spacing) > MAX_BODY or (down == 1 and spacing >= across):
         return 0
-    if mcus > BLOCKS_A_BYTE * len(data):
-        return 0
-    positions = np.empty((mcus, 4), np.uint64)
-    bytes_of_scan = find_mcus(data, scan, memory, positions)
+    entries = np.empty((down, -(-across // spacing), 4), np.uint64)
+    bytes_of_scan = find_mcus(data, scan, memory, spacing, entries)
     if bytes_of_scan == 0:
         return 0
     written = len(INDEX_NAME) + 1
@@ -157,14 +154,16 @@ def write_index(data, scan, memory, out):
     for value, size in ((spacing, 2), (across, 2), (down, 2), (bytes_of_scan, 4)):
         written = put_number(U(value), size, out, written)
     for row in range(down):
-        base = positions[row * across, 0]
+        base = entries[row, 0, 0]
+        if base >> U32:
+            return 0
         written = put_number(base, ROW, out, written)
-        for mcu in range(row * across, (row + 1) * across, spacing):
-            entry = positions[mcu, 0] - base
+        for number in range(entries.shape[1]):
+            entry = entries[row, number, 0] - base
             if entry >= U(MAX_IN_ROW):
                 return 0
             for c in range(3):
-                value = np.int64(np.int16(positions[mcu, 1 + c]))
+                value = np.int64(np.int16(entries[row, number, 1 + c]))
                 if not -MAX_DC <= value < MAX_DC:
                     return 0
                 entry = entry << U(12) | U(value & (2 * MAX_DC - 1))
@@ -182,9 +181,9 @@ def put_number(value, size, out, written):
 
 
 @njit
-def find_mcus(data, scan, memory, positions):
-    """Decode a single scan -> its bytes, 0 where it is not whole. positions: uint64 [MCUs, 4], gets the bit where each
-    MCU begins and the DC values before it, of which 16 bits count."""
+def find_mcus(data, scan, memory, spacing, entries):
+    """Decode a single scan -> its bytes, 0 where it is not whole. entries: uint64 [rows of MCUs, entries, 4], gets the
+    bit where every `spacing`th MCU of each row begins and the DC values before it, of which 16 bits count."""
     record, stream = scan.record, scan.stream
     blocks, status = prepare_tables(data, scan)
     if status != OK:
@@ -196,31 +195,29 @@ def find_mcus(data, scan, memory, positions):
     size, end = unstuff(data, record[SCAN], stream)
     if end + 1 >= len(data) or data[end + 1] != EOI:
         return 0
-    tables = (address(memory.values), address(scan.lookup), address(scan.keys), address(ZIGZAG))
-    position, window, bits = top_up(address(stream), U0, U0, U0)
+    bytes_in, order_in, previous_in = address(stream), address(order), address(previous)
+    tables, coefficients = (
+        (address(memory.values), address(scan.lookup), address(scan.keys), address(ZIGZAG)),
+        address(memory.coefficients),
+    )
+    position, window, bits = top_up(bytes_in, U0, U0, U0)
     raw, kept = record[SCAN], 0  # a byte of the scan, and its number among those without stuffing
+    across = mcus_across(record)
     for mcu in range(mcu_count(record)):
         if position > U(size + 8):
             return 0
-        bit = np.int64(U8 * position - bits)
-        while kept < bit >> 3:
-            raw += 2 if data[raw] == 0xFF else 1
-            kept += 1
-        positions[mcu, 0] = 8 * (raw - record[SCAN]) + (bit & 7)
-        for c in range(3):
-            positions[mcu, 1 + c] = previous[c]
+        row, column = mcu // across, mcu % across
+        if column % spacing == 0:
+            bit = np.int64(U8 * position - bits)
+            while kept < bit >> 3:
+                raw, kept = raw + (2 if data[raw] == 0xFF else 1), kept + 1
+            entries[row, column // spacing, 0] = 8 * (raw - record[SCAN]) + (bit & 7)
+            for c in range(3):
+                entries[row, column // spacing, 1 + c] = previous[c]
         position, window, bits, exist = read_mcu(
-            address(stream),
-            position,
-            window,
-            bits,
-            blocks,
-            address(order),
-            tables,
-            address(previous),
-            address(memory.coefficients),
-            False,
+            bytes_in, position, window, bits, blocks, order_in, tables, previous_in, coefficients, False
         )
         if not exist:
             return 0
+    keep((order, previous))
     return end - record[SCAN] if U8 * position - bits <= U(8 * size) else 0

@@ -78,17 +78,17 @@ def component_blocks(record, number):
 @njit
 def mcus_across(record):
     """MCUs in a row of a single scan."""
-    return _mcus(record, ACROSS, record[WIDTH])
+    return mcus_along(record, ACROSS, record[WIDTH])
 
 
 @njit
 def mcu_count(record):
     """MCUs of a single scan (T.81 A.2)."""
-    return mcus_across(record) * _mcus(record, DOWN, record[HEIGHT])
+    return mcus_across(record) * mcus_along(record, DOWN, record[HEIGHT])
 
 
 @njit
-def _mcus(record, factor, side):
+def mcus_along(record, factor, side):
     """MCUs along a side of the image, of so many pixels. factor: ACROSS or DOWN."""
     largest = 1
     if record[COMPONENTS] > 1:
@@ -124,7 +124,8 @@ def read_markers(data, record, head):
         if status != OK and status != ODD:
             return status
         odd |= status == ODD
-        record[METADATA] += stop - start - (keep + 2 if keep else 0)
+        if record[INDEX] != body:  # which is none
+            record[METADATA] += stop - start - (keep + 2 if keep else 0)
         if keep:
             if used + keep + 2 <= HEAD_BYTES:
                 used = keep_segment(data, code, body, keep, head, used)

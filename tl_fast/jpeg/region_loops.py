@@ -183,7 +183,7 @@ def decode_planes(data, area, scan, memory, starts, strides):
 
 
 @njit
-def places(scan, memory, order, previous):
+def working_addresses(scan, memory, order, previous):
     """The addresses that `read_mcu` and `write_mcu` take: of the order and of previous; of the tables; of coefficients,
     factors and planes. All coefficients become 0."""
     fill(memory.coefficients, 0, len(memory.coefficients), 0)
@@ -197,7 +197,7 @@ def decode_rows(data, area, scan, memory, index, blocks, order, strides):
     """Decode the MCUs of `area` from the entries before them -> status. index: as `find_index` gives it."""
     record, stream, (rows, spacing) = scan.record, scan.stream, index
     previous = np.zeros(MAX_COMPONENTS, np.uint16)  # DC value of each component's last block
-    order_in, previous_in, tables, (coefficients, factors, planes) = places(scan, memory, order, previous)
+    order_in, previous_in, tables, (coefficients, factors, planes) = working_addresses(scan, memory, order, previous)
     bytes_in = address(stream)
     entries = -(-mcus_across(record) // spacing)
     first, behind = area[1] // spacing, -(-area[3] // spacing)
@@ -235,7 +235,7 @@ def decode_scan(data, area, scan, memory, blocks, order, strides):
     """Decode the MCUs of `area` by reading the scan from its beginning, or from the restart marker before -> status."""
     record, stream = scan.record, scan.stream
     previous = np.zeros(MAX_COMPONENTS, np.uint16)
-    order_in, previous_in, tables, (coefficients, factors, planes) = places(scan, memory, order, previous)
+    order_in, previous_in, tables, (coefficients, factors, planes) = working_addresses(scan, memory, order, previous)
     bytes_in = address(stream)
     row_mcus, mcus = mcus_across(record), mcu_count(record)
     interval = record[RESTART] if record[RESTART] else mcus
