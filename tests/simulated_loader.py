@@ -57,6 +57,7 @@ def run(beton: str, masked: str, planes: str, all_planes: str, device: str) -> d
             if settings is RESIDENT_SETTINGS and device != "cpu":
                 with Loader(path, device=device, resident=True, **COMMON | setting) as loader:
                     assert loader.decode == "resident"
+                    assert loader._plan == loader._planner.plan  # no file is read, so none is read ahead
                     for key, values in epoch_of(loader, name).items():
                         np.testing.assert_array_equal(values, arrays[key], f"resident, {key}")
     for name, setting in SEGMENT_SETTINGS.items():

@@ -108,6 +108,13 @@ def test_round_trip(written: Path, jpegs: list[bytes], maps: list[np.void]) -> N
     assert verify(written, decode=True, workers=2) == []
 
 
+def test_readers_that_are_dropped_leave_no_descriptor(written: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2000):
+        BetonReader(written).image(0)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_no_sample_crosses_a_page(written: Path) -> None:
     data = np.fromfile(written, np.uint8)
     table = data[int(data[:24].view(layout.HEADER)["alloc_table_ptr"][0]) :].view(layout.ALLOCATION)

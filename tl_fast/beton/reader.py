@@ -178,6 +178,11 @@ class BetonReader(BetonTables):
         start = int(self._mask_ptr[i])
         return self._bytes[start : start + int(self._mask_size[i])]
 
+    def mask_addresses(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in memory the masks of the samples `indices` [B] begin, and their sizes in bytes, int64 [B] both. Valid
+        as long as the file is open."""
+        return self._bytes.ctypes.data + self._mask_ptr[indices], self._mask_size[indices]
+
     def mask(self, i: int) -> np.ndarray:
         """Sample i's mask, uint8 `[H, W]`, as large as its image: a class, or `mask_spec.ignore_index`. A new array.
 

@@ -125,6 +125,11 @@ class Samples:
             ranges[chosen] = reader.label_map_ranges(indices)
         return ranges
 
+    def mask_addresses(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in memory the samples' masks begin, and their sizes in bytes, int64 [B] both. Valid while the files are
+        open."""
+        return self._addresses(sample_ids, BetonReader.mask_addresses)
+
     def mask(self, sample_id: int) -> np.ndarray:
         """The sample's mask, uint8 [H, W] (`BetonReader.mask`)."""
         reader, index = self.locate(sample_id)

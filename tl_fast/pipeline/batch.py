@@ -82,6 +82,7 @@ class BatchMaker(Protocol):
     """
 
     decoder: RegionsDecoder
+    reads_files: bool  # whether images and label maps come from the betons, batch by batch
 
     def enter_thread(self) -> None:
         """To be called once by the thread that calls `start`."""

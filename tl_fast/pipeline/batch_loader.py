@@ -19,6 +19,7 @@ from tl_fast.pipeline.batch import Batch, BatchMaker, UnderWay
 from tl_fast.pipeline.choice import OnRank0, call
 from tl_fast.pipeline.cpu_batches import CpuBatches
 from tl_fast.pipeline.planner import BatchPlanner
+from tl_fast.pipeline.read_ahead import ReadAhead
 from tl_fast.pipeline.settings import Decoding
 from tl_fast.system.mistakes import InputError
 
@@ -79,6 +80,7 @@ class BatchLoader:
             min(PREFETCH_BYTES // planner.batch_bytes(), MOST_PREFETCH[decoding.device.type]), 1
         )
         self._maker = _open_maker(planner, decoding, self.prefetch + 1, on_rank_0 or call)
+        self._plan = ReadAhead(planner, decoding.check).plan if self._maker.reads_files else planner.plan
         # One thread plans batches and starts them. Threads of the maker decode them, without a pause between batches.
         self._driver = ThreadPoolExecutor(1, "tl_fast-decode", self._maker.enter_thread)
         self._drawer = ThreadPoolExecutor(1, "tl_fast-order")  # of an epoch's order, while the one before is iterated
@@ -191,7 +193,7 @@ class BatchLoader:
 
     def _produce(self, ids: np.ndarray, epoch: int) -> UnderWay:
         """Plan a batch and start to make it."""
-        return self._maker.start(self._planner.plan(ids, epoch))
+        return self._maker.start(self._plan(ids, epoch))
 
     def close(self) -> None:
         """Stop the threads and close the files. The loader cannot be used afterwards."""

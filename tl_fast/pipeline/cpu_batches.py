@@ -25,6 +25,8 @@ class CpuBatches:
     decoding: threads, and whether samples are checked.
     """
 
+    reads_files = True
+
     def __init__(self, planner: BatchPlanner, decoding: Decoding):
         self.samples, self.targets = planner.samples, planner.targets
         self.decoding = decoding

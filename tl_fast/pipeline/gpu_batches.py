@@ -135,6 +135,7 @@ class GpuBatches:
         self.device, self.decoding, self.ahead = device, decoding, ahead
         on_gpu = device.type == "cuda"
         self.resident = open_resident(planner, device, decoding)
+        self.reads_files = self.resident is None
         self.decoder = self.resident or open_decoder(planner, device if on_gpu else None, decoding, on_rank_0)
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         # A stream apart, so that kernels never wait for the decode of a later batch.

@@ -104,6 +104,10 @@ class BatchPlanner(abc.ABC):
         """What a sample takes, on average; of decoded pixels at most the whole image's."""
 
     @abc.abstractmethod
+    def read_whole(self, ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What is read of these samples besides their images, as addresses and sizes in bytes, int64 [n] both."""
+
+    @abc.abstractmethod
     def draw(self, ids: np.ndarray, epoch: int) -> np.ndarray:
         """Training's plans of these samples, PLAN records [B]."""
 
@@ -134,6 +138,9 @@ class Planner(BatchPlanner):
         pixels = 3 * float((self.samples.heights * self.samples.widths).mean()) + 3 * math.prod(self.crops.image_size)
         size = 2 if self.targets is not None and self.targets.dtype == "bfloat16" else 4  # bytes
         return pixels + (0 if self.targets is None else size * self.targets.tokens * self.samples.num_classes)
+
+    def read_whole(self, ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [] if self.targets is None else [self.samples.label_map_addresses(ids)]
 
     def draw(self, ids: np.ndarray, epoch: int) -> np.ndarray:
         heights, widths = self.samples.heights[ids], self.samples.widths[ids]

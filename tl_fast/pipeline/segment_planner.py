@@ -46,6 +46,9 @@ class SegmentPlanner(BatchPlanner):
         decoded = float((self.samples.heights * self.samples.widths).mean())
         return 4 * decoded + 4 * (math.prod(self.crops.image_size) if self.train else decoded)
 
+    def read_whole(self, ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [self.samples.mask_addresses(ids)]
+
     def draw(self, ids: np.ndarray, epoch: int) -> np.ndarray:
         return self._masks_and_plans(ids, epoch)[1]
 
