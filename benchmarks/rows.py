@@ -64,14 +64,14 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     return p20, median, p80
 
 
-def newest_runs(results: Path) -> dict[str, list[dict]]:
-    """The rows of the last run on every data set, by the name of its folder of images. FileNotFoundError when nothing
-    was measured yet."""
+def newest_runs(results: Path, column: str = "images") -> dict[str, list[dict]]:
+    """The rows of the last run on every data set, by the name of its folder of images; or of another column's values.
+    FileNotFoundError when nothing was measured yet."""
     runs: dict[str, list[dict]] = {}
     for row in map(json.loads, results.read_text().splitlines()):
-        before = runs.get(row["images"], [])
+        before = runs.get(row[column], [])
         same = before and before[0].get("run") == row.get("run") and row.get("run") is not None
-        runs[row["images"]] = [*before, row] if same else [row]
+        runs[row[column]] = [*before, row] if same else [row]
     return runs
 
 
