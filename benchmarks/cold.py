@@ -134,7 +134,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8192, help="the images are repeated to fill it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--folder", type=Path, help="where the betons are written, on a disk; default: as tempfile's")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("/var/tmp"), help="on which disk the betons are written, and deleted again"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the stored rows as docs/benchmarks.md has them")
     arguments = parser.parse_args()
