@@ -43,10 +43,11 @@ from tl_fast.jpeg.markers import (
 from tl_fast.jpeg.mcus import BLOCK_FIELDS, lay_out_blocks, read_mcu, write_mcu
 from tl_fast.jpeg.plane_regions import copy_planes
 from tl_fast.maths.compile import njit
-from tl_fast.maths.memory import U0, U3, U8, U, address, bytes_from, take_number
+from tl_fast.maths.memory import U0, U3, U8, U, address, bytes_from, keep, take_number
 from tl_fast.maths.ycbcr import AS_GREY, AS_PLANES, Pixels, write_row
 
 UNFIT = -1  # a file that is left to other decoders
+BEHIND_AREA = -2  # see `decode_mcus`
 PLANE_ROOM = 96  # of rows and columns: MCUs that the region cuts, a margin of chroma, vectors read beyond a row's end
 INTO_NEXT = 2  # bytes read from where the last MCU wanted ends: one that it shares, and the zero behind that 0xFF
 
@@ -183,26 +184,15 @@ def decode_planes(data, area, scan, memory, starts, strides):
 
 
 @njit
-def working_addresses(scan, memory, order, previous):
-    """The addresses that `read_mcu` and `write_mcu` take: of the order and of previous; of the tables; of coefficients,
-    factors and planes. All coefficients become 0."""
-    fill(memory.coefficients, 0, len(memory.coefficients), 0)
-    tables = (address(memory.values), address(scan.lookup), address(scan.keys), address(ZIGZAG))
-    samples = (address(memory.coefficients), address(memory.factors), address(memory.planes))
-    return address(order), address(previous), tables, samples
-
-
-@njit
 def decode_rows(data, area, scan, memory, index, blocks, order, strides):
     """Decode the MCUs of `area` from the entries before them -> status. index: as `find_index` gives it."""
     record, stream, (rows, spacing) = scan.record, scan.stream, index
-    previous = np.zeros(MAX_COMPONENTS, np.uint16)  # DC value of each component's last block
-    order_in, previous_in, tables, (coefficients, factors, planes) = working_addresses(scan, memory, order, previous)
-    bytes_in = address(stream)
-    entries = -(-mcus_across(record) // spacing)
+    fill(memory.coefficients, 0, len(memory.coefficients), 0)
+    previous = np.zeros(MAX_COMPONENTS, np.uint16)
+    across = mcus_across(record)
+    entries, last_row = -(-across // spacing), mcu_count(record) // across - 1
     first, behind = area[1] // spacing, -(-area[3] // spacing)
     start, row_bytes = record[SCAN], ROW + ENTRY * entries
-    last_row = mcu_count(record) // mcus_across(record) - 1
     for row in range(area[0], area[2]):
         bit, entry = find_entry(data, rows, row_bytes, row, first)
         take_dc(entry, previous)
@@ -211,22 +201,10 @@ def decode_rows(data, area, scan, memory, index, blocks, order, strides):
             next_bit, _ = find_entry(data, rows, row_bytes, row + behind // entries, behind % entries)
             end = min(start + (next_bit >> 3) + INTO_NEXT, end)
         size, _ = unstuff(data[:end], start + (bit >> 3), stream)
-        limit = U(size + 8)
-        position, window, bits = top_up(bytes_in, U0, U0, U0)
-        window, bits = window << U(bit & 7), bits - U(bit & 7)
-        for column in range(first * spacing, area[3]):
-            if position > limit:
-                return ENDS_IN_SCAN
-            wanted = column >= area[1]
-            position, window, bits, exist = read_mcu(
-                bytes_in, position, window, bits, blocks, order_in, tables, previous_in, coefficients, wanted
-            )
-            if not exist:
-                return BAD_CODE
-            if wanted:
-                write_mcu(row - area[0], column - area[1], blocks, order, strides, coefficients, factors, planes)
-        if U8 * position - bits > U(8 * size):
-            return ENDS_IN_SCAN
+        mcus = (row * across + first * spacing, row * across + area[3])
+        status = decode_mcus(scan, memory, size, bit & 7, mcus, area, blocks, order, previous, strides)
+        if status != OK:
+            return status
     return OK
 
 
@@ -234,9 +212,8 @@ def decode_rows(data, area, scan, memory, index, blocks, order, strides):
 def decode_scan(data, area, scan, memory, blocks, order, strides):
     """Decode the MCUs of `area` by reading the scan from its beginning, or from the restart marker before -> status."""
     record, stream = scan.record, scan.stream
+    fill(memory.coefficients, 0, len(memory.coefficients), 0)
     previous = np.zeros(MAX_COMPONENTS, np.uint16)
-    order_in, previous_in, tables, (coefficients, factors, planes) = working_addresses(scan, memory, order, previous)
-    bytes_in = address(stream)
     row_mcus, mcus = mcus_across(record), mcu_count(record)
     interval = record[RESTART] if record[RESTART] else mcus
     byte, first, restarts = record[SCAN], 0, 0
@@ -249,34 +226,57 @@ def decode_scan(data, area, scan, memory, blocks, order, strides):
             byte = next_marker(data, byte)
         else:
             size, byte = unstuff(data, byte, stream)
-            limit = U(size + 8)
-            position, window, bits = top_up(bytes_in, U0, U0, U0)
             fill(previous, 0, MAX_COMPONENTS, 0)
-            row, column = first // row_mcus, first % row_mcus - 1
-            for _ in range(first, stop):
-                column += 1
-                if column == row_mcus:
-                    row, column = row + 1, 0
-                if row >= area[2] or (row == area[2] - 1 and column >= area[3]):
-                    return OK
-                if position > limit:
-                    return ENDS_IN_SCAN
-                wanted = area[0] <= row and area[1] <= column < area[3]
-                position, window, bits, exist = read_mcu(
-                    bytes_in, position, window, bits, blocks, order_in, tables, previous_in, coefficients, wanted
-                )
-                if not exist:
-                    return BAD_CODE
-                if wanted:
-                    write_mcu(row - area[0], column - area[1], blocks, order, strides, coefficients, factors, planes)
-            if U8 * position - bits > U(8 * size):
-                return ENDS_IN_SCAN
+            status = decode_mcus(scan, memory, size, 0, (first, stop), area, blocks, order, previous, strides)
+            if status == BEHIND_AREA:
+                return OK
+            if status != OK:
+                return status
         byte, code = skip_fill(data, byte)
         if stop == mcus:
             return OK
         if code != RST0 + (restarts & 7):
             return BAD_RESTART
         byte, first, restarts = byte + 1, stop, restarts + 1
+
+
+@njit
+def decode_mcus(scan, memory, size, bit, mcus, area, blocks, order, previous, strides):
+    """Decode MCUs from the stream, those of `area` with their samples -> status; BEHIND_AREA where it left the area
+    before the last one.
+
+    scan.stream: of which the first `size` bytes are data, and the first MCU begins at a bit of the first byte; mcus:
+    the first one's number in the scan, and that behind the last; memory.coefficients: 0, as they are again where the
+    status is OK; order: as `lay_out_blocks` fills it; previous: uint16 [MAX_COMPONENTS], the DC values before the first
+    one, which change.
+    """
+    # All of them addresses, as `read_mcu` and `write_mcu` take them.
+    tables = (address(memory.values), address(scan.lookup), address(scan.keys), address(ZIGZAG))
+    coefficients, factors, planes = address(memory.coefficients), address(memory.factors), address(memory.planes)
+    bytes_in, order_in, previous_in = address(scan.stream), address(order), address(previous)
+    limit = U(size + 8)
+    position, window, bits = top_up(bytes_in, U0, U0, U0)
+    window, bits = window << U(bit), bits - U(bit)
+    row_mcus = mcus_across(scan.record)
+    row, column = mcus[0] // row_mcus, mcus[0] % row_mcus - 1
+    for _ in range(mcus[0], mcus[1]):
+        column += 1
+        if column == row_mcus:
+            row, column = row + 1, 0
+        if row >= area[2] or (row == area[2] - 1 and column >= area[3]):
+            return BEHIND_AREA
+        if position > limit:
+            return ENDS_IN_SCAN
+        wanted = area[0] <= row and area[1] <= column < area[3]
+        position, window, bits, exist = read_mcu(
+            bytes_in, position, window, bits, blocks, order_in, tables, previous_in, coefficients, wanted
+        )
+        if not exist:
+            return BAD_CODE
+        if wanted:
+            write_mcu(row - area[0], column - area[1], blocks, order, strides, coefficients, factors, planes)
+    keep((order, previous))
+    return ENDS_IN_SCAN if U8 * position - bits > U(8 * size) else OK
 
 
 @njit
