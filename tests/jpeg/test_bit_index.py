@@ -35,7 +35,7 @@ from tl_fast.pipeline.loader import Loader
 from tl_fast.pipeline.nvjpeg import decode_graph
 
 PHOTOS = sorted((Path(__file__).parents[1] / "photos").rglob("*.jpg"))
-compile_kernels()
+compile_kernels(bit_index=True)
 
 
 def indexed(data: bytes) -> bytes:

@@ -27,7 +27,7 @@ from tl_fast.pipeline.nvjpeg import decode_graph
 from tl_fast.pipeline.regions import DecodeError
 from tl_fast.plan.records import Augment
 
-jpeg.compile_kernels()
+jpeg.compile_kernels(row_index=True)
 
 
 def encode(image: Image.Image, **options) -> bytes:

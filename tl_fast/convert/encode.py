@@ -130,12 +130,12 @@ def fit_mask(mask: np.ndarray, image: Prepared) -> np.ndarray:
     return mask[rows[:, None], columns]
 
 
-def compile_kernels(spec: MapSpec | None, masks: MaskSpec | None) -> None:
+def compile_kernels(spec: MapSpec | None, masks: MaskSpec | None, options: EncodeOptions) -> None:
     """`tl_fast.convert.image.compile_kernels`, and those for label maps and masks."""
     from tl_fast.convert.image import compile_kernels
     from tl_fast.jpeg.planes_loops import compile_loops as compile_planes
 
-    compile_kernels()
+    compile_kernels(row_index=options.row_index, bit_index=options.bit_index)
     compile_planes()
     if spec is not None:
         encode_map(np.zeros((), spec.dtype)[()], spec)

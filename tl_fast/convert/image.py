@@ -152,15 +152,13 @@ _workspace = _Workspace()
 
 
 @functools.cache
-def compile_kernels() -> None:
-    """Compile, or load, everything that `prepare` calls. To be called before threads do: numba's tables of a function's
-    compiled versions get damaged where two threads call it for the first time at once (KeyError ever after)."""
-    colour, grey = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 1), np.uint8)
+def compile_kernels(row_index: bool = False, bit_index: bool = False) -> None:
+    """Compile, or load, everything that `prepare` calls with these options. To be called before threads do: numba's
+    tables of a function's compiled versions get damaged where two threads call it for the first time at once (KeyError
+    ever after)."""
+    colour, grey = np.zeros((64, 64, 3), np.uint8), np.zeros((16, 16, 1), np.uint8)
     small = simplejpeg.encode_jpeg(grey, colorspace="GRAY", colorsubsampling="Gray")
-    cut = prepare(simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8), colorspace="RGB"), row_index=True)
-    restarts.splice(np.frombuffer(cut.data, np.uint8), np.array([0, 0]), np.array([1, 1]))
-    prepare(cut.data, bit_index=True)
-    prepare(simplejpeg.encode_jpeg(colour, colorspace="RGB"))
+    prepare(simplejpeg.encode_jpeg(colour, colorspace="RGB"), row_index=row_index, bit_index=bit_index)
     prepare(small)
     prepare(small, max_resolution=8)
     Image.fromarray(colour).save(png := io.BytesIO(), "PNG")

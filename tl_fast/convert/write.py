@@ -162,7 +162,7 @@ def write(
     description.check(path)
     _check_free(path, run.overwrite)
     settings = _settings(samples, description, encoding, run)
-    compile_kernels(description.spec, description.masks)
+    compile_kernels(description.spec, description.masks, encoding)
     try:
         with contextlib.ExitStack() as stack:
             # The encoders first: they fork, before anything has threads and locks.
