@@ -130,7 +130,7 @@ class _Workspace(threading.local):
         if record[marks.RESTART]:
             return 0, int(record[marks.RESTART]) if restarts.segments(record)[0] else 0, b""
         across, down = record[marks.COMPONENT + marks.ACROSS].item(), record[marks.COMPONENT + marks.DOWN].item()
-        mcus, row = marks.mcu_count(record), -(-record[marks.WIDTH].item() // (8 * across))
+        mcus, row = marks.mcu_count(record), marks.mcus_across(record)
         interval, blocks = restarts.restart_interval(row, 8 * across), mcus * (across * down + 2)
         record[marks.RESTART] = interval
         if not restarts.segments(record)[0] or blocks > marks.BLOCKS_A_BYTE * len(data):
@@ -378,10 +378,8 @@ def _with_row_index(prepared: Prepared) -> Prepared:
         status, interval, scan = _workspace.insert_restarts(data)
     if status <= 0:
         return dataclasses.replace(prepared, row_index=interval > 0 and status == 0)
-    start = int(_workspace.scan.record[marks.SCAN])
-    before_scan, scan_header = data[: start - SOS_BYTES], data[start - SOS_BYTES : start]
-    head = before_scan + _segment(marks.DRI, interval.to_bytes(2, "big")) + scan_header
-    return dataclasses.replace(prepared, parts=(head, scan), crc=crc32(scan, crc32(head)), row_index=True)
+    segment = _segment(marks.DRI, interval.to_bytes(2, "big"))
+    return dataclasses.replace(_with_segment(prepared, data, segment, scan), row_index=True)
 
 
 def _with_bit_index(prepared: Prepared) -> Prepared:
@@ -390,10 +388,16 @@ def _with_bit_index(prepared: Prepared) -> Prepared:
     index = _workspace.write_index(data)
     if not index:
         return prepared
-    start = int(_workspace.scan.record[marks.SCAN])
-    head = data[: start - SOS_BYTES] + _segment(marks.APP9, index) + data[start - SOS_BYTES : start]
-    scan = memoryview(data)[start:]
-    return dataclasses.replace(prepared, parts=(head, scan), crc=crc32(scan, crc32(head)), bit_index=True)
+    scan = memoryview(data)[int(_workspace.scan.record[marks.SCAN]) :]
+    return dataclasses.replace(_with_segment(prepared, data, _segment(marks.APP9, index), scan), bit_index=True)
+
+
+def _with_segment(prepared: Prepared, data: bytes, segment: bytes, scan: bytes | memoryview) -> Prepared:
+    """`prepared` as the header of `data`, whose markers were read last, with a segment before the scan header, and a
+    scan."""
+    header = int(_workspace.scan.record[marks.SCAN]) - SOS_BYTES
+    head = data[:header] + segment + data[header : header + SOS_BYTES]
+    return dataclasses.replace(prepared, parts=(head, scan), crc=crc32(scan, crc32(head)))
 
 
 def _with_all_dc_codes(data: bytes, record: list[int]) -> bytes:

@@ -31,6 +31,7 @@ from tl_fast.jpeg.markers import (
     SOF0,
     WIDTH,
     mcu_count,
+    mcus_across,
     read_markers,
     sampling,
 )
@@ -156,7 +157,7 @@ def segments(record):
     """Columns and rows of MCUs in each segment, when segments form a grid of more than one; else (0, 0)."""
     if record[SINGLE] == 0 or record[COMPONENTS] != 3 or record[KNOWN_SAMPLING] == 0 or record[RESTART] == 0:
         return 0, 0
-    interval, across = record[RESTART], -(-record[WIDTH] // (8 * sampling(record)[0]))
+    interval, across = record[RESTART], mcus_across(record)
     if interval >= mcu_count(record):
         return 0, 0
     if across % interval == 0:
