@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from loaders import find_images
 from rows import ROOT, measure, write_rows
 
 from tl_fast.convert.image import compile_kernels, prepare
@@ -120,9 +121,7 @@ def main() -> None:
     parser.add_argument("--short-side", type=int, help="pixels to which the images' shorter side is shrunk")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    files = sorted(path for path in arguments.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    if not files:
-        parser.error(f"no JPEGs in {arguments.images}")
+    files = find_images(arguments.images)
     compile_kernels()
     reuse_memory()
     sources = [prepare(path.read_bytes(), short_side=arguments.short_side).data for path in files]
@@ -167,6 +166,8 @@ def main() -> None:
 def print_ratios(rates: dict[str, list[float]], base: str, names: list[str]) -> None:
     """Medians of the rounds' ratios, with the smallest and the largest."""
     for name in names:
+        if name == base:
+            continue
         ratios = np.array(rates[name]) / rates[base]
         print(f"{name}: {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) times {base}")
 

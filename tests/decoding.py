@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import mmap
 import random
 
 import numpy as np
@@ -12,6 +14,7 @@ from tl_fast.jpeg.region import RegionDecoder
 from tl_fast.maths.ycbcr import Pixels, row_room, write_row
 
 CANARY, GUARD = 0xA5, 64
+PROT_NONE = 0
 decoder = RegionDecoder()
 
 
@@ -96,3 +99,13 @@ def picture(rng: np.random.Generator, height: int, width: int, kind: str) -> np.
     y, x = np.mgrid[:height, :width]
     waves = [127 + 120 * np.sin(x * rng.uniform(0.02, 0.5) + y * rng.uniform(0.02, 0.5) + c) for c in range(3)]
     return np.stack(waves, axis=-1).astype(np.uint8)
+
+
+def walled(pages: int) -> np.ndarray:
+    """Whole pages of bytes, uint8 [n], before which and behind which nothing can be read: who does ends the process."""
+    page = mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, (pages + 2) * page), np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for wall in (memory, memory[-page:]):
+        assert libc.mprotect(ctypes.c_void_p(wall.ctypes.data), ctypes.c_size_t(page), PROT_NONE) == 0
+    return memory[page:-page]

@@ -3,7 +3,6 @@ over them, and a wrong one is never followed."""
 
 from __future__ import annotations
 
-import ctypes
 import io
 import mmap
 import random
@@ -18,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.decoding import CANARY, GUARD, as_array, check_regions, picture, region_of, with_pillow
+from tests.decoding import CANARY, GUARD, as_array, check_regions, picture, region_of, walled, with_pillow
 from tl_fast.beton.layout import BetonError
 from tl_fast.beton.reader import BetonReader
 from tl_fast.beton.verify import verify
@@ -238,16 +237,11 @@ def test_another_files_index_is_not_followed() -> None:
 
 
 class Guarded:
-    """A decoder whose memory is as large as it must be and no larger: behind the data lies a page that nobody may read,
-    and behind stream, planes and pixels are bytes that must not change."""
+    """A decoder whose memory is as large as it must be and no larger: behind the data nothing can be read, and behind
+    stream, planes and pixels are bytes that must not change."""
 
     def __init__(self, room: int, rows: int, columns: int) -> None:
-        self.room = -(-room // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.mapped = np.frombuffer(mmap.mmap(-1, self.room + mmap.PAGESIZE), np.uint8)
-        libc = ctypes.CDLL(None, use_errno=True)
-        no_access = 0
-        behind = ctypes.c_void_p(self.mapped.ctypes.data + self.room)
-        assert libc.mprotect(behind, ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
+        self.mapped = walled(-(-room // mmap.PAGESIZE))
         planes, row_bytes = 3 * (rows + PLANE_ROOM) * (columns + PLANE_ROOM), 3 * (2 * columns + ROW_ROOM)
         self.sizes = {"stream": room + STREAM_ROOM, "planes": planes, "rows": row_bytes, "out": 3 * rows * columns}
         self.memory = {name: np.full(size + GUARD, CANARY, np.uint8) for name, size in self.sizes.items()}
@@ -257,7 +251,7 @@ class Guarded:
         self.pixels = PixelMemory.create()._replace(**views)
 
     def region(self, data: bytes, start: tuple[int, int], stop: tuple[int, int]) -> np.ndarray | None:
-        jpeg = self.mapped[self.room - len(data) : self.room]
+        jpeg = self.mapped[-len(data) :]
         jpeg[:] = as_array(data)
         jpeg.flags.writeable = False
         status = decode_region(jpeg, (*start, *stop), self.scan, self.pixels, self.out)
@@ -319,9 +313,8 @@ def test_to_beton(
     again = tmp_path / "again.beton"
     assert to_beton.main([str(photos / "train"), str(again), "--bit-index", "--workers", "1"]) == 0
     assert again.read_bytes() == with_index.read_bytes()
-    assert (
-        "with a bit index" in (text := " ".join(capsys.readouterr().err.split())) and "0 JPEGs left as they are" in text
-    )
+    text = " ".join(capsys.readouterr().err.split())
+    assert "with a bit index" in text and "0 JPEGs left as they are" in text
     assert to_beton.main([str(photos / "train"), str(again), "--bit-index", "--resume"]) == 0
     assert "nothing to do" in " ".join(capsys.readouterr().err.split())
     assert to_beton.main([str(photos / "train"), str(again), "--resume"]) == 1  # of other options

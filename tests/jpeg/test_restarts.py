@@ -258,9 +258,8 @@ def test_to_beton(
     again = tmp_path / "again.beton"
     assert to_beton.main([str(photos / "train"), str(again), "--row-index", "--workers", "1"]) == 0
     assert again.read_bytes() == cut.read_bytes()
-    assert (
-        "with a row index" in (text := " ".join(capsys.readouterr().err.split())) and "0 JPEGs left as they are" in text
-    )
+    text = " ".join(capsys.readouterr().err.split())
+    assert "with a row index" in text and "0 JPEGs left as they are" in text
     assert to_beton.main([str(photos / "train"), str(again), "--row-index", "--resume"]) == 0
     assert "nothing to do" in " ".join(capsys.readouterr().err.split())
     assert to_beton.main([str(photos / "train"), str(again), "--resume"]) == 1  # of other options

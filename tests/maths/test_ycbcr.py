@@ -3,9 +3,7 @@ is read or written."""
 
 from __future__ import annotations
 
-import ctypes
 import io
-import mmap
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,14 +11,13 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from tests.decoding import CANARY, show
+from tests.decoding import CANARY, show, walled
 from tl_fast.jpeg import planes_loops
 from tl_fast.jpeg.region import RegionDecoder
 from tl_fast.maths.ycbcr import AS_GREY, AS_PLANES, PADDING, Pixels, pixels_of, planes_of
 
 # Chroma of 1 and 2 columns, which libjpeg does not smooth, then of more; less than a vector of 8 pixels, then more.
 SIZES = [(height, width) for height in (1, 2, 3, 5) for width in range(1, 13)] + [(17, 33), (9, 70)]
-PROT_NONE = 0
 SIZES_OF_A_PIXEL = pytest.mark.parametrize("size", [3, 4])
 
 
@@ -98,29 +95,19 @@ def test_pixels_are_shown_as_they_are(size):
             check(pixels_of(region, *start), start, whole, shape, size)
 
 
-@pytest.fixture(scope="module")
-def walled() -> np.ndarray:
-    """Bytes, uint8 [n], before which and behind which nothing can be read: who does ends the process."""
-    page = mmap.PAGESIZE
-    pages = np.frombuffer(mmap.mmap(-1, 4 * page), np.uint8)
-    libc = ctypes.CDLL(None, use_errno=True)
-    for wall in (pages, pages[-page:]):
-        assert libc.mprotect(ctypes.c_void_p(wall.ctypes.data), ctypes.c_size_t(page), PROT_NONE) == 0
-    return pages[page:-page]
-
-
 @SIZES_OF_A_PIXEL
 @pytest.mark.parametrize("kind", ["planes", "grey", "RGB"])
-def test_no_more_than_the_padding_is_read(walled, kind, size):
+def test_no_more_than_the_padding_is_read(kind, size):
+    memory = walled(2)
     for height, width in SIZES:
         jpeg, whole = encode(noise(height, width), "Gray" if kind == "grey" else "420")
         if kind == "planes":
             samples = np.concatenate([plane.ravel() for plane in planes_loops.decode(jpeg)[:3]])
         else:
             samples = (whole[:, :, 0] if kind == "grey" else whole).reshape(-1)
-        for at in (0, walled.size - PADDING - samples.size):
-            walled[:] = CANARY
-            place = walled[at : at + samples.size]
+        for at in (0, memory.size - PADDING - samples.size):
+            memory[:] = CANARY
+            place = memory[at : at + samples.size]
             place[:] = samples
             if kind == "planes":
                 pixels = planes_of(place, height, width)
